@@ -1,0 +1,65 @@
+// Sixteen channels at a time: the history of a row is read before anything is written, then every token shifts it.
+#include "../params.h"
+#include "parallel_for.h"
+#include "simd_math.h"
+
+namespace speculative_mamba::SM_ISA {
+namespace {
+
+constexpr int kMaxWidth = 8;
+
+inline Vec load_n(const float* p, int64_t count) { return count == kLanes ? load(p) : load_partial(p, count); }
+inline void store_n(float* p, Vec a, int64_t count) { count == kLanes ? store(p, a) : store_partial(p, a, count); }
+
+template <typename scalar_t>
+void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, int64_t count) {
+    const int width = static_cast<int>(p.width);
+    const float* x = p.x + row * p.x_batch_stride + channel;
+    const scalar_t* weight = static_cast<const scalar_t*>(p.weight) + channel * p.weight_channel_stride;
+    float* window = p.window + row * p.window_batch_stride + channel;
+    const int64_t null_columns = p.null_columns ? p.null_columns[row] : 0;
+
+    Vec taps[kMaxWidth], inputs[kMaxWidth];
+    for (int k = 0; k < width; k++) {
+        taps[k] = load_strided(weight + k * p.weight_tap_stride, p.weight_channel_stride, count);
+    }
+    Vec bias = p.bias ? load_n(p.bias + channel, count) : zero();
+    for (int k = 0; k < width - 1; k++) {
+        inputs[k] = load_n(window + (p.start_slot[row] + 1 + k) * p.window_row_stride, count);
+    }
+    if (!p.keep_last && p.write_slot == 0) {
+        for (int k = 0; k < width - 1; k++) store_n(window + k * p.window_row_stride, inputs[k], count);
+    }
+    for (int64_t t = 0; t < p.tokens; t++) {
+        Vec input = t < null_columns ? zero() : load_n(x + t * p.x_token_stride, count);
+        inputs[width - 1] = input;
+        if (!p.keep_last) store_n(window + (width - 1 + p.write_slot + t) * p.window_row_stride, input, count);
+        Vec sum = bias;
+        for (int k = 0; k < width; k++) sum = fma(inputs[k], taps[k], sum);
+        for (int k = 0; k < width - 1; k++) inputs[k] = inputs[k + 1];
+        store_n(p.y + (row * p.tokens + t) * p.channels + channel, silu(sum), count);
+    }
+    if (p.keep_last) {
+        for (int k = 0; k < width - 1; k++) store_n(window + (1 + k) * p.window_row_stride, inputs[k], count);
+    }
+}
+
+template <typename scalar_t>
+void run(const CausalConv1dParams& p, int threads) {
+    const int64_t blocks = divide_up(p.channels, kLanes), items = p.batch * blocks;
+    parallel_for(items, divide_up(items, 4 * threads), 8 * items * kLanes * p.tokens, threads,
+                 [&](int64_t first, int64_t last) {
+                     for (int64_t i = first; i < last; i++) {
+                         int64_t channel = i % blocks * kLanes;
+                         channel_block<scalar_t>(p, i / blocks, channel, smaller(kLanes, p.channels - channel));
+                     }
+                 });
+}
+
+}  // namespace
+
+void causal_conv1d(const CausalConv1dParams& p, int threads) {
+    SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t>(p, threads));
+}
+
+}  // namespace speculative_mamba::SM_ISA

@@ -1,0 +1,17 @@
+// The table of one instruction set; compiled once for each.
+#include "kernels.h"
+
+#define SM_STRING_(name) #name
+#define SM_STRING(name) SM_STRING_(name)
+
+namespace speculative_mamba::SM_ISA {
+
+void causal_conv1d(const CausalConv1dParams&, int threads);
+void selective_scan(const SelectiveScanParams&, int threads);
+void skinny_linear(const SkinnyLinearParams&, int threads);
+void rms_norm(const RmsNormParams&, int threads);
+
+extern const Kernels table;
+const Kernels table = {SM_STRING(SM_ISA), causal_conv1d, selective_scan, skinny_linear, rms_norm};
+
+}  // namespace speculative_mamba::SM_ISA

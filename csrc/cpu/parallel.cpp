@@ -1,0 +1,127 @@
+#include "parallel.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+namespace speculative_mamba {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(100);
+constexpr int kMaxWorkers = 255;
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// One job runs at a time. `ticket` holds (generation << 32 | next chunk); odd generations are closed, while the fields
+// of the next job are written. A worker claims a chunk by compare-and-swap on the ticket, so one that read the fields
+// of another job, or fields half written, claims nothing: the generation has moved on. The caller returns when every
+// chunk is done, so it waits only for workers that hold one.
+class Pool {
+ public:
+    void run(int64_t chunks, int threads, ChunkFunction function, void* context) {
+        grow(threads - 1);
+        // Release stores after the ticket was closed: whoever sees a new field also sees the closed ticket.
+        function_.store(function, std::memory_order_release);
+        context_.store(context, std::memory_order_release);
+        chunks_.store(chunks, std::memory_order_release);
+        participants_.store(threads - 1, std::memory_order_release);
+        done_.store(0, std::memory_order_relaxed);
+        uint32_t current = generation() + 1;
+        ticket_.store(static_cast<uint64_t>(current) << 32, std::memory_order_seq_cst);
+        if (sleeping_.load(std::memory_order_seq_cst) > 0) {
+            { std::lock_guard<std::mutex> lock(mutex_); }
+            wake_.notify_all();
+        }
+        work(current);
+        for (int spins = 0; done_.load(std::memory_order_acquire) != chunks; spins++) {
+            if (spins < 4096) relax();
+            else std::this_thread::yield();
+        }
+        ticket_.store(static_cast<uint64_t>(current + 1) << 32, std::memory_order_seq_cst);
+    }
+
+    std::mutex busy;
+
+ private:
+    void grow(int workers) {
+        for (; workers_ < workers && workers_ < kMaxWorkers; workers_++)
+            std::thread(&Pool::loop, this, workers_).detach();
+    }
+
+    void work(uint32_t generation) {
+        while (true) {
+            uint64_t ticket = ticket_.load(std::memory_order_acquire);
+            if (static_cast<uint32_t>(ticket >> 32) != generation) return;
+            ChunkFunction function = function_.load(std::memory_order_acquire);
+            void* context = context_.load(std::memory_order_acquire);
+            int64_t chunk = static_cast<uint32_t>(ticket);
+            if (chunk >= chunks_.load(std::memory_order_acquire)) return;
+            if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+            function(context, chunk);
+            done_.fetch_add(1, std::memory_order_release);
+        }
+    }
+
+    void loop(int index) {
+        uint32_t seen = 0;  // no open job has generation 0
+        while (true) {
+            seen = wait_for_job(seen);
+            if (index < participants_.load(std::memory_order_acquire)) work(seen);
+        }
+    }
+
+    uint32_t generation() const { return static_cast<uint32_t>(ticket_.load(std::memory_order_seq_cst) >> 32); }
+
+    // Returns the generation of an open job other than `seen`.
+    uint32_t wait_for_job(uint32_t seen) {
+        uint32_t current = seen;
+        auto arrived = [&] { return (current = generation()) != seen && current % 2 == 0; };
+        auto until = std::chrono::steady_clock::now() + kSpin;
+        do {
+            for (int i = 0; i < 64; i++, relax()) {
+                if (arrived()) return current;
+            }
+        } while (std::chrono::steady_clock::now() < until);
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleeping_.fetch_add(1, std::memory_order_seq_cst);
+        wake_.wait(lock, arrived);
+        sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+        return current;
+    }
+
+    std::atomic<uint64_t> ticket_{uint64_t{1} << 32};
+    std::atomic<ChunkFunction> function_{nullptr};
+    std::atomic<void*> context_{nullptr};
+    std::atomic<int64_t> chunks_{0}, done_{0};
+    std::atomic<int> participants_{0}, sleeping_{0};
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    int workers_ = 0;
+};
+
+Pool& pool() {
+    static Pool* instance = new Pool;  // never destroyed: its threads may outlive the statics
+    return *instance;
+}
+
+}  // namespace
+
+void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* context) {
+    std::unique_lock<std::mutex> busy(pool().busy, std::defer_lock);
+    // A second caller (another Python thread, or a forked child of a busy parent) works alone instead of queueing.
+    if (threads > 1 && chunks > 1 && chunks < UINT32_MAX && busy.try_lock()) {
+        pool().run(chunks, threads, function, context);
+    } else {
+        for (int64_t chunk = 0; chunk < chunks; chunk++) function(context, chunk);
+    }
+}
+
+}  // namespace speculative_mamba

@@ -1,0 +1,14 @@
+// A small pool of threads shared by all kernels. Work is handed out in chunks, so a slow or absent worker delays
+// nobody, and which thread computes a chunk never changes its result.
+#pragma once
+
+#include <cstdint>
+
+namespace speculative_mamba {
+
+using ChunkFunction = void (*)(void* context, int64_t chunk);
+
+// Calls function(context, c) once for every c in [0, chunks) on up to `threads` threads, the caller's included.
+void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* context);
+
+}  // namespace speculative_mamba

@@ -1,0 +1,32 @@
+// parallel_for over the pool, in the namespace of one instruction set.
+#pragma once
+
+#include "parallel.h"
+
+namespace speculative_mamba::SM_ISA {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Work below this many multiply-adds or so is done sooner by one thread than a second one can be woken.
+constexpr int64_t kWorthSharing = 32 * 1024;
+
+// Calls body(first, last) on ranges that cover [0, items), each but the last `grain` long; `work` estimates the total
+// number of multiply-adds.
+template <typename Body>
+inline void parallel_for(int64_t items, int64_t grain, int64_t work, int threads, const Body& body) {
+    if (threads <= 1 || work < kWorthSharing || items <= grain) return body(0, items);
+    struct Context {
+        const Body& body;
+        int64_t items, grain;
+    } context{body, items, grain};
+    parallel_chunks(
+        divide_up(items, grain), threads,
+        [](void* opaque, int64_t chunk) {
+            const Context& c = *static_cast<const Context*>(opaque);
+            c.body(chunk * c.grain, smaller(c.items, (chunk + 1) * c.grain));
+        },
+        &context);
+}
+
+}  // namespace speculative_mamba::SM_ISA

@@ -1,0 +1,45 @@
+// exp, SiLU and softplus on sixteen lanes, written once over simd.h. NaN goes in, NaN comes out.
+#pragma once
+
+#include "simd.h"
+
+namespace speculative_mamba::SM_ISA {
+
+// exp(x) within about 1 ulp; exactly 1 at 0; at or below exp(-87) and above exp(88) it saturates.
+inline Vec exp(Vec x) {
+    x = max(broadcast(-87.f), min(broadcast(88.f), x));
+    Vec n = round(mul(x, broadcast(0x1.715476p+0f)));  // x / ln 2
+    Vec r = fma(n, broadcast(-0x1.62e4p-1f), x);       // ln 2 in two parts, the first exact times n
+    r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);        // |r| <= ln 2 / 2
+    Vec p = broadcast(1.f / 5040);                     // Taylor: the remainder is below 2^-25
+    p = fma(p, r, broadcast(1.f / 720));
+    p = fma(p, r, broadcast(1.f / 120));
+    p = fma(p, r, broadcast(1.f / 24));
+    p = fma(p, r, broadcast(1.f / 6));
+    p = fma(p, r, broadcast(0.5f));
+    p = fma(p, r, broadcast(1.f));
+    p = fma(p, r, broadcast(1.f));
+    return mul(p, exp2_whole(n));
+}
+
+// x / (1 + exp(-x))
+inline Vec silu(Vec x) { return div(x, add(broadcast(1.f), exp(sub(zero(), x)))); }
+
+// log(1 + exp(x)) = max(x, 0) + log1p(u) with u = exp(-|x|) in (0, 1], and log1p(u) = 2 atanh(u / (2 + u)), whose
+// series keeps its relative accuracy down to the smallest u.
+inline Vec softplus(Vec x) {
+    Vec u = exp(min(x, sub(zero(), x)));
+    Vec s = div(u, add(broadcast(2.f), u));  // s <= 1/3
+    Vec s2 = mul(s, s);
+    Vec p = broadcast(2.f / 15);
+    p = fma(p, s2, broadcast(2.f / 13));
+    p = fma(p, s2, broadcast(2.f / 11));
+    p = fma(p, s2, broadcast(2.f / 9));
+    p = fma(p, s2, broadcast(2.f / 7));
+    p = fma(p, s2, broadcast(2.f / 5));
+    p = fma(p, s2, broadcast(2.f / 3));
+    p = fma(p, s2, broadcast(2.f));
+    return fma(p, s, max(zero(), x));
+}
+
+}  // namespace speculative_mamba::SM_ISA
