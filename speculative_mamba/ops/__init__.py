@@ -1,0 +1,8 @@
+"""The fused operations of the decode path; each is a function with one implementation per backend."""
+
+from .causal_conv1d_verify import causal_conv1d_verify
+from .rms_norm import rms_norm
+from .selective_scan_verify import selective_scan_verify
+from .skinny_linear import skinny_linear
+
+__all__ = ["causal_conv1d_verify", "rms_norm", "selective_scan_verify", "skinny_linear"]

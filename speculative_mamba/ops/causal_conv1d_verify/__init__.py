@@ -1,0 +1,63 @@
+"""Depthwise causal convolution and SiLU over a window of tokens, starting from any earlier token."""
+
+import torch
+
+from .. import backend as backends
+from ..checks import MAX_CONV_WIDTH, WEIGHT_DTYPES, check, check_null_columns, check_slots
+from . import native, reference
+
+_IMPLEMENTATIONS = {"cpu": native.causal_conv1d_verify, "reference": reference.causal_conv1d_verify}
+
+
+def causal_conv1d_verify(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    window: torch.Tensor,
+    start_slot: torch.Tensor,
+    write_slot: int = 0,
+    *,
+    null_columns: torch.Tensor | None = None,
+    keep_last: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Convolves T tokens per row after the token in slot ``start_slot`` and keeps every token's input.
+
+    | argument     | shape           | dtype                      | notes |
+    |--------------|-----------------|----------------------------|-------|
+    | x            | (B, T, D)       | float32                    | channels contiguous |
+    | weight       | (D, W)          | float32, bfloat16, float16 | any strides; W from 2 to 8 |
+    | bias         | (D)             | float32 or None            | |
+    | window       | (B, W-1+S, D)   | float32                    | **written** |
+    | start_slot   | (B)             | int32                      | slot of the last committed token |
+    | write_slot   | int             |                            | slot of the first token of the window |
+    | null_columns | (B)             | int32 or None              | that many leading tokens of a row count as input 0 |
+    | keep_last    | bool            |                            | prefill: keep the last W-1 inputs, as slot 0's |
+    | returns      | (B, T, D)       | float32                    | silu(conv(x) + bias) |
+
+    Row W-1+j of ``window`` holds the input of slot j; rows s+1 … s+W-1 are what precedes the token after slot s. The
+    call reads those of ``start_slot``, writes rows W-1+write_slot …, and with ``write_slot`` 0 moves the history it
+    read to rows 0 … W-2. Who owns the bookkeeping: the caller sets ``start_slot`` after acceptance, nothing else.
+
+    Equivalent to ``silu(torch.nn.functional.conv1d(cat(history, x), weight[:, None], bias, groups=D))`` per row.
+
+    Raises:
+        ValueError: a shape, dtype, stride, device or slot does not fit.
+    """
+    if x.ndim != 3 or weight.ndim != 2 or window.ndim != 3:
+        raise ValueError(f"x and window need 3 dimensions, weight 2; got {x.ndim}, {window.ndim}, {weight.ndim}")
+    batch, tokens, channels = x.shape
+    width = weight.shape[1]
+    slots = window.shape[1] - width + 1
+    if not 2 <= width <= MAX_CONV_WIDTH:
+        raise ValueError(f"weight must have 2 to {MAX_CONV_WIDTH} taps, got {width}")
+    check("x", x, x.shape, x)
+    if weight.shape[0] != channels or weight.dtype not in WEIGHT_DTYPES or weight.device != x.device:
+        raise ValueError(f"weight must be ({channels}, W) in float32, bfloat16 or float16 on {x.device}")
+    if bias is not None:
+        check("bias", bias, (channels,), x)
+    check("window", window, (batch, window.shape[1], channels), x)
+    check_slots(batch, 1 if keep_last else tokens, slots, start_slot, write_slot, x)
+    check_null_columns(null_columns, batch, x)
+    implementation = backends.run(_IMPLEMENTATIONS, backend, x)
+    return implementation(x, weight, bias, window, start_slot, write_slot, null_columns, keep_last)

@@ -1,0 +1,35 @@
+"""The specification in PyTorch. One tap at a time, so that a token's value does not depend on T."""
+
+import torch
+import torch.nn.functional as F
+
+
+def causal_conv1d_verify(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    window: torch.Tensor,
+    start_slot: torch.Tensor,
+    write_slot: int,
+    null_columns: torch.Tensor | None,
+    keep_last: bool,
+) -> torch.Tensor:
+    batch, tokens, channels = x.shape
+    width = weight.shape[1]
+    weight = weight.to(x.dtype)
+    columns = torch.arange(tokens, device=x.device)
+    if null_columns is not None:
+        x = x.masked_fill((columns < null_columns[:, None])[..., None], 0)
+    rows = torch.arange(batch, device=x.device)[:, None]
+    history = window[rows, start_slot[:, None].long() + 1 + torch.arange(width - 1, device=x.device)]
+    inputs = torch.cat([history, x], 1)
+    if keep_last:
+        window[:, 1:width] = inputs[:, tokens:]
+    else:
+        if write_slot == 0:
+            window[:, : width - 1] = history
+        window[:, width - 1 + write_slot : width - 1 + write_slot + tokens] = x
+    y = torch.zeros(channels, dtype=x.dtype, device=x.device) if bias is None else bias
+    for k in range(width):
+        y = y + inputs[:, k : k + tokens] * weight[:, k]
+    return F.silu(y)

@@ -1,0 +1,49 @@
+"""Checks of op arguments; each failure is one line that names the argument."""
+
+import torch
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_CONV_WIDTH = 8
+
+
+def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor, dtype=torch.float32) -> None:
+    """Shape, dtype, device of an argument; the last dimension must be contiguous.
+
+    ``dtype`` is one dtype or a tuple of allowed ones; ``like`` is a tensor on the device that is expected.
+
+    Raises:
+        ValueError: something does not fit.
+    """
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype is not dtype and (not isinstance(dtype, tuple) or tensor.dtype not in dtype):
+        allowed = " or ".join(str(d) for d in dtype) if isinstance(dtype, tuple) else dtype
+        raise ValueError(f"{name} must be {allowed}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, but x is on {like.device}")
+    if shape and shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+
+
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def check_slots(
+    batch: int, tokens: int, slots: int, start_slot: torch.Tensor, write_slot: int, x: torch.Tensor
+) -> None:
+    """A window of T tokens must fit into slots write_slot … write_slot+T-1 of S.
+
+    The values in ``start_slot`` are data and stay on the device; on the CPU they are cheap to check, so they are.
+    """
+    check("start_slot", start_slot, (batch,), x, torch.int32)
+    if not 0 <= write_slot <= slots - tokens:
+        raise ValueError(f"{tokens} tokens from slot {write_slot} on do not fit into {slots} slots")
+    if start_slot.device.type == "cpu" and not all(0 <= slot < slots for slot in start_slot.tolist()):
+        raise ValueError(f"start_slot must be in [0, {slots}), got {start_slot.tolist()}")
+
+
+def check_null_columns(null_columns: torch.Tensor | None, batch: int, x: torch.Tensor) -> None:
+    if null_columns is not None:
+        check("null_columns", null_columns, (batch,), x, torch.int32)

@@ -1,0 +1,17 @@
+"""Binding to csrc/cpu/rms_norm.cpp."""
+
+import torch
+
+from ..backend import DTYPE_CODE, extension
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, features = x.shape
+    y, residual_out = torch.empty(rows, features), torch.empty(rows, features)
+    extension()[0].rms_norm(
+        rows, features, x.data_ptr(), x.stride(0), 0 if residual is None else residual.data_ptr(), weight.data_ptr(),
+        DTYPE_CODE[weight.dtype], eps, residual_out.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, residual_out

@@ -1,0 +1,75 @@
+"""The Mamba-1 recurrence over a window of tokens, with the state after every token kept in a slot."""
+
+import torch
+
+from .. import backend as backends
+from ..checks import check, check_null_columns, check_slots
+from . import native, reference
+
+_IMPLEMENTATIONS = {"cpu": native.selective_scan_verify, "reference": reference.selective_scan_verify}
+
+
+def selective_scan_verify(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor,
+    states: torch.Tensor,
+    start_slot: torch.Tensor,
+    write_slot: int = 0,
+    *,
+    null_columns: torch.Tensor | None = None,
+    keep_last: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Scans T tokens per row from the state in slot ``start_slot`` (Gu and Dao 2023, arXiv 2312.00752, algorithm 2).
+
+    | argument     | shape        | dtype         | notes |
+    |--------------|--------------|---------------|-------|
+    | x, dt        | (B, T, D)    | float32       | channels contiguous; dt before bias and softplus |
+    | A            | (D, N)       | float32       | negative, contiguous |
+    | B, C         | (B, T, N)    | float32       | states contiguous |
+    | D, dt_bias   | (D)          | float32       | |
+    | z            | (B, T, D)    | float32, None | gate: y is multiplied by silu(z) |
+    | states       | (B, S, D, N) | float32       | **written**; (D, N) contiguous |
+    | start_slot   | (B)          | int32         | slot of the last committed state |
+    | write_slot   | int          |               | slot of the state after the first token |
+    | null_columns | (B)          | int32, None   | that many leading tokens of a row leave its state as it was |
+    | keep_last    | bool         |               | prefill: only the last state is written, to slot 0 |
+    | returns      | (B, T, D)    | float32       | |
+
+    With Δ = softplus(dt + dt_bias): state ← exp(Δ A) state + Δ x B, y = C·state + D x. The state after token t goes to
+    slot ``write_slot + t``, so going back to any token is choosing its slot. A row's start state is read before
+    anything is written. Who owns the bookkeeping: the caller sets ``start_slot`` after acceptance, nothing else.
+
+    T tokens in one call give the same bits as T calls of one token.
+
+    Raises:
+        ValueError: a shape, dtype, stride, device or slot does not fit.
+    """
+    if x.ndim != 3 or A.ndim != 2 or states.ndim != 4:
+        raise ValueError(
+            f"x needs 3 dimensions, A 2, states 4, got {tuple(x.shape)}, {tuple(A.shape)}, {tuple(states.shape)}"
+        )
+    batch, tokens, channels = x.shape
+    state_size, slots = A.shape[1], states.shape[1]
+    check("x", x, x.shape, x)
+    check("dt", dt, x.shape, x)
+    check("A", A, (channels, state_size), x)
+    check("B", B, (batch, tokens, state_size), x)
+    check("C", C, (batch, tokens, state_size), x)
+    check("D", D, (channels,), x)
+    check("dt_bias", dt_bias, (channels,), x)
+    check("states", states, (batch, slots, channels, state_size), x)
+    if z is not None:
+        check("z", z, x.shape, x)
+    if not A.is_contiguous() or states.stride(2) != state_size:
+        raise ValueError("A must be contiguous, and states in its last two dimensions")
+    check_slots(batch, 1 if keep_last else tokens, slots, start_slot, write_slot, x)
+    check_null_columns(null_columns, batch, x)
+    implementation = backends.run(_IMPLEMENTATIONS, backend, x)
+    return implementation(x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, null_columns, keep_last)

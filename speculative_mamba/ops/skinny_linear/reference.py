@@ -1,0 +1,9 @@
+"""The specification in PyTorch. Row by row, because a matrix product may round by the number of its rows."""
+
+import torch
+import torch.nn.functional as F
+
+
+def skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.to(x.dtype)
+    return torch.stack([F.linear(row, weight) for row in x]) if len(x) else x.new_empty(0, weight.shape[0])
