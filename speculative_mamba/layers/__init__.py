@@ -1,0 +1,1 @@
+"""Layers of Mamba language models over the fused ops."""

@@ -1,0 +1,30 @@
+"""Per-position checkpoints of one layer's recurrent state."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class MambaCache:
+    """What a Mamba layer remembers, in slots: slot j holds the state after token j of the last window.
+
+    states: (B, S, D, N) float32; window: (B, W-1+S, D) float32, the convolution's inputs (see
+    ``causal_conv1d_verify``). Slot 0 starts as the zero state; the others hold NaN until they are written.
+    """
+
+    states: torch.Tensor
+    window: torch.Tensor
+
+    @staticmethod
+    def allocate(
+        batch: int, slots: int, channels: int, state_size: int, width: int, device: torch.device
+    ) -> "MambaCache":
+        states = torch.full((batch, slots, channels, state_size), torch.nan, device=device)
+        window = torch.full((batch, width - 1 + slots, channels), torch.nan, device=device)
+        states[:, 0], window[:, :width] = 0, 0
+        return MambaCache(states, window)
+
+    def row(self, index: int) -> "MambaCache":
+        """A view of one row."""
+        return MambaCache(self.states[index : index + 1], self.window[index : index + 1])

@@ -1,0 +1,201 @@
+"""load_model: from a folder, a hub id or the embedded pair to a model."""
+
+import re
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from ..layers.block import Block
+from ..layers.mamba1 import Mamba1Mixer
+from ..ops import backend as backends
+from .config import MambaConfig, parse_config
+from .language_model import MambaLM
+from .weights import read_json, read_tensors, release_pages
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BUILTIN = ("target", "draft")
+DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # what the state-spaces checkpoints were trained with
+
+
+def load_model(
+    source: str | Path, *, dtype: str | torch.dtype | None = None, device: str = "cpu", backend: str = "auto"
+) -> MambaLM:
+    """Loads a Mamba-1 language model.
+
+    Args:
+        source: ``"builtin:target"`` or ``"builtin:draft"``, a folder, or a hub id (``"state-spaces/mamba-2.8b"``). A
+            folder holds ``config.json`` and weights in state-spaces format (``pytorch_model.bin``) or Hugging Face
+            format (``model.safetensors``, also sharded), and for text ``tokenizer.json``.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for the weights; None keeps the stored one, which needs no
+            copy: the weights stay in the mapped file. A, D and the dt bias are float32 always, as is all arithmetic.
+        device: ``"cpu"`` or ``"cuda"``.
+        backend: ``"auto"``, ``"cpu"`` (C++ kernels) or ``"reference"`` (PyTorch).
+
+    Raises:
+        ValueError: anything in the list above is missing, broken, unknown, or does not fit the rest.
+    """
+    dtype, torch_device = parse_dtype(dtype), parse_device(device)
+    backend = backends.resolve(backend, torch_device.type)
+    folder, is_hub = find_folder(str(source))
+    raw_config = read_json(folder / "config.json")
+    try:
+        config = parse_config(raw_config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    tensors = read_tensors(folder)
+    builder = _Builder(folder, tensors, config, dtype, torch_device, backend)
+    model = builder.build()
+    model.name = str(source)
+    model.tokenizer = load_tokenizer(folder, fall_back=is_hub or "model_type" not in raw_config)
+    return model
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or dtype in DTYPES.values():
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype '{dtype}'; choose from: {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def parse_device(device: str) -> torch.device:
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device '{device}'; choose from: cpu, cuda") from None
+    if parsed.type not in ("cpu", "cuda"):
+        raise ValueError(f"device '{device}' is not supported; choose from: cpu, cuda")
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device; use device cpu")
+    if parsed.type == "cuda" and parsed.index is not None and parsed.index >= torch.cuda.device_count():
+        raise ValueError(f"device '{device}' does not exist; torch sees {torch.cuda.device_count()} CUDA devices")
+    return parsed
+
+
+def find_folder(source: str) -> tuple[Path, bool]:
+    """The folder of a model, downloaded if ``source`` is a hub id; and whether it was."""
+    if source.startswith("builtin:"):
+        name = source.removeprefix("builtin:")
+        if name not in BUILTIN:
+            raise ValueError(f"unknown embedded model '{source}'; choose from: builtin:target, builtin:draft")
+        return Path(__file__).parent / "builtin" / name, False
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path, False
+    if path.exists():
+        raise ValueError(f"{source} is a file; give the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise ValueError(f"folder {source} does not exist, and it is no hub id (owner/name)")
+    return _download(source), True
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        common = ["config.json", "tokenizer.json"]
+        folder = Path(snapshot_download(repository, allow_patterns=[*common, "model*.safetensors*"]))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repository, allow_patterns=[*common, "pytorch_model*"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(_hub_message(repository, error)) from None
+    return folder
+
+
+def _hub_message(repository: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"no folder {repository} here, and it cannot be had from the hub ({type(error).__name__}: {reason}); "
+        "check the name and the network, or give the path of a folder that holds the checkpoint"
+    )
+
+
+def load_tokenizer(folder: Path, fall_back: bool) -> Tokenizer | None:
+    """The tokenizer of a checkpoint; for a state-spaces checkpoint without one, gpt-neox-20b's from the hub's cache.
+
+    None when there is none: token ids can be used without.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if not fall_back:
+            return None
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(DEFAULT_TOKENIZER, "tokenizer.json"))
+        except (OSError, ValueError):  # offline: the model works with token ids, and whoever needs text says so
+            return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+
+
+class _Builder:
+    """Takes tensors by name, checks their shapes against the config, and converts those that need it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, torch.Tensor],
+        config: MambaConfig,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        backend: str,
+    ) -> None:
+        self.folder, self.tensors, self.config = folder, tensors, config
+        self.dtype, self.device, self.backend = dtype, device, backend
+
+    def build(self) -> MambaLM:
+        c = self.config
+        embedding_name = "backbone.embeddings.weight"
+        if embedding_name not in self.tensors:
+            embedding_name = "backbone.embedding.weight"
+        embedding = self.weight(embedding_name, c.vocab_size, c.d_model)
+        head = embedding if c.tie_embeddings else self.weight("lm_head.weight", c.vocab_size, c.d_model)
+        return MambaLM(
+            config=c,
+            embedding=embedding,
+            blocks=[self.block(f"backbone.layers.{i}.") for i in range(c.n_layer)],
+            norm_weight=self.weight("backbone.norm_f.weight", c.d_model),
+            head=head,
+            backend=self.backend,
+        )
+
+    def block(self, prefix: str) -> Block:
+        c, p = self.config, prefix + "mixer."
+        mixer = Mamba1Mixer(
+            in_proj=self.weight(p + "in_proj.weight", 2 * c.d_inner, c.d_model),
+            in_bias=self.float32(p + "in_proj.bias", 2 * c.d_inner) if c.linear_bias else None,
+            conv_weight=self.weight(p + "conv1d.weight", c.d_inner, 1, c.d_conv)[:, 0],
+            conv_bias=self.float32(p + "conv1d.bias", c.d_inner) if c.conv_bias else None,
+            x_proj=self.weight(p + "x_proj.weight", c.dt_rank + 2 * c.d_state, c.d_inner),
+            dt_proj=self.weight(p + "dt_proj.weight", c.d_inner, c.dt_rank),
+            dt_bias=self.float32(p + "dt_proj.bias", c.d_inner),
+            A=-torch.exp(self.float32(p + "A_log", c.d_inner, c.d_state)),
+            D=self.float32(p + "D", c.d_inner),
+            out_proj=self.weight(p + "out_proj.weight", c.d_model, c.d_inner),
+            out_bias=self.float32(p + "out_proj.bias", c.d_model) if c.linear_bias else None,
+            backend=self.backend,
+        )
+        return Block(self.weight(prefix + "norm.weight", c.d_model), mixer, c.eps)
+
+    def weight(self, name: str, *shape: int) -> torch.Tensor:
+        stored = self.tensors.get(name)
+        as_stored = stored.dtype if stored is not None and stored.dtype in DTYPES.values() else torch.float32
+        return self._take(name, shape, self.dtype or as_stored)
+
+    def float32(self, name: str, *shape: int) -> torch.Tensor:
+        return self._take(name, shape, torch.float32)
+
+    def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise ValueError(f"{self.folder}: the weights lack {name}, which config.json calls for")
+        if stored.shape != shape:
+            raise ValueError(f"{self.folder}: {name} has shape {tuple(stored.shape)}, but config.json gives {shape}")
+        tensor = stored.to(self.device, dtype).contiguous()
+        if tensor.data_ptr() != stored.data_ptr() and stored.is_contiguous():
+            release_pages(stored)
+        return tensor

@@ -1,0 +1,103 @@
+"""A Mamba-1 language model: embedding, blocks, norm, head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+from ..layers.block import Block
+from ..layers.cache import MambaCache
+from ..layers.mamba1 import Window
+from ..ops import rms_norm, skinny_linear
+from .config import MambaConfig
+
+PREFILL_CHUNK = 64
+
+
+@dataclass
+class MambaLM:
+    """Weights and the two ways to run them; all state lives in the cache that the caller passes.
+
+    embedding and head: (V, d), the same tensor when tied; norm_weight: (d). ``tokenizer`` may be None.
+    """
+
+    config: MambaConfig
+    embedding: torch.Tensor
+    blocks: list[Block]
+    norm_weight: torch.Tensor
+    head: torch.Tensor
+    name: str = "model"
+    tokenizer: Tokenizer | None = field(default=None, repr=False)
+    backend: str = "auto"
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.config.eos_token_id
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that one step reads."""
+        tensors = [self.norm_weight, self.head]
+        for block in self.blocks:
+            tensors += [block.norm_weight, *(w for w in vars(block.mixer).values() if isinstance(w, torch.Tensor))]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def new_cache(self, batch: int, slots: int) -> list[MambaCache]:
+        """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens."""
+        c = self.config
+        return [MambaCache.allocate(batch, slots, c.d_inner, c.d_state, c.d_conv, self.device) for _ in self.blocks]
+
+    def prefill(self, tokens: Sequence[int], cache: list[MambaCache], row: int) -> None:
+        """Absorbs a row's first tokens into its slot 0, which must hold a fresh state.
+
+        Time and memory are linear in the number of tokens: a chunk of 64 at a time. Every token goes through the same
+        kernels in the same order as in ``verify``, so the state has the same bits however the tokens are cut.
+        """
+        one_row = [layer.row(row) for layer in cache]
+        window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), keep_last=True)
+        ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
+        for chunk in ids.split(PREFILL_CHUNK) if len(ids) else ():
+            self._blocks(chunk[None], one_row, window)
+
+    def verify(
+        self,
+        tokens: torch.Tensor,
+        cache: list[MambaCache],
+        start_slot: torch.Tensor,
+        write_slot: int = 0,
+        null_columns: torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Runs a window of tokens and checkpoints the state after each.
+
+        tokens: (B, T) int64. start_slot: (B) int32, the slot each row continues from. The state after token t goes to
+        slot ``write_slot + t``. null_columns: (B) int32 or None, leading tokens of a row that count as nothing.
+        Returns logits (B, T, V) float32, or (B, 1, V) of the last token with ``last_only``.
+        """
+        batch, length = tokens.shape
+        hidden, residual = self._blocks(tokens, cache, Window(start_slot, write_slot, null_columns))
+        if last_only and length > 1:
+            hidden, residual = (h.view(batch, length, -1)[:, -1].contiguous() for h in (hidden, residual))
+            length = 1
+        hidden, _ = rms_norm(hidden, self.norm_weight, residual, eps=self.config.eps, backend=self.backend)
+        return skinny_linear(hidden, self.head, backend=self.backend).view(batch, length, -1)
+
+    def _blocks(
+        self, tokens: torch.Tensor, cache: list[MambaCache], window: Window
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = len(tokens)
+        hidden = F.embedding(tokens.reshape(-1), self.embedding).float()
+        residual = None
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            hidden, residual = block(hidden, residual, batch, layer_cache, window)
+        return hidden, residual
