@@ -1,0 +1,66 @@
+"""Checks what a caller hands to ``generate``."""
+
+from collections.abc import Sequence
+
+import torch
+
+MAX_LOOKAHEAD = 15
+
+
+def read_prompts(prompt_ids: torch.Tensor | Sequence[Sequence[int]], vocabulary: int) -> list[list[int]]:
+    """Prompts as lists.
+
+    Raises:
+        ValueError: no rows, an empty row, or something other than token ids of the vocabulary.
+    """
+    if isinstance(prompt_ids, torch.Tensor):
+        if prompt_ids.ndim != 2 or prompt_ids.is_floating_point() or prompt_ids.dtype == torch.bool:
+            raise ValueError(
+                f"prompt_ids must be a LongTensor (B, L), got {prompt_ids.dtype} of shape {tuple(prompt_ids.shape)}"
+            )
+        prompt_ids = prompt_ids.tolist()
+    try:
+        prompts = [row.tolist() if isinstance(row, torch.Tensor) else list(row) for row in prompt_ids]
+    except TypeError:
+        raise ValueError("prompt_ids must be a LongTensor (B, L) or a list of lists of token ids") from None
+    if not prompts:
+        raise ValueError("prompt_ids has no rows; give at least one prompt")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"the prompt of row {index} is empty; give at least one token")
+        for token in prompt:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise ValueError(f"the prompt of row {index} holds {token!r}, which is no token id")
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"token id {token} in row {index} is outside the vocabulary of {vocabulary} tokens")
+    return prompts
+
+
+def check_generation(
+    target: object,
+    draft: object,
+    lookahead: int,
+    max_new_tokens: int,
+    acceptance: str,
+    stop_strings: Sequence[str],
+) -> None:
+    """The other arguments of ``generate``.
+
+    Raises:
+        ValueError: the first that is out of range.
+    """
+    if not isinstance(lookahead, int) or isinstance(lookahead, bool) or not 1 <= lookahead <= MAX_LOOKAHEAD:
+        raise ValueError(f"lookahead (K) must be a whole number from 1 to {MAX_LOOKAHEAD}, got {lookahead!r}")
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
+    if acceptance != "rejection":
+        raise ValueError(f"unknown acceptance '{acceptance}'; choose from: rejection")
+    if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
+        raise ValueError(f"stop_strings must be a list of strings that are not empty, got {stop_strings!r}")
+    if stop_strings and getattr(target, "tokenizer", None) is None:
+        raise ValueError("stop_strings need the target's tokenizer, and it has none; use stop_token_ids instead")
+    if draft is not None and draft.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"draft and target have different vocabularies ({draft.vocab_size} and {target.vocab_size} tokens); "
+            "a draft must be trained on the same tokens"
+        )

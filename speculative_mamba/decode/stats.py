@@ -1,0 +1,63 @@
+"""What a run did and what it cost."""
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class GenerationStats:
+    """Counts over all rows; times in seconds of wall clock.
+
+    rounds: target calls after prefill. row_rounds: rounds in which a row was still generating, summed over rows.
+    tokens: tokens committed. drafted: tokens proposed to rows that were still generating. tested: drafted tokens that
+    were compared with the target, that is all up to and including the first rejection, and none behind a stop.
+    accepted: tested tokens that became text. The lists count by position in the window.
+    prefill_s covers both models' prompts; decode_s everything after, of which draft_s and verify_s are the models'
+    calls.
+    """
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    row_rounds: int = 0
+    drafted: int = 0
+    tested: int = 0
+    accepted: int = 0
+    tested_per_position: list[int] = field(default_factory=list)
+    accepted_per_position: list[int] = field(default_factory=list)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """accepted / tested; None when nothing was tested."""
+        return self.accepted / self.tested if self.tested else None
+
+    @property
+    def tokens_per_round(self) -> float | None:
+        """Mean tokens that a row gains in a round; plain decoding has 1."""
+        return self.tokens / self.row_rounds if self.row_rounds else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """tokens / decode_s, prefill not included."""
+        return self.tokens / self.decode_s if self.decode_s > 0 else None
+
+    def count(self, drafted: int, agreed: int, committed: int) -> None:
+        """Books one row's round: ``agreed`` of ``drafted`` tokens matched, ``committed`` tokens became text."""
+        accepted = min(agreed, committed)
+        tested = min(agreed + 1, drafted, committed)
+        self.row_rounds += 1
+        self.tokens += committed
+        self.drafted += drafted
+        self.accepted += accepted
+        self.tested += tested
+        for position in range(tested):
+            self.tested_per_position[position] += 1
+            self.accepted_per_position[position] += position < accepted
+
+    def as_dict(self) -> dict:
+        """All of the above, ready for JSON."""
+        derived = ("acceptance_rate", "tokens_per_round", "tokens_per_s")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
