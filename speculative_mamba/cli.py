@@ -1,0 +1,203 @@
+"""The command line: text to stdout, everything else to stderr."""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .decode import GenerationResult, SamplingParams, generate
+from .decode.inputs import check_generation
+from .decode.text import TextStream
+from .info import print_info
+from .models import MambaLM, load_model
+
+PROMPT = "The morning was fine, and Elizabeth"
+FAILURE, INTERRUPTED = 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(FAILURE, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="speculative-mamba",
+        description="Generates text with a Mamba target model, sped up by a draft model without changing the output. "
+        "With no options it runs the embedded byte-level pair. 'speculative-mamba info' describes the installation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def option(name: str, **settings: object) -> None:
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))  # both spellings
+        parser.add_argument(*names, **settings)
+
+    option("prompt", default=PROMPT, help="text to continue")
+    option("n_tokens_to_generate", type=int, default=64, metavar="N", help="tokens to generate at most")
+    option("K", type=int, default=4, help="tokens drafted per round, 1 to 15")
+    option("model_target", default="builtin:target", metavar="MODEL", help="folder, hub id or builtin:target")
+    option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
+    option("draft", choices=("model", "none"), default="model", help="who drafts; none is plain decoding")
+    option("dtype", help="float32, bfloat16 or float16 for the weights (default: as stored)", default=argparse.SUPPRESS)
+    option("device", default="cpu", help="cpu or cuda")
+    option("backend", default="auto", help="auto, cpu (C++ kernels) or reference (PyTorch)")
+    option("temperature", type=float, default=0.0, help="0 is greedy")
+    option("top_k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
+    option("top_p", type=float, default=1.0, help="keep the smallest set of tokens with this probability")
+    option("seed", type=int, default=0, help="seed for sampling")
+    option("stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
+    option("cg", action="store_true", help="use CUDA graphs where there are any")
+    option("stream", action="store_true", help="print text as it is made")
+    option("compare", action="store_true", help="also decode plainly; print both speeds and compare the tokens")
+    option("json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+@dataclass
+class _Output:
+    """Collects one run's tokens and text, and shows the text as it grows if asked to."""
+
+    stream: TextStream
+    show: Callable[[str], None] | None = None
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+
+    def on_token(self, row: int, token: int) -> None:
+        self.tokens.append(token)
+        self._add(self.stream.push(token))
+
+    def finish(self) -> None:
+        self._add(self.stream.finish())
+
+    def _add(self, piece: str) -> None:
+        self.text += piece
+        if piece and self.show is not None:
+            self.show(piece)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["info"]:
+            print_info()
+            return 0
+        return _run(build_parser().parse_args(arguments))
+    except ValueError as error:
+        _say(f"error: {error}")
+        return FAILURE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout has gone; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _say(message: str) -> None:
+    print(f"speculative-mamba: {message}", file=sys.stderr, flush=True)
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _run(options: argparse.Namespace) -> int:
+    sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.seed)
+    if options.cg:
+        _say("--cg: no CUDA graphs on this device; the text is the same without")
+    common = {"dtype": getattr(options, "dtype", None), "device": options.device, "backend": options.backend}
+    target = load_model(options.model_target, **common)
+    draft = load_model(options.model_draft, **common) if options.draft == "model" else None
+    check_generation(target, draft, options.K, options.n_tokens_to_generate, "rejection", options.stop)
+    prompt = _encode(target, options.prompt)
+
+    def once(draft: MambaLM | None, output: _Output | None = None) -> GenerationResult:
+        return generate(
+            target, [prompt], draft=draft, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate,
+            sampling=sampling, stop_strings=options.stop, on_token=output.on_token if output else None,
+        )  # fmt: skip
+
+    show = _write if options.stream and not options.json else None
+    output = _Output(TextStream(target.tokenizer, options.stop), show)
+    if show:
+        show(options.prompt)
+    result = None
+    try:
+        result = once(draft, output)
+    except KeyboardInterrupt:
+        _say(f"interrupted after {len(output.tokens)} tokens")
+    output.finish()
+    comparison = None
+    if result is not None:
+        _report(target, draft, result)
+        if options.compare:
+            comparison = _compare(once, draft, result, sampling)
+    if options.json:
+        report = {"prompt_tokens": prompt, "tokens": output.tokens, "text": output.text}
+        report["stats"] = result.stats.as_dict() if result else None
+        if comparison is not None:
+            report["compare"] = comparison
+        _write(json.dumps(report) + "\n")
+    else:
+        _write("\n" if show else f"{options.prompt}{output.text}\n")
+    return 0 if result is not None else INTERRUPTED
+
+
+def _encode(target: MambaLM, prompt: str) -> list[int]:
+    if target.tokenizer is None:
+        raise ValueError(
+            f"{target.name} has no tokenizer; put tokenizer.json into its folder (state-spaces models use that of "
+            "EleutherAI/gpt-neox-20b), or pass token ids from Python"
+        )
+    ids = target.tokenizer.encode(prompt).ids
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one character")
+    return ids
+
+
+def _report(target: MambaLM, draft: MambaLM | None, result: GenerationResult) -> None:
+    stats = result.stats
+    names = target.name if draft is None else f"{target.name} with draft {draft.name}"
+    _say(f"{names}, backend {target.backend}, {torch.get_num_threads()} threads")
+    if not stats.tokens:
+        return
+    line = f"{stats.tokens} tokens in {stats.decode_s:.3f} s: {stats.tokens_per_s:.1f} tokens/s"
+    line += f" after {stats.prefill_s:.3f} s for {stats.prompt_tokens} prompt tokens"
+    if stats.tested:
+        line += f"; acceptance rate {stats.acceptance_rate:.2f} ({stats.accepted} of {stats.tested} tested)"
+        line += f", {stats.tokens_per_round:.2f} tokens per round"
+    _say(line)
+
+
+def _compare(
+    once: Callable[[MambaLM | None], GenerationResult],
+    draft: MambaLM | None,
+    shown: GenerationResult,
+    sampling: SamplingParams,
+) -> dict:
+    """Times plain and speculative decoding in turn, three times each if that is quick; the medians are compared."""
+    plain_speeds, speeds = [], []
+    for _ in range(3 if shown.stats.decode_s < 2 else 1):
+        plain, speculative = once(None), once(draft)
+        plain_speeds.append(plain.stats.tokens_per_s or 0.0)
+        speeds.append(speculative.stats.tokens_per_s or 0.0)
+    plain_speed, speed = statistics.median(plain_speeds), statistics.median(speeds)
+    # Under rejection sampling the law is equal, not the text.
+    equal = torch.equal(plain.sequences[0], shown.sequences[0]) if sampling.greedy else None
+    ratio = speed / plain_speed if plain_speed else None
+    verdicts = {True: "the tokens are equal", False: "THE TOKENS DIFFER", None: "sampled: equal in law, not in text"}
+    if ratio is not None:
+        _say(f"plain {plain_speed:.1f} tokens/s, with draft {speed:.1f} tokens/s, ratio {ratio:.2f}; {verdicts[equal]}")
+    return {"tokens_equal": equal, "plain_tokens_per_s": plain_speed, "ratio": ratio}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
