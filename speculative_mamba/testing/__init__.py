@@ -1,0 +1,1 @@
+"""Fixtures shared by tests/ and benchmarks/: random models, scripted drafts, table models, an oracle, timing."""

@@ -1,0 +1,40 @@
+"""The whole model over a whole text in float64, from scratch, sharing no code with the ops or the loop."""
+
+import torch
+import torch.nn.functional as F
+
+from ..models.language_model import MambaLM
+
+
+def full_forward(model: MambaLM, tokens: list[int]) -> torch.Tensor:
+    """Logits (L, V) float64 after every token of one text."""
+
+    def norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return h / (h.pow(2).mean(-1, keepdim=True) + model.config.eps).sqrt() * weight.double()
+
+    h = model.embedding.double()[torch.tensor(tokens)]
+    for block in model.blocks:
+        m = block.mixer
+        D, N = m.A.shape
+        R = m.dt_proj.shape[1]
+        x, z = (norm(h, block.norm_weight) @ m.in_proj.double().T).chunk(2, -1)
+        bias = None if m.conv_bias is None else m.conv_bias.double()
+        weight = m.conv_weight.double()
+        x = F.conv1d(F.pad(x.T, (weight.shape[1] - 1, 0))[None], weight[:, None], bias, groups=D)[0].T
+        x = F.silu(x)
+        dt, B, C = (x @ m.x_proj.double().T).split([R, N, N], -1)
+        dt = F.softplus(dt @ m.dt_proj.double().T + m.dt_bias.double())
+        state, y = torch.zeros(D, N, dtype=torch.float64), []
+        for t in range(len(tokens)):
+            state = torch.exp(dt[t, :, None] * m.A.double()) * state + dt[t, :, None] * B[t] * x[t, :, None]
+            y.append(state @ C[t] + m.D.double() * x[t])
+        h = h + (torch.stack(y) * F.silu(z)) @ m.out_proj.double().T
+    return norm(h, model.norm_weight) @ model.head.double().T
+
+
+def greedy(model: MambaLM, prompt: list[int], count: int) -> list[int]:
+    """prompt plus ``count`` tokens, every one from a forward pass over everything before it."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(full_forward(model, tokens)[-1].argmax()))
+    return tokens

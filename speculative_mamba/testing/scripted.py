@@ -1,0 +1,52 @@
+"""A draft that agrees with the target as often as it is told to."""
+
+import random
+from collections.abc import Callable
+
+import torch
+
+from ..decode.drafter import Drafter
+from ..decode.sampling import SamplingParams
+
+
+class ScriptedDraft:
+    """Proposes tokens of a known text, right or wrong as ``agree(row, position)`` says.
+
+    texts: per row the whole sequence that the target will produce, prompt included. position counts from the start of
+    that sequence. cost: a drafter that runs for each proposal and whose tokens are thrown away, so that the time of a
+    real draft is in the figure.
+    """
+
+    def __init__(
+        self, texts: list[list[int]], vocab_size: int, agree: Callable[[int, int], bool], cost: Drafter | None = None
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._texts, self._agree, self._cost = texts, agree, cost
+
+    def begin(
+        self, prompts: list[list[int]], lookahead: int, sampling: SamplingParams, generators: list[torch.Generator]
+    ) -> None:
+        if self._cost is not None:
+            self._cost.begin(prompts, lookahead, sampling, generators)
+
+    def propose(
+        self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._cost is not None:
+            self._cost.propose(rows, accepted, lookahead)
+        proposals = []
+        for index, row in enumerate(rows):
+            positions = range(len(row), len(row) + lookahead)
+            proposals.append([self._token(index, position) for position in positions])
+        return torch.tensor(proposals), None
+
+    def _token(self, row: int, position: int) -> int:
+        text = self._texts[row]
+        right = text[position] if position < len(text) else 0
+        return right if self._agree(row, position) else (right + 1) % self.vocab_size
+
+
+def agree_at_rate(rate: float, seed: int = 0) -> Callable[[int, int], bool]:
+    """Agreement drawn anew for every drafted token."""
+    source = random.Random(seed)
+    return lambda row, position: source.random() < rate

@@ -1,0 +1,42 @@
+"""Interleaved medians, and the machine's own bandwidth."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+    """Median seconds of each function. They take turns, so that a slow moment of the machine meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def read_bandwidth_gb_per_s(rounds: int = 9) -> float:
+    """Best rate at which this machine reads a large float32 tensor with all threads, in 10⁹ bytes per second."""
+    data = torch.ones(64 * 1024 * 1024)
+    best = 0.0
+    for _ in range(rounds):
+        started = time.perf_counter()
+        data.sum()
+        best = max(best, data.numel() * 4 / (time.perf_counter() - started) / 1e9)
+    return best
+
+
+def rotate(tensors: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Each call gives the next tensor, so that no timed call finds its weights in a cache."""
+    state = {"next": 0}
+
+    def following() -> torch.Tensor:
+        state["next"] = (state["next"] + 1) % len(tensors)
+        return tensors[state["next"]]
+
+    return following

@@ -1,0 +1,38 @@
+"""When is a kernel right?"""
+
+import torch
+
+
+def assert_bitwise_equal(actual: torch.Tensor, expected: torch.Tensor, what: str = "tensors") -> None:
+    """Equal bits, NaN included; shows the first place that differs.
+
+    Raises:
+        AssertionError: they differ in shape, dtype or a value.
+    """
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype, (
+        f"{what}: {tuple(actual.shape)} {actual.dtype} against {tuple(expected.shape)} {expected.dtype}"
+    )
+    equal = (actual == expected) | (actual.isnan() & expected.isnan())
+    if not equal.all():
+        where = tuple((~equal).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int((~equal).sum())} of {equal.numel()} values differ, first at {where}: "
+            f"{actual[where].item()!r} against {expected[where].item()!r}"
+        )
+
+
+def assert_accurate(
+    actual: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor, factor: float = 2.0, what: str = "kernel"
+) -> None:
+    """The kernel's largest error against float64 is at most ``factor`` times that of PyTorch in the same dtype.
+
+    Where PyTorch happens to be exact, one unit in the last place of the largest value is allowed.
+
+    Raises:
+        AssertionError: it is larger.
+    """
+    error = (actual.double() - exact).abs().max().item()
+    allowed = (reference.double() - exact).abs().max().item()
+    unit = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    bound = factor * max(allowed, unit)
+    assert error <= bound, f"{what}: error {error:.3e}, PyTorch's own {allowed:.3e}, bound {bound:.3e}"
