@@ -21,7 +21,7 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.T
         raise ValueError(f"{name} must be {allowed}, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, but x is on {like.device}")
-    if shape and shape[-1] > 1 and tensor.stride(-1) != 1:
+    if not tensor.is_contiguous() and tensor.stride(-1) != 1 and shape[-1] > 1:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
 
 

@@ -1,0 +1,164 @@
+"""Times whole runs: plain decoding against speculation, on the shapes of published models and on the embedded pair.
+
+python -m benchmarks.decode [--models 130m 370m] [--tokens 48] [--json FILE]
+
+Weights of the published shapes are random bf16, the draft's tokens are scripted to be right at a stated rate, and for
+every drafted token a real Mamba of at most 1/20 of the target's bytes runs, so that its cost is in the figure. The
+clock covers decoding of one row after prefill. share_scan_conv is the part of the time spent in the two ops that
+carry state. Text is checked to equal plain decoding before any time is printed.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+
+import speculative_mamba as sm
+from speculative_mamba.decode import ModelDrafter
+from speculative_mamba.layers import mamba1
+from speculative_mamba.models.config import MambaConfig
+from speculative_mamba.testing.models import SHAPES, published_config, random_model
+from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
+
+from .report import Report, number, parser, share
+
+RATES = (0.6, 0.7, 0.8, 0.9)
+LOOKAHEAD = 4
+PROMPT_TOKENS = 32
+
+
+def draft_config(target: sm.MambaLM) -> MambaConfig:
+    """Two layers, as wide as 1/20 of the target's bytes allows."""
+    budget, vocabulary = target.weight_bytes // 20, target.vocab_size
+    width = 16
+    while 2 * (vocabulary * (width + 16) + 2 * 8 * (width + 16) ** 2) <= budget:
+        width += 16
+    return MambaConfig.of_size(width, 2, vocabulary)
+
+
+@contextlib.contextmanager
+def stateful_ops_timed() -> Iterator[list[float]]:
+    """Collects the seconds of every call of the convolution and the scan."""
+    spent: list[float] = []
+    names = ("causal_conv1d_verify", "selective_scan_verify")
+    originals = {name: getattr(mamba1, name) for name in names}
+
+    def timed(function):
+        def call(*args, **kwargs):
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent.append(time.perf_counter() - started)
+            return result
+
+        return call
+
+    for name, function in originals.items():
+        setattr(mamba1, name, timed(function))
+    try:
+        yield spent
+    finally:
+        for name, function in originals.items():
+            setattr(mamba1, name, function)
+
+
+def bench_shape(report: Report, name: str, tokens: int) -> None:
+    target = random_model(published_config(name), dtype=torch.bfloat16)
+    cost = random_model(draft_config(target), dtype=torch.bfloat16, seed=1)
+    assert cost.weight_bytes * 20 <= target.weight_bytes
+    prompt = torch.randint(0, target.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+    settings = {"lookahead": LOOKAHEAD, "max_new_tokens": tokens, "stop_token_ids": ()}
+
+    sm.generate(target, prompt, **settings | {"max_new_tokens": 2})
+    with stateful_ops_timed() as spent:
+        sm.generate(target, prompt[:, -1:], **settings | {"max_new_tokens": 2})  # the prompt has no prefill
+        spent.clear()
+        plain = sm.generate(target, prompt[:, -1:], **settings)
+    state_share = sum(spent) / plain.stats.decode_s
+
+    plain = sm.generate(target, prompt, **settings)
+    speeds = {rate: [] for rate in RATES}
+    plain_speeds = [plain.stats.tokens_per_s]
+    results = {}
+    for rate in RATES:
+        for repeat in range(2):
+            draft = ScriptedDraft(
+                [plain.sequences[0].tolist()], target.vocab_size, agree_at_rate(rate, repeat), ModelDrafter(cost)
+            )
+            results[rate] = sm.generate(target, prompt, draft=draft, **settings)
+            if not torch.equal(results[rate].sequences[0], plain.sequences[0]):
+                raise SystemExit(f"mamba-{name}: text differs from plain decoding; not timed")
+            speeds[rate].append(results[rate].stats)
+        plain_speeds.append(sm.generate(target, prompt, **settings).stats.tokens_per_s)
+    plain_speed = statistics.median(plain_speeds)
+    _add(report, f"mamba-{name} plain", target, plain_speed, plain_speed, None, 1.0, state_share)
+    for rate, stats in speeds.items():
+        speed = statistics.median(s.tokens_per_s for s in stats)
+        rounds = statistics.mean(s.tokens_per_round for s in stats)
+        measured = sum(s.accepted for s in stats) / sum(s.tested for s in stats)
+        _add(report, f"mamba-{name} scripted {rate}", target, speed, plain_speed, measured, rounds, None)
+
+
+def bench_embedded(report: Report, tokens: int) -> None:
+    target, draft = sm.load_model("builtin:target"), sm.load_model("builtin:draft")
+    from speculative_mamba.cli import PROMPT
+
+    prompt = [target.tokenizer.encode(PROMPT).ids]
+    settings = {"lookahead": LOOKAHEAD, "max_new_tokens": tokens}
+    sm.generate(target, prompt, draft=draft, **settings)
+    plain, speculative = [], []
+    for _ in range(9):
+        plain.append(sm.generate(target, prompt, **settings))
+        speculative.append(sm.generate(target, prompt, draft=draft, **settings))
+    if not torch.equal(plain[0].sequences[0], speculative[0].sequences[0]):
+        raise SystemExit("embedded pair: text differs from plain decoding; not timed")
+    plain_speed = statistics.median(run.stats.tokens_per_s for run in plain)
+    stats = speculative[0].stats
+    speed = statistics.median(run.stats.tokens_per_s for run in speculative)
+    _add(report, "embedded pair plain", target, plain_speed, plain_speed, None, 1.0, None)
+    _add(
+        report, "embedded pair", target, speed, plain_speed, stats.acceptance_rate, stats.tokens_per_round, None
+    )  # fmt: skip
+
+
+def _add(
+    report: Report,
+    case: str,
+    target: sm.MambaLM,
+    speed: float,
+    plain_speed: float,
+    acceptance: float | None,
+    tokens_per_round: float,
+    state_share: float | None,
+) -> None:
+    """gb_per_s: bytes of target weights read per second, once for every round."""
+    gb_per_s = speed / tokens_per_round * target.weight_bytes / 1e9
+    report.add(
+        op="generate", case=case, backend="cpu", shape=f"{target.config.d_model}x{target.config.n_layer}",
+        dtype=str(target.embedding.dtype).removeprefix("torch."), batch=1, tokens=LOOKAHEAD + 1 if acceptance else 1,
+        median_s=1 / speed, tokens_per_s=speed, acceptance=acceptance, tokens_per_round=tokens_per_round,
+        gb_per_s=gb_per_s, share_of_bandwidth=gb_per_s / report.bandwidth, share_scan_conv=state_share,
+        baseline="plain decoding", ratio=speed / plain_speed,
+    )  # fmt: skip
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--models", nargs="*", default=list(SHAPES), choices=SHAPES, help="whose shapes to run")
+    arguments.add_argument("--tokens", type=int, default=48, help="tokens per run")
+    options = arguments.parse_args()
+    report = Report(
+        {
+            "case": str, "tokens_per_s": number, "ratio": number, "acceptance": number, "tokens_per_round": number,
+            "gb_per_s": number, "share_of_bandwidth": share, "share_scan_conv": share,
+        }
+    )  # fmt: skip
+    bench_embedded(report, 256)
+    for name in options.models:
+        bench_shape(report, name, options.tokens)
+    report.write(options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Times every op on the shapes of published models, against PyTorch in the same run.
+
+python -m benchmarks.ops [--models 130m 2.8b] [--json FILE]
+
+Each case is checked against the reference before it is timed. gb_per_s counts the bytes an op must move once; ratio is
+the baseline's time over ours, both medians of interleaved runs.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from speculative_mamba.models.config import MambaConfig
+from speculative_mamba.ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear
+from speculative_mamba.testing.models import SHAPES, published_config
+from speculative_mamba.testing.timing import interleaved_medians, rotate
+
+from .report import Report, number, parser, seconds, share
+
+TOKENS = (1, 5)
+CACHE_BYTES = 256 * 2**20  # weights in turn must not fit into any cache
+
+
+def check(op: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """A failing check prints no time."""
+    error = (actual - expected).abs().max().item() / expected.abs().max().item()
+    if not error < 1e-4:
+        raise SystemExit(f"{op}: relative error {error:.2e} against the reference; not timed")
+
+
+def bench_linear(report: Report, in_features: int, out_features: int, rows_list: tuple[int, ...] = TOKENS) -> None:
+    size = in_features * out_features * 2
+    weights = [
+        (torch.randn(out_features, in_features) * in_features**-0.5).bfloat16()
+        for _ in range(max(2, min(64, CACHE_BYTES // size)))
+    ]
+    wide = [w.float() for w in weights[: max(2, len(weights) // 2)]]
+    next_weight, next_again, next_wide = rotate(weights), rotate(weights), rotate(wide)
+    for rows in rows_list:
+        x = torch.randn(rows, in_features)
+        x16 = x.bfloat16()
+        check("skinny_linear", skinny_linear(x, weights[0]), F.linear(x, weights[0].float()))
+        times = interleaved_medians(
+            {
+                "ours": lambda x=x: skinny_linear(x, next_weight()),
+                "F.linear bf16": lambda x=x16: F.linear(x, next_again()),
+                "F.linear fp32": lambda x=x: F.linear(x, next_wide()),
+            }
+        )
+        for baseline in ("F.linear bf16", "F.linear fp32"):
+            _add(report, "skinny_linear", f"{out_features}x{in_features}", times, size, baseline, rows=rows)
+
+
+def bench_norm(report: Report, config: MambaConfig) -> None:
+    weight = torch.randn(config.d_model).bfloat16()
+    for rows in TOKENS:
+        x, residual = torch.randn(rows, config.d_model), torch.randn(rows, config.d_model)
+
+        def torch_norm(x: torch.Tensor = x, residual: torch.Tensor = residual) -> torch.Tensor:
+            return F.rms_norm(x + residual, (config.d_model,), weight.float(), 1e-5)
+
+        def ours(x: torch.Tensor = x, residual: torch.Tensor = residual) -> torch.Tensor:
+            return rms_norm(x, weight, residual)[0]
+
+        check("rms_norm", ours(), torch_norm())
+        times = interleaved_medians({"ours": ours, "torch": torch_norm})
+        _add(report, "rms_norm", f"{config.d_model}", times, 16 * x.numel(), "torch", rows=rows)
+
+
+def bench_conv(report: Report, config: MambaConfig) -> None:
+    D, W = config.d_inner, config.d_conv
+    weight, bias = torch.randn(W, D).bfloat16().t(), torch.randn(D)
+    start = torch.zeros(1, dtype=torch.int32)
+    for tokens in TOKENS:
+        x, window = torch.randn(1, tokens, D), torch.randn(1, W - 1 + tokens, D)
+
+        def run(backend: str, x: torch.Tensor = x, window: torch.Tensor = window) -> torch.Tensor:
+            return causal_conv1d_verify(x, weight, bias, window, start, backend=backend)
+
+        # The call moves the history it reads, so each check starts from the same window.
+        check("causal_conv1d_verify", run("auto", window=window.clone()), run("reference", window=window.clone()))
+        times = interleaved_medians(
+            {"ours": lambda run=run: run("auto"), "reference": lambda run=run: run("reference")}
+        )
+        moved = 4 * D * (3 * tokens + 2 * (W - 1))
+        _add(report, "causal_conv1d_verify", f"{D}x{W}", times, moved, "reference", tokens=tokens)
+
+
+def bench_scan(report: Report, config: MambaConfig) -> None:
+    D, N = config.d_inner, config.d_state
+    A, skip, dt_bias = -torch.rand(D, N) * N, torch.randn(D), torch.randn(D) - 4
+    start = torch.zeros(1, dtype=torch.int32)
+    layers = max(2, min(32, CACHE_BYTES // (4 * D * N * max(TOKENS))))
+    for tokens in TOKENS:
+        x, dt, z = (torch.randn(1, tokens, D) for _ in range(3))
+        B, C = torch.randn(1, tokens, N), torch.randn(1, tokens, N)
+        states = [torch.randn(1, tokens, D, N) for _ in range(layers)]
+        mine, theirs = rotate(states), rotate(states)
+
+        def run(
+            backend: str, states: torch.Tensor, inputs: tuple[torch.Tensor, ...] = (x, dt, B, C, z)
+        ) -> torch.Tensor:
+            x, dt, B, C, z = inputs
+            return selective_scan_verify(x, dt, A, B, C, skip, z, dt_bias, states, start, backend=backend)
+
+        check("selective_scan_verify", run("auto", states[0].clone()), run("reference", states[0].clone()))
+        times = interleaved_medians(
+            {
+                "ours": lambda run=run, mine=mine: run("auto", mine()),
+                "reference": lambda run=run, theirs=theirs: run("reference", theirs()),
+            }
+        )
+        moved = 4 * (D * N * (tokens + 2) + 4 * D * tokens)
+        _add(report, "selective_scan_verify", f"{D}x{N}", times, moved, "reference", tokens=tokens)
+
+
+def _add(report: Report, op: str, shape: str, times: dict[str, float], moved: int, baseline: str, **size: int) -> None:
+    speed = moved / times["ours"] / 1e9
+    report.add(
+        op=op, backend="cpu", shape=shape, dtype="bfloat16", batch=1, median_s=times["ours"], gb_per_s=speed,
+        share_of_bandwidth=speed / report.bandwidth, baseline=baseline, ratio=times[baseline] / times["ours"], **size,
+    )  # fmt: skip
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--models", nargs="*", default=list(SHAPES), choices=SHAPES, help="whose shapes to run")
+    options = arguments.parse_args()
+    text: Callable[[object], str] = str
+    report = Report(
+        {
+            "op": text, "shape": text, "rows": text, "tokens": text, "median_s": seconds, "gb_per_s": number,
+            "share_of_bandwidth": share, "baseline": text, "ratio": number,
+        }
+    )  # fmt: skip
+    bench_linear(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
+    for name in options.models:
+        c = published_config(name)
+        print(f"mamba-{name}")
+        bench_linear(report, c.d_model, 2 * c.d_inner)
+        bench_linear(report, c.d_inner, c.dt_rank + 2 * c.d_state)
+        bench_linear(report, c.dt_rank, c.d_inner)
+        bench_linear(report, c.d_inner, c.d_model)
+        bench_norm(report, c)
+        bench_conv(report, c)
+        bench_scan(report, c)
+    report.write(options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""One line per case, with the machine and the commit above, and the same rows as JSON."""
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from speculative_mamba.ops import backend as backends
+from speculative_mamba.testing.timing import read_bandwidth_gb_per_s
+
+
+class Report:
+    """Prints rows as they come; ``columns`` maps a row's key to a format for its cell."""
+
+    def __init__(self, columns: dict[str, Callable[[object], str]]) -> None:
+        self._columns = columns
+        self.rows: list[dict] = []
+        self.bandwidth = read_bandwidth_gb_per_s()
+        module, reason = backends.extension()
+        print(f"machine: {_processor()}, {torch.get_num_threads()} threads; reads {self.bandwidth:.1f} GB/s at best")
+        print(f"commit {_commit()}, torch {torch.__version__}, {reason if module else 'reference only: ' + reason}")
+        print("  ".join(f"{name:>{self._width(name)}}" for name in columns))
+
+    @staticmethod
+    def _width(name: str) -> int:
+        return max(len(name), 22 if name in ("op", "case") else 11)
+
+    def add(self, **row: object) -> None:
+        self.rows.append(row)
+        cells = {name: cell(row[name]) if row.get(name) is not None else "-" for name, cell in self._columns.items()}
+        print("  ".join(f"{text:>{self._width(name)}}" for name, text in cells.items()), flush=True)
+
+    def write(self, path: Path | None) -> None:
+        if path is not None:
+            path.write_text(json.dumps(self.rows, indent=1) + "\n")
+            print(f"wrote {len(self.rows)} rows to {path}")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as a list of objects")
+    return made
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1e3:.3f} ms"
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def share(value: float) -> str:
+    return f"{value * 100:.0f} %"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
