@@ -53,10 +53,9 @@ def main() -> None:
         accepted, tested = accepted + stats.accepted, tested + stats.tested
         tokens, rounds = tokens + stats.tokens, rounds + stats.row_rounds
     row |= {"acceptance_rate": accepted / tested, "tested": tested, "tokens_per_round": tokens / rounds}
-    print(
-        f"target: {row['target_bits_per_byte']:.3f} bits per byte on {len(text)} bytes, {row['target_bytes']} weight bytes"
-    )
-    print(f"draft:  {row['draft_bits_per_byte']:.3f} bits per byte, {row['draft_bytes']} weight bytes")
+    print(f"{len(text)} bytes of unseen text")
+    for name in ("target", "draft"):
+        print(f"{name}: {row[f'{name}_bits_per_byte']:.3f} bits per byte, {row[f'{name}_bytes']} bytes of weights")
     print(
         f"acceptance rate, greedy, K={LOOKAHEAD}: {row['acceptance_rate']:.3f} of {tested} tested tokens, "
         f"{row['tokens_per_round']:.2f} tokens per round"

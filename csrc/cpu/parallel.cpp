@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include <pthread.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -107,18 +109,26 @@ class Pool {
     int workers_ = 0;
 };
 
+std::atomic<Pool*> shared{nullptr};  // never destroyed: its threads may outlive the statics
+
 Pool& pool() {
-    static Pool* instance = new Pool;  // never destroyed: its threads may outlive the statics
-    return *instance;
+    // A forked child gets a pool of its own: the parent's threads are not there, and its locks may be held for ever.
+    static const int once = [] {
+        shared = new Pool;
+        return pthread_atfork(nullptr, nullptr, [] { shared = new Pool; });
+    }();
+    (void)once;
+    return *shared;
 }
 
 }  // namespace
 
 void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* context) {
-    std::unique_lock<std::mutex> busy(pool().busy, std::defer_lock);
-    // A second caller (another Python thread, or a forked child of a busy parent) works alone instead of queueing.
+    Pool& workers = pool();
+    std::unique_lock<std::mutex> busy(workers.busy, std::defer_lock);
+    // A second caller (another Python thread) works alone instead of queueing.
     if (threads > 1 && chunks > 1 && chunks < UINT32_MAX && busy.try_lock()) {
-        pool().run(chunks, threads, function, context);
+        workers.run(chunks, threads, function, context);
     } else {
         for (int64_t chunk = 0; chunk < chunks; chunk++) function(context, chunk);
     }

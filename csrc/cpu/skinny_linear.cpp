@@ -8,11 +8,13 @@
 namespace speculative_mamba::SM_ISA {
 namespace {
 
-// Rows of x × rows of W held in accumulators at a time, by what fits the register file.
+// M rows of x × R rows of W are held in accumulators at a time: as many as the register file takes.
 #if defined(__AVX512F__)
-constexpr int kMaxTokens = 6, kWeightRows = 4;
+constexpr int kMaxTokens = 6;
+constexpr int weight_rows(int M) { return M == 1 ? 8 : 4; }
 #else
-constexpr int kMaxTokens = 5, kWeightRows = 1;
+constexpr int kMaxTokens = 5;
+constexpr int weight_rows(int M) { return M == 1 ? 4 : M <= 3 ? 2 : 1; }
 #endif
 constexpr int64_t kPrefetch = 1024;  // bytes ahead in every weight row
 
@@ -49,29 +51,31 @@ inline void tile(const SkinnyLinearParams& p, int64_t m0, int64_t n0) {
         for (int r = 0; r < R; r++) p.y[(m0 + m) * p.out_features + n0 + r] = sum(sums[r][m]);
 }
 
-template <typename scalar_t, int R>
-inline void weight_rows(const SkinnyLinearParams& p, int64_t n) {
-    int64_t m = 0;
-    for (; m + kMaxTokens <= p.rows; m += kMaxTokens) tile<scalar_t, kMaxTokens, R>(p, m, n);
-    switch (p.rows - m) {
-        case 1: return tile<scalar_t, 1, R>(p, m, n);
-        case 2: return tile<scalar_t, 2, R>(p, m, n);
-        case 3: return tile<scalar_t, 3, R>(p, m, n);
-        case 4: return tile<scalar_t, 4, R>(p, m, n);
-        case 5:
-            if constexpr (kMaxTokens > 5) return tile<scalar_t, 5, R>(p, m, n);
-    }
+template <typename scalar_t, int M>
+inline void token_rows(const SkinnyLinearParams& p, int64_t m, int64_t n, int64_t last) {
+    constexpr int R = weight_rows(M);
+    for (; n + R <= last; n += R) tile<scalar_t, M, R>(p, m, n);
+    for (; n < last; n++) tile<scalar_t, M, 1>(p, m, n);
 }
 
 template <typename scalar_t>
 void run(const SkinnyLinearParams& p, int threads) {
-    // Chunks of about 64 KiB of weights: long enough to hide their hand-out, short enough to end together.
+    // Chunks of about 64 KiB of weights: long enough to hide their hand-out, short enough to end together, and for many
+    // rows of x small enough to be found in the cache again by the next tile.
     int64_t grain = divide_up(64 * 1024, p.in_features * static_cast<int64_t>(sizeof(scalar_t)));
-    grain = divide_up(smaller(grain, divide_up(p.out_features, 2 * threads)), kWeightRows) * kWeightRows;
+    grain = divide_up(smaller(grain, divide_up(p.out_features, 2 * threads)), 8) * 8;
     const int64_t work = p.rows * p.in_features * p.out_features;
-    parallel_for(p.out_features, grain, work, threads, [&](int64_t n, int64_t last) {
-        for (; n + kWeightRows <= last; n += kWeightRows) weight_rows<scalar_t, kWeightRows>(p, n);
-        for (; n < last; n++) weight_rows<scalar_t, 1>(p, n);
+    parallel_for(p.out_features, grain, work, threads, [&](int64_t first, int64_t last) {
+        int64_t m = 0;
+        for (; m + kMaxTokens <= p.rows; m += kMaxTokens) token_rows<scalar_t, kMaxTokens>(p, m, first, last);
+        switch (p.rows - m) {
+            case 1: return token_rows<scalar_t, 1>(p, m, first, last);
+            case 2: return token_rows<scalar_t, 2>(p, m, first, last);
+            case 3: return token_rows<scalar_t, 3>(p, m, first, last);
+            case 4: return token_rows<scalar_t, 4>(p, m, first, last);
+            case 5:
+                if constexpr (kMaxTokens > 5) return token_rows<scalar_t, 5>(p, m, first, last);
+        }
     });
 }
 
