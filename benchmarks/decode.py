@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 
 import speculative_mamba as sm
+from speculative_mamba.cli import PROMPT
 from speculative_mamba.decode import ModelDrafter
 from speculative_mamba.layers import mamba1
 from speculative_mamba.models.config import MambaConfig
@@ -63,7 +64,7 @@ def stateful_ops_timed() -> Iterator[list[float]]:
             setattr(mamba1, name, function)
 
 
-def bench_shape(report: Report, name: str, tokens: int) -> None:
+def bench_shape(report: Report, name: str, tokens: int, repeats: int) -> None:
     target = random_model(published_config(name), dtype=torch.bfloat16)
     cost = random_model(draft_config(target), dtype=torch.bfloat16, seed=1)
     assert cost.weight_bytes * 20 <= target.weight_bytes
@@ -77,23 +78,20 @@ def bench_shape(report: Report, name: str, tokens: int) -> None:
         plain = sm.generate(target, prompt[:, -1:], **settings)
     state_share = sum(spent) / plain.stats.decode_s
 
-    plain = sm.generate(target, prompt, **settings)
-    speeds = {rate: [] for rate in RATES}
-    plain_speeds = [plain.stats.tokens_per_s]
-    results = {}
-    for rate in RATES:
-        for repeat in range(2):
-            draft = ScriptedDraft(
-                [plain.sequences[0].tolist()], target.vocab_size, agree_at_rate(rate, repeat), ModelDrafter(cost)
-            )
-            results[rate] = sm.generate(target, prompt, draft=draft, **settings)
-            if not torch.equal(results[rate].sequences[0], plain.sequences[0]):
+    runs: dict[float | None, list[sm.GenerationStats]] = {rate: [] for rate in (None, *RATES)}
+    for repeat in range(repeats):
+        plain = sm.generate(target, prompt, **settings)
+        runs[None].append(plain.stats)
+        text = plain.sequences[0].tolist()
+        for rate in RATES:
+            draft = ScriptedDraft([text], target.vocab_size, agree_at_rate(rate, repeat), ModelDrafter(cost))
+            result = sm.generate(target, prompt, draft=draft, **settings)
+            if result.sequences[0].tolist() != text:
                 raise SystemExit(f"mamba-{name}: text differs from plain decoding; not timed")
-            speeds[rate].append(results[rate].stats)
-        plain_speeds.append(sm.generate(target, prompt, **settings).stats.tokens_per_s)
-    plain_speed = statistics.median(plain_speeds)
+            runs[rate].append(result.stats)
+    plain_speed = statistics.median(s.tokens_per_s for s in runs.pop(None))
     _add(report, f"mamba-{name} plain", target, plain_speed, plain_speed, None, 1.0, state_share)
-    for rate, stats in speeds.items():
+    for rate, stats in runs.items():
         speed = statistics.median(s.tokens_per_s for s in stats)
         rounds = statistics.mean(s.tokens_per_round for s in stats)
         measured = sum(s.accepted for s in stats) / sum(s.tested for s in stats)
@@ -102,8 +100,6 @@ def bench_shape(report: Report, name: str, tokens: int) -> None:
 
 def bench_embedded(report: Report, tokens: int) -> None:
     target, draft = sm.load_model("builtin:target"), sm.load_model("builtin:draft")
-    from speculative_mamba.cli import PROMPT
-
     prompt = [target.tokenizer.encode(PROMPT).ids]
     settings = {"lookahead": LOOKAHEAD, "max_new_tokens": tokens}
     sm.generate(target, prompt, draft=draft, **settings)
@@ -117,9 +113,7 @@ def bench_embedded(report: Report, tokens: int) -> None:
     stats = speculative[0].stats
     speed = statistics.median(run.stats.tokens_per_s for run in speculative)
     _add(report, "embedded pair plain", target, plain_speed, plain_speed, None, 1.0, None)
-    _add(
-        report, "embedded pair", target, speed, plain_speed, stats.acceptance_rate, stats.tokens_per_round, None
-    )  # fmt: skip
+    _add(report, "embedded pair", target, speed, plain_speed, stats.acceptance_rate, stats.tokens_per_round, None)
 
 
 def _add(
@@ -147,6 +141,7 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--models", nargs="*", default=list(SHAPES), choices=SHAPES, help="whose shapes to run")
     arguments.add_argument("--tokens", type=int, default=48, help="tokens per run")
+    arguments.add_argument("--repeats", type=int, default=3, help="interleaved runs of each case; medians are shown")
     options = arguments.parse_args()
     report = Report(
         {
@@ -156,7 +151,7 @@ def main() -> None:
     )  # fmt: skip
     bench_embedded(report, 256)
     for name in options.models:
-        bench_shape(report, name, options.tokens)
+        bench_shape(report, name, options.tokens, options.repeats)
     report.write(options.json)
 
 
