@@ -15,7 +15,8 @@ from .weights import read_json, read_tensors, release_pages
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILTIN = ("target", "draft")
-DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # what the state-spaces checkpoints were trained with
+_CONFIG_FILES = ("config.json", "tokenizer.json")
+DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 
 def load_model(
@@ -47,7 +48,9 @@ def load_model(
     builder = _Builder(folder, tensors, config, dtype, torch_device, backend)
     model = builder.build()
     model.name = str(source)
-    model.tokenizer = load_tokenizer(folder, fall_back=is_hub or "model_type" not in raw_config)
+    # State-spaces checkpoints come without the tokenizer they were trained with, gpt-neox-20b's.
+    fall_back = is_hub or "model_type" not in raw_config
+    model.load_tokenizer = lambda: load_tokenizer(folder, fall_back)
     return model
 
 
@@ -87,45 +90,41 @@ def find_folder(source: str) -> tuple[Path, bool]:
         raise ValueError(f"{source} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise ValueError(f"folder {source} does not exist, and it is no hub id (owner/name)")
-    return _download(source), True
+    folder = _download(source, [*_CONFIG_FILES, "model*.safetensors*"])
+    if not list(folder.glob("*.safetensors")):
+        folder = _download(source, [*_CONFIG_FILES, "pytorch_model*"])
+    return folder, True
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        common = ["config.json", "tokenizer.json"]
-        folder = Path(snapshot_download(repository, allow_patterns=[*common, "model*.safetensors*"]))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repository, allow_patterns=[*common, "pytorch_model*"]))
+        return Path(snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ValueError(_hub_message(repository, error)) from None
-    return folder
-
-
-def _hub_message(repository: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return (
-        f"no folder {repository} here, and it cannot be had from the hub ({type(error).__name__}: {reason}); "
-        "check the name and the network, or give the path of a folder that holds the checkpoint"
-    )
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"no folder {repository} here, and the hub does not give it ({type(error).__name__}: {reason}); check the "
+            f"name and the network, or download it elsewhere and give the path of the folder"
+        ) from None
 
 
 def load_tokenizer(folder: Path, fall_back: bool) -> Tokenizer | None:
-    """The tokenizer of a checkpoint; for a state-spaces checkpoint without one, gpt-neox-20b's from the hub's cache.
+    """The tokenizer of a checkpoint: ``tokenizer.json`` in its folder; with ``fall_back`` else gpt-neox-20b's.
 
-    None when there is none: token ids can be used without.
+    None when there is none.
+
+    Raises:
+        ValueError: the file is broken, or the fall-back cannot be downloaded.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         if not fall_back:
             return None
-        from huggingface_hub import hf_hub_download
-
         try:
-            path = Path(hf_hub_download(DEFAULT_TOKENIZER, "tokenizer.json"))
-        except (OSError, ValueError):  # offline: the model works with token ids, and whoever needs text says so
-            return None
+            path = _download(DEFAULT_TOKENIZER, ["tokenizer.json"]) / "tokenizer.json"
+        except ValueError as error:
+            raise ValueError(f"{folder} has no tokenizer.json, and text needs one: {error}") from None
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception

@@ -1,7 +1,8 @@
 """A Mamba-1 language model: embedding, blocks, norm, head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ PREFILL_CHUNK = 64
 class MambaLM:
     """Weights and the two ways to run them; all state lives in the cache that the caller passes.
 
-    embedding and head: (V, d), the same tensor when tied; norm_weight: (d). ``tokenizer`` may be None.
+    embedding and head: (V, d), the same tensor when tied; norm_weight: (d). ``load_tokenizer`` is called when text is
+    first needed; token ids need none.
     """
 
     config: MambaConfig
@@ -29,8 +31,17 @@ class MambaLM:
     norm_weight: torch.Tensor
     head: torch.Tensor
     name: str = "model"
-    tokenizer: Tokenizer | None = field(default=None, repr=False)
+    load_tokenizer: Callable[[], Tokenizer | None] = field(default=lambda: None, repr=False)
     backend: str = "auto"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, or None if there is none.
+
+        Raises:
+            ValueError: its file is broken, or it would have to be downloaded and cannot be.
+        """
+        return self.load_tokenizer()
 
     @property
     def device(self) -> torch.device:
