@@ -19,7 +19,7 @@ from speculative_mamba.testing.timing import interleaved_medians, rotate
 from .report import Report, number, parser, seconds, share
 
 TOKENS = (1, 5)
-CACHE_BYTES = 256 * 2**20  # weights in turn must not fit into any cache
+CACHE_BYTES = 2**30  # weights used in turn must not fit into any cache
 
 
 def check(op: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -31,11 +31,9 @@ def check(op: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def bench_linear(report: Report, in_features: int, out_features: int, rows_list: tuple[int, ...] = TOKENS) -> None:
     size = in_features * out_features * 2
-    weights = [
-        (torch.randn(out_features, in_features) * in_features**-0.5).bfloat16()
-        for _ in range(max(2, min(64, CACHE_BYTES // size)))
-    ]
-    wide = [w.float() for w in weights[: max(2, len(weights) // 2)]]
+    weight = (torch.randn(out_features, in_features) * in_features**-0.5).bfloat16()
+    weights = [weight.clone() for _ in range(min(200, CACHE_BYTES // size))]
+    wide = [weight.float() for _ in weights[::2]]
     next_weight, next_again, next_wide = rotate(weights), rotate(weights), rotate(wide)
     for rows in rows_list:
         x = torch.randn(rows, in_features)

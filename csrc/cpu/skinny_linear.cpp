@@ -28,18 +28,25 @@ inline void tile(const SkinnyLinearParams& p, int64_t m0, int64_t n0) {
     Vec sums[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) sums[r][m] = zero();
-    for (int64_t k = 0; k < whole; k += kLanes) {
-        Vec w[R];
-        for (int r = 0; r < R; r++) {
-            const scalar_t* source = weight + r * p.weight_row_stride + k;
-            w[r] = load(source);
-            prefetch(reinterpret_cast<const char*>(source) + kPrefetch);
+    // Near the end of these rows the rows of the next tile are fetched, so that no tile starts cold.
+    auto span = [&](int64_t k, int64_t last, int64_t ahead) {
+        for (; k < last; k += kLanes) {
+            Vec w[R];
+            for (int r = 0; r < R; r++) {
+                const scalar_t* source = weight + r * p.weight_row_stride + k;
+                w[r] = load(source);
+                prefetch(source + ahead);
+            }
+            for (int m = 0; m < M; m++) {
+                Vec input = load(x + m * p.x_row_stride + k);
+                for (int r = 0; r < R; r++) sums[r][m] = fma(w[r], input, sums[r][m]);
+            }
         }
-        for (int m = 0; m < M; m++) {
-            Vec input = load(x + m * p.x_row_stride + k);
-            for (int r = 0; r < R; r++) sums[r][m] = fma(w[r], input, sums[r][m]);
-        }
-    }
+    };
+    constexpr int64_t ahead = kPrefetch / sizeof(scalar_t);
+    const int64_t turn = smaller(whole, whole > ahead ? whole - ahead : 0) / kLanes * kLanes;
+    span(0, turn, ahead);
+    span(turn, whole, ahead - p.in_features + R * p.weight_row_stride);
     if (rest) {
         for (int r = 0; r < R; r++) {
             Vec w = load_partial(weight + r * p.weight_row_stride + whole, rest);
@@ -62,7 +69,8 @@ template <typename scalar_t>
 void run(const SkinnyLinearParams& p, int threads) {
     // Chunks of about 64 KiB of weights: long enough to hide their hand-out, short enough to end together, and for many
     // rows of x small enough to be found in the cache again by the next tile.
-    int64_t grain = divide_up(64 * 1024, p.in_features * static_cast<int64_t>(sizeof(scalar_t)));
+    const int64_t row_bytes = p.in_features * static_cast<int64_t>(sizeof(scalar_t));
+    int64_t grain = divide_up(64 * 1024, row_bytes > 0 ? row_bytes : 1);
     grain = divide_up(smaller(grain, divide_up(p.out_features, 2 * threads)), 8) * 8;
     const int64_t work = p.rows * p.in_features * p.out_features;
     parallel_for(p.out_features, grain, work, threads, [&](int64_t first, int64_t last) {
