@@ -11,7 +11,7 @@
 namespace speculative_mamba {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(100);
+constexpr auto kSpin = std::chrono::microseconds(500);
 constexpr int kMaxWorkers = 255;
 
 inline void relax() {

@@ -93,7 +93,13 @@ class ModelDrafter:
             return greedy_tokens(logits)
         law = filtered_probabilities(logits, self._sampling)
         laws.append(law)
-        return torch.tensor([draw(row, g) for row, g in zip(law, self._generators, strict=True)], device=logits.device)
+        tokens = []
+        for row, generator in enumerate(self._generators):
+            try:
+                tokens.append(draw(law[row], generator))
+            except ValueError as error:
+                raise ValueError(f"the draft cannot propose a token for row {row}: {error}") from None
+        return torch.tensor(tokens, device=logits.device)
 
 
 def as_drafter(draft: "Drafter | MambaLM | LanguageModel") -> Drafter:

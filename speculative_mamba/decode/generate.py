@@ -115,9 +115,9 @@ def generate(
     stats.prefill_s = time.perf_counter() - started
 
     decoding = time.perf_counter()
-    while any(row.finish_reason is None for row in rows):
+    while active := [index for index, row in enumerate(rows) if row.finish_reason is None]:
         # The longest row sets the window; what a shorter one drafts past its budget is dropped when it commits.
-        drafts = min(lookahead, max(row.budget for row in rows if row.finish_reason is None) - 1)
+        drafts = min(lookahead, max(rows[index].budget for index in active) - 1)
         window = torch.tensor([row.tokens[-1:] for row in rows], device=target.device)
         drafted, laws = window[:, :0], None
         began = time.perf_counter()
@@ -128,11 +128,10 @@ def generate(
         proposed = time.perf_counter()
         logits = target.verify(window, cache, start_slot)
         verified = time.perf_counter()
-        _refuse_nan(logits, rows)
         if sampling.greedy:
-            accepted, following = accept_greedy(logits, drafted)
+            accepted, following = accept_greedy(logits, drafted, active)
         else:
-            accepted, following = accept_rejection(logits, drafted, laws, sampling, generators)
+            accepted, following = accept_rejection(logits, drafted, laws, sampling, generators, active)
         start_slot = accepted
         stats.rounds += 1
         stats.draft_s += proposed - began
@@ -169,16 +168,6 @@ def _commit(
             if row.finish_reason is not None:
                 break
         stats.count(len(tokens), agreed, committed)
-
-
-def _refuse_nan(logits: torch.Tensor, rows: list[_Row]) -> None:
-    bad = torch.isnan(logits.amax(-1)).any(-1).tolist()
-    for index, row in enumerate(rows):
-        if bad[index] and row.finish_reason is None:
-            raise ValueError(
-                f"the target's logits are NaN in row {index} after {len(row.tokens)} tokens; "
-                "the checkpoint is broken or its numbers overflow"
-            )
 
 
 def _result(rows: list[_Row], stats: GenerationStats, vocabulary: int, output_logits: bool) -> GenerationResult:

@@ -85,10 +85,11 @@ def uniform(generator: torch.Generator) -> float:
 
 def row_generators(seed: int, rows: int) -> list[torch.Generator]:
     """One generator per row, whose numbers depend on the seed and the row's index alone."""
+    # torch seeds its Mersenne twister from the low 32 bits alone, so all bits of the seed are folded into those.
+    start = (seed * 0x9E3779B97F4A7C15 % 2**64) >> 32
     generators = []
     for row in range(rows):
-        mixed = (seed * 0x9E3779B97F4A7C15 + row * 0xBF58476D1CE4E5B9) % 2**63
-        generators.append(torch.Generator().manual_seed(mixed))
+        generators.append(torch.Generator().manual_seed((start + row * 0x85EBCA6B) % 2**32))
     return generators
 
 

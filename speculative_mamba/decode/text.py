@@ -16,11 +16,15 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
         self._decoder = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._text = ""  # what the decoder gave so far
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
+        self._tokens.append(token)
         piece = self._decoder.step(self._tokenizer, token) or ""
+        self._text += piece
         if self.stopped or not piece:
             return ""
         text = self._held + piece
@@ -33,8 +37,12 @@ class TextStream:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What was held back as a possible start of a stop string that never came."""
-        held, self._held = self._held, ""
+        """What was held back: the possible start of a stop string that never came, an unfinished character."""
+        if self.stopped:
+            return ""
+        whole = self._tokenizer.decode(self._tokens)
+        rest = whole[len(self._text) :] if whole.startswith(self._text) else ""
+        held, self._held = self._held + rest, ""
         return held
 
 

@@ -85,10 +85,12 @@ def _from_state_spaces(config: dict[str, Any]) -> MambaConfig:
     if config.get("attn_layer_idx"):
         raise ValueError("architecture with attention layers (attn_layer_idx) is not supported; supported: Mamba-1")
     ssm = config.get("ssm_cfg") or {}
+    if not isinstance(ssm, dict):
+        raise ValueError(f"config.json gives ssm_cfg = {ssm!r}; an object is needed")
     if ssm.get("layer", "Mamba1") != "Mamba1":
         raise ValueError(f"architecture '{ssm['layer']}' is not supported; supported: Mamba1")
     d_model, rank = _required(config, "d_model"), ssm.get("dt_rank", "auto")
-    multiple = config.get("pad_vocab_size_multiple", 8)
+    multiple = _required({"pad_vocab_size_multiple": 8, **config}, "pad_vocab_size_multiple")
     return MambaConfig(
         d_model=d_model,
         n_layer=_required(config, "n_layer"),

@@ -22,7 +22,10 @@ def extension() -> tuple[ModuleType | None, str]:
         return None, f"speculative_mamba._C cannot be loaded ({first_line}); rebuild it with: pip install -e ."
     isa = os.environ.get("SPECULATIVE_MAMBA_ISA")
     if isa:
-        module.select_isa(isa)
+        try:
+            module.select_isa(isa)
+        except ValueError as error:
+            raise ValueError(f"SPECULATIVE_MAMBA_ISA: {error}") from None
     return module, f"C++ kernels, instruction set {module.isa()}"
 
 

@@ -30,13 +30,17 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
-def check_slots(
-    batch: int, tokens: int, slots: int, start_slot: torch.Tensor, write_slot: int, x: torch.Tensor
-) -> None:
-    """A window of T tokens must fit into slots write_slot … write_slot+T-1 of S.
+def check_slots(x: torch.Tensor, slots: int, start_slot: torch.Tensor, write_slot: int, keep_last: bool) -> None:
+    """The window x (B, T, D) must fit into slots write_slot … write_slot+T-1 of S, or with keep_last go to slot 0.
 
     The values in ``start_slot`` are data and stay on the device; on the CPU they are cheap to check, so they are.
     """
+    batch, tokens, _ = x.shape
+    if tokens < 1:
+        raise ValueError("x must hold at least one token per row")
+    if keep_last and write_slot != 0:
+        raise ValueError(f"with keep_last the state goes to slot 0, so write_slot must be 0, got {write_slot}")
+    tokens = 1 if keep_last else tokens
     check("start_slot", start_slot, (batch,), x, torch.int32)
     if not 0 <= write_slot <= slots - tokens:
         raise ValueError(f"{tokens} tokens from slot {write_slot} on do not fit into {slots} slots")

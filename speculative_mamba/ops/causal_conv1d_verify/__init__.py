@@ -46,18 +46,19 @@ def causal_conv1d_verify(
     """
     if x.ndim != 3 or weight.ndim != 2 or window.ndim != 3:
         raise ValueError(f"x and window need 3 dimensions, weight 2; got {x.ndim}, {window.ndim}, {weight.ndim}")
-    batch, tokens, channels = x.shape
+    batch, _, channels = x.shape
     width = weight.shape[1]
     slots = window.shape[1] - width + 1
     if not 2 <= width <= MAX_CONV_WIDTH:
         raise ValueError(f"weight must have 2 to {MAX_CONV_WIDTH} taps, got {width}")
     check("x", x, x.shape, x)
     if weight.shape[0] != channels or weight.dtype not in WEIGHT_DTYPES or weight.device != x.device:
-        raise ValueError(f"weight must be ({channels}, W) in float32, bfloat16 or float16 on {x.device}")
+        expected = f"({channels}, W) in float32, bfloat16 or float16 on {x.device}"
+        raise ValueError(f"weight must be {expected}, got {tuple(weight.shape)} {weight.dtype} on {weight.device}")
     if bias is not None:
         check("bias", bias, (channels,), x)
     check("window", window, (batch, window.shape[1], channels), x)
-    check_slots(batch, 1 if keep_last else tokens, slots, start_slot, write_slot, x)
+    check_slots(x, slots, start_slot, write_slot, keep_last)
     check_null_columns(null_columns, batch, x)
     implementation = backends.run(_IMPLEMENTATIONS, backend, x)
     return implementation(x, weight, bias, window, start_slot, write_slot, null_columns, keep_last)

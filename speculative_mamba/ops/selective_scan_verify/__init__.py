@@ -69,7 +69,7 @@ def selective_scan_verify(
         check("z", z, x.shape, x)
     if not A.is_contiguous() or states.stride(2) != state_size:
         raise ValueError("A must be contiguous, and states in its last two dimensions")
-    check_slots(batch, 1 if keep_last else tokens, slots, start_slot, write_slot, x)
+    check_slots(x, slots, start_slot, write_slot, keep_last)
     check_null_columns(null_columns, batch, x)
     implementation = backends.run(_IMPLEMENTATIONS, backend, x)
     return implementation(x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, null_columns, keep_last)

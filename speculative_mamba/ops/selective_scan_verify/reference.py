@@ -1,4 +1,7 @@
-"""The specification in PyTorch, in the dtype of x: float32, or float64 to measure the kernels' error."""
+"""The specification in PyTorch, in the dtype of x: float32, or float64 to measure the kernels' error.
+
+Token by token, because PyTorch rounds softplus, SiLU and sums by where a value lies in its tensor.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +23,18 @@ def selective_scan_verify(
     keep_last: bool,
 ) -> torch.Tensor:
     batch, tokens, _ = x.shape
-    dt = F.softplus(dt + dt_bias)
-    state = states[torch.arange(batch, device=x.device), start_slot.long()].clone()
-    y = []
-    for t in range(tokens):
-        new = torch.exp(dt[:, t, :, None] * A) * state + (dt[:, t] * x[:, t])[..., None] * B[:, t, None, :]
-        state = new if null_columns is None else torch.where((t < null_columns)[:, None, None], state, new)
-        if not keep_last:
-            states[:, write_slot + t] = state
-        y.append((state * C[:, t, None, :]).sum(-1) + D * x[:, t])
-    if keep_last:
-        states[:, 0] = state
-    out = torch.stack(y, 1)
-    return out if z is None else out * F.silu(z)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for b in range(batch):
+        state = states[b, start_slot[b]].clone()
+        for t in range(tokens):
+            step = F.softplus(dt[b, t] + dt_bias)
+            if null_columns is None or t >= null_columns[b]:
+                state = torch.exp(step[:, None] * A) * state + (step * x[b, t])[:, None] * B[b, t]
+            if not keep_last:
+                states[b, write_slot + t] = state
+            y[b, t] = (state * C[b, t]).sum(-1) + D * x[b, t]
+            if z is not None:
+                y[b, t] *= F.silu(z[b, t])
+        if keep_last:
+            states[b, 0] = state
+    return y

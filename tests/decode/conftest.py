@@ -1,0 +1,98 @@
+"""What the tests of the loop share: tiny pairs of every dtype and backend, and texts decoded without a draft."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+
+import speculative_mamba as sm
+from speculative_mamba.testing.models import TableModel, random_model, tiny_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A tiny target and drafts of it: unrelated ("random"), agreeing now and then ("near"), the target ("equal")."""
+
+    target: sm.MambaLM
+    drafts: dict[str, sm.MambaLM]
+
+
+@functools.cache
+def _pair(dtype: torch.dtype, backend: str) -> Pair:
+    # Untied: with random weights a tied head only repeats the last token.
+    target = random_model(tiny_config(tie_embeddings=False), dtype=dtype, backend=backend)
+    noise = torch.randn(target.head.shape, generator=torch.Generator().manual_seed(5))
+    near = dataclasses.replace(target, head=(target.head.float() + 0.08 * noise).to(dtype))
+    unrelated = random_model(tiny_config(d_model=16, n_layer=1), dtype=dtype, seed=1, backend=backend)
+    return Pair(target, {"random": unrelated, "near": near, "equal": target})
+
+
+@pytest.fixture(scope="session")
+def pair() -> Callable[..., Pair]:
+    """pair(dtype, backend)"""
+    return lambda dtype=torch.float32, backend="cpu": _pair(dtype, backend)
+
+
+@pytest.fixture(scope="session")
+def plain() -> Callable[..., tuple[list[int], torch.Tensor]]:
+    """plain(model, prompt, tokens): sequence and logits of greedy decoding without a draft, of one row alone."""
+    known = {}
+
+    def decode(model: sm.MambaLM, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+        key = id(model), tuple(prompt), tokens
+        if key not in known:
+            result = sm.generate(model, [prompt], max_new_tokens=tokens, stop_token_ids=(), output_logits=True)
+            known[key] = model, result.sequences[0].tolist(), result.logits[0]
+        return known[key][1:]
+
+    return decode
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Callable[..., list[int]]:
+    """prompt(length, seed): token ids for the tiny models."""
+
+    def make(length: int, seed: int = 0) -> list[int]:
+        generator = torch.Generator().manual_seed(1000 * seed + length)
+        return torch.randint(0, tiny_config().vocab_size, (length,), generator=generator).tolist()
+
+    return make
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """threads(n) sets torch's number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def chain() -> Callable[[list[bytes]], TableModel]:
+    """chain(pieces): a model with a tokenizer. Token i stands for piece i and is always followed by token i+1."""
+
+    def make(pieces: list[bytes]) -> TableModel:
+        model = TableModel(torch.eye(len(pieces)).roll(1, dims=1))
+        vocabulary = {"".join(map(_byte_name, piece)): token for token, piece in enumerate(pieces)}
+        assert len(vocabulary) == len(pieces), "pieces must differ"
+        model.tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        model.tokenizer.decoder = decoders.ByteLevel()
+        return model
+
+    return make
+
+
+@functools.cache
+def _byte_names() -> list[str]:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [names[byte] for byte in range(256)]
+
+
+def _byte_name(byte: int) -> str:
+    """The character by which byte-level tokenizers write a byte."""
+    return _byte_names()[byte]

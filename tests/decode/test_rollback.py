@@ -1,0 +1,223 @@
+"""Guarantee 4 for whole models: going back to any token of a window gives the state of a fresh prefill up to it."""
+
+import random
+
+import pytest
+import torch
+
+import speculative_mamba as sm
+from speculative_mamba.testing.scripted import ScriptedDraft
+from speculative_mamba.testing.tolerance import assert_bitwise_equal
+
+
+def slots(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def fresh(model, tokens):
+    cache = model.new_cache(1, 1)
+    model.prefill(tokens, cache, 0)
+    return cache
+
+
+def assert_slot_holds(model, cache, row, slot, tokens):
+    """Slot ``slot`` of every layer equals a prefill of ``tokens``: the state and the W-1 inputs that end there."""
+    width = model.config.d_conv
+    for index, (layer, expected) in enumerate(zip(cache, fresh(model, tokens), strict=True)):
+        what = f"layer {index}, row {row}, slot {slot}, after {len(tokens)} tokens"
+        assert_bitwise_equal(layer.states[row, slot], expected.states[0, 0], f"state of {what}")
+        inputs = layer.window[row, slot + 1 : slot + width]
+        assert_bitwise_equal(inputs, expected.window[0, 1:width], f"window of {what}")
+
+
+class Watched:
+    """A model that checks, at the first call of every round, the slots the loop chose to go on from.
+
+    Called with ``tokens_per_round`` tokens it is at the start of a round. ``texts`` are the right texts; ``known`` is
+    how many tokens of each the model has absorbed.
+    """
+
+    def __init__(self, model, texts, known, starts_round):
+        self.model, self.texts, self.known, self.starts_round = model, texts, list(known), starts_round
+        self.vocab_size, self.eos_token_id, self.device = model.vocab_size, None, model.device
+        self.new_cache, self.prefill = model.new_cache, model.prefill
+        self.rounds, self.seen_slots = 0, set()
+
+    def verify(self, tokens, cache, start_slot, write_slot=0, null_columns=None, last_only=False):
+        if self.starts_round(tokens):
+            for row, slot in enumerate(start_slot.tolist()):
+                if self.rounds:
+                    self.known[row] += slot + 1
+                    self.seen_slots.add(slot)
+                if self.known[row] <= len(self.texts[row]):
+                    assert_slot_holds(self.model, cache, row, slot, self.texts[row][: max(self.known[row], 0)])
+            self.rounds += 1
+        return self.model.verify(tokens, cache, start_slot, write_slot, null_columns, last_only)
+
+
+class Script(ScriptedDraft):
+    """In round r, row b has exactly ``(r + b) % (K + 1)`` right tokens."""
+
+    def propose(self, rows, accepted, lookahead):
+        self.round = getattr(self, "round", -1) + 1
+        self._agree = lambda row, position: position - len(rows[row]) < (self.round + row) % (self.lookahead + 1)
+        return super().propose(rows, accepted, lookahead)
+
+
+@pytest.mark.parametrize(("lookahead", "backend"), [(1, "cpu"), (3, "cpu"), (5, "cpu"), (3, "reference")])
+def test_the_loop_continues_from_a_fresh_state_after_any_acceptance(pair, plain, prompt, lookahead, backend):
+    target, tokens = pair(backend=backend).target, 30
+    prompts = [prompt(length) for length in (1, 2, 3, 5, 66)]
+    texts = [plain(target, p, tokens)[0] for p in prompts]
+    watched = Watched(target, texts, [len(p) - 1 for p in prompts], lambda tokens: True)
+    draft = Script(texts, target.vocab_size, None)
+    draft.lookahead = lookahead
+    result = sm.generate(watched, prompts, draft=draft, lookahead=lookahead, max_new_tokens=tokens)
+    assert [sequence.tolist() for sequence in result.sequences] == texts
+    assert watched.seen_slots == set(range(lookahead + 1)), "every count from none to all must have been accepted"
+
+
+@pytest.mark.parametrize("lookahead", [1, 3, 5])
+def test_the_draft_continues_from_a_fresh_state_after_any_acceptance(pair, plain, prompt, lookahead):
+    """Its first call of a round takes two tokens; its state is then one token behind the target's."""
+    models, tokens = pair(), 60
+    prompts = [prompt(length) for length in (1, 2, 3, 66)]
+    texts = [plain(models.target, p, tokens)[0] for p in prompts]
+    draft = Watched(models.drafts["near"], texts, [len(p) - 2 for p in prompts], lambda tokens: tokens.shape[1] == 2)
+    sm.generate(models.target, prompts, draft=draft, lookahead=lookahead, max_new_tokens=tokens, stop_token_ids=())
+    assert draft.seen_slots == set(range(lookahead + 1))
+
+
+@pytest.mark.parametrize("accepted", range(6))
+def test_every_slot_of_a_window_is_a_prefill(pair, prompt, accepted):
+    """Three rounds with a window of six tokens, of which the last 5 - accepted are wrong."""
+    target = pair().target
+    text = prompt(40)
+    cache = target.new_cache(1, 6)
+    target.prefill(text[:7], cache, 0)
+    start, done = slots(0), 7
+    for _ in range(3):
+        window = text[done : done + accepted + 1] + [0] * (5 - accepted)
+        target.verify(torch.tensor([window]), cache, start)
+        for slot in range(6):
+            assert_slot_holds(target, cache, 0, slot, text[:done] + window[: slot + 1])
+        start, done = slots(accepted), done + accepted + 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_cut_gives_the_same_logits_and_states(pair, prompt, backend, seed):
+    """64 tokens as one prefill, single steps and blocks of 2 to 8, in random order, against 64 single steps."""
+    target, text, source = pair(backend=backend).target, prompt(64), random.Random(seed)
+    steps = target.new_cache(1, 1)
+    expected = torch.cat([target.verify(torch.tensor([[token]]), steps, slots(0)) for token in text], 1)
+    cache, done, start = target.new_cache(1, 8), source.randrange(40), slots(0)
+    target.prefill(text[:done], cache, 0)
+    while done < len(text):
+        block = text[done : done + source.choice([1, 1, 2, 3, 4, 5, 6, 7, 8])]
+        logits = target.verify(torch.tensor([block]), cache, start)
+        assert_bitwise_equal(logits, expected[:, done : done + len(block)], f"{len(block)} tokens from {done}")
+        done, start = done + len(block), slots(len(block) - 1)
+    for layer, one in zip(cache, steps, strict=True):
+        assert_bitwise_equal(layer.states[:, start.item()], one.states[:, 0])
+
+
+def test_unread_slots_never_matter(pair, prompt):
+    """Before every call all slots but the one to start from are poisoned; blocks go behind it or to the first."""
+    target, text = pair().target, prompt(30)
+    cache, width = target.new_cache(2, 7), target.config.d_conv
+    for row in range(2):
+        target.prefill(text[:9], cache, row)
+    start, done = [0, 0], 9
+    for length, in_place in ((3, False), (2, True), (1, True), (6, False), (1, True), (4, False)):
+        for layer in cache:
+            for row, slot in enumerate(start):
+                state, inputs = layer.states[row, slot].clone(), layer.window[row, slot + 1 : slot + width].clone()
+                layer.states[row], layer.window[row] = torch.nan, torch.nan
+                layer.states[row, slot], layer.window[row, slot + 1 : slot + width] = state, inputs
+        write = start[0] + 1 if in_place else 0
+        logits = target.verify(torch.tensor([text[done : done + length]] * 2), cache, slots(*start), write)
+        assert not logits.isnan().any()
+        start, done = [write + length - 1] * 2, done + length
+        for row in range(2):
+            assert_slot_holds(target, cache, row, start[row], text[:done])
+
+
+def test_rows_start_from_slots_of_their_own(pair, prompt):
+    target = pair().target
+    texts = [prompt(12, seed) for seed in range(3)]
+    cache = target.new_cache(3, 6)
+    for row, text in enumerate(texts):
+        target.prefill(text[:3], cache, row)
+    target.verify(torch.tensor([text[3:9] for text in texts]), cache, slots(0, 0, 0))
+    counts = [5, 0, 3]
+    following = [texts[row][4 + n : 6 + n] for row, n in enumerate(counts)]
+    logits = target.verify(torch.tensor(following), cache, slots(*counts))
+    for row, n in enumerate(counts):
+        prefix = texts[row][: 4 + n]
+        assert_slot_holds(target, cache, row, 0, prefix + following[row][:1])
+        assert_slot_holds(target, cache, row, 1, prefix + following[row])
+        alone = target.verify(torch.tensor([following[row]]), _with_slots(fresh(target, prefix), target, 2), slots(0))
+        assert_bitwise_equal(logits[row], alone[0])
+
+
+def _with_slots(cache, model, count):
+    """The same slot 0 in a cache with room for more."""
+    roomy = model.new_cache(1, count)
+    for old, new in zip(cache, roomy, strict=True):
+        new.states[:, :1], new.window[:, : old.window.shape[1]] = old.states, old.window
+    return roomy
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("columns", [[1, 0], [2, 1], [0, 3]])
+def test_null_columns_leave_no_trace(pair, prompt, backend, columns):
+    """A row with n leading null columns equals the row without them, from a fresh state."""
+    target = pair(backend=backend).target
+    text = prompt(4)
+    padded = torch.tensor([[60] * n + text[: 4 - n] for n in columns])
+    cache = target.new_cache(2, 4)
+    logits = target.verify(padded, cache, slots(0, 0), null_columns=slots(*columns))
+    for row, n in enumerate(columns):
+        alone = target.new_cache(1, 4)
+        expected = target.verify(torch.tensor([text[: 4 - n]]), alone, slots(0))
+        assert_bitwise_equal(logits[row, n:], expected[0])
+        assert_slot_holds(target, cache, row, 3, text[: 4 - n])
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 63, 64, 65, 128, 130])
+def test_prefill_equals_single_steps(pair, prompt, length):
+    target, text = pair().target, prompt(length)
+    cache = target.new_cache(1, 1)
+    for token in text:
+        target.verify(torch.tensor([[token]]), cache, slots(0))
+    assert_slot_holds(target, cache, 0, 0, text)
+
+
+def test_a_long_prompt(pair, plain, prompt):
+    """2,000 tokens: same text with a draft as without, and the cache is as large as for one token."""
+    models = pair()
+    text, logits = plain(models.target, prompt(2000), 8)
+    result = sm.generate(
+        models.target, [prompt(2000), prompt(1)], draft=models.drafts["near"], max_new_tokens=8, stop_token_ids=(),
+        output_logits=True,
+    )  # fmt: skip
+    assert result.sequences[0].tolist() == text
+    assert_bitwise_equal(result.logits[0], logits)
+
+
+def test_prefill_memory_does_not_grow_with_the_prompt(pair, prompt, monkeypatch):
+    """No intermediate tensor has more tokens than a chunk."""
+    target, widest = pair().target, 0
+    whole = type(target)._blocks
+
+    def watch(self, tokens, cache, window):
+        nonlocal widest
+        widest = max(widest, tokens.numel())
+        return whole(self, tokens, cache, window)
+
+    monkeypatch.setattr(type(target), "_blocks", watch)
+    cache = target.new_cache(1, 1)
+    target.prefill(prompt(1500), cache, 0)
+    assert widest <= 64
+    assert cache[0].states.numel() == target.config.d_inner * target.config.d_state

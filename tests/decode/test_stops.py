@@ -1,0 +1,222 @@
+"""Guarantee 5: end-of-text tokens, stop strings and budgets cut inside a block, and everything ends there."""
+
+import json
+
+import pytest
+import torch
+
+import speculative_mamba as sm
+from speculative_mamba.decode.text import TextStream
+from speculative_mamba.testing.models import TableModel
+from speculative_mamba.testing.scripted import ScriptedDraft
+
+AGREE = {"none": lambda row, at: False, "all": lambda row, at: True, "half": lambda row, at: at % 2 == 0}
+PIECES = [b"He", b"llo", b", ", b"w\xc3", b"\xb6rl", b"d ", b"\xe6\x97", b"\xa5", b"\xe6\x9c\xac", b"!", b"\n", b"End"]
+TEXT = b"".join(PIECES).decode()
+
+
+def ring(count=40):
+    """Token i is followed by i+1."""
+    return TableModel(torch.eye(count).roll(1, dims=1))
+
+
+def chained(start, count, size=40):
+    return [(start + i) % size for i in range(count)]
+
+
+def run(model, prompts, agree="all", size=40, **options):
+    """Speculation from a scripted draft; the stream and the statistics are checked against the result every time."""
+    log, options = [], {"stop_token_ids": (), **options}
+    draft = ScriptedDraft([chained(prompt[0], 60, size) for prompt in prompts], size, AGREE.get(agree, agree))
+    result = sm.generate(model, prompts, draft=draft, on_token=lambda row, token: log.append((row, token)), **options)
+    new = [sequence.tolist()[len(prompt) :] for sequence, prompt in zip(result.sequences, prompts, strict=True)]
+    for row, tokens in enumerate(new):
+        assert [token for r, token in log if r == row] == tokens, "the stream is the text"
+    stats = result.stats
+    assert stats.tokens == len(log) == sum(map(len, new))
+    assert stats.prompt_tokens == sum(map(len, prompts))
+    assert stats.accepted <= stats.tested <= stats.drafted
+    assert sum(stats.accepted_per_position) == stats.accepted
+    assert sum(stats.tested_per_position) == stats.tested
+    assert stats.accepted <= stats.tokens <= stats.accepted + stats.row_rounds
+    return new, result, log
+
+
+@pytest.mark.parametrize("agree", AGREE)
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_exact_budget(pair, plain, prompt, agree, length):
+    target = pair().target
+    text = plain(target, prompt(length), 30)[0]
+    for lookahead in range(1, 9):
+        for budget in range(13):
+            draft = ScriptedDraft([text], target.vocab_size, AGREE[agree])
+            result = sm.generate(
+                target, [prompt(length)], draft=draft, lookahead=lookahead, max_new_tokens=budget, stop_token_ids=()
+            )
+            assert result.sequences[0].tolist() == text[: length + budget], f"K {lookahead}, budget {budget}"
+            assert result.finish_reasons == ["length"] and result.stats.tokens == budget
+
+
+@pytest.mark.parametrize("budget", range(4))
+def test_exact_budget_without_a_draft(pair, prompt, budget):
+    result = sm.generate(pair().target, [prompt(3), prompt(1)], max_new_tokens=budget, stop_token_ids=())
+    assert [len(sequence) for sequence in result.sequences] == [3 + budget, 1 + budget]
+    assert result.stats.tokens == 2 * budget and result.stats.rounds == budget
+
+
+def test_budget_zero_gives_the_prompts_back(pair, prompt):
+    result = sm.generate(pair().target, [prompt(3), prompt(5)], max_new_tokens=0, output_logits=True)
+    assert [sequence.tolist() for sequence in result.sequences] == [prompt(3), prompt(5)]
+    assert [tuple(logits.shape) for logits in result.logits] == [(0, 61)] * 2
+    stats = result.stats.as_dict()
+    assert stats["rounds"] == stats["tokens"] == 0
+    assert stats["acceptance_rate"] is stats["tokens_per_s"] is stats["tokens_per_round"] is None
+
+
+@pytest.mark.parametrize("lookahead", [1, 4, 7])
+@pytest.mark.parametrize("agree", AGREE)
+@pytest.mark.parametrize("position", range(1, 13))
+def test_end_of_text_at_every_position(agree, position, lookahead):
+    new, result, _ = run(
+        ring(), [[3]], agree, lookahead=lookahead, max_new_tokens=20, stop_token_ids=(3 + position,), output_logits=True
+    )
+    assert new == [chained(4, position)]
+    assert result.finish_reasons == ["eos"] and len(result.logits[0]) == position
+
+
+def test_nothing_behind_the_end_of_text_is_counted():
+    """Drafted 4 5 6 7, all right; 5 ends the text: two tokens tested, two accepted."""
+    _, result, _ = run(ring(), [[3]], lookahead=4, max_new_tokens=20, stop_token_ids=(5,))
+    stats = result.stats
+    assert (stats.rounds, stats.drafted, stats.tested, stats.accepted, stats.tokens) == (1, 4, 2, 2, 2)
+    assert stats.accepted_per_position == [1, 1, 0, 0] and stats.acceptance_rate == 1
+
+
+def test_the_first_of_several_stop_tokens_counts():
+    new, result, _ = run(ring(), [[3]], lookahead=6, max_new_tokens=20, stop_token_ids=(9, 6, 30))
+    assert new == [[4, 5, 6]] and result.finish_reasons == ["eos"]
+
+
+def test_a_stop_token_in_the_prompt_does_not_stop():
+    new, _, _ = run(ring(), [[3, 4, 5]], lookahead=3, max_new_tokens=4, stop_token_ids=(3, 5))
+    assert new == [[6, 7, 8, 9]]
+
+
+def test_the_models_own_end_of_text_is_the_default():
+    model = ring()
+    model.eos_token_id = 6
+    assert run(model, [[3]], stop_token_ids=None)[0] == [[4, 5, 6]]
+    assert run(model, [[3]], stop_token_ids=(), max_new_tokens=5)[0] == [[4, 5, 6, 7, 8]]
+
+
+def test_an_end_of_text_as_last_token_of_the_budget():
+    _, result, _ = run(ring(), [[3]], max_new_tokens=3, stop_token_ids=(6,))
+    assert result.finish_reasons == ["eos"]
+
+
+@pytest.mark.parametrize("agree", AGREE)
+def test_rows_end_on_their_own(agree):
+    """Token 12 ends rows after 1, 6 and 11 tokens; the fourth starts behind it and runs to its budget."""
+    prompts = [[11], [6], [1], [13]]
+    new, result, log = run(ring(), prompts, agree, lookahead=3, max_new_tokens=15, stop_token_ids=(12,))
+    assert new == [chained(p[0] + 1, n) for p, n in zip(prompts, (1, 6, 11, 15), strict=True)]
+    assert result.finish_reasons == ["eos", "eos", "eos", "length"]
+    assert [token for row, token in log if row == 0] == [12], "a row that has ended is silent"
+    alone = [run(ring(), [p], agree, lookahead=3, max_new_tokens=15, stop_token_ids=(12,))[1].stats for p in prompts]
+    assert result.stats.rounds == max(stats.rounds for stats in alone)
+    assert result.stats.row_rounds == sum(stats.rounds for stats in alone)
+
+
+@pytest.mark.parametrize("lookahead", [1, 4, 9])
+@pytest.mark.parametrize(
+    ("stops", "last", "shown"),
+    [
+        (["l"], 1, ""),  # inside a token
+        ([", "], 2, "llo"),
+        (["lo, w"], 4, "l"),  # across four tokens; a character is seen with its last byte, and "w" with it
+        (["ö"], 4, "llo, w"),  # a character whose bytes lie in two tokens
+        (["日"], 7, "llo, wörld "),
+        (["本"], 8, "llo, wörld 日"),
+        (["d 日本!"], 9, "llo, wörl"),
+        (["End"], 11, "llo, wörld 日本!\n"),
+        (["\n"], 10, "llo, wörld 日本!"),
+        (["日本", "rl", "?"], 4, "llo, wö"),  # the first to appear counts
+        (["o, x", "o, "], 2, "ll"),  # one that starts like another
+    ],
+)
+def test_stop_strings(chain, stops, last, shown, lookahead):
+    model, size = chain(PIECES), len(PIECES)
+    new, result, log = run(model, [[0]], size=size, lookahead=lookahead, max_new_tokens=11, stop_strings=stops)
+    assert new == [list(range(1, last + 1))], "the row ends with the token that completes the stop string"
+    assert result.finish_reasons == ["stop"]
+    assert result.stats.tested <= last
+    plainly = sm.generate(model, [[0]], max_new_tokens=11, stop_strings=stops)
+    assert torch.equal(plainly.sequences[0], result.sequences[0])
+    stream = TextStream(model.tokenizer, stops)
+    pieces = [stream.push(token) for _, token in log]
+    assert "".join(pieces) + stream.finish() == shown, "the text ends before the stop string"
+
+
+def test_a_stop_string_that_never_comes(chain):
+    model, size = chain(PIECES), len(PIECES)
+    stops = ["world", "Hello", "日本?", "llo,x"]  # "Hello" is half in the prompt
+    new, result, log = run(model, [[0]], size=size, max_new_tokens=11, stop_strings=stops)
+    assert len(new[0]) == 11 and result.finish_reasons == ["length"]
+    stream = TextStream(model.tokenizer, stops)
+    pieces = [stream.push(token) for _, token in log]
+    assert "".join(pieces) + stream.finish() == TEXT.removeprefix("He")
+
+
+def test_stop_strings_of_one_row_leave_the_others_alone(chain):
+    model, size = chain(PIECES), len(PIECES)
+    new, result, _ = run(model, [[0], [4]], size=size, lookahead=2, max_new_tokens=7, stop_strings=["rl"])
+    assert new == [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11]] and result.finish_reasons == ["stop", "length"]
+
+
+def test_text_is_shown_in_whole_characters(chain):
+    model = chain(PIECES)
+    stream = TextStream(model.tokenizer)
+    pieces = [stream.push(token) for token in range(len(PIECES))]
+    assert "".join(pieces) + stream.finish() == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_text_that_ends_within_a_character(chain):
+    """One token holds a whole character and the start of another: the text is what decoding all tokens gives."""
+    tokenizer = chain(PIECES).tokenizer
+    stream = TextStream(tokenizer, ["End"])
+    shown = "".join(stream.push(token) for token in range(4))
+    assert shown + stream.finish() == tokenizer.decode([0, 1, 2, 3]) == "Hello, w\ufffd"
+
+
+def test_counts_by_hand():
+    """K = 3, budget 9. A window's wrong tokens are those at 3, 4 and 9 of the text, prompt included.
+
+    round 1: drafts at 1 2 3 → 2 accepted, 3 tested, text to 3; round 2: 4 5 6 → 0 accepted, 1 tested, text to 4;
+    round 3: 5 6 7 → all, text to 8; round 4: one token is left of the budget, nothing is drafted, text to 9.
+    """
+    _, result, log = run(ring(), [[0]], lambda row, at: at not in (3, 4, 9), lookahead=3, max_new_tokens=9)
+    stats = result.stats
+    assert log == [(0, token) for token in range(1, 10)]
+    assert (stats.rounds, stats.row_rounds, stats.tokens) == (4, 4, 9)
+    assert (stats.drafted, stats.tested, stats.accepted) == (9, 7, 5)
+    assert stats.tested_per_position == [3, 2, 2] and stats.accepted_per_position == [2, 2, 1]
+    assert stats.acceptance_rate == 5 / 7 and stats.tokens_per_round == 9 / 4
+    assert stats.tokens == stats.accepted + stats.row_rounds
+    as_dict = json.loads(json.dumps(stats.as_dict()))
+    assert as_dict["acceptance_rate"] == 5 / 7 and as_dict["tokens_per_s"] == stats.tokens / stats.decode_s
+
+
+def test_times(pair, prompt):
+    models = pair()
+    stats = sm.generate(models.target, [prompt(200)], draft=models.drafts["near"], max_new_tokens=10).stats
+    assert stats.prefill_s > 0 and stats.draft_s > 0 and stats.verify_s > 0
+    assert stats.draft_s + stats.verify_s <= stats.decode_s
+
+
+def test_what_on_token_raises_reaches_the_caller(pair, prompt):
+    def interrupt(row, token):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.generate(pair().target, [prompt(3)], on_token=interrupt)

@@ -1,0 +1,190 @@
+"""Which backend runs, what happens when the extension is broken, and the pool of threads."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from speculative_mamba.ops import backend as backends
+from speculative_mamba.ops import rms_norm, selective_scan_verify, skinny_linear
+from speculative_mamba.testing.tolerance import assert_bitwise_equal
+
+PACKAGE = Path(backends.__file__).parents[1]
+
+
+def python(script: str, folder: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs a script in a fresh interpreter, which finds packages in ``folder`` first; a hang is an error."""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=90, cwd=folder)
+
+
+def test_the_kernels_are_built_and_in_use() -> None:
+    module, reason = backends.extension()
+    assert module is not None, reason
+    assert backends.resolve("auto", "cpu") == "cpu"
+
+
+def _break(extension: Path, how: str) -> None:
+    if how == "garbage":
+        extension.write_bytes(b"not a shared library" * 100)
+    elif how == "unresolved symbol":
+        compiler = shutil.which("cc") or shutil.which("g++")
+        if compiler is None:
+            pytest.skip("needs a C compiler")
+        source = extension.with_name("broken.c")
+        source.write_text("int nowhere(void); void *PyInit__C(void) { return nowhere() ? &nowhere : 0; }")
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", str(extension), str(source)], check=True)
+
+
+USE = """
+import sys
+# Without an editable installation's finder, which would find the working extension.
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+import speculative_mamba as sm
+from speculative_mamba.testing.models import random_model, tiny_config
+model = random_model(tiny_config())
+result = sm.generate(model, [[1, 2, 3], [4]], draft=model, lookahead=3, max_new_tokens=6)
+print(sm.__file__, model.backend, [len(row) for row in result.sequences], sep="\\n")
+try:
+    random_model(tiny_config(), backend="cpu")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["missing", "garbage", "unresolved symbol"])
+def test_a_broken_extension_costs_one_line_and_the_reference_runs(how: str, tmp_path: Path) -> None:
+    copy = tmp_path / "speculative_mamba"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.safetensors"))
+    _break(copy / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", how)
+    result = python(USE, tmp_path)
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("speculative_mamba: backend 'cpu' is off: speculative_mamba._C cannot be loaded (")
+    assert line.endswith("rebuild it with: pip install -e .")
+    file, backend, lengths, refusal = result.stdout.splitlines()
+    assert (file, backend, lengths) == (str(copy / "__init__.py"), "reference", "[9, 7]")
+    assert refusal == line.removeprefix("speculative_mamba: ")
+
+
+def test_a_named_backend_runs_or_raises() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'triton'; choose from: auto, cpu, reference"):
+        backends.resolve("triton", "cpu")
+    with pytest.raises(ValueError, match="backend 'cpu' does not run on device 'cuda'; it runs on cpu"):
+        backends.resolve("cpu", "cuda")
+    with pytest.raises(ValueError, match="no backend for device 'meta'"):
+        backends.resolve("auto", "meta")
+
+
+def test_the_environment_chooses_the_instruction_set(select_isa: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa in backends.extension()[0].available_isas():
+        monkeypatch.setenv("SPECULATIVE_MAMBA_ISA", isa)
+        module, reason = backends.extension.__wrapped__()
+        assert module.isa() == isa and reason == f"C++ kernels, instruction set {isa}"
+    monkeypatch.setenv("SPECULATIVE_MAMBA_ISA", "sse9")
+    with pytest.raises(ValueError, match="instruction set 'sse9' is not available here; choose from: "):
+        backends.extension.__wrapped__()
+
+
+WITHOUT_TORCH = """
+import sys, ctypes, importlib.util
+sys.modules["torch"] = sys.modules["numpy"] = None
+spec = importlib.util.spec_from_file_location("_C", {path!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+pair = ctypes.c_float * 2
+x, weight, y, residual = pair(3, 4), pair(1, 2), pair(), pair()
+at = ctypes.addressof
+module.rms_norm(1, 2, at(x), 2, 0, at(weight), 0, 0.0, at(residual), at(y), 1)
+print(list(residual), [round(v * 12.5 ** 0.5, 4) for v in y])
+try:
+    module.rms_norm(1, 2, at(x), 2, 0, at(weight), 9, 0.0, at(residual), at(y), 1)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_extension_needs_no_torch() -> None:
+    result = python(WITHOUT_TORCH.format(path=backends.extension()[0].__file__))
+    assert result.stdout.splitlines() == ["[3.0, 4.0] [3.0, 8.0]", "unknown dtype code 9"], result.stderr
+
+
+def scan_inputs(channels: int = 256) -> list:
+    g = torch.Generator().manual_seed(0)
+    x, dt, z = torch.randn(3, 1, 2, channels, generator=g)
+    B, C = torch.randn(2, 1, 2, 16, generator=g)
+    A, D, bias = -torch.rand(channels, 16, generator=g), x[0, 0], x[0, 1]
+    return [x, dt, A, B, C, D, z, bias, torch.randn(1, 3, channels, 16, generator=g), torch.tensor([2]).int()]
+
+
+def test_several_python_threads_at_once(cpu: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 200, generator=g), torch.randn(150, 200, generator=g)
+    inputs, norm = scan_inputs(), torch.randn(64, 600, generator=g)
+    ones = torch.ones(600)
+
+    def once() -> list[torch.Tensor]:
+        mine = [*inputs[:8], inputs[8].clone(), inputs[9]]
+        y = selective_scan_verify(*mine, backend=cpu)
+        return [skinny_linear(x, weight, backend=cpu), y, mine[8], *rms_norm(norm, ones, backend=cpu)]
+
+    expected, failures = once(), []
+
+    def worker() -> None:
+        torch.set_num_threads(3)  # a setting of each thread
+        try:
+            for _ in range(60):
+                for actual, wanted in zip(once(), expected, strict=True):
+                    assert_bitwise_equal(actual, wanted)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=worker) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    assert not failures, failures[0]
+
+
+FORK = """
+import os, sys, time
+import torch
+from speculative_mamba.ops import skinny_linear
+
+x, weight = torch.randn(4, 512), torch.randn(512, 512)
+def count(): return len(os.listdir("/proc/self/task"))
+def use(threads, times):
+    torch.set_num_threads(threads)
+    for i in range(times):
+        assert torch.equal(skinny_linear(x, weight), wanted), "other values"
+        time.sleep(0.002 * (i % 3 == 0))  # the workers fall asleep now and then
+
+torch.set_num_threads(1)
+wanted = skinny_linear(x, weight)
+before = count()
+use(3, 10)
+assert count() == before + 2, "two workers help"
+for pause in (0, 0, 0.0001, 0.0002, 0.01):
+    skinny_linear(x, weight)
+    time.sleep(pause)
+    child = os.fork()
+    if child == 0:
+        use(2, 10)
+        use(4, 10)
+        assert count() == 1 + 3, "the child has workers of its own"
+        os._exit(0)
+    use(3, 5)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_a_forked_child_works_on() -> None:
+    result = python(FORK)
+    assert result.returncode == 0, result.stderr

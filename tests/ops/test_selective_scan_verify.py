@@ -1,0 +1,255 @@
+"""The Mamba-1 recurrence. Memory that must not be read holds NaN; what must not be written is compared."""
+
+import pytest
+import torch
+
+from speculative_mamba.ops import selective_scan_verify
+from speculative_mamba.ops.selective_scan_verify import reference
+from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
+
+ORDER = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "states", "start_slot", "write_slot")
+PER_TOKEN = ("x", "dt", "B", "C", "z")
+BASE = {"batch": 3, "tokens": 5, "channels": 33, "state_size": 16, "slots": 8, "gate": True, "contiguous": False}
+CHANGES = [
+    {},
+    {"batch": 1},
+    {"tokens": 1},
+    {"tokens": 2},
+    {"tokens": 16, "slots": 17},
+    {"channels": 1},
+    {"channels": 16},
+    {"channels": 77},
+    {"state_size": 1},
+    {"state_size": 4},
+    {"state_size": 5},
+    {"state_size": 17},
+    {"state_size": 33},
+    {"gate": False},
+    {"contiguous": True},
+    {"slots": 5},
+]
+rows = pytest.mark.parametrize("change", CHANGES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "base")
+
+
+def make(change: dict | None = None, seed: int = 0, start: int = 0) -> dict:
+    """Arguments of the op. Inputs lie in wider tensors full of NaN; of the states only slot ``start`` is a number."""
+    c = {**BASE, **(change or {})}
+    batch, tokens, channels, state_size = c["batch"], c["tokens"], c["channels"], c["state_size"]
+    g = torch.Generator().manual_seed(seed)
+
+    def window(size: int) -> torch.Tensor:
+        if c["contiguous"]:
+            return torch.randn(batch, tokens, size, generator=g)
+        wide = torch.full((batch, tokens, size + 7), torch.nan)
+        wide[..., 3 : 3 + size] = torch.randn(batch, tokens, size, generator=g)
+        return wide[..., 3 : 3 + size]
+
+    states = torch.full((batch, c["slots"], 1 if c["contiguous"] else 2, channels, state_size), torch.nan)[:, :, 0]
+    states[:, start] = torch.randn(batch, channels, state_size, generator=g)
+    return {
+        "x": window(channels),
+        "dt": window(channels),
+        "A": -torch.rand(channels, state_size, generator=g) * state_size,
+        "B": window(state_size),
+        "C": window(state_size),
+        "D": torch.randn(channels, generator=g),
+        "z": window(channels) if c["gate"] else None,
+        "dt_bias": torch.rand(channels, generator=g) * 3 - 4,
+        "states": states,
+        "start_slot": torch.full((batch,), start, dtype=torch.int32),
+    }
+
+
+def cut(inputs: dict, tokens: slice = slice(None), batch: slice = slice(None), **other: object) -> dict:
+    """Views of some tokens and rows."""
+    part = {k: v[batch, tokens] if k in PER_TOKEN and v is not None else v for k, v in inputs.items()}
+    return {**part, "states": inputs["states"][batch], "start_slot": inputs["start_slot"][batch], **other}
+
+
+def copy(inputs: dict, **other: object) -> dict:
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()} | other
+
+
+def run(inputs: dict, backend: str, **other: object) -> torch.Tensor:
+    return selective_scan_verify(**{**inputs, **other}, backend=backend)
+
+
+def steps(inputs: dict, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and state (B, T, D, N) of T calls of one token that each overwrite the one slot they read: plain decoding."""
+    batch, tokens, _ = inputs["x"].shape
+    state = inputs["states"][torch.arange(batch), inputs["start_slot"].long()][:, None].clone()
+    zero, y, states = torch.zeros(batch, dtype=torch.int32), [], []
+    for t in range(tokens):
+        y.append(run(cut(inputs, slice(t, t + 1), states=state, start_slot=zero), backend))
+        states.append(state.clone())
+    return torch.cat(y, 1), torch.cat(states, 1)
+
+
+@rows
+def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
+    inputs = make(change)
+    actual, single = copy(inputs), copy(inputs)
+    double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    y = run(actual, cpu)
+    y_single = run(single, "reference")
+    y_double = reference.selective_scan_verify(*[{**double, "write_slot": 0}[k] for k in ORDER], None, False)
+    tokens = inputs["x"].shape[1]
+    assert_accurate(y, y_single, y_double, what="y")
+    assert_accurate(
+        actual["states"][:, :tokens], single["states"][:, :tokens], double["states"][:, :tokens], what="states"
+    )
+
+
+@rows
+def test_one_call_equals_one_token_at_a_time(change: dict, backend: str) -> None:
+    inputs = make(change)
+    y_steps, states = steps(inputs, backend)
+    assert_bitwise_equal(run(inputs, backend), y_steps, "y")
+    assert_bitwise_equal(inputs["states"][:, : states.shape[1]], states, "slots")
+
+
+@rows
+def test_rows_do_not_see_each_other(change: dict, backend: str) -> None:
+    inputs = make(change)
+    alone = copy(inputs)
+    y = run(inputs, backend)
+    for b in range(len(y)):
+        one = slice(b, b + 1)
+        assert_bitwise_equal(run(cut(alone, batch=one), backend), y[one], f"y of row {b}")
+        assert_bitwise_equal(alone["states"][one], inputs["states"][one], f"slots of row {b}")
+
+
+@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
+def test_threads_do_not_change_a_bit(keep_last: bool, backend: str) -> None:
+    inputs = make({"channels": 1001, "tokens": 7})
+    results = []
+    for threads in (1, 2, 4, 4, 4, 3):
+        torch.set_num_threads(threads)
+        mine = copy(inputs)
+        results.append((run(mine, backend, keep_last=keep_last), mine["states"]))
+    for y, states in results[1:]:
+        assert_bitwise_equal(y, results[0][0], "y")
+        assert_bitwise_equal(states, results[0][1], "slots")
+
+
+@pytest.mark.parametrize("write_slot", [0, 2, 3])
+@pytest.mark.parametrize("start", [0, 4, 7])
+def test_only_the_slots_of_the_window_are_written(start: int, write_slot: int, backend: str) -> None:
+    inputs = make(start=start)
+    snapshot, whole_before = copy(inputs), inputs["x"]._base.clone()
+    y = run(inputs, backend, write_slot=write_slot)
+    assert y.isfinite().all() and y.is_contiguous()
+    written = slice(write_slot, write_slot + 5)
+    assert_bitwise_equal(inputs["states"][:, written], steps(snapshot, backend)[1], "window")
+    expected = snapshot["states"]
+    expected[:, written] = inputs["states"][:, written]
+    assert_bitwise_equal(inputs["states"], expected, "slots outside the window")
+    assert inputs["states"]._base[:, :, 1].isnan().all(), "memory between the slots"
+    assert_bitwise_equal(inputs["x"]._base, whole_before, "x")
+    for name in (*PER_TOKEN, "A", "D", "dt_bias", "start_slot"):
+        assert_bitwise_equal(inputs[name], snapshot[name], name)
+
+
+@pytest.mark.parametrize("accepted", range(5))
+def test_every_slot_is_a_place_to_continue_from(accepted: int, backend: str) -> None:
+    inputs, more = make(start=7), make(seed=1)
+    plain = steps(inputs, backend)[1][:, accepted, None]
+    run(inputs, backend)
+    assert_bitwise_equal(inputs["states"][:, accepted, None], plain, "state")
+    chosen = torch.full((3,), accepted, dtype=torch.int32)
+    y = run(cut(more, states=inputs["states"], start_slot=chosen), backend)
+    y_plain, states_plain = steps(cut(more, states=plain, start_slot=torch.zeros_like(chosen)), backend)
+    assert_bitwise_equal(y, y_plain, "y")
+    assert_bitwise_equal(inputs["states"][:, :5], states_plain, "slots")
+
+
+def test_rounds_with_rejections_equal_plain_decoding(backend: str) -> None:
+    inputs = make({"slots": 5})
+    plain = inputs["states"][:, :1].clone()
+    zero = torch.zeros(3, dtype=torch.int32)
+    for seed, accepted in enumerate([[0, 3, 4], [2, 0, 4], [1, 0, 3], [4, 2, 0]]):
+        window = cut(make(seed=seed), states=inputs["states"], start_slot=inputs["start_slot"])
+        y = run(window, backend)
+        for b, count in enumerate(accepted):
+            one = cut(window, slice(0, count + 1), slice(b, b + 1), states=plain[b : b + 1], start_slot=zero[:1])
+            y_plain, states = steps(one, backend)
+            assert_bitwise_equal(y[b : b + 1, : count + 1], y_plain, f"y of row {b} in round {seed}")
+            plain[b] = states[0, -1]
+        inputs["start_slot"].copy_(torch.tensor(accepted))
+
+
+@pytest.mark.parametrize("nulls", [[1, 0, 0], [0, 5, 2], [2, 2, 2]], ids=str)
+@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
+def test_null_columns_leave_the_state_as_it_was(nulls: list[int], keep_last: bool, backend: str) -> None:
+    inputs = make()
+    inputs["states"][0, 0] = 0
+    alone = copy(inputs)
+    y = run(inputs, backend, keep_last=keep_last, null_columns=torch.tensor(nulls, dtype=torch.int32))
+    for b, null in enumerate(nulls):
+        rest = cut(alone, slice(null, None), slice(b, b + 1))
+        y_alone, states = steps(rest, backend) if null < 5 else (y[b : b + 1, 5:], y.new_empty(1, 0, 33, 16))
+        expected = torch.cat([alone["states"][b : b + 1, :1].expand(-1, null, -1, -1), states], 1)
+        assert_bitwise_equal(y[b : b + 1, null:], y_alone, f"y of row {b}")
+        written = inputs["states"][b : b + 1]
+        actual, expected = (written[:, :1], expected[:, -1:]) if keep_last else (written[:, :5], expected)
+        assert_bitwise_equal(actual, expected, f"slots of row {b}")
+
+
+@pytest.mark.parametrize("pieces", [[150], [64, 64, 22], [1, 70, 16, 63], [17] * 8 + [14]], ids=str)
+def test_prefill_equals_verify_wherever_it_is_cut(pieces: list[int], backend: str) -> None:
+    inputs = make({"tokens": 150, "slots": 3, "batch": 1})
+    y_plain, states = steps(inputs, backend)
+    y = [run(cut(part), backend, keep_last=True) for part in split(inputs, pieces)]
+    assert_bitwise_equal(torch.cat(y, 1), y_plain, "y")
+    assert_bitwise_equal(inputs["states"][:, 0], states[:, -1], "slot 0")
+    assert inputs["states"][:, 1:].isnan().all(), "prefill writes slot 0 only"
+
+
+def test_prefill_may_start_from_any_slot(backend: str) -> None:
+    inputs = make({"tokens": 40, "slots": 3}, start=2)
+    start = inputs["states"][:, 2].clone()
+    y_plain, states = steps(inputs, backend)
+    assert_bitwise_equal(run(inputs, backend, keep_last=True), y_plain, "y")
+    assert_bitwise_equal(inputs["states"][:, 0], states[:, -1], "slot 0")
+    assert_bitwise_equal(inputs["states"][:, 2], start, "the slot it started from")
+
+
+def split(inputs: dict, pieces: list[int]) -> list[dict]:
+    ends = torch.tensor(pieces).cumsum(0).tolist()
+    return [cut(inputs, slice(end - length, end)) for end, length in zip(ends, pieces, strict=True)]
+
+
+def test_start_slot_is_read_at_every_call(backend: str) -> None:
+    inputs = make({"slots": 12}, start=11)
+    inputs["states"][:, 10] = torch.randn(3, 33, 16)
+    first = run(inputs, backend)
+    inputs["start_slot"].fill_(10)
+    second = run(inputs, backend)
+    assert not torch.equal(first, second)
+    assert_bitwise_equal(second, steps(inputs, backend)[0], "y")
+
+
+def test_instruction_sets_with_fused_multiply_add_agree(fused_isas: list[str], select_isa: object) -> None:
+    for change in CHANGES:
+        results = []
+        for isa in fused_isas:
+            select_isa(isa)
+            inputs = make(change)
+            results.append((run(inputs, "cpu"), inputs["states"]))
+        for y, states in results[1:]:
+            assert_bitwise_equal(y, results[0][0], f"y, {change}")
+            assert_bitwise_equal(states, results[0][1], f"slots, {change}")
+
+
+@pytest.mark.parametrize("name", ["x", "dt", "z", "B", "C", "states"])
+def test_nan_reaches_exactly_what_depends_on_it(name: str, backend: str) -> None:
+    inputs = make()
+    expected = torch.zeros(3, 5, 33, dtype=torch.bool)
+    if name == "states":
+        inputs["states"][1, 0, 17, 3] = torch.nan
+        expected[1, :, 17] = True
+    else:
+        inputs[name][1, 2, 3] = torch.nan
+        tokens = slice(2, None) if name in ("x", "dt", "B") else slice(2, 3)
+        expected[1, tokens, slice(None) if name in ("B", "C") else 3] = True
+    assert_bitwise_equal(run(inputs, backend).isnan(), expected, "NaN")

@@ -1,0 +1,258 @@
+"""The command line: text on stdout, the rest on stderr, one line and exit code 2 for bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import speculative_mamba as sm
+from speculative_mamba import cli
+
+PROMPT = "She had not"
+SCRIPT = Path(sm.__file__).parent / "run.py"
+SHORT = ["--prompt", PROMPT, "--n_tokens_to_generate", "12"]
+STATS = {
+    "prompt_tokens", "tokens", "rounds", "row_rounds", "drafted", "tested", "accepted", "tested_per_position",
+    "accepted_per_position", "prefill_s", "decode_s", "draft_s", "verify_s", "acceptance_rate", "tokens_per_round",
+    "tokens_per_s",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*arguments) → (exit code, stdout, stderr), in this process."""
+
+    def call(*arguments):
+        try:
+            code = cli.main(list(arguments))
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def generated(prompt=PROMPT, tokens=12):
+    """The text that the Python interface gives for the same run."""
+    target = sm.load_model("builtin:target")
+    ids = target.tokenizer.encode(prompt).ids
+    sequence = sm.generate(target, [ids], max_new_tokens=tokens).sequences[0].tolist()
+    return target.tokenizer.decode(sequence)
+
+
+def test_text_on_stdout_the_rest_on_stderr(run):
+    code, out, err = run(*SHORT)
+    assert code == 0 and out == generated() + "\n"
+    assert "tokens/s" in err and "acceptance rate" in err
+    assert all(line.startswith("speculative-mamba: ") for line in err.splitlines())
+
+
+def test_no_options_at_all(run):
+    code, out, err = run()
+    assert code == 0 and out.startswith(cli.PROMPT) and len(out) > len(cli.PROMPT) + 30 and "builtin:draft" in err
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--stream"],
+        ["--draft", "none"],
+        ["--K", "1"],
+        ["--K", "15"],
+        ["--model_target", "builtin:target", "--model_draft", "builtin:target"],
+        ["--temperature", "0.7", "--top_k", "1"],
+        ["--device", "cpu", "--backend", "cpu"],
+    ],
+    ids=" ".join,
+)
+def test_same_text_whatever_the_options(run, extra):
+    code, out, _ = run(*SHORT, *extra)
+    assert code == 0 and out == generated() + "\n"
+
+
+def test_cuda_graphs_on_a_cpu_are_one_line(run):
+    _, plain_out, plain_err = run(*SHORT)
+    code, out, err = run(*SHORT, "--cg")
+    assert code == 0 and out == plain_out
+    assert len(err.splitlines()) == len(plain_err.splitlines()) + 1
+    assert sum("--cg" in line for line in err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes(run, dtype):
+    """Plain and speculative text are equal in each; between dtypes they may differ."""
+    outputs = [run(*SHORT, "--dtype", dtype, "--draft", draft) for draft in ("model", "none")]
+    assert outputs[0][:2] == outputs[1][:2] and outputs[0][0] == 0
+
+
+def test_both_spellings(run):
+    options = {"top_k": "20", "top_p": "0.8", "n_tokens_to_generate": "9", "model_target": "builtin:target"}
+    common = ["--prompt", PROMPT, "--temperature", "0.8", "--seed", "5"]
+    spelled = [[part for name, value in options.items() for part in (f"--{n(name)}", value)] for n in
+               (str, lambda name: name.replace("_", "-"))]  # fmt: skip
+    assert run(*common, *spelled[0])[1] == run(*common, *spelled[1])[1]
+
+
+def test_seeds(run):
+    sampled = [*SHORT, "--temperature", "0.9", "--top_k", "50", "--top_p", "0.95", "--seed"]
+    texts = [run(*sampled, seed)[1] for seed in ("1", "1", "2", "3")]
+    assert texts[0] == texts[1] and len(set(texts)) == 3
+
+
+def test_budget_zero(run):
+    assert run("--prompt", PROMPT, "--n_tokens_to_generate", "0")[:2] == (0, PROMPT + "\n")
+
+
+@pytest.mark.parametrize("extra", [[], ["--stream"]], ids=["whole", "stream"])
+def test_stop_text(run, extra):
+    """The text ends before whichever comes first, inside a drafted block too."""
+    text = generated(tokens=30)
+    for at in (1, 4, 9):
+        stop = text[len(PROMPT) :][at : at + 3]
+        arguments = ["--prompt", PROMPT, "--n_tokens_to_generate", "30", "--stop", stop, "--stop", "@@"]
+        code, out, _ = run(*arguments, *extra)
+        assert code == 0 and out == PROMPT + text[len(PROMPT) :].split(stop)[0] + "\n"
+
+
+def test_json(run):
+    code, out, _ = run(*SHORT, "--json", "--stream")
+    report = json.loads(out)
+    assert code == 0 and out.count("\n") == 1 and set(report) == {"prompt_tokens", "tokens", "text", "stats"}
+    assert set(report["stats"]) == STATS
+    tokenizer = sm.load_model("builtin:target").tokenizer
+    assert report["prompt_tokens"] == tokenizer.encode(PROMPT).ids
+    assert PROMPT + report["text"] == tokenizer.decode(report["prompt_tokens"] + report["tokens"]) == generated()
+    assert report["stats"]["tokens"] == len(report["tokens"]) == 12
+
+
+def test_compare(run):
+    code, out, err = run(*SHORT, "--compare", "--json")
+    compared = json.loads(out)["compare"]
+    assert code == 0 and set(compared) == {"tokens_equal", "plain_tokens_per_s", "ratio"}
+    assert compared["tokens_equal"] is True and compared["plain_tokens_per_s"] > 0 and compared["ratio"] > 0
+    assert "the tokens are equal" in err and re.search(r"ratio \d+\.\d+", err)
+
+
+def test_compare_of_sampled_text(run):
+    """Rejection sampling keeps the law, not the text, so equality is not claimed."""
+    _, out, err = run(*SHORT, "--compare", "--json", "--temperature", "1")
+    assert json.loads(out)["compare"]["tokens_equal"] is None and "equal in law" in err
+
+
+def test_info(run):
+    code, out, err = run("info")
+    assert code == 0 and err == ""
+    for word in ("speculative-mamba", "torch", "backend cpu", "backend reference", "instruction sets", "CUDA archs"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--prompt", ""], "prompt is empty"),
+        (["--K", "0"], "from 1 to 15"),
+        (["--K", "16"], "from 1 to 15"),
+        (["--K", "four"], "four"),
+        (["--n_tokens_to_generate", "-1"], "-1"),
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "nan"], "temperature"),
+        (["--top_k", "-2"], "top_k"),
+        (["--top_p", "0"], "top_p"),
+        (["--top-p", "1.5"], "top_p"),
+        (["--seed", "-1"], "seed"),
+        (["--dtype", "int8"], "int8"),
+        (["--device", "tpu"], "tpu"),
+        (["--backend", "fast"], "fast"),
+        (["--draft", "guess"], "guess"),
+        (["--stop", ""], "stop"),
+        (["--unknown"], "--unknown"),
+        (["--top"], "--top"),
+        (["stray"], "stray"),
+        (["--model_target", "./absent"], "does not exist"),
+        (["--model_draft", "./absent"], "does not exist"),
+        (["--model_target", "builtin:other"], "builtin:other"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line_and_exit_2(run, arguments, word):
+    code, out, err = run(*arguments)
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and word in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_one(run):
+    code, out, err = run("--device", "cuda")
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and "cuda" in err
+
+
+def start(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_as_script_and_as_module_from_anywhere(tmp_path):
+    script, module = start(SCRIPT, *SHORT, cwd=tmp_path), start("-m", "speculative_mamba.run", *SHORT, cwd=tmp_path)
+    outputs = [process.communicate()[0] for process in (script, module)]
+    assert outputs[0] == outputs[1] == generated() + "\n" and script.returncode == module.returncode == 0
+
+
+def test_bad_input_of_a_real_process():
+    process = start(SCRIPT, "--model_target", "./absent", "--device", "cpu")
+    out, err = process.communicate()
+    assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1 and "Traceback" not in err
+
+
+def test_reader_of_stdout_that_leaves():
+    process = start(SCRIPT, "--stream", "--n_tokens_to_generate", "3000", "--draft", "none")
+    process.stdout.read(len(cli.PROMPT) + 1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 0 and "Traceback" not in err and "BrokenPipe" not in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_prints_what_there_is():
+    """What was generated so far is on stdout, and the exit code is 130."""
+    process = start(SCRIPT, "--n_tokens_to_generate", "100000", "--stream")
+    beginning = process.stdout.read(len(cli.PROMPT) + 10)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted after" in err
+    text = beginning + out
+    assert text.startswith(cli.PROMPT) and len(text) >= len(cli.PROMPT) + 10 and text.endswith("\n")
+
+
+def test_ctrl_c_without_a_stream(run, monkeypatch):
+    def interrupted(target, prompts, *, on_token, **options):
+        for token in target.tokenizer.encode(" heard").ids:
+            on_token(0, token)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "generate", interrupted)
+    code, out, err = run(*SHORT)
+    assert (code, out) == (130, PROMPT + " heard\n") and len(err.splitlines()) == 1
+    code, out, _ = run(*SHORT, "--json")
+    report = json.loads(out)
+    assert code == 130 and report["text"] == " heard" and report["stats"] is None
+
+
+def test_without_the_compiled_kernels():
+    """A broken or missing extension: one line, and the reference backend gives the same text."""
+    program = (
+        "import sys; sys.modules['speculative_mamba._C'] = None\n"
+        "from speculative_mamba.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = start("-c", program, *SHORT)
+    out, err = process.communicate()
+    assert process.returncode == 0 and out == generated() + "\n"
+    assert sum("_C" in line for line in err.splitlines()) == 1 and "backend reference" in err
+    process = start("-c", program, *SHORT, "--backend", "cpu")
+    out, err = process.communicate()
+    assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
