@@ -8,12 +8,15 @@ import torch
 
 
 def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each function. They take turns, so that a slow moment of the machine meets all of them."""
+    """Median seconds of each function. They take turns, so that a slow moment of the machine meets all of them.
+
+    An untimed call comes before each timed one: the threads that PyTorch leaves spinning after its calls would slow
+    down whatever comes next.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
     for _ in range(rounds):
         for name, function in functions.items():
+            function()
             started = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - started)
