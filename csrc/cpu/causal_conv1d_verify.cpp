@@ -8,9 +8,6 @@ namespace {
 
 constexpr int kMaxWidth = 8;
 
-inline Vec load_n(const float* p, int64_t count) { return count == kLanes ? load(p) : load_partial(p, count); }
-inline void store_n(float* p, Vec a, int64_t count) { count == kLanes ? store(p, a) : store_partial(p, a, count); }
-
 template <typename scalar_t>
 void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, int64_t count) {
     const int width = static_cast<int>(p.width);

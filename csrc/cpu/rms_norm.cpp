@@ -14,28 +14,19 @@ void row(const RmsNormParams& p, int64_t m) {
     const scalar_t* weight = static_cast<const scalar_t*>(p.weight);
     float* residual_out = p.residual_out + m * p.features;
     float* y = p.y + m * p.features;
-    const int64_t whole = p.features / kLanes * kLanes, rest = p.features - whole;
 
     Vec squares = zero();
-    for (int64_t k = 0; k < whole; k += kLanes) {
-        Vec value = load(x + k);
-        if (residual) value = add(value, load(residual + k));
-        store(residual_out + k, value);
-        squares = fma(value, value, squares);
-    }
-    if (rest) {
-        Vec value = load_partial(x + whole, rest);
-        if (residual) value = add(value, load_partial(residual + whole, rest));
-        store_partial(residual_out + whole, value, rest);
+    for (int64_t k = 0; k < p.features; k += kLanes) {
+        const int64_t count = smaller(kLanes, p.features - k);
+        Vec value = load_n(x + k, count);
+        if (residual) value = add(value, load_n(residual + k, count));
+        store_n(residual_out + k, value, count);
         squares = fma(value, value, squares);
     }
     const Vec scale = broadcast(1.f / std::sqrt(sum(squares) / static_cast<float>(p.features) + p.eps));
-    for (int64_t k = 0; k < whole; k += kLanes) {
-        store(y + k, mul(mul(load(residual_out + k), scale), load(weight + k)));
-    }
-    if (rest) {
-        Vec value = mul(load_partial(residual_out + whole, rest), scale);
-        store_partial(y + whole, mul(value, load_partial(weight + whole, rest)), rest);
+    for (int64_t k = 0; k < p.features; k += kLanes) {
+        const int64_t count = smaller(kLanes, p.features - k);
+        store_n(y + k, mul(mul(load_n(residual_out + k, count), scale), load_n(weight + k, count)), count);
     }
 }
 

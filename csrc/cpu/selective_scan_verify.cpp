@@ -9,9 +9,6 @@ namespace {
 
 constexpr int kSegment = 16;
 
-inline Vec load_n(const float* p, int64_t count) { return count == kLanes ? load(p) : load_partial(p, count); }
-inline void store_n(float* p, Vec a, int64_t count) { count == kLanes ? store(p, a) : store_partial(p, a, count); }
-
 struct Segment {
     int64_t row, channel, count;  // up to sixteen channels of one row
     int64_t first, tokens;        // tokens [first, first + tokens) of the window

@@ -189,6 +189,11 @@ inline void store_partial(float* p, Vec a, int64_t count) {
     std::memcpy(p, lanes, count * sizeof(float));
 }
 template <typename T>
+inline Vec load_n(const T* p, int64_t count) {
+    return count == kLanes ? load(p) : load_partial(p, count);
+}
+inline void store_n(float* p, Vec a, int64_t count) { count == kLanes ? store(p, a) : store_partial(p, a, count); }
+template <typename T>
 inline Vec load_strided(const T* p, int64_t stride, int64_t count) {
     if (stride == 1 && count == kLanes) return load(p);
     T lanes[kLanes] = {};
