@@ -16,7 +16,7 @@ from .decode.text import TextStream
 from .info import print_info
 from .models import MambaLM, load_model
 
-PROMPT = "The morning was fine, and Elizabeth"
+PROMPT = '"You are very kind," said'
 FAILURE, INTERRUPTED = 2, 130
 
 
