@@ -220,7 +220,11 @@ def test_reader_of_stdout_that_leaves():
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_prints_what_there_is():
     """What was generated so far is on stdout, and the exit code is 130."""
-    process = start(SCRIPT, "--n_tokens_to_generate", "100000", "--stream")
+    # A shell lets its background jobs ignore SIGINT, and a child inherits that.
+    process = start(
+        SCRIPT, "--n_tokens_to_generate", "100000", "--stream",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     beginning = process.stdout.read(len(cli.PROMPT) + 10)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
