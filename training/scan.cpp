@@ -143,9 +143,10 @@ void conv_backward(const float* x, const float* weight, const float* bias, const
     sum_threads(dbs, dbias);
 }
 
-// u, raw, z, y (rows, length, width); bc (rows, length, 32) = B, C; skip (width). dt = softplus(raw), h = e^(n + 1) h + dt u B, y = (C h + skip u) silu(z).
-// states (rows, states, width) holds h before the first position and receives it after the last. saved (rows, chunks,
-// states, width), unless null, receives the state at the start of each chunk of 16 positions.
+// u, raw, z, y (rows, length, width); bc (rows, length, 32) = B, C; skip (width). dt = softplus(raw),
+// h = e^(n + 1) h + dt u B, y = (C h + skip u) silu(z). states (rows, states, width) holds h before the first position
+// and receives it after the last. saved (rows, chunks, states, width), unless null, receives the state at the start of
+// each chunk of 16 positions.
 void scan_forward(const float* u, const float* raw, const float* bc, const float* skip, const float* z, float* states,
                   float* y, float* saved, int rows, int length, int width, int threads) {
     int chunks = (length + kChunk - 1) / kChunk;

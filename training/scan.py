@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 STATES = 16
-CHUNK = 16
+CHUNK = 16  # positions between saved states, as in scan.cpp
 FLAGS = ["-O3", "-march=native", "-ffast-math", "-fPIC", "-shared", "-std=c++17", "-pthread"]
 
 

@@ -1,7 +1,7 @@
 """Trains the target on text, or the draft on text and on the target's predictions. CPU, float32.
 
-    python -m training.train target --minutes 65 --text TEXT --out OUT/target
-    python -m training.train draft --minutes 20 --text TEXT --out OUT/draft --teacher OUT/target
+    python -m training.train target --minutes 64 --text TEXT --out OUT/target
+    python -m training.train draft --minutes 11 --text TEXT --out OUT/draft --teacher OUT/target
 
 TEXT is the folder written by ``training.corpus``. The learning rate follows the time spent, not the number of steps.
 A run that was stopped goes on from its last checkpoint, OUT/.../last.pt; a finished one leaves final.pt.
