@@ -129,17 +129,16 @@ def _run(options: argparse.Namespace) -> int:
     output = _Output(TextStream(target.tokenizer, options.stop), show)
     if show:
         show(options.prompt)
-    result = None
+    result, comparison, code = None, None, 0
     try:
         result = once(draft, output)
-    except KeyboardInterrupt:
-        _say(f"interrupted after {len(output.tokens)} tokens")
-    output.finish()
-    comparison = None
-    if result is not None:
         _report(target, draft, result)
         if options.compare:
             comparison = _compare(once, draft, result, sampling)
+    except KeyboardInterrupt:
+        _say(f"interrupted after {len(output.tokens)} tokens")
+        code = INTERRUPTED
+    output.finish()
     if options.json:
         report = {"prompt_tokens": prompt, "tokens": output.tokens, "text": output.text}
         report["stats"] = result.stats.as_dict() if result else None
@@ -148,7 +147,7 @@ def _run(options: argparse.Namespace) -> int:
         _write(json.dumps(report) + "\n")
     else:
         _write("\n" if show else f"{options.prompt}{output.text}\n")
-    return 0 if result is not None else INTERRUPTED
+    return code
 
 
 def _encode(target: MambaLM, prompt: str) -> list[int]:

@@ -247,6 +247,18 @@ def test_ctrl_c_without_a_stream(run, monkeypatch):
     assert code == 130 and report["text"] == " heard" and report["stats"] is None
 
 
+def test_ctrl_c_while_comparing_keeps_the_text(run, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_compare", interrupted)
+    code, out, _ = run(*SHORT, "--compare")
+    assert (code, out) == (130, generated() + "\n")
+    code, out, _ = run(*SHORT, "--compare", "--json")
+    report = json.loads(out)
+    assert code == 130 and report["stats"]["tokens"] == len(report["tokens"]) and "compare" not in report
+
+
 def test_without_the_compiled_kernels():
     """A broken or missing extension: one line, and the reference backend gives the same text."""
     program = (
