@@ -6,17 +6,21 @@ from collections.abc import Callable
 
 import torch
 
+_SPIN_S = 0.025
+
 
 def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
     """Median seconds of each function. They take turns, so that a slow moment of the machine meets all of them.
 
-    An untimed call comes before each timed one: the threads that PyTorch leaves spinning after its calls would slow
-    down whatever comes next.
+    A turn starts with untimed calls: after a call to PyTorch its OpenMP threads keep spinning for some milliseconds,
+    which takes cores from whatever comes next.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            function()
+            settled = time.perf_counter() + _SPIN_S
+            while time.perf_counter() < settled:
+                function()
             started = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - started)
