@@ -96,6 +96,35 @@ void rms_norm(int64_t rows, int64_t features, uintptr_t x, int64_t x_row_stride,
         threads);
 }
 
+using FilterValues = std::tuple<float, float, int64_t, float, float>;
+
+Filters filters(const FilterValues& values) {
+    return {std::get<0>(values), std::get<1>(values), std::get<2>(values), std::get<3>(values), std::get<4>(values)};
+}
+
+void sample_tokens(int64_t batch, int64_t vocabulary, uintptr_t logits, int64_t logits_stride,
+                   const FilterValues& values, uintptr_t seen, uintptr_t recent, int64_t recent_tokens, uintptr_t keys,
+                   uintptr_t positions, int purpose, uintptr_t active, uintptr_t laws, int64_t laws_stride,
+                   uintptr_t tokens, uintptr_t verdicts, int threads) {
+    kernels().sample_tokens({batch, vocabulary, pointer<float>(logits), logits_stride, filters(values),
+                             pointer<bool>(seen), pointer<int64_t>(recent), recent_tokens, pointer<int64_t>(keys),
+                             pointer<int64_t>(positions), purpose, pointer<bool>(active), pointer<float>(laws),
+                             laws_stride, pointer<int64_t>(tokens), pointer<int32_t>(verdicts)},
+                            threads);
+}
+
+void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintptr_t logits, Pair logits_strides,
+                        uintptr_t drafted, uintptr_t laws, Pair laws_strides, const FilterValues& values, bool coupled,
+                        uintptr_t seen, uintptr_t keys, uintptr_t positions, uintptr_t active, uintptr_t accepted,
+                        uintptr_t next, uintptr_t verdicts, int threads) {
+    kernels().speculative_accept(
+        {batch, tokens, vocabulary, pointer<float>(logits), logits_strides.first, logits_strides.second,
+         pointer<int64_t>(drafted), pointer<float>(laws), laws_strides.first, laws_strides.second, filters(values),
+         coupled, pointer<bool>(seen), pointer<int64_t>(keys), pointer<int64_t>(positions), pointer<bool>(active),
+         pointer<int32_t>(accepted), pointer<int64_t>(next), pointer<int32_t>(verdicts)},
+        threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -106,6 +135,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("selective_scan", &selective_scan, release());
     m.def("skinny_linear", &skinny_linear, release());
     m.def("rms_norm", &rms_norm, release());
+    m.def("sample_tokens", &sample_tokens, release());
+    m.def("speculative_accept", &speculative_accept, release());
     m.def("available_isas", &available_isas, "Instruction sets that can run here, best first.");
     m.def("select_isa", &select_isa, "Uses the named instruction set from now on.");
     m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");

@@ -75,4 +75,61 @@ struct RmsNormParams {
     float* y;             // (M, D) contiguous
 };
 
+// How logits become a law, in this order; see cpu/law.h.
+struct Filters {
+    float repetition_penalty;  // 1: none
+    float temperature;         // 0: greedy
+    int64_t top_k;             // 0: all
+    float top_p;               // 1: all
+    float min_p;               // 0: all
+};
+
+// What came of a row's logits.
+enum class Verdict : int32_t {
+    ok = 0,
+    nan_logits = 1,
+    infinite_logits = 2,
+    no_token = 3,       // every logit is -inf
+    bad_draft_law = 4,  // the draft's law gives its own token no probability
+    bad_residual = 5,   // max(p - q, 0) is empty or not finite
+};
+
+// One token per row, drawn with the noise of (seed, stream, position, purpose).
+struct SampleTokensParams {
+    int64_t batch, vocabulary;
+    const float* logits;  // (B, V), tokens contiguous
+    int64_t logits_batch_stride;
+    Filters filters;
+    const bool* seen;       // (B, V): tokens of the text; read only with a penalty
+    const int64_t* recent;  // (B, R): further tokens of the text
+    int64_t recent_tokens;
+    const int64_t* keys;       // (B, 2): seed, stream
+    const int64_t* positions;  // (B): of the token that is drawn
+    int purpose;
+    const bool* active;  // (B), may be null: rows to draw for
+    float* laws;         // (B, V), may be null: the law each token was drawn from
+    int64_t laws_batch_stride;
+    int64_t* tokens;    // (B)
+    int32_t* verdicts;  // (B)
+};
+
+// How many of a row's K drafted tokens stand, and the token after them.
+struct SpeculativeAcceptParams {
+    int64_t batch, tokens, vocabulary;  // tokens = K+1
+    const float* logits;                // (B, K+1, V), tokens of the vocabulary contiguous
+    int64_t logits_batch_stride, logits_token_stride;
+    const int64_t* drafted;  // (B, K)
+    const float* laws;       // (B, K, V), may be null: each drafted token was certain
+    int64_t laws_batch_stride, laws_token_stride;
+    Filters filters;
+    bool coupled;
+    const bool* seen;          // (B, V): tokens of the text before the window; read only with a penalty
+    const int64_t* keys;       // (B, 2): seed, stream
+    const int64_t* positions;  // (B): of the first token that is chosen
+    const bool* active;        // (B), may be null: rows to decide
+    int32_t* accepted;         // (B); the position, where the verdict is not ok
+    int64_t* next;             // (B)
+    int32_t* verdicts;         // (B)
+};
+
 }  // namespace speculative_mamba

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .decode import GenerationResult, SamplingParams, generate
-from .decode.inputs import check_generation
+from .decode.inputs import ACCEPTANCES, check_generation
 from .decode.text import TextStream
 from .info import print_info
 from .models import MambaLM, load_model
@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     option("temperature", type=float, default=0.0, help="0 is greedy")
     option("top_k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     option("top_p", type=float, default=1.0, help="keep the smallest set of tokens with this probability")
+    option("min_p", type=float, default=0.0, help="keep tokens of at least p times the largest probability")
+    option("repetition_penalty", type=float, default=1.0, help="above 1, tokens of the text become less likely")
+    option("acceptance", choices=ACCEPTANCES, default="rejection", help="coupled: the text of plain sampling, exactly")
     option("seed", type=int, default=0, help="seed for sampling")
     option("stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
     option("cg", action="store_true", help="use CUDA graphs where there are any")
@@ -110,19 +113,25 @@ def _write(piece: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.seed)
+    sampling = SamplingParams(
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty, seed=options.seed,
+    )  # fmt: skip
     if options.cg:
         _say("--cg: no CUDA graphs on this device; the text is the same without")
     common = {"dtype": getattr(options, "dtype", None), "device": options.device, "backend": options.backend}
     target = load_model(options.model_target, **common)
     draft = load_model(options.model_draft, **common) if options.draft == "model" else None
-    check_generation(target, draft, options.K, options.n_tokens_to_generate, "rejection", options.stop)
+    check_generation(
+        target, draft, options.K, options.n_tokens_to_generate, options.acceptance, options.stop, (), sampling, rows=1
+    )
     prompt = _encode(target, options.prompt)
 
     def once(draft: MambaLM | None, output: _Output | None = None) -> GenerationResult:
         return generate(
             target, [prompt], draft=draft, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate,
-            sampling=sampling, stop_strings=options.stop, on_token=output.on_token if output else None,
+            sampling=sampling, acceptance=options.acceptance, stop_strings=options.stop,
+            on_token=output.on_token if output else None,
         )  # fmt: skip
 
     show = _write if options.stream and not options.json else None
@@ -134,7 +143,7 @@ def _run(options: argparse.Namespace) -> int:
         result = once(draft, output)
         _report(target, draft, result)
         if options.compare:
-            comparison = _compare(once, draft, result, sampling)
+            comparison = _compare(once, draft, result, sampling.greedy or options.acceptance == "coupled")
     except KeyboardInterrupt:
         _say(f"interrupted after {len(output.tokens)} tokens")
         code = INTERRUPTED
@@ -180,7 +189,7 @@ def _compare(
     once: Callable[[MambaLM | None], GenerationResult],
     draft: MambaLM | None,
     shown: GenerationResult,
-    sampling: SamplingParams,
+    same_text: bool,
 ) -> dict:
     """Times plain and speculative decoding in turn, three times each if that is quick; the medians are compared."""
     plain_speeds, speeds = [], []
@@ -190,7 +199,7 @@ def _compare(
         speeds.append(speculative.stats.tokens_per_s or 0.0)
     plain_speed, speed = statistics.median(plain_speeds), statistics.median(speeds)
     # Under rejection sampling the law is equal, not the text.
-    equal = torch.equal(plain.sequences[0], shown.sequences[0]) if sampling.greedy else None
+    equal = torch.equal(plain.sequences[0], shown.sequences[0]) if same_text else None
     ratio = speed / plain_speed if plain_speed else None
     verdicts = {True: "the tokens are equal", False: "THE TOKENS DIFFER", None: "sampled: equal in law, not in text"}
     if ratio is not None:

@@ -10,8 +10,11 @@ void causal_conv1d(const CausalConv1dParams&, int threads);
 void selective_scan(const SelectiveScanParams&, int threads);
 void skinny_linear(const SkinnyLinearParams&, int threads);
 void rms_norm(const RmsNormParams&, int threads);
+void sample_tokens(const SampleTokensParams&, int threads);
+void speculative_accept(const SpeculativeAcceptParams&, int threads);
 
 extern const Kernels table;
-const Kernels table = {SM_STRING(SM_ISA), causal_conv1d, selective_scan, skinny_linear, rms_norm};
+const Kernels table = {SM_STRING(SM_ISA), causal_conv1d, selective_scan,    skinny_linear,
+                       rms_norm,          sample_tokens, speculative_accept};
 
 }  // namespace speculative_mamba::SM_ISA

@@ -14,6 +14,8 @@ struct Kernels {
     void (*selective_scan)(const SelectiveScanParams&, int threads);
     void (*skinny_linear)(const SkinnyLinearParams&, int threads);
     void (*rms_norm)(const RmsNormParams&, int threads);
+    void (*sample_tokens)(const SampleTokensParams&, int threads);
+    void (*speculative_accept)(const SpeculativeAcceptParams&, int threads);
 };
 
 // Names of the instruction sets that this machine can run and this build contains, best first.

@@ -1,8 +1,18 @@
 """Draft, verify, accept: the loop around a target model."""
 
+from .cache import GenerationCache
 from .drafter import Drafter, ModelDrafter
 from .generate import GenerationResult, generate
-from .sampling import SamplingParams
+from .sampling import Sampler, SamplingParams
 from .stats import GenerationStats
 
-__all__ = ["Drafter", "GenerationResult", "GenerationStats", "ModelDrafter", "SamplingParams", "generate"]
+__all__ = [
+    "Drafter",
+    "GenerationCache",
+    "GenerationResult",
+    "GenerationStats",
+    "ModelDrafter",
+    "Sampler",
+    "SamplingParams",
+    "generate",
+]

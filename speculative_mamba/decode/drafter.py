@@ -5,7 +5,8 @@ from typing import Protocol
 import torch
 
 from ..models.language_model import MambaLM
-from .sampling import SamplingParams, draw, filtered_probabilities, greedy_tokens
+from .cache import RowState, absorb
+from .sampling import Sampler
 
 
 class LanguageModel(Protocol):
@@ -33,19 +34,20 @@ class Drafter(Protocol):
 
     vocab_size: int
 
-    def begin(
-        self, prompts: list[list[int]], lookahead: int, sampling: SamplingParams, generators: list[torch.Generator]
-    ) -> None:
-        """A new batch: rows of token ids, and at most ``lookahead`` tokens a round."""
+    def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None:
+        """A new batch: rows of token ids, and at most ``lookahead`` tokens a round.
+
+        ``sampler.draft`` draws tokens from logits by the run's law and seed.
+        """
 
     def propose(
         self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Drafts ``lookahead`` tokens after each row's committed text.
+        """Drafts up to ``lookahead`` tokens after each row's committed text.
 
         rows: all committed tokens. accepted: (B) int32, how many tokens of the last round's draft were accepted
-        (0 at first). Returns tokens (B, K) int64, and the laws (B, K, V) float32 they were drawn from; None when
-        they were not drawn at random (then the loop takes each as certain).
+        (0 at first). Returns tokens (B, k) int64, 0 <= k <= lookahead, and the laws (B, k, V) float32 they were drawn
+        from; None when they were not drawn at random (then the loop takes each as certain).
         """
 
 
@@ -56,21 +58,20 @@ class ModelDrafter:
     were accepted; then slot j holds the state before the j-th drafted token's successor, as the target's does.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, states: list[RowState | None] | None = None) -> None:
         self.model = model
         self.vocab_size = model.vocab_size
+        self._states = states
 
-    def begin(
-        self, prompts: list[list[int]], lookahead: int, sampling: SamplingParams, generators: list[torch.Generator]
-    ) -> None:
-        self._sampling, self._generators = sampling, generators
+    def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None:
+        self._sampler = sampler
         self._cache = self.model.new_cache(len(prompts), lookahead + 1)
         # A one-token prompt has no token before its last: a null column stands for it, in the first round.
         self._null_columns = torch.tensor(
             [int(len(prompt) < 2) for prompt in prompts], dtype=torch.int32, device=self.model.device
         )
         for row, prompt in enumerate(prompts):
-            self.model.prefill(prompt[:-2], self._cache, row)
+            absorb(self.model, self._cache, row, prompt[:-2], self._states[row] if self._states else None)
 
     def propose(
         self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int
@@ -80,28 +81,22 @@ class ModelDrafter:
         null_columns = self._null_columns
         self._null_columns = None
         logits = self.model.verify(last_two, self._cache, accepted, 0, null_columns, last_only=True)[:, -1]
-        tokens, laws = [], []
+        tokens = torch.empty(len(rows), lookahead, dtype=torch.int64, device=device)
+        laws = None
+        if not self._sampler.sampling.greedy and not self._sampler.coupled:
+            laws = torch.empty(len(rows), lookahead, self.vocab_size, device=device)
         for step in range(lookahead):
             if step:
                 start = torch.full((len(rows),), step, dtype=torch.int32, device=device)
-                logits = self.model.verify(tokens[-1][:, None], self._cache, start, step + 1)[:, -1]
-            tokens.append(self._choose(logits, laws))
-        return torch.stack(tokens, 1), torch.stack(laws, 1) if laws else None
+                logits = self.model.verify(tokens[:, step - 1 : step], self._cache, start, step + 1)[:, -1]
+            tokens[:, step] = self._sampler.draft(logits, tokens[:, :step], None if laws is None else laws[:, step])
+        return tokens, laws
 
-    def _choose(self, logits: torch.Tensor, laws: list[torch.Tensor]) -> torch.Tensor:
-        if self._sampling.greedy:
-            return greedy_tokens(logits)
-        law = filtered_probabilities(logits, self._sampling)
-        laws.append(law)
-        tokens = []
-        for row, generator in enumerate(self._generators):
-            try:
-                tokens.append(draw(law[row], generator))
-            except ValueError as error:
-                raise ValueError(f"the draft cannot propose a token for row {row}: {error}") from None
-        return torch.tensor(tokens, device=logits.device)
+    def state(self, row: int, slot: int, length: int) -> RowState:
+        """A copy of the state in a slot from which a text of ``length`` tokens would be continued."""
+        return RowState.of(self._cache, row, slot, max(length - 2, 0))
 
 
-def as_drafter(draft: "Drafter | MambaLM | LanguageModel") -> Drafter:
-    """A draft model becomes a drafter; anything that proposes already is one."""
-    return draft if hasattr(draft, "propose") else ModelDrafter(draft)
+def as_drafter(draft: "Drafter | MambaLM | LanguageModel", states: list[RowState | None] | None = None) -> Drafter:
+    """A draft model becomes a drafter, going on from saved states; anything that proposes already is one."""
+    return draft if hasattr(draft, "propose") else ModelDrafter(draft, states)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ..models.language_model import MambaLM
-from .accept import accept_greedy, accept_rejection
-from .drafter import Drafter, LanguageModel, as_drafter
-from .inputs import check_generation, read_prompts
-from .sampling import SamplingParams, row_generators
+from .cache import GenerationCache, RowState, absorb
+from .drafter import Drafter, LanguageModel, ModelDrafter, as_drafter
+from .inputs import check_drafted, check_generation, read_prompts
+from .sampling import LogitsProcessor, Sampler, SamplingParams
 from .stats import GenerationStats
 from .text import TextStream
 
@@ -18,12 +18,14 @@ from .text import TextStream
 @dataclass
 class GenerationResult:
     """sequences: one LongTensor per row, prompt included. logits: with ``output_logits``, per row (new tokens, V)
-    float32, what each new token was chosen from. finish_reasons: per row "length", "eos" or "stop"."""
+    float32, the target's own before each new token. finish_reasons: per row "length", "eos" or "stop". cache: the one
+    that was passed."""
 
     sequences: list[torch.Tensor]
     finish_reasons: list[str]
     stats: GenerationStats
     logits: list[torch.Tensor] | None = None
+    cache: GenerationCache | None = None
 
 
 @dataclass
@@ -63,11 +65,13 @@ def generate(
     stop_strings: Sequence[str] = (),
     on_token: Callable[[int, int], None] | None = None,
     output_logits: bool = False,
+    logits_processor: LogitsProcessor | None = None,
+    cache: GenerationCache | None = None,
 ) -> GenerationResult:
     """Continues each prompt, with a draft faster and to the same effect as without.
 
     Greedy text and its logits are bit for bit those of plain greedy decoding of each row alone. Sampled text follows
-    the same law as plain sampling.
+    the same law as plain sampling; with ``acceptance="coupled"`` it is the same text.
 
     Args:
         target: the model whose text is wanted.
@@ -76,105 +80,169 @@ def generate(
         lookahead: K, tokens drafted per round, 1 to 15.
         max_new_tokens: budget per row; exactly so many tokens unless a stop comes first. 0 gives the prompts back.
         sampling: defaults to greedy.
-        acceptance: ``"rejection"`` (Leviathan et al. 2023, arXiv 2211.17192); greedy decoding needs no choice.
+        acceptance: how sampled drafts are tested. ``"rejection"`` (Leviathan et al. 2023, arXiv 2211.17192): the law
+            of plain sampling, and of all tests the one that keeps most. ``"coupled"`` (Gumbel coupling,
+            arXiv 2408.07978): the very text of plain sampling with that seed, for any draft and lookahead. Greedy
+            decoding needs no choice.
         stop_token_ids: a row ends with the first of these; None means the model's end-of-text token.
-        stop_strings: a row ends with the token that completes one; needs ``target.tokenizer``.
+        stop_strings: a row ends with the token that completes one; needs ``target.tokenizer``. Only new text counts.
         on_token: called as ``on_token(row, token)`` for every committed token, in order.
         output_logits: also return the logits.
+        logits_processor: called as ``logits_processor(row, tokens, logits)`` for one position at a time, with the text
+            before it and its logits (V), which it may change or replace and must return; -inf forbids a token. Penalty
+            and filters come after it. It must depend on its arguments alone: it also sees drafted tokens, though none
+            that it has forbidden, and the draft's logits.
+        cache: goes on from the texts it holds, with which the prompts must begin, and follows this call's; an empty
+            ``GenerationCache()`` is filled. Greedy and coupled text is bit for bit that of one longer call.
 
     Raises:
-        ValueError: an argument is out of range, the vocabularies differ, or a model's logits are NaN.
+        ValueError: an argument is out of range, the vocabularies differ, the cache belongs to something else, or a
+            model's logits are NaN.
     """
     prompts = read_prompts(prompt_ids, target.vocab_size)
     sampling = sampling or SamplingParams()
     if stop_token_ids is None:
         stop_token_ids = () if target.eos_token_id is None else (target.eos_token_id,)
-    check_generation(target, draft, lookahead, max_new_tokens, acceptance, stop_strings)
-    stops = frozenset(stop_token_ids)
+    check_generation(
+        target, draft, lookahead, max_new_tokens, acceptance, stop_strings, stop_token_ids, sampling, len(prompts)
+    )
     rows = [
         _Row(list(prompt), max_new_tokens, TextStream(target.tokenizer, stop_strings) if stop_strings else None)
         for prompt in prompts
     ]
+    if cache is not None:
+        cache.open([row.tokens for row in rows], target, draft)
+    run = _Run(target, rows, frozenset(stop_token_ids), on_token, output_logits, cache)
     lookahead = 0 if draft is None else min(lookahead, max(max_new_tokens - 1, 0))
-    stats = GenerationStats(sum(map(len, prompts)))
-    stats.tested_per_position, stats.accepted_per_position = [0] * lookahead, [0] * lookahead
+    run.stats.tested_per_position, run.stats.accepted_per_position = [0] * lookahead, [0] * lookahead
     if max_new_tokens == 0:
         for row in rows:
             row.finish_reason = "length"
-        return _result(rows, stats, target.vocab_size, output_logits)
+        return run.result()
+    sampler = Sampler(
+        sampling, len(rows), target.vocab_size, acceptance=acceptance, processor=logits_processor,
+        device=target.device, backend=getattr(target, "backend", "auto"),
+    )  # fmt: skip
+    run.prefill(draft, lookahead, sampler)
+    try:
+        while active := [index for index, row in enumerate(rows) if row.finish_reason is None]:
+            run.round(active, sampler)
+    finally:
+        run.save()
+    return run.result()
 
-    started = time.perf_counter()
-    generators = row_generators(sampling.seed, len(rows))
-    cache = target.new_cache(len(rows), lookahead + 1)
-    for index, prompt in enumerate(prompts):
-        target.prefill(prompt[:-1], cache, index)
-    drafter = as_drafter(draft) if lookahead else None
-    if drafter is not None:
-        drafter.begin(prompts, lookahead, sampling, generators)
-    start_slot = torch.zeros(len(rows), dtype=torch.int32, device=target.device)
-    stats.prefill_s = time.perf_counter() - started
 
-    decoding = time.perf_counter()
-    while active := [index for index, row in enumerate(rows) if row.finish_reason is None]:
+class _Run:
+    """One call of ``generate``: the models' caches, and where each row stands in them."""
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        rows: list[_Row],
+        stops: frozenset[int],
+        on_token: Callable[[int, int], None] | None,
+        output_logits: bool,
+        cache: GenerationCache | None,
+    ) -> None:
+        self.target, self.rows, self.stops = target, rows, stops
+        self.on_token, self.output_logits, self.cache = on_token, output_logits, cache
+        self.stats = GenerationStats(sum(len(row.tokens) for row in rows))
+        self.drafter: Drafter | None = None
+
+    def prefill(self, draft: object, lookahead: int, sampler: Sampler) -> None:
+        started = time.perf_counter()
+        self.lookahead = lookahead
+        self.layers = self.target.new_cache(len(self.rows), lookahead + 1)
+        for index, row in enumerate(self.rows):
+            state = self.cache.target_states[index] if self.cache else None
+            absorb(self.target, self.layers, index, row.tokens[:-1], state)
+        if lookahead:
+            self.drafter = as_drafter(draft, self.cache.draft_states if self.cache else None)
+            self.drafter.begin([list(row.tokens) for row in self.rows], lookahead, sampler)
+        # The slot from which each row's text goes on; None while the models run, when no slot is to be trusted.
+        self.slots: list[int] | None = [0] * len(self.rows)
+        # The draft's slot, and how long the text was when the draft was last asked.
+        self.draft_at = [(0, len(row.tokens)) for row in self.rows]
+        self.stats.prefill_s = time.perf_counter() - started
+        self.decoding = time.perf_counter()
+
+    def round(self, active: list[int], sampler: Sampler) -> None:
+        rows, device = self.rows, self.target.device
         # The longest row sets the window; what a shorter one drafts past its budget is dropped when it commits.
-        drafts = min(lookahead, max(rows[index].budget for index in active) - 1)
-        window = torch.tensor([row.tokens[-1:] for row in rows], device=target.device)
+        drafts = min(self.lookahead, max(rows[index].budget for index in active) - 1)
+        window = torch.tensor([row.tokens[-1:] for row in rows], device=device)
         drafted, laws = window[:, :0], None
+        start_slot = torch.tensor(self.slots, dtype=torch.int32, device=device)
+        self.slots = None
+        sampler.begin_round([row.tokens for row in rows], active)
         began = time.perf_counter()
         if drafts:
-            drafted, laws = drafter.propose([row.tokens for row in rows], start_slot, drafts)
-            drafted = drafted.to(target.device)
+            drafted, laws = self.drafter.propose([row.tokens for row in rows], start_slot, drafts)
+            check_drafted(drafted, laws, len(rows), drafts, self.target.vocab_size)
+            drafted = drafted.to(device)
             window = torch.cat([window, drafted], 1)
         proposed = time.perf_counter()
-        logits = target.verify(window, cache, start_slot)
+        logits = self.target.verify(window, self.layers, start_slot)
         verified = time.perf_counter()
-        if sampling.greedy:
-            accepted, following = accept_greedy(logits, drafted, active)
-        else:
-            accepted, following = accept_rejection(logits, drafted, laws, sampling, generators, active)
-        start_slot = accepted
-        stats.rounds += 1
-        stats.draft_s += proposed - began
-        stats.verify_s += verified - proposed
-        _commit(rows, drafted, accepted, following, logits if output_logits else None, stops, on_token, stats)
-        stats.decode_s = time.perf_counter() - decoding
-    return _result(rows, stats, target.vocab_size, output_logits)
+        accepted, following = sampler.accept(logits, drafted, laws)
+        self.stats.rounds += 1
+        self.stats.draft_s += proposed - began
+        self.stats.verify_s += verified - proposed
+        fresh = self._commit(drafted, accepted, following, logits)
+        if self.on_token is not None:
+            for row, token in fresh:
+                self.on_token(row, token)
+        self.stats.decode_s = time.perf_counter() - self.decoding
 
-
-def _commit(
-    rows: list[_Row],
-    drafted: torch.Tensor,
-    accepted: torch.Tensor,
-    following: torch.Tensor,
-    logits: torch.Tensor | None,
-    stops: frozenset[int],
-    on_token: Callable[[int, int], None] | None,
-    stats: GenerationStats,
-) -> None:
-    """Appends each row's accepted tokens and the next one, up to a stop or the end of its budget."""
-    for index, (row, tokens, agreed, last) in enumerate(
-        zip(rows, drafted.tolist(), accepted.tolist(), following.tolist(), strict=True)
-    ):
-        if row.finish_reason is not None:
-            continue
-        committed = 0
-        for token in [*tokens[:agreed], last]:
-            row.commit(token, stops)
-            if logits is not None:
-                row.logits.append(logits[index, committed].clone())
-            committed += 1
-            if on_token is not None:
-                on_token(index, token)
+    def _commit(
+        self, drafted: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor, logits: torch.Tensor
+    ) -> list[tuple[int, int]]:
+        """Appends each row's accepted tokens and the next one, up to a stop or the end of its budget; returns them."""
+        fresh, slots = [], [0] * len(self.rows)
+        for index, (row, tokens, agreed, last) in enumerate(
+            zip(self.rows, drafted.tolist(), accepted.tolist(), following.tolist(), strict=True)
+        ):
             if row.finish_reason is not None:
-                break
-        stats.count(len(tokens), agreed, committed)
+                continue
+            committed = 0
+            for token in [*tokens[:agreed], last]:
+                row.commit(token, self.stops)
+                if self.output_logits:
+                    row.logits.append(logits[index, committed].clone())
+                committed += 1
+                fresh.append((index, token))
+                if row.finish_reason is not None:
+                    break
+            self.stats.count(len(tokens), agreed, committed)
+            slots[index] = committed - 1
+            if tokens:
+                self.draft_at[index] = committed - 1, len(row.tokens)
+            if row.finish_reason is not None:
+                self._save_row(index, committed - 1)  # rounds of the other rows will write over its slots
+        self.slots = slots
+        return fresh
 
+    def save(self) -> None:
+        """Leaves the rows that are still generating in the cache, unless the models were interrupted."""
+        for index, row in enumerate(self.rows):
+            if row.finish_reason is None and self.slots is not None:
+                self._save_row(index, self.slots[index])
 
-def _result(rows: list[_Row], stats: GenerationStats, vocabulary: int, output_logits: bool) -> GenerationResult:
-    logits = [torch.stack(row.logits) if row.logits else torch.empty(0, vocabulary) for row in rows]
-    return GenerationResult(
-        sequences=[torch.tensor(row.tokens) for row in rows],
-        finish_reasons=[row.finish_reason or "length" for row in rows],
-        stats=stats,
-        logits=logits if output_logits else None,
-    )
+    def _save_row(self, index: int, slot: int) -> None:
+        if self.cache is None:
+            return
+        absorbed = len(self.rows[index].tokens) - 1
+        self.cache.target_states[index] = RowState.of(self.layers, index, slot, absorbed)
+        if isinstance(self.drafter, ModelDrafter):
+            self.cache.draft_states[index] = self.drafter.state(index, *self.draft_at[index])
+
+    def result(self) -> GenerationResult:
+        vocabulary = self.target.vocab_size
+        logits = [torch.stack(row.logits) if row.logits else torch.empty(0, vocabulary) for row in self.rows]
+        return GenerationResult(
+            sequences=[torch.tensor(row.tokens) for row in self.rows],
+            finish_reasons=[row.finish_reason or "length" for row in self.rows],
+            stats=self.stats,
+            logits=logits if self.output_logits else None,
+            cache=self.cache,
+        )

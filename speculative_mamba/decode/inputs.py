@@ -4,6 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
+from ..ops.checks import check_tokens
+from ..ops.filters import is_whole
+from .sampling import SamplingParams
+
+ACCEPTANCES = ("rejection", "coupled")
 MAX_LOOKAHEAD = 15
 
 
@@ -36,6 +41,20 @@ def read_prompts(prompt_ids: torch.Tensor | Sequence[Sequence[int]], vocabulary:
     return prompts
 
 
+def check_drafted(drafted: torch.Tensor, laws: torch.Tensor | None, rows: int, lookahead: int, vocabulary: int) -> None:
+    """What a drafter proposed.
+
+    Raises:
+        ValueError: it is not tokens (B, k) of the vocabulary with laws (B, k, V), 0 <= k <= lookahead.
+    """
+    shape = tuple(drafted.shape)
+    if len(shape) != 2 or shape[0] != rows or shape[1] > lookahead:
+        raise ValueError(f"the draft proposed tokens of shape {shape}; expected ({rows}, k) with k at most {lookahead}")
+    check_tokens("the draft's proposal", drafted.contiguous(), shape, vocabulary, drafted)
+    if laws is not None and laws.shape != (*shape, vocabulary):
+        raise ValueError(f"the draft gave laws of shape {tuple(laws.shape)}; expected {(*shape, vocabulary)}")
+
+
 def check_generation(
     target: object,
     draft: object,
@@ -43,18 +62,27 @@ def check_generation(
     max_new_tokens: int,
     acceptance: str,
     stop_strings: Sequence[str],
+    stop_token_ids: Sequence[int],
+    sampling: SamplingParams,
+    rows: int,
 ) -> None:
     """The other arguments of ``generate``.
 
     Raises:
         ValueError: the first that is out of range.
     """
-    if not isinstance(lookahead, int) or isinstance(lookahead, bool) or not 1 <= lookahead <= MAX_LOOKAHEAD:
+    if not is_whole(lookahead) or not 1 <= lookahead <= MAX_LOOKAHEAD:
         raise ValueError(f"lookahead (K) must be a whole number from 1 to {MAX_LOOKAHEAD}, got {lookahead!r}")
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
+    if not is_whole(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
-    if acceptance != "rejection":
-        raise ValueError(f"unknown acceptance '{acceptance}'; choose from: rejection")
+    if not isinstance(sampling, SamplingParams):
+        raise ValueError(f"sampling must be SamplingParams, got {type(sampling).__name__}")
+    if isinstance(sampling.seed, tuple) and len(sampling.seed) != rows:
+        raise ValueError(f"there are {len(sampling.seed)} seeds for {rows} rows; give one seed, or one per row")
+    if acceptance not in ACCEPTANCES:
+        raise ValueError(f"unknown acceptance {acceptance!r}; choose from: {', '.join(ACCEPTANCES)}")
+    if isinstance(stop_token_ids, str) or not all(map(is_whole, stop_token_ids)):
+        raise ValueError(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
     if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
         raise ValueError(f"stop_strings must be a list of strings that are not empty, got {stop_strings!r}")
     if stop_strings and getattr(target, "tokenizer", None) is None:

@@ -1,98 +1,136 @@
-"""From logits to a law over tokens, and from a law to a token."""
+"""How tokens are drawn: the user's parameters, and the sampler that applies them to a batch."""
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-GREEDY_BELOW = 1e-5  # a temperature this small is greedy: dividing by it would overflow
+from ..ops import sample_tokens, speculative_accept
+from ..ops.filters import Filters, is_whole
+from ..ops.noise import Purpose
+
+# (row, the text so far, logits (V) of the next token) -> logits (V); see ``generate``.
+LogitsProcessor = Callable[[int, list[int], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is drawn. The defaults are greedy.
+class SamplingParams(Filters):
+    """How the next token is drawn: ``Filters`` and a seed. The defaults are greedy.
 
-    temperature: 0 (or up to 1e-5) is greedy, 1 the model's own law. top_k: keep the k likeliest tokens, 0 keeps all.
-    top_p: keep the smallest set of tokens whose probability reaches p. Filters apply in that order, each to the
-    renormalised law before it; of equally likely tokens the lower id comes first. seed: any whole number from 0 to
-    2^63-1; rows of a batch draw from generators of their own, and no global generator is touched.
+    seed: a whole number from 0 to 2^63-1, or one per row. Random numbers are a function of (seed, row, position in the
+    text, token), so a row's numbers depend neither on other rows nor on the draft, and no global generator is touched.
+    With a seed per row, a row draws what it would draw alone with that seed.
 
     Raises:
         ValueError: a value is out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    seed: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not math.isfinite(self.temperature) or self.temperature < 0:
-            raise ValueError(f"temperature must be finite and at least 0 (0 is greedy), got {self.temperature!r}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), got {self.top_k!r}")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] (1 keeps all tokens), got {self.top_p!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2^63-1, got {self.seed!r}")
+        super().__post_init__()
+        if isinstance(self.seed, (list, tuple)):
+            object.__setattr__(self, "seed", tuple(self.seed))
+        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+            if not is_whole(seed) or not 0 <= seed < 2**63:
+                raise ValueError(f"seed must be a whole number from 0 to 2^63-1, or one per row, got {self.seed!r}")
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature <= GREEDY_BELOW or self.top_k == 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    def keys(self, rows: int) -> torch.Tensor:
+        """Seed and stream of each row, (rows, 2) int64."""
+        if isinstance(self.seed, tuple):
+            return torch.tensor([[seed, 0] for seed in self.seed])
+        return torch.tensor([[self.seed, row] for row in range(rows)])
 
 
-def filtered_probabilities(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """The law that is sampled: logits (..., V) float32 → probabilities (..., V) float32, exact zeros where filtered."""
-    probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
-    vocabulary = logits.shape[-1]
-    if not 0 < sampling.top_k < vocabulary and sampling.top_p == 1:
-        return probabilities
-    kept, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    if 0 < sampling.top_k < vocabulary:
-        kept[..., sampling.top_k :] = 0
-        kept = kept / kept.sum(-1, keepdim=True)
-    if sampling.top_p < 1:
-        before = kept.double().cumsum(-1) - kept
-        kept = kept.masked_fill(before >= sampling.top_p, 0)
-        kept = kept / kept.sum(-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter_(-1, order, kept)
+class Sampler:
+    """Chooses tokens for a batch, the draft's and the target's, round by round.
 
-
-def draw(weights: torch.Tensor, generator: torch.Generator) -> int:
-    """One token from a row of unnormalised probabilities (V), by inversion: never one of weight 0.
-
-    Raises:
-        ValueError: the weights are empty, not finite, or sum to 0.
+    ``begin_round`` comes first in a round; then ``draft`` draws any number of tokens, and ``accept`` tests them.
     """
-    cumulative = weights.double().cumsum(-1)
-    total = cumulative[-1].item()
-    if not (math.isfinite(total) and total > 0):
-        raise ValueError(f"the probabilities sum to {total}; there is no token to draw")
-    threshold = uniform(generator) * total
-    index = int(torch.searchsorted(cumulative, torch.tensor(threshold, dtype=torch.float64), right=True))
-    # Rounding may put the threshold at the very end: the last token of positive weight is meant.
-    return index if index < len(weights) and weights[index] > 0 else int(weights.nonzero()[-1])
 
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        rows: int,
+        vocabulary: int,
+        *,
+        acceptance: str = "rejection",
+        processor: LogitsProcessor | None = None,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
+    ) -> None:
+        self.sampling = sampling
+        self.coupled = acceptance == "coupled"
+        self._processor, self._backend = processor, backend
+        self._keys = sampling.keys(rows).to(device)
+        self._seen = None
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
+        self._known = [0] * rows
+        self.begin_round([[]] * rows, [])
 
-def uniform(generator: torch.Generator) -> float:
-    """A number in [0, 1)."""
-    return torch.rand((), dtype=torch.float64, generator=generator).item()
+    def begin_round(self, texts: list[list[int]], active: list[int]) -> None:
+        """texts: each row's committed tokens. active: the rows that are still generating."""
+        self._texts, self._rows = texts, active
+        device = self._keys.device
+        self._positions = torch.tensor([len(text) for text in texts], device=device)
+        self._active = torch.zeros(len(texts), dtype=torch.bool, device=device)
+        self._active[active] = True
+        for row in active if self._seen is not None else ():
+            self._seen[row, texts[row][self._known[row] :]] = True
+            self._known[row] = len(texts[row])
 
+    def draft(self, logits: torch.Tensor, drafted: torch.Tensor, laws: torch.Tensor | None) -> torch.Tensor:
+        """A draft's next token for each row.
 
-def row_generators(seed: int, rows: int) -> list[torch.Generator]:
-    """One generator per row, whose numbers depend on the seed and the row's index alone."""
-    # torch seeds its Mersenne twister from the low 32 bits alone, so all bits of the seed are folded into those.
-    start = (seed * 0x9E3779B97F4A7C15 % 2**64) >> 32
-    generators = []
-    for row in range(rows):
-        generators.append(torch.Generator().manual_seed((start + row * 0x85EBCA6B) % 2**32))
-    return generators
+        logits: (B, V) float32 of the draft. drafted: (B, k) int64, its tokens of this round so far. laws: (B, V)
+        float32 or None, written: the law each token was drawn from. Returns tokens (B) int64.
 
+        Raises:
+            ValueError: a row has no law.
+        """
+        if self._processor is not None:
+            logits = logits.clone()
+            for row in self._rows:
+                logits[row] = self._process(row, drafted[row].tolist(), logits[row])
+        purpose = Purpose.TOKEN if self.coupled else Purpose.DRAFT
+        try:
+            return sample_tokens(
+                logits, self.sampling, self._keys, self._positions + drafted.shape[1], purpose, laws=laws,
+                seen=self._seen, recent=drafted.contiguous(), active=self._active, backend=self._backend,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"the draft cannot propose a token: {error}") from None
 
-def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """The likeliest token of each row, the lowest id among equals: logits (..., V) → (...) int64."""
-    return logits.argmax(-1)
+    def accept(
+        self, logits: torch.Tensor, drafted: torch.Tensor, laws: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``speculative_accept`` for the rows of this round. logits: (B, K+1, V) float32 of the target.
+
+        Raises:
+            ValueError: logits or laws that matter are broken.
+        """
+        if self._processor is not None:
+            logits = self._processed(logits, drafted)
+        return speculative_accept(
+            logits, drafted.contiguous(), laws, self.sampling, self._keys, self._positions, coupled=self.coupled,
+            seen=self._seen, active=self._active, backend=self._backend,
+        )  # fmt: skip
+
+    def _processed(self, logits: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        for row in self._rows:
+            tokens = drafted[row].tolist()
+            for position in range(len(tokens) + 1):
+                logits[row, position] = self._process(row, tokens[:position], logits[row, position])
+                # A token that is impossible now ends the window: the text behind it will never be.
+                if position < len(tokens) and logits[row, position, tokens[position]] == -torch.inf:
+                    break
+        return logits
+
+    def _process(self, row: int, drafted: list[int], logits: torch.Tensor) -> torch.Tensor:
+        processed = self._processor(row, self._texts[row] + drafted, logits.clone())
+        if not isinstance(processed, torch.Tensor) or processed.shape != logits.shape:
+            what = tuple(processed.shape) if isinstance(processed, torch.Tensor) else type(processed).__name__
+            raise ValueError(f"logits_processor must return logits of shape {tuple(logits.shape)}, got {what}")
+        return processed

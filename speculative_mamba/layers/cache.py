@@ -28,3 +28,14 @@ class MambaCache:
     def row(self, index: int) -> "MambaCache":
         """A view of one row."""
         return MambaCache(self.states[index : index + 1], self.window[index : index + 1])
+
+    def checkpoint(self, row: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the state in a row's slot, (D, N), and of the W-1 conv inputs before the token that follows it."""
+        history = self.window.shape[1] - self.states.shape[1]
+        return self.states[row, slot].clone(), self.window[row, slot + 1 : slot + 1 + history].clone()
+
+    def restore(self, row: int, saved: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Puts a checkpoint into a row's slot 0."""
+        state, history = saved
+        self.states[row, 0] = state
+        self.window[row, 1 : 1 + len(history)] = history

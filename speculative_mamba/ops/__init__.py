@@ -2,7 +2,16 @@
 
 from .causal_conv1d_verify import causal_conv1d_verify
 from .rms_norm import rms_norm
+from .sample_tokens import sample_tokens
 from .selective_scan_verify import selective_scan_verify
 from .skinny_linear import skinny_linear
+from .speculative_accept import speculative_accept
 
-__all__ = ["causal_conv1d_verify", "rms_norm", "selective_scan_verify", "skinny_linear"]
+__all__ = [
+    "causal_conv1d_verify",
+    "rms_norm",
+    "sample_tokens",
+    "selective_scan_verify",
+    "skinny_linear",
+    "speculative_accept",
+]

@@ -73,6 +73,11 @@ def resolve(backend: str, device_type: str) -> str:
     return backend
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    """Where the tensor's data starts, as the compiled kernels take it; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def run(implementations: dict[str, Callable], backend: str, tensor: torch.Tensor) -> Callable:
     """The implementation of one op for a tensor's device."""
     return implementations[resolve(backend, tensor.device.type)]

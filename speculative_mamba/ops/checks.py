@@ -2,6 +2,8 @@
 
 import torch
 
+from .filters import Filters
+
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CONV_WIDTH = 8
 
@@ -51,3 +53,32 @@ def check_slots(x: torch.Tensor, slots: int, start_slot: torch.Tensor, write_slo
 def check_null_columns(null_columns: torch.Tensor | None, batch: int, x: torch.Tensor) -> None:
     if null_columns is not None:
         check("null_columns", null_columns, (batch,), x, torch.int32)
+
+
+def check_keys(keys: torch.Tensor, positions: torch.Tensor, batch: int, like: torch.Tensor) -> None:
+    check("keys", keys, (batch, 2), like, torch.int64)
+    check("positions", positions, (batch,), like, torch.int64)
+    check_contiguous("keys", keys)
+    check_contiguous("positions", positions)
+
+
+def check_active(active: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:
+    if active is not None:
+        check("active", active, (batch,), like, torch.bool)
+        check_contiguous("active", active)
+
+
+def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], vocabulary: int, like: torch.Tensor) -> None:
+    """Token ids of the vocabulary; their values are cheap to check on the CPU, so they are."""
+    check(name, tokens, shape, like, torch.int64)
+    check_contiguous(name, tokens)
+    if tokens.device.type == "cpu" and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+        raise ValueError(f"{name} must hold token ids from 0 to {vocabulary - 1}, got {tokens.tolist()}")
+
+
+def check_seen(filters: Filters, seen: torch.Tensor | None, batch: int, vocabulary: int, like: torch.Tensor) -> None:
+    if seen is not None:
+        check("seen", seen, (batch, vocabulary), like, torch.bool)
+        check_contiguous("seen", seen)
+    elif filters.repetition_penalty != 1:
+        raise ValueError("a repetition penalty needs seen, the tokens of each text")

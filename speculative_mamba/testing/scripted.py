@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ..decode.drafter import Drafter
-from ..decode.sampling import SamplingParams
+from ..decode.sampling import Sampler
 
 
 class ScriptedDraft:
@@ -23,11 +23,9 @@ class ScriptedDraft:
         self.vocab_size = vocab_size
         self._texts, self._agree, self._cost = texts, agree, cost
 
-    def begin(
-        self, prompts: list[list[int]], lookahead: int, sampling: SamplingParams, generators: list[torch.Generator]
-    ) -> None:
+    def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None:
         if self._cost is not None:
-            self._cost.begin(prompts, lookahead, sampling, generators)
+            self._cost.begin(prompts, lookahead, sampler)
 
     def propose(
         self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int

@@ -1,0 +1,244 @@
+// From a row of logits to the law that is sampled: penalty, temperature, top-k, top-p, min-p.
+#pragma once
+
+#include <cstdlib>
+
+#include "../params.h"
+#include "parallel_for.h"
+#include "simd_math.h"
+
+namespace speculative_mamba::SM_ISA {
+namespace {
+
+// Entry i is token ids[i], or token i where ids is null; its probability is weights[i] · scale.
+struct Law {
+    const int32_t* ids;
+    const float* weights;
+    int64_t count;
+    float scale;
+
+    float probability(int64_t token) const {
+        if (!ids) return weights[token] * scale;
+        for (int64_t i = 0; i < count; i++)
+            if (ids[i] == token) return weights[i] * scale;
+        return 0.f;
+    }
+};
+
+// Memory of one thread, kept between calls.
+struct Scratch {
+    float *logits, *weights;
+    int32_t* ids;
+    uint32_t *keys, *other_keys;
+    int32_t* other_ids;
+};
+
+inline Scratch scratch(int64_t vocabulary) {
+    struct Buffer {
+        char* data = nullptr;
+        int64_t bytes = 0;
+        ~Buffer() { std::free(data); }
+    };
+    thread_local Buffer buffer;
+    const int64_t part = divide_up(vocabulary, kLanes) * kLanes * 4;
+    if (buffer.bytes < 6 * part) {
+        std::free(buffer.data);
+        buffer.data = static_cast<char*>(std::malloc(6 * part));
+        buffer.bytes = buffer.data ? 6 * part : 0;
+        if (!buffer.data) std::abort();
+    }
+    auto at = [&](int i) { return static_cast<void*>(buffer.data + i * part); };
+    return {static_cast<float*>(at(0)),    static_cast<float*>(at(1)),    static_cast<int32_t*>(at(2)),
+            static_cast<uint32_t*>(at(3)), static_cast<uint32_t*>(at(4)), static_cast<int32_t*>(at(5))};
+}
+
+// Logits of tokens that the text holds lose: divided by the penalty if positive, else multiplied (Keskar et al. 2019,
+// CTRL). seen (V) marks the text before the window, recent are the window's tokens before this position.
+inline const float* penalised(const float* logits, int64_t vocabulary, float penalty, const bool* seen,
+                              const int64_t* recent, int64_t recent_count, const Scratch& s) {
+    if (penalty == 1.f) return logits;
+    auto lower = [&](float value) { return value > 0 ? value / penalty : value * penalty; };
+    for (int64_t i = 0; i < vocabulary; i++) s.logits[i] = seen[i] ? lower(logits[i]) : logits[i];
+    for (int64_t i = 0; i < recent_count; i++)
+        if (!seen[recent[i]]) s.logits[recent[i]] = lower(logits[recent[i]]);
+    return s.logits;
+}
+
+struct Extremes {
+    float max;
+    bool has_nan;
+};
+
+inline Extremes extremes(const float* x, int64_t size) {
+    const Vec one = broadcast(1.f), minus_one = broadcast(-1.f);
+    Vec largest = broadcast(-__builtin_inff()), clamped = zero();  // a sum of clamped values is NaN if any value is
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+        const Vec value = load(x + i);
+        largest = max(value, largest);
+        clamped = add(clamped, max(minus_one, min(one, value)));
+    }
+    float lanes[kLanes], result = -__builtin_inff(), check = sum(clamped);
+    store(lanes, largest);
+    for (float lane : lanes) result = lane > result ? lane : result;
+    for (; i < size; i++) {
+        result = x[i] > result ? x[i] : result;
+        check += x[i] != x[i] ? x[i] : 0.f;
+    }
+    return {result, check != check};
+}
+
+// The first token of the largest logit.
+inline int64_t first_of(const float* x, float value) {
+    int64_t i = 0;
+    while (x[i] != value) i++;
+    return i;
+}
+
+// exp((x - max) / temperature), exactly 0 from exp(-87) downwards. Returns the sum.
+inline float exponentials(const float* x, int64_t size, float max, float temperature, float* out) {
+    const Vec peak = broadcast(max), divisor = broadcast(temperature), floor = exp(broadcast(-87.f));
+    Vec total = zero();
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const int64_t count = smaller(kLanes, size - i);
+        Vec value = sub(exp(div(sub(load_n(x + i, count), peak), divisor)), floor);
+        store_n(out + i, value, count);
+        total = add(total, count == kLanes ? value : load_n(out + i, count));
+    }
+    return sum(total);
+}
+
+inline bool worse(const float* x, int32_t a, int32_t b) { return x[a] < x[b] || (x[a] == x[b] && a > b); }
+
+// Restores a heap with the worst on top after its entry `at` has changed.
+inline void sift(const float* x, int32_t* heap, int64_t size, int64_t at) {
+    const int32_t id = heap[at];
+    for (int64_t child; (child = 2 * at + 1) < size; at = child) {
+        if (child + 1 < size && worse(x, heap[child + 1], heap[child])) child++;
+        if (!worse(x, heap[child], id)) break;
+        heap[at] = heap[child];
+    }
+    heap[at] = id;
+}
+
+inline void largest_by_heap(const float* x, int64_t size, int64_t count, int32_t* ids) {
+    for (int64_t i = 0; i < count; i++) ids[i] = static_cast<int32_t>(i);
+    for (int64_t at = count / 2; at-- > 0;) sift(x, ids, count, at);
+    for (int64_t i = count; i < size;) {
+        const int64_t last = smaller(size, i + kLanes);
+        if (last == i + kLanes && !any_greater(load(x + i), broadcast(x[ids[0]]))) {
+            i = last;
+            continue;
+        }
+        for (; i < last; i++) {
+            if (!(x[i] > x[ids[0]])) continue;
+            ids[0] = static_cast<int32_t>(i);
+            sift(x, ids, count, 0);
+        }
+    }
+    for (int64_t last = count; --last > 0;) {
+        const int32_t worst = ids[0];
+        ids[0] = ids[last], ids[last] = worst;
+        sift(x, ids, last, 0);
+    }
+}
+
+// All ids in descending order of x, by a stable radix sort.
+inline void sort_all(const float* x, int64_t size, const Scratch& s) {
+    uint32_t *keys = s.keys, *other_keys = s.other_keys;
+    int32_t *ids = s.ids, *other_ids = s.other_ids;
+    for (int64_t i = 0; i < size; i++) {
+        const float value = x[i] + 0.f;  // -0 becomes 0
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        keys[i] = bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
+        ids[i] = static_cast<int32_t>(i);
+    }
+    for (int shift = 0; shift < 32; shift += 8) {
+        int64_t starts[256] = {};
+        for (int64_t i = 0; i < size; i++) starts[keys[i] >> shift & 255]++;
+        for (int64_t digit = 0, start = 0; digit < 256; digit++) {
+            const int64_t count = starts[digit];
+            starts[digit] = start, start += count;
+        }
+        for (int64_t i = 0; i < size; i++) {
+            const int64_t to = starts[keys[i] >> shift & 255]++;
+            other_keys[to] = keys[i], other_ids[to] = ids[i];
+        }
+        uint32_t* k = keys;
+        keys = other_keys, other_keys = k;
+        int32_t* o = ids;
+        ids = other_ids, other_ids = o;
+    }
+}
+
+constexpr int64_t kHeapAtMost = 1024;
+constexpr double kRounding = 1e-6;  // "reaches p" up to the rounding of float32
+
+// The k likeliest tokens, of them the fewest that reach p, of them those of at least min_p times the largest.
+inline Law chosen(const float* x, int64_t vocabulary, float max, const Filters& f, const Scratch& s) {
+    const bool by_rank = 0 < f.top_k && f.top_k < vocabulary;
+    double all = 0;
+    if (!by_rank) all = exponentials(x, vocabulary, max, f.temperature, s.weights);
+    for (int64_t count = by_rank ? f.top_k : smaller(kHeapAtMost, vocabulary);; count = vocabulary) {
+        if (count <= kHeapAtMost) {
+            largest_by_heap(x, vocabulary, count, s.ids);
+        } else {
+            sort_all(x, vocabulary, s);
+        }
+        float* gathered = reinterpret_cast<float*>(s.other_keys);
+        for (int64_t i = 0; i < count; i++) gathered[i] = x[s.ids[i]];
+        exponentials(gathered, count, max, f.temperature, s.weights);
+        double total = all;
+        if (by_rank)
+            for (int64_t i = 0; i < count; i++) total += s.weights[i];
+        int64_t kept = count;
+        if (f.top_p < 1.f) {
+            const double enough = (static_cast<double>(f.top_p) - kRounding) * total;
+            double reached = s.weights[0];
+            for (kept = 1; kept < count && reached < enough; kept++) reached += s.weights[kept];
+            if (reached < enough && !by_rank && count < vocabulary) continue;
+        }
+        while (kept > 1 && (s.weights[kept - 1] < f.min_p * (1 - kRounding) || s.weights[kept - 1] == 0)) kept--;
+        double sum = 0;
+        for (int64_t i = 0; i < kept; i++) sum += s.weights[i];
+        const float scale = static_cast<float>(1 / sum);
+        if (kept <= kHeapAtMost) return {s.ids, s.weights, kept, scale};
+        float* in_order = reinterpret_cast<float*>(s.keys);
+        std::memset(in_order, 0, vocabulary * sizeof(float));
+        for (int64_t i = 0; i < kept; i++) in_order[s.ids[i]] = s.weights[i];
+        return {nullptr, in_order, vocabulary, scale};
+    }
+}
+
+inline Law everything(const float* x, int64_t vocabulary, float max, const Filters& f, const Scratch& s) {
+    float total = exponentials(x, vocabulary, max, f.temperature, s.weights);
+    if (f.min_p > 0) {
+        const float threshold = static_cast<float>(f.min_p * (1 - kRounding));
+        for (int64_t i = 0; i < vocabulary; i++) s.weights[i] = s.weights[i] >= threshold ? s.weights[i] : 0.f;
+        Vec sums = zero();
+        for (int64_t i = 0; i < vocabulary; i += kLanes)
+            sums = add(sums, load_n(s.weights + i, smaller(kLanes, vocabulary - i)));
+        total = sum(sums);
+    }
+    return {nullptr, s.weights, vocabulary, 1.f / total};
+}
+
+// The law of one row of logits, already penalised; for greedy decoding one token.
+inline Verdict make_law(const float* x, int64_t vocabulary, const Filters& f, const Scratch& s, Law& law) {
+    const Extremes e = extremes(x, vocabulary);
+    if (e.has_nan) return Verdict::nan_logits;
+    if (e.max == -__builtin_inff()) return Verdict::no_token;
+    if (f.temperature == 0) {
+        s.ids[0] = static_cast<int32_t>(first_of(x, e.max)), s.weights[0] = 1.f;
+        law = {s.ids, s.weights, 1, 1.f};
+        return Verdict::ok;
+    }
+    if (e.max == __builtin_inff()) return Verdict::infinite_logits;
+    const bool some = (0 < f.top_k && f.top_k < vocabulary) || f.top_p < 1;
+    law = (some ? chosen : everything)(x, vocabulary, e.max, f, s);
+    return Verdict::ok;
+}
+
+}  // namespace
+}  // namespace speculative_mamba::SM_ISA

@@ -1,0 +1,27 @@
+"""Binding to csrc/cpu/sample_tokens.cpp."""
+
+import torch
+
+from ..backend import address, extension
+from ..filters import Filters
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    filters: Filters,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    purpose: int,
+    laws: torch.Tensor | None,
+    seen: torch.Tensor | None,
+    recent: torch.Tensor,
+    active: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, vocabulary = logits.shape
+    tokens, verdicts = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.int32)
+    extension()[0].sample_tokens(
+        batch, vocabulary, logits.data_ptr(), logits.stride(0), filters.values(), address(seen), recent.data_ptr(),
+        recent.shape[1], keys.data_ptr(), positions.data_ptr(), purpose, address(active), address(laws),
+        0 if laws is None else laws.stride(0), tokens.data_ptr(), verdicts.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return tokens, verdicts
