@@ -2,8 +2,9 @@
 
 python -m benchmarks.embedded_pair [--json FILE]
 
-The text is the first part of Jane Austen's *Northanger Abbey*. Acceptance: the target continues passages of it greedily
-with K = 4; accepted drafted tokens over drafted tokens that were tested.
+The text is the first part of Jane Austen's *Northanger Abbey*. Acceptance: the target continues passages of it with
+K = 4, greedily and sampled, under both ways to test sampled drafts; accepted drafted tokens over drafted tokens that
+were tested.
 """
 
 import json
@@ -18,6 +19,14 @@ from .report import parser
 
 CHUNK = 256
 PASSAGES, PASSAGE_BYTES, NEW_BYTES, LOOKAHEAD = 24, 160, 128, 4
+SAMPLING = {
+    "greedy": {},
+    "temperature 0.7": {"temperature": 0.7},
+    "temperature 1": {"temperature": 1.0},
+    "temperature 0.8, top-k 50, top-p 0.8": {"temperature": 0.8, "top_k": 50, "top_p": 0.8},
+    "temperature 1, min-p 0.05": {"temperature": 1.0, "min_p": 0.05},
+    "greedy, repetition penalty 1.1": {"repetition_penalty": 1.1},
+}
 
 
 def bits_per_byte(model: sm.MambaLM, text: bytes) -> float:
@@ -35,33 +44,40 @@ def bits_per_byte(model: sm.MambaLM, text: bytes) -> float:
     return nats / (len(ids) - 1) / math.log(2)
 
 
+def acceptance(target: sm.MambaLM, draft: sm.MambaLM, text: bytes, sampling: sm.SamplingParams, how: str) -> dict:
+    """Counts over passages of the text, each continued as a row of one batch."""
+    step = len(text) // PASSAGES
+    prompts = [list(text[begin : begin + PASSAGE_BYTES]) for begin in range(0, step * PASSAGES, step)]
+    stats = sm.generate(
+        target, prompts, draft=draft, lookahead=LOOKAHEAD, max_new_tokens=NEW_BYTES, sampling=sampling, acceptance=how
+    ).stats
+    return {
+        "acceptance_rate": stats.acceptance_rate, "tested": stats.tested, "tokens_per_round": stats.tokens_per_round
+    }  # fmt: skip
+
+
 def main() -> None:
     options = parser(__doc__.splitlines()[0]).parse_args()
     target, draft = sm.load_model("builtin:target"), sm.load_model("builtin:draft")
     text = resources.files("speculative_mamba.models.builtin").joinpath("heldout.txt").read_bytes()
-    row = {
-        "target_bytes": target.weight_bytes,
-        "draft_bytes": draft.weight_bytes,
-        "target_bits_per_byte": bits_per_byte(target, text),
-        "draft_bits_per_byte": bits_per_byte(draft, text),
-    }
-    accepted = tested = tokens = rounds = 0
-    step = len(text) // PASSAGES
-    for begin in range(0, step * PASSAGES, step):
-        prompt = list(text[begin : begin + PASSAGE_BYTES])
-        stats = sm.generate(target, [prompt], draft=draft, lookahead=LOOKAHEAD, max_new_tokens=NEW_BYTES).stats
-        accepted, tested = accepted + stats.accepted, tested + stats.tested
-        tokens, rounds = tokens + stats.tokens, rounds + stats.row_rounds
-    row |= {"acceptance_rate": accepted / tested, "tested": tested, "tokens_per_round": tokens / rounds}
+    rows = []
     print(f"{len(text)} bytes of unseen text")
-    for name in ("target", "draft"):
-        print(f"{name}: {row[f'{name}_bits_per_byte']:.3f} bits per byte, {row[f'{name}_bytes']} bytes of weights")
-    print(
-        f"acceptance rate, greedy, K={LOOKAHEAD}: {row['acceptance_rate']:.3f} of {tested} tested tokens, "
-        f"{row['tokens_per_round']:.2f} tokens per round"
-    )
+    for name, model in (("target", target), ("draft", draft)):
+        rows.append({"model": name, "bytes": model.weight_bytes, "bits_per_byte": bits_per_byte(model, text)})
+        print(f"{name}: {rows[-1]['bits_per_byte']:.3f} bits per byte, {model.weight_bytes} bytes of weights")
+    print(f"acceptance rate at K = {LOOKAHEAD}, {PASSAGES} passages of {NEW_BYTES} new bytes")
+    for name, values in SAMPLING.items():
+        sampling = sm.SamplingParams(**values)
+        for how in ("rejection",) if sampling.greedy else ("rejection", "coupled"):
+            row = {"sampling": name, "acceptance": how, **acceptance(target, draft, text, sampling, how)}
+            rows.append(row)
+            label = name if sampling.greedy else f"{name}, {how}"
+            print(
+                f"{label:>50}: {row['acceptance_rate']:.3f} of {row['tested']} tested, "
+                f"{row['tokens_per_round']:.2f} tokens per round"
+            )
     if options.json is not None:
-        options.json.write_text(json.dumps([row], indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

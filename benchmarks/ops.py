@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 
 from speculative_mamba.models.config import MambaConfig
-from speculative_mamba.ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear
+from speculative_mamba.ops import (
+    causal_conv1d_verify,
+    rms_norm,
+    sample_tokens,
+    selective_scan_verify,
+    skinny_linear,
+    speculative_accept,
+)
+from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.testing.models import SHAPES, published_config
 from speculative_mamba.testing.timing import interleaved_medians, rotate
 
@@ -113,10 +122,72 @@ def bench_scan(report: Report, config: MambaConfig) -> None:
         _add(report, "selective_scan_verify", f"{D}x{N}", times, moved, "reference", tokens=tokens)
 
 
-def _add(report: Report, op: str, shape: str, times: dict[str, float], moved: int, baseline: str, **size: int) -> None:
+def torch_law(logits: torch.Tensor, f: Filters) -> torch.Tensor:
+    """The filtered law (T, V) as one would write it with PyTorch's operations: only the k largest are ever sorted."""
+    kept, ids = (logits / f.temperature).topk(f.top_k or logits.shape[-1], -1)
+    law = torch.softmax(kept, -1)
+    law = law.masked_fill(law.cumsum(-1) - law >= f.top_p, 0)
+    return torch.zeros_like(logits).scatter_(-1, ids, law / law.sum(-1, keepdim=True))
+
+
+def torch_accept(logits: torch.Tensor, drafted: torch.Tensor, laws: torch.Tensor, f: Filters) -> tuple[int, int]:
+    """The same test in PyTorch's operations, for one row."""
+    law = torch_law(logits[0], f)
+    q, tokens = laws[0], drafted[0, :, None]
+    kept = torch.rand(len(q)) * q.gather(1, tokens)[:, 0] < law[:-1].gather(1, tokens)[:, 0]
+    accepted = int(kept.long().cumprod(0).sum())
+    rest = law[-1] if accepted == len(q) else (law[accepted] - q[accepted]).clamp_(min=0)
+    return accepted, int(torch.multinomial(rest, 1))
+
+
+def bench_accept(report: Report, vocabulary: int = 50280, lookahead: int = 4) -> None:
+    """A window whose draft is the target itself, so that every position is looked at."""
+    positions, keys = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64)
+    logits = 3 * torch.randn(1, lookahead + 1, vocabulary)
+    for name, f in {
+        "top-k 50, top-p 0.8": Filters(0.8, 50, 0.8),
+        "top-p 0.9": Filters(0.8, 0, 0.9),
+        "no filter": Filters(1.0),
+        "greedy": Filters(),
+    }.items():
+        laws = torch.empty(1, lookahead, vocabulary)
+        drafted = torch.stack(
+            [
+                sample_tokens(logits[:, at], f, keys, positions + at, Purpose.DRAFT, laws=laws[:, at])
+                for at in range(lookahead)
+            ],
+            1,
+        )
+
+        def ours(f: Filters = f, drafted: torch.Tensor = drafted, laws: torch.Tensor = laws, backend: str = "auto"):
+            return speculative_accept(logits, drafted, laws, f, keys, positions, backend=backend)
+
+        def theirs(f: Filters = f, drafted: torch.Tensor = drafted, laws: torch.Tensor = laws):
+            if f.greedy:
+                choices = logits.argmax(-1)
+                accepted = (choices[:, :-1] == drafted).int().cumprod(1).sum(1)
+                return accepted, choices.gather(1, accepted[:, None])
+            return torch_accept(logits, drafted, laws, f)
+
+        if [t.tolist() for t in ours()] != [t.tolist() for t in ours(backend="reference")]:
+            raise SystemExit(f"speculative_accept, {name}: differs from the reference; not timed")
+        times = interleaved_medians({"ours": ours, "torch": theirs})
+        _add(report, "speculative_accept", name, times, logits.nbytes, "torch", "float32", tokens=lookahead + 1)
+
+
+def _add(
+    report: Report,
+    op: str,
+    shape: str,
+    times: dict[str, float],
+    moved: int,
+    baseline: str,
+    dtype: str = "bfloat16",
+    **size: int,
+) -> None:
     speed = moved / times["ours"] / 1e9
     report.add(
-        op=op, backend="cpu", shape=shape, dtype="bfloat16", batch=1, median_s=times["ours"], gb_per_s=speed,
+        op=op, backend="cpu", shape=shape, dtype=dtype, batch=1, median_s=times["ours"], gb_per_s=speed,
         share_of_bandwidth=speed / report.bandwidth, baseline=baseline, ratio=times[baseline] / times["ours"], **size,
     )  # fmt: skip
 
@@ -133,6 +204,7 @@ def main() -> None:
         }
     )  # fmt: skip
     bench_linear(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
+    bench_accept(report)
     for name in options.models:
         c = published_config(name)
         print(f"mamba-{name}")

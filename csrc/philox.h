@@ -11,14 +11,16 @@ namespace {
 // Replaces L counters, of four words each, by their random words.
 template <int L>
 inline void philox(uint32_t (&words)[4][L], uint64_t key) {
+    constexpr uint32_t a = 0xD2511F53, b = 0xCD9E8D57;
     uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
     for (int round = 0; round < 10; round++) {
         for (int l = 0; l < L; l++) {
-            const uint64_t a = uint64_t{0xD2511F53} * words[0][l], b = uint64_t{0xCD9E8D57} * words[2][l];
-            words[0][l] = static_cast<uint32_t>(b >> 32) ^ words[1][l] ^ low;
-            words[2][l] = static_cast<uint32_t>(a >> 32) ^ words[3][l] ^ high;
-            words[1][l] = static_cast<uint32_t>(b);
-            words[3][l] = static_cast<uint32_t>(a);
+            const uint32_t high_a = (uint64_t{a} * words[0][l]) >> 32, low_a = a * words[0][l];
+            const uint32_t high_b = (uint64_t{b} * words[2][l]) >> 32, low_b = b * words[2][l];
+            words[0][l] = high_b ^ words[1][l] ^ low;
+            words[2][l] = high_a ^ words[3][l] ^ high;
+            words[1][l] = low_b;
+            words[3][l] = low_a;
         }
         low += 0x9E3779B9, high += 0xBB67AE85;
     }

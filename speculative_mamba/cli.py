@@ -123,8 +123,9 @@ def _run(options: argparse.Namespace) -> int:
     target = load_model(options.model_target, **common)
     draft = load_model(options.model_draft, **common) if options.draft == "model" else None
     check_generation(
-        target, draft, options.K, options.n_tokens_to_generate, options.acceptance, options.stop, (), sampling, rows=1
-    )
+        target, draft, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
+        acceptance=options.acceptance, stop_strings=options.stop,
+    )  # fmt: skip
     prompt = _encode(target, options.prompt)
 
     def once(draft: MambaLM | None, output: _Output | None = None) -> GenerationResult:

@@ -24,18 +24,19 @@ struct Race {
 // Tokens 0 … count-1. -log(1 - v) >= v, so most tokens are out of the race before a logarithm is taken.
 inline int64_t draw_dense(const float* weights, int64_t count, const Noise& noise) {
     Race race;
-    for (int64_t first = 0; first < count; first += 64) {
-        uint32_t words[4][16];
-        noise.fill<16>(words, static_cast<uint32_t>(first / 4));
-        for (int64_t part = 0; part < 4 && first + part * 16 < count; part++) {
+    constexpr int counters = 32;  // more than compilers unroll, so that they use vectors instead
+    for (int64_t first = 0; first < count; first += 4 * counters) {
+        uint32_t words[4][counters];
+        noise.fill<counters>(words, static_cast<uint32_t>(first / 4));
+        for (int64_t part = 0; part < counters / 4 && first + part * 16 < count; part++) {
             const int64_t start = first + part * 16, lanes = smaller(16, count - start);
-            float earliest[16], w[16] = {};
-            std::memcpy(w, weights + start, lanes * sizeof(float));
-            const float limit = static_cast<float>(race.best) * 1.000001f;
-            for (int l = 0; l < 16; l++) earliest[l] = static_cast<float>(words[part][l] >> 8) * 0x1p-24f;
-            if (race.winner >= 0 && !any_greater(mul(load(w), broadcast(limit)), load(earliest))) continue;
+            const uint32_t* bits = &words[part % 4][part / 4 * 16];
+            float earliest[16];
+            for (int l = 0; l < 16; l++) earliest[l] = static_cast<float>(bits[l] >> 8) * 0x1p-24f;
+            const Vec limit = broadcast(static_cast<float>(race.best) * 1.000001f);
+            if (race.winner >= 0 && !any_greater(mul(load_n(weights + start, lanes), limit), load(earliest))) continue;
             for (int64_t l = 0; l < lanes; l++)
-                if (w[l] > 0) race.enter(start + l, w[l], words[part][l]);
+                if (weights[start + l] > 0) race.enter(start + l, weights[start + l], bits[l]);
         }
     }
     return race.winner;

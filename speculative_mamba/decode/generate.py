@@ -100,12 +100,14 @@ def generate(
             model's logits are NaN.
     """
     prompts = read_prompts(prompt_ids, target.vocab_size)
-    sampling = sampling or SamplingParams()
+    sampling = SamplingParams() if sampling is None else sampling
     if stop_token_ids is None:
         stop_token_ids = () if target.eos_token_id is None else (target.eos_token_id,)
     check_generation(
-        target, draft, lookahead, max_new_tokens, acceptance, stop_strings, stop_token_ids, sampling, len(prompts)
-    )
+        target, draft, len(prompts), lookahead=lookahead, max_new_tokens=max_new_tokens, sampling=sampling,
+        acceptance=acceptance, stop_strings=stop_strings, stop_token_ids=stop_token_ids, on_token=on_token,
+        logits_processor=logits_processor, cache=cache,
+    )  # fmt: skip
     rows = [
         _Row(list(prompt), max_new_tokens, TextStream(target.tokenizer, stop_strings) if stop_strings else None)
         for prompt in prompts

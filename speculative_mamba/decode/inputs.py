@@ -1,11 +1,12 @@
 """Checks what a caller hands to ``generate``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 from ..ops.checks import check_tokens
 from ..ops.filters import is_whole
+from .cache import GenerationCache
 from .sampling import SamplingParams
 
 ACCEPTANCES = ("rejection", "coupled")
@@ -34,7 +35,7 @@ def read_prompts(prompt_ids: torch.Tensor | Sequence[Sequence[int]], vocabulary:
         if not prompt:
             raise ValueError(f"the prompt of row {index} is empty; give at least one token")
         for token in prompt:
-            if not isinstance(token, int) or isinstance(token, bool):
+            if not is_whole(token):
                 raise ValueError(f"the prompt of row {index} holds {token!r}, which is no token id")
             if not 0 <= token < vocabulary:
                 raise ValueError(f"token id {token} in row {index} is outside the vocabulary of {vocabulary} tokens")
@@ -58,13 +59,17 @@ def check_drafted(drafted: torch.Tensor, laws: torch.Tensor | None, rows: int, l
 def check_generation(
     target: object,
     draft: object,
+    rows: int,
+    *,
     lookahead: int,
     max_new_tokens: int,
+    sampling: SamplingParams,
     acceptance: str,
     stop_strings: Sequence[str],
-    stop_token_ids: Sequence[int],
-    sampling: SamplingParams,
-    rows: int,
+    stop_token_ids: Sequence[int] = (),
+    on_token: object = None,
+    logits_processor: object = None,
+    cache: object = None,
 ) -> None:
     """The other arguments of ``generate``.
 
@@ -76,19 +81,31 @@ def check_generation(
     if not is_whole(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
     if not isinstance(sampling, SamplingParams):
-        raise ValueError(f"sampling must be SamplingParams, got {type(sampling).__name__}")
+        raise ValueError(f"sampling must be SamplingParams, got {sampling!r}")
     if isinstance(sampling.seed, tuple) and len(sampling.seed) != rows:
         raise ValueError(f"there are {len(sampling.seed)} seeds for {rows} rows; give one seed, or one per row")
     if acceptance not in ACCEPTANCES:
         raise ValueError(f"unknown acceptance {acceptance!r}; choose from: {', '.join(ACCEPTANCES)}")
-    if isinstance(stop_token_ids, str) or not all(map(is_whole, stop_token_ids)):
+    if not _all_of(stop_token_ids, is_whole):
         raise ValueError(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
-    if isinstance(stop_strings, str) or not all(isinstance(stop, str) and stop for stop in stop_strings):
+    if not _all_of(stop_strings, lambda stop: isinstance(stop, str) and stop):
         raise ValueError(f"stop_strings must be a list of strings that are not empty, got {stop_strings!r}")
     if stop_strings and getattr(target, "tokenizer", None) is None:
         raise ValueError("stop_strings need the target's tokenizer, and it has none; use stop_token_ids instead")
+    for name, callback in (("on_token", on_token), ("logits_processor", logits_processor)):
+        if callback is not None and not callable(callback):
+            raise ValueError(f"{name} must be a function, got {callback!r}")
+    if cache is not None and not isinstance(cache, GenerationCache):
+        raise ValueError(f"cache must be a GenerationCache, got {type(cache).__name__}")
+    if draft is not None and getattr(draft, "device", target.device) != target.device:
+        raise ValueError(f"draft and target are on two devices, {draft.device} and {target.device}; use one")
     if draft is not None and draft.vocab_size != target.vocab_size:
         raise ValueError(
             f"draft and target have different vocabularies ({draft.vocab_size} and {target.vocab_size} tokens); "
             "a draft must be trained on the same tokens"
         )
+
+
+def _all_of(values: object, test: Callable[[object], object]) -> bool:
+    """Whether ``values`` is a collection of which every member passes."""
+    return isinstance(values, Collection) and not isinstance(values, str) and all(map(test, values))
