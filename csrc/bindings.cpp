@@ -46,8 +46,8 @@ void causal_conv1d(int64_t batch, int64_t tokens, int64_t channels, int64_t widt
 void selective_scan(int64_t batch, int64_t tokens, int64_t channels, int64_t state_size, uintptr_t x, Pair x_strides,
                     uintptr_t dt, Pair dt_strides, uintptr_t A, uintptr_t B, Pair b_strides, uintptr_t C,
                     Pair c_strides, uintptr_t D, uintptr_t z, Pair z_strides, uintptr_t dt_bias, uintptr_t states,
-                    Pair states_strides, uintptr_t start_slot, uintptr_t null_columns, int64_t write_slot,
-                    bool keep_last, uintptr_t y, int threads) {
+                    Pair states_strides, int state_dtype, uintptr_t start_slot, uintptr_t null_columns,
+                    int64_t write_slot, bool keep_last, uintptr_t y, int threads) {
     kernels().selective_scan({batch,
                               tokens,
                               channels,
@@ -70,9 +70,10 @@ void selective_scan(int64_t batch, int64_t tokens, int64_t channels, int64_t sta
                               z_strides.first,
                               z_strides.second,
                               pointer<float>(dt_bias),
-                              pointer<float>(states),
+                              pointer<void>(states),
                               states_strides.first,
                               states_strides.second,
+                              static_cast<DType>(state_dtype),
                               pointer<int32_t>(start_slot),
                               pointer<int32_t>(null_columns),
                               write_slot,

@@ -26,7 +26,8 @@ struct CausalConv1dParams {
     float* y;                     // (B, T, D) contiguous
 };
 
-// Mamba-1 selective scan of T tokens per row, with the state after every token written to its slot.
+// Mamba-1 selective scan of T tokens per row, with the state after every token rounded to its dtype and written to its
+// slot.
 struct SelectiveScanParams {
     int64_t batch, tokens, channels, state_size;
     const float* x;  // (B, T, D), channels contiguous
@@ -42,8 +43,9 @@ struct SelectiveScanParams {
     const float* z;  // (B, T, D), may be null
     int64_t z_batch_stride, z_token_stride;
     const float* dt_bias;  // (D)
-    float* states;         // (B, S, D, N), (D, N) contiguous
+    void* states;          // (B, S, D, N), (D, N) contiguous
     int64_t states_batch_stride, states_slot_stride;
+    DType state_dtype;
     const int32_t* start_slot;    // (B)
     const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
     int64_t write_slot;

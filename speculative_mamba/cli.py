@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
     option("draft", choices=("model", "none"), default="model", help="who drafts; none is plain decoding")
     option("dtype", help="float32, bfloat16 or float16 for the weights (default: as stored)", default=argparse.SUPPRESS)
+    option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
     option("device", default="cpu", help="cpu or cuda")
     option("backend", default="auto", help="auto, cpu (C++ kernels) or reference (PyTorch)")
     option("temperature", type=float, default=0.0, help="0 is greedy")
@@ -119,7 +120,10 @@ def _run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     if options.cg:
         _say("--cg: no CUDA graphs on this device; the text is the same without")
-    common = {"dtype": getattr(options, "dtype", None), "device": options.device, "backend": options.backend}
+    common = {
+        "dtype": getattr(options, "dtype", None), "state_dtype": options.state_dtype, "device": options.device,
+        "backend": options.backend,
+    }  # fmt: skip
     target = load_model(options.model_target, **common)
     draft = load_model(options.model_draft, **common) if options.draft == "model" else None
     check_generation(

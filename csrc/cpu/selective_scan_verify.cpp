@@ -9,20 +9,23 @@ namespace {
 
 constexpr int kSegment = 16;
 
+template <typename State>
 struct Segment {
     int64_t row, channel, count;  // up to sixteen channels of one row
     int64_t first, tokens;        // tokens [first, first + tokens) of the window
-    const float* start;           // (D, N): state before the first token
+    const State* start;           // (D, N): state before the first token
 };
 
 // Where token t of the window leaves its state; null when nobody will start from it.
-inline float* checkpoint(const SelectiveScanParams& p, int64_t row, int64_t t, int64_t segment_end) {
-    float* states = p.states + row * p.states_batch_stride;
+template <typename State>
+inline State* checkpoint(const SelectiveScanParams& p, int64_t row, int64_t t, int64_t segment_end) {
+    State* states = static_cast<State*>(p.states) + row * p.states_batch_stride;
     if (!p.keep_last) return states + (p.write_slot + t) * p.states_slot_stride;
     return t + 1 == segment_end ? states : nullptr;
 }
 
-void segment(const SelectiveScanParams& p, const Segment& s) {
+template <typename State>
+void segment(const SelectiveScanParams& p, const Segment<State>& s) {
     alignas(64) float dt[kSegment][kLanes], dt_x[kSegment][kLanes], y[kSegment][kLanes];
     const int64_t null_columns = p.null_columns ? p.null_columns[s.row] : 0;
     const float* x = p.x + s.row * p.x_batch_stride + s.first * p.x_token_stride + s.channel;
@@ -45,13 +48,15 @@ void segment(const SelectiveScanParams& p, const Segment& s) {
             const Vec A = load_n(p.A + offset, lanes);
             Vec state = load_n(s.start + offset, lanes);
             for (int64_t t = 0; t < s.tokens; t++) {
+                Vec next = state;
                 if (s.first + t >= null_columns) {
                     Vec decay = exp(mul(broadcast(dt[t][c]), A));
-                    state = fma(decay, state, mul(broadcast(dt_x[t][c]), load_n(B + t * p.b_token_stride + n, lanes)));
+                    next = fma(decay, state, mul(broadcast(dt_x[t][c]), load_n(B + t * p.b_token_stride + n, lanes)));
                 }
+                state = rounded<State>(next);  // what a call that starts here would read
                 y[t][c] += sum(mul(state, load_n(C + t * p.c_token_stride + n, lanes)));
-                float* out = checkpoint(p, s.row, s.first + t, s.first + s.tokens);
-                if (out) store_n(out + offset, state, lanes);
+                State* out = checkpoint<State>(p, s.row, s.first + t, s.first + s.tokens);
+                if (out) store_n(out + offset, next, lanes);  // rounds alike, and the work is shared
             }
         }
     }
@@ -65,26 +70,33 @@ void segment(const SelectiveScanParams& p, const Segment& s) {
     }
 }
 
+template <typename State>
 void channel_block(const SelectiveScanParams& p, int64_t row, int64_t channel, int64_t count) {
-    const float* start = p.states + row * p.states_batch_stride + p.start_slot[row] * p.states_slot_stride;
+    const State* states = static_cast<const State*>(p.states) + row * p.states_batch_stride;
+    const State* start = states + p.start_slot[row] * p.states_slot_stride;
     for (int64_t first = 0; first < p.tokens; first += kSegment) {
         const int64_t tokens = smaller(kSegment, p.tokens - first);
-        segment(p, {row, channel, count, first, tokens, start});
-        start = checkpoint(p, row, first + tokens - 1, first + tokens);
+        segment<State>(p, {row, channel, count, first, tokens, start});
+        start = checkpoint<State>(p, row, first + tokens - 1, first + tokens);
     }
 }
 
-}  // namespace
-
-void selective_scan(const SelectiveScanParams& p, int threads) {
+template <typename State>
+void run(const SelectiveScanParams& p, int threads) {
     const int64_t blocks = divide_up(p.channels, kLanes), items = p.batch * blocks;
     const int64_t work = items * p.tokens * kLanes * divide_up(p.state_size, kLanes) * 64;
     parallel_for(items, divide_up(items, 4 * threads), work, threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             int64_t channel = i % blocks * kLanes;
-            channel_block(p, i / blocks, channel, smaller(kLanes, p.channels - channel));
+            channel_block<State>(p, i / blocks, channel, smaller(kLanes, p.channels - channel));
         }
     });
+}
+
+}  // namespace
+
+void selective_scan(const SelectiveScanParams& p, int threads) {
+    SM_DISPATCH_DTYPE(p.state_dtype, run<scalar_t>(p, threads));
 }
 
 }  // namespace speculative_mamba::SM_ISA

@@ -32,6 +32,19 @@ inline Vec load(const bf16_t* p) {
 }
 inline Vec load(const f16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+// Adds just under half a unit of bf16, or just half where the kept bits are odd. That could carry a NaN into an
+// infinity or a zero, so its quiet bit is set instead.
+inline void store(bf16_t* p, Vec a) {
+    __m512i bits = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    nearest = _mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest, 16)));
+}
+inline void store(f16_t* p, Vec a) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, mode));
+}
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -73,6 +86,24 @@ inline Vec load(const f16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
 }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.lo), _mm256_storeu_ps(p + 8, a.hi); }
+// As for AVX-512: half a unit is added, and a NaN is kept from carrying.
+inline __m128i to_bf16(__m256 a) {
+    __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    nearest = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, nan), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(nearest), _mm256_extracti128_si256(nearest, 1));
+}
+inline void store(bf16_t* p, Vec a) {
+    __m128i* q = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(q, to_bf16(a.lo)), _mm_storeu_si128(q + 1, to_bf16(a.hi));
+}
+inline void store(f16_t* p, Vec a) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    __m128i* q = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(q, _mm256_cvtps_ph(a.lo, mode)), _mm_storeu_si128(q + 1, _mm256_cvtps_ph(a.hi, mode));
+}
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -152,7 +183,39 @@ inline Vec load(const T* p) {
     for (int i = 0; i < kLanes; i++) wide[i] = widen(p[i]);
     return load(wide);
 }
+inline void narrow(float a, bf16_t* p) {
+    uint32_t bits;
+    std::memcpy(&bits, &a, sizeof bits);
+    bits = a != a ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);  // as for AVX-512
+    p->bits = static_cast<uint16_t>(bits >> 16);
+}
+inline void narrow(float a, f16_t* p) {
+#if defined(__aarch64__)
+    __fp16 half = a;
+    std::memcpy(&p->bits, &half, sizeof half);
+#else
+    uint32_t bits, half;
+    std::memcpy(&bits, &a, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    // Subnormal: in 0.5 + a, the last bit of the sum has the weight of a half's last bit.
+    float sum;
+    std::memcpy(&sum, &magnitude, sizeof sum);
+    sum += 0.5f;
+    std::memcpy(&half, &sum, sizeof half);
+    half -= 0x3f000000u;
+    if (magnitude >= 0x38800000u) half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    if (magnitude >= 0x47800000u) half = 0x7c00u;  // infinity from 2^16 on; half a unit below, the line above carries
+    if (magnitude > 0x7f800000u) half = 0x7e00u;   // NaN
+    p->bits = static_cast<uint16_t>(sign | half);
+#endif
+}
 inline void store(float* p, Vec a) { std::memcpy(p, &a, sizeof a); }
+template <typename T>
+inline void store(T* p, Vec a) {
+    float wide[kLanes];
+    store(wide, a);
+    for (int i = 0; i < kLanes; i++) narrow(wide[i], p + i);
+}
 inline Vec add(Vec a, Vec b) { SM_LANEWISE(a.q[i] + b.q[i]); }
 inline Vec sub(Vec a, Vec b) { SM_LANEWISE(a.q[i] - b.q[i]); }
 inline Vec mul(Vec a, Vec b) { SM_LANEWISE(a.q[i] * b.q[i]); }
@@ -192,16 +255,31 @@ inline Vec load_partial(const T* p, int64_t count) {
     std::memcpy(lanes, p, count * sizeof(T));
     return load(lanes);
 }
-inline void store_partial(float* p, Vec a, int64_t count) {
-    float lanes[kLanes];
+template <typename T>
+inline void store_partial(T* p, Vec a, int64_t count) {
+    T lanes[kLanes];
     store(lanes, a);
-    std::memcpy(p, lanes, count * sizeof(float));
+    std::memcpy(p, lanes, count * sizeof(T));
 }
 template <typename T>
 inline Vec load_n(const T* p, int64_t count) {
     return count == kLanes ? load(p) : load_partial(p, count);
 }
-inline void store_n(float* p, Vec a, int64_t count) { count == kLanes ? store(p, a) : store_partial(p, a, count); }
+template <typename T>
+inline void store_n(T* p, Vec a, int64_t count) {
+    count == kLanes ? store(p, a) : store_partial(p, a, count);
+}
+// The values that storing as T and loading again would give: the nearest that T has, of two the even one.
+template <typename T>
+inline Vec rounded(Vec a) {
+    T lanes[kLanes];
+    store(lanes, a);
+    return load(lanes);
+}
+template <>
+inline Vec rounded<float>(Vec a) {
+    return a;
+}
 template <typename T>
 inline Vec load_strided(const T* p, int64_t stride, int64_t count) {
     if (stride == 1 && count == kLanes) return load(p);

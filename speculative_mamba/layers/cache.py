@@ -9,8 +9,9 @@ import torch
 class MambaCache:
     """What a Mamba layer remembers, in slots: slot j holds the state after token j of the last window.
 
-    states: (B, S, D, N) float32; window: (B, W-1+S, D) float32, the convolution's inputs (see
-    ``causal_conv1d_verify``). Slot 0 starts as the zero state; the others hold NaN until they are written.
+    states: (B, S, D, N) float32, bfloat16 or float16 (see ``selective_scan_verify``); window: (B, W-1+S, D) float32,
+    the convolution's inputs (see ``causal_conv1d_verify``). Slot 0 starts as the zero state; the others hold NaN until
+    they are written.
     """
 
     states: torch.Tensor
@@ -18,9 +19,15 @@ class MambaCache:
 
     @staticmethod
     def allocate(
-        batch: int, slots: int, channels: int, state_size: int, width: int, device: torch.device
+        batch: int,
+        slots: int,
+        channels: int,
+        state_size: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> "MambaCache":
-        states = torch.full((batch, slots, channels, state_size), torch.nan, device=device)
+        states = torch.full((batch, slots, channels, state_size), torch.nan, dtype=dtype, device=device)
         window = torch.full((batch, width - 1 + slots, channels), torch.nan, device=device)
         states[:, 0], window[:, :width] = 0, 0
         return MambaCache(states, window)

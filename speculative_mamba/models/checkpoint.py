@@ -20,7 +20,12 @@ DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 
 def load_model(
-    source: str | Path, *, dtype: str | torch.dtype | None = None, device: str = "cpu", backend: str = "auto"
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    state_dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
+    backend: str = "auto",
 ) -> MambaLM:
     """Loads a Mamba-1 language model.
 
@@ -30,6 +35,9 @@ def load_model(
             format (``model.safetensors``, also sharded), and for text ``tokenizer.json``.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for the weights; None keeps the stored one, which needs no
             copy: the weights stay in the mapped file. A, D and the dt bias are float32 always, as is all arithmetic.
+        state_dtype: the same three for the recurrent state, which is rounded after every token; None is float32,
+            whatever the weights are. Half the memory, but errors add up over the text, and a float16 state beyond
+            65504 becomes infinite.
         device: ``"cpu"`` or ``"cuda"``.
         backend: ``"auto"``, ``"cpu"`` (C++ kernels) or ``"reference"`` (PyTorch).
 
@@ -37,6 +45,7 @@ def load_model(
         ValueError: anything in the list above is missing, broken, unknown, or does not fit the rest.
     """
     dtype, torch_device = parse_dtype(dtype), parse_device(device)
+    state_dtype = parse_dtype(state_dtype, "state_dtype") or torch.float32
     backend = backends.resolve(backend, torch_device.type)
     folder, is_hub = find_folder(str(source))
     raw_config = read_json(folder / "config.json")
@@ -47,18 +56,18 @@ def load_model(
     tensors = read_tensors(folder)
     builder = _Builder(folder, tensors, config, dtype, torch_device, backend)
     model = builder.build()
-    model.name = str(source)
+    model.name, model.state_dtype = str(source), state_dtype
     # State-spaces checkpoints come without the tokenizer they were trained with, gpt-neox-20b's.
     fall_back = is_hub or "model_type" not in raw_config
     model.load_tokenizer = lambda: load_tokenizer(folder, fall_back)
     return model
 
 
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def parse_dtype(dtype: str | torch.dtype | None, name: str = "dtype") -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype '{dtype}'; choose from: {', '.join(DTYPES)}")
+        raise ValueError(f"unknown {name} '{dtype}'; choose from: {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 

@@ -22,7 +22,7 @@ class MambaLM:
     """Weights and the two ways to run them; all state lives in the cache that the caller passes.
 
     embedding and head: (V, d), the same tensor when tied; norm_weight: (d). ``load_tokenizer`` is called when text is
-    first needed; token ids need none.
+    first needed; token ids need none. ``state_dtype`` (float32, bfloat16, float16) is that of the recurrent state.
     """
 
     config: MambaConfig
@@ -33,6 +33,7 @@ class MambaLM:
     name: str = "model"
     load_tokenizer: Callable[[], Tokenizer | None] = field(default=lambda: None, repr=False)
     backend: str = "auto"
+    state_dtype: torch.dtype = torch.float32
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -66,7 +67,8 @@ class MambaLM:
     def new_cache(self, batch: int, slots: int) -> list[MambaCache]:
         """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens."""
         c = self.config
-        return [MambaCache.allocate(batch, slots, c.d_inner, c.d_state, c.d_conv, self.device) for _ in self.blocks]
+        sizes = (batch, slots, c.d_inner, c.d_state, c.d_conv)
+        return [MambaCache.allocate(*sizes, self.device, self.state_dtype) for _ in self.blocks]
 
     def prefill(self, tokens: Sequence[int], cache: list[MambaCache], row: int) -> None:
         """Absorbs a row's first tokens into its slot 0, which must hold a fresh state.

@@ -6,30 +6,30 @@ import torch.nn.functional as F
 from ..models.language_model import MambaLM
 
 
-def full_forward(model: MambaLM, tokens: list[int]) -> torch.Tensor:
-    """Logits (L, V) float64 after every token of one text."""
+def full_forward(model: MambaLM, tokens: list[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Logits (L, V) after every token of one text, computed in ``dtype``."""
 
     def norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return h / (h.pow(2).mean(-1, keepdim=True) + model.config.eps).sqrt() * weight.double()
+        return h / (h.pow(2).mean(-1, keepdim=True) + model.config.eps).sqrt() * weight.to(dtype)
 
-    h = model.embedding.double()[torch.tensor(tokens)]
+    h = model.embedding.to(dtype)[torch.tensor(tokens)]
     for block in model.blocks:
         m = block.mixer
         D, N = m.A.shape
         R = m.dt_proj.shape[1]
-        x, z = (norm(h, block.norm_weight) @ m.in_proj.double().T).chunk(2, -1)
-        bias = None if m.conv_bias is None else m.conv_bias.double()
-        weight = m.conv_weight.double()
+        x, z = (norm(h, block.norm_weight) @ m.in_proj.to(dtype).T).chunk(2, -1)
+        bias = None if m.conv_bias is None else m.conv_bias.to(dtype)
+        weight = m.conv_weight.to(dtype)
         x = F.conv1d(F.pad(x.T, (weight.shape[1] - 1, 0))[None], weight[:, None], bias, groups=D)[0].T
         x = F.silu(x)
-        dt, B, C = (x @ m.x_proj.double().T).split([R, N, N], -1)
-        dt = F.softplus(dt @ m.dt_proj.double().T + m.dt_bias.double())
-        state, y = torch.zeros(D, N, dtype=torch.float64), []
+        dt, B, C = (x @ m.x_proj.to(dtype).T).split([R, N, N], -1)
+        dt = F.softplus(dt @ m.dt_proj.to(dtype).T + m.dt_bias.to(dtype))
+        state, y = torch.zeros(D, N, dtype=dtype), []
         for t in range(len(tokens)):
-            state = torch.exp(dt[t, :, None] * m.A.double()) * state + dt[t, :, None] * B[t] * x[t, :, None]
-            y.append(state @ C[t] + m.D.double() * x[t])
-        h = h + (torch.stack(y) * F.silu(z)) @ m.out_proj.double().T
-    return norm(h, model.norm_weight) @ model.head.double().T
+            state = torch.exp(dt[t, :, None] * m.A.to(dtype)) * state + dt[t, :, None] * B[t] * x[t, :, None]
+            y.append(state @ C[t] + m.D.to(dtype) * x[t])
+        h = h + (torch.stack(y) * F.silu(z)) @ m.out_proj.to(dtype).T
+    return norm(h, model.norm_weight) @ model.head.to(dtype).T
 
 
 def greedy(model: MambaLM, prompt: list[int], count: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Guarantee 1: greedy decoding with a draft gives the tokens and logits of greedy decoding without, bit for bit."""
 
+import dataclasses
 import math
 
 import pytest
@@ -79,6 +80,19 @@ def test_dtypes_and_backends(pair, plain, prompt, dtype, backend, draft):
     prompts = [prompt(length) for length in (1, 4, 67)]
     for lookahead in (1, 4, 8) if backend == "cpu" else (3,):
         check(models.target, models.drafts[draft], prompts, plain, lookahead)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_state_dtypes(pair, plain, prompt, state_dtype, backend):
+    """The state is rounded after every token, so a window, prefill and one token at a time still give the same bits."""
+    models = pair(backend=backend)
+    target, near = (dataclasses.replace(m, state_dtype=state_dtype) for m in (models.target, models.drafts["near"]))
+    assert target.new_cache(1, 2)[0].states.dtype == state_dtype
+    prompts = [prompt(length) for length in (1, 4, 67)]
+    for draft in (near, models.drafts["random"]):
+        for lookahead in (1, 4, 8) if backend == "cpu" else (3,):
+            check(target, draft, prompts, plain, lookahead)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -4,12 +4,16 @@ import pytest
 import torch
 
 from speculative_mamba.ops import selective_scan_verify
+from speculative_mamba.ops.checks import WEIGHT_DTYPES
 from speculative_mamba.ops.selective_scan_verify import reference
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
 ORDER = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "states", "start_slot", "write_slot")
 PER_TOKEN = ("x", "dt", "B", "C", "z")
-BASE = {"batch": 3, "tokens": 5, "channels": 33, "state_size": 16, "slots": 8, "gate": True, "contiguous": False}
+BASE = {
+    "batch": 3, "tokens": 5, "channels": 33, "state_size": 16, "slots": 8, "gate": True, "contiguous": False,
+    "dtype": torch.float32,
+}  # fmt: skip
 CHANGES = [
     {},
     {"batch": 1},
@@ -27,12 +31,20 @@ CHANGES = [
     {"gate": False},
     {"contiguous": True},
     {"slots": 5},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float16},
+    {"dtype": torch.bfloat16, "tokens": 16, "slots": 17, "state_size": 5},
+    {"dtype": torch.float16, "tokens": 16, "slots": 17, "state_size": 33, "contiguous": True},
 ]
 rows = pytest.mark.parametrize("change", CHANGES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "base")
+dtypes = pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
 
 
 def make(change: dict | None = None, seed: int = 0, start: int = 0) -> dict:
-    """Arguments of the op. Inputs lie in wider tensors full of NaN; of the states only slot ``start`` is a number."""
+    """Arguments of the op, ``dtype`` that of the states.
+
+    Inputs lie in wider tensors full of NaN; of the states only slot ``start`` is a number.
+    """
     c = {**BASE, **(change or {})}
     batch, tokens, channels, state_size = c["batch"], c["tokens"], c["channels"], c["state_size"]
     g = torch.Generator().manual_seed(seed)
@@ -44,7 +56,8 @@ def make(change: dict | None = None, seed: int = 0, start: int = 0) -> dict:
         wide[..., 3 : 3 + size] = torch.randn(batch, tokens, size, generator=g)
         return wide[..., 3 : 3 + size]
 
-    states = torch.full((batch, c["slots"], 1 if c["contiguous"] else 2, channels, state_size), torch.nan)[:, :, 0]
+    shape = (batch, c["slots"], 1 if c["contiguous"] else 2, channels, state_size)
+    states = torch.full(shape, torch.nan, dtype=c["dtype"])[:, :, 0]
     states[:, start] = torch.randn(batch, channels, state_size, generator=g)
     return {
         "x": window(channels),
@@ -95,9 +108,9 @@ def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
     y_double = reference.selective_scan_verify(*[{**double, "write_slot": 0}[k] for k in ORDER], None, False)
     tokens = inputs["x"].shape[1]
     assert_accurate(y, y_single, y_double, what="y")
-    assert_accurate(
-        actual["states"][:, :tokens], single["states"][:, :tokens], double["states"][:, :tokens], what="states"
-    )
+    # As float32, whose unit in the last place is the smaller one.
+    states = [s["states"][:, :tokens] for s in (actual, single, double)]
+    assert_accurate(states[0].float(), states[1].float(), states[2], what="states")
 
 
 @rows
@@ -134,8 +147,11 @@ def test_threads_do_not_change_a_bit(keep_last: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("write_slot", [0, 2, 3])
 @pytest.mark.parametrize("start", [0, 4, 7])
-def test_only_the_slots_of_the_window_are_written(start: int, write_slot: int, backend: str) -> None:
-    inputs = make(start=start)
+@dtypes
+def test_only_the_slots_of_the_window_are_written(
+    dtype: torch.dtype, start: int, write_slot: int, backend: str
+) -> None:
+    inputs = make({"dtype": dtype}, start=start)
     snapshot, whole_before = copy(inputs), inputs["x"]._base.clone()
     y = run(inputs, backend, write_slot=write_slot)
     assert y.isfinite().all() and y.is_contiguous()
@@ -151,8 +167,9 @@ def test_only_the_slots_of_the_window_are_written(start: int, write_slot: int, b
 
 
 @pytest.mark.parametrize("accepted", range(5))
-def test_every_slot_is_a_place_to_continue_from(accepted: int, backend: str) -> None:
-    inputs, more = make(start=7), make(seed=1)
+@dtypes
+def test_every_slot_is_a_place_to_continue_from(dtype: torch.dtype, accepted: int, backend: str) -> None:
+    inputs, more = make({"dtype": dtype}, start=7), make(seed=1)
     plain = steps(inputs, backend)[1][:, accepted, None]
     run(inputs, backend)
     assert_bitwise_equal(inputs["states"][:, accepted, None], plain, "state")
@@ -163,8 +180,9 @@ def test_every_slot_is_a_place_to_continue_from(accepted: int, backend: str) -> 
     assert_bitwise_equal(inputs["states"][:, :5], states_plain, "slots")
 
 
-def test_rounds_with_rejections_equal_plain_decoding(backend: str) -> None:
-    inputs = make({"slots": 5})
+@dtypes
+def test_rounds_with_rejections_equal_plain_decoding(dtype: torch.dtype, backend: str) -> None:
+    inputs = make({"slots": 5, "dtype": dtype})
     plain = inputs["states"][:, :1].clone()
     zero = torch.zeros(3, dtype=torch.int32)
     for seed, accepted in enumerate([[0, 3, 4], [2, 0, 4], [1, 0, 3], [4, 2, 0]]):
@@ -180,14 +198,19 @@ def test_rounds_with_rejections_equal_plain_decoding(backend: str) -> None:
 
 @pytest.mark.parametrize("nulls", [[1, 0, 0], [0, 5, 2], [2, 2, 2]], ids=str)
 @pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
-def test_null_columns_leave_the_state_as_it_was(nulls: list[int], keep_last: bool, backend: str) -> None:
-    inputs = make()
+@dtypes
+def test_null_columns_leave_the_state_as_it_was(
+    dtype: torch.dtype, nulls: list[int], keep_last: bool, backend: str
+) -> None:
+    inputs = make({"dtype": dtype})
     inputs["states"][0, 0] = 0
     alone = copy(inputs)
     y = run(inputs, backend, keep_last=keep_last, null_columns=torch.tensor(nulls, dtype=torch.int32))
     for b, null in enumerate(nulls):
         rest = cut(alone, slice(null, None), slice(b, b + 1))
-        y_alone, states = steps(rest, backend) if null < 5 else (y[b : b + 1, 5:], y.new_empty(1, 0, 33, 16))
+        y_alone, states = (
+            steps(rest, backend) if null < 5 else (y[b : b + 1, 5:], rest["states"].new_empty(1, 0, 33, 16))
+        )
         expected = torch.cat([alone["states"][b : b + 1, :1].expand(-1, null, -1, -1), states], 1)
         assert_bitwise_equal(y[b : b + 1, null:], y_alone, f"y of row {b}")
         written = inputs["states"][b : b + 1]
@@ -196,8 +219,9 @@ def test_null_columns_leave_the_state_as_it_was(nulls: list[int], keep_last: boo
 
 
 @pytest.mark.parametrize("pieces", [[150], [64, 64, 22], [1, 70, 16, 63], [17] * 8 + [14]], ids=str)
-def test_prefill_equals_verify_wherever_it_is_cut(pieces: list[int], backend: str) -> None:
-    inputs = make({"tokens": 150, "slots": 3, "batch": 1})
+@dtypes
+def test_prefill_equals_verify_wherever_it_is_cut(dtype: torch.dtype, pieces: list[int], backend: str) -> None:
+    inputs = make({"tokens": 150, "slots": 3, "batch": 1, "dtype": dtype})
     y_plain, states = steps(inputs, backend)
     y = [run(cut(part), backend, keep_last=True) for part in split(inputs, pieces)]
     assert_bitwise_equal(torch.cat(y, 1), y_plain, "y")
@@ -242,8 +266,9 @@ def test_instruction_sets_with_fused_multiply_add_agree(fused_isas: list[str], s
 
 
 @pytest.mark.parametrize("name", ["x", "dt", "z", "B", "C", "states"])
-def test_nan_reaches_exactly_what_depends_on_it(name: str, backend: str) -> None:
-    inputs = make()
+@dtypes
+def test_nan_reaches_exactly_what_depends_on_it(dtype: torch.dtype, name: str, backend: str) -> None:
+    inputs = make({"dtype": dtype})
     expected = torch.zeros(3, 5, 33, dtype=torch.bool)
     if name == "states":
         inputs["states"][1, 0, 17, 3] = torch.nan
@@ -253,3 +278,50 @@ def test_nan_reaches_exactly_what_depends_on_it(name: str, backend: str) -> None
         tokens = slice(2, None) if name in ("x", "dt", "B") else slice(2, 3)
         expected[1, tokens, slice(None) if name in ("B", "C") else 3] = True
     assert_bitwise_equal(run(inputs, backend).isnan(), expected, "NaN")
+
+
+def numbers_to_round(dtype: torch.dtype) -> torch.Tensor:
+    """Every float32 where rounding to ``dtype`` may go wrong: all its values, what lies halfway between neighbours and
+    just beside it, infinities, NaN; and random bits.
+    """
+    values = torch.arange(0, 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    finite = values[values.isfinite()].double()
+    end = 2 * finite[-1:] - finite[-2:-1]  # where the value after the largest would be
+    halfway = ((finite + torch.cat([finite[1:], end])) / 2).float()
+    beside = [torch.nextafter(halfway, torch.tensor(to)) for to in (0.0, torch.inf)]
+    positive = torch.cat([values, halfway, *beside])
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([positive, -positive, bits.to(torch.int32).view(torch.float32)])
+
+
+@dtypes
+def test_the_state_is_rounded_as_by_torch(dtype: torch.dtype, backend: str) -> None:
+    """With Δ = 32 and x = 1/32 a state of -0 becomes B, bit for bit."""
+    state_size = 1001
+    numbers = numbers_to_round(torch.float16 if dtype == torch.float32 else dtype)
+    B = numbers[: len(numbers) // state_size * state_size].view(-1, 1, state_size)
+    one = torch.ones(len(B), 1, 1)
+    states = torch.full((len(B), 1, 1, state_size), -0.0, dtype=dtype)
+    selective_scan_verify(
+        one / 32, one * 32, torch.zeros(1, state_size), B, B, torch.zeros(1), None, torch.zeros(1), states,
+        torch.zeros(len(B), dtype=torch.int32), backend=backend,
+    )  # fmt: skip
+    actual, expected = states[:, 0], B.to(dtype)
+    assert_bitwise_equal(actual, expected, "states")
+    assert torch.equal(actual.signbit() | actual.isnan(), expected.signbit() | expected.isnan()), "signs"
+
+
+@dtypes
+def test_y_is_of_the_rounded_state(dtype: torch.dtype, backend: str) -> None:
+    inputs = make({"dtype": dtype, "state_size": 1, "gate": False})
+    inputs["C"].fill_(1)
+    inputs["D"].fill_(0)
+    y = run(inputs, backend)
+    assert_bitwise_equal(y, inputs["states"][:, :5, :, 0].float(), "y")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int16, torch.complex64], ids=str)
+def test_other_state_dtypes_are_refused(dtype: torch.dtype, backend: str) -> None:
+    inputs = make()
+    with pytest.raises(ValueError, match=r"states must be torch.float32 or torch.bfloat16 or torch.float16, got"):
+        run(inputs | {"states": torch.zeros(3, 8, 33, 16, dtype=dtype)}, backend)

@@ -3,7 +3,7 @@
 import torch
 
 from .. import backend as backends
-from ..checks import check, check_null_columns, check_slots
+from ..checks import WEIGHT_DTYPES, check, check_null_columns, check_slots
 from . import native, reference
 
 _IMPLEMENTATIONS = {"cpu": native.selective_scan_verify, "reference": reference.selective_scan_verify}
@@ -35,7 +35,7 @@ def selective_scan_verify(
     | B, C         | (B, T, N)    | float32       | states contiguous |
     | D, dt_bias   | (D)          | float32       | |
     | z            | (B, T, D)    | float32, None | gate: y is multiplied by silu(z) |
-    | states       | (B, S, D, N) | float32       | **written**; (D, N) contiguous |
+    | states       | (B, S, D, N) | any of three  | **written**; (D, N) contiguous; float32, bfloat16 or float16 |
     | start_slot   | (B)          | int32         | slot of the last committed state |
     | write_slot   | int          |               | slot of the state after the first token |
     | null_columns | (B)          | int32, None   | that many leading tokens of a row leave its state as it was |
@@ -46,7 +46,10 @@ def selective_scan_verify(
     slot ``write_slot + t``, so going back to any token is choosing its slot. A row's start state is read before
     anything is written. Who owns the bookkeeping: the caller sets ``start_slot`` after acceptance, nothing else.
 
-    T tokens in one call give the same bits as T calls of one token.
+    Arithmetic is float32. After every token the state is rounded (to nearest, ties to even) to the dtype of ``states``;
+    that token's y and the next token use the rounded one. A float16 state beyond 65504 becomes infinite.
+
+    T tokens in one call give the same bits as T calls of one token, whatever the dtype of ``states``.
 
     Raises:
         ValueError: a shape, dtype, stride, device or slot does not fit.
@@ -64,7 +67,7 @@ def selective_scan_verify(
     check("C", C, (batch, tokens, state_size), x)
     check("D", D, (channels,), x)
     check("dt_bias", dt_bias, (channels,), x)
-    check("states", states, (batch, slots, channels, state_size), x)
+    check("states", states, (batch, slots, channels, state_size), x, WEIGHT_DTYPES)
     if z is not None:
         check("z", z, x.shape, x)
     if not A.is_contiguous() or states.stride(2) != state_size:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..backend import extension
+from ..backend import DTYPE_CODE, extension
 
 
 def selective_scan_verify(
@@ -26,7 +26,7 @@ def selective_scan_verify(
     extension()[0].selective_scan(
         batch, tokens, channels, A.shape[1], x.data_ptr(), x.stride()[:2], dt.data_ptr(), dt.stride()[:2],
         A.data_ptr(), B.data_ptr(), B.stride()[:2], C.data_ptr(), C.stride()[:2], D.data_ptr(), z_address, z_strides,
-        dt_bias.data_ptr(), states.data_ptr(), states.stride()[:2], start_slot.data_ptr(),
+        dt_bias.data_ptr(), states.data_ptr(), states.stride()[:2], DTYPE_CODE[states.dtype], start_slot.data_ptr(),
         0 if null_columns is None else null_columns.data_ptr(), write_slot, keep_last, y.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
