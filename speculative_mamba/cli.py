@@ -25,6 +25,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(FAILURE, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
+def _lookahead(value: str) -> int | str:
+    try:
+        return value if value == "auto" else int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be auto or a whole number, got {value!r}") from None
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="speculative-mamba",
@@ -40,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     option("prompt", default=PROMPT, help="text to continue")
     option("n_tokens_to_generate", type=int, default=64, metavar="N", help="tokens to generate at most")
-    option("K", type=int, default=4, help="tokens drafted per round, 1 to 15")
+    option("K", type=_lookahead, default=4, help="tokens drafted per round, 1 to 15, or auto")
     option("model_target", default="builtin:target", metavar="MODEL", help="folder, hub id or builtin:target")
     option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
     option("draft", choices=("model", "none"), default="model", help="who drafts; none is plain decoding")

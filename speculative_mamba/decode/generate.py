@@ -10,6 +10,7 @@ from ..models.language_model import MambaLM
 from .cache import GenerationCache, RowState, absorb
 from .drafter import Drafter, LanguageModel, ModelDrafter, as_drafter
 from .inputs import check_drafted, check_generation, read_prompts
+from .lookahead import AUTO_AT_MOST, AdaptiveLookahead, FixedLookahead
 from .sampling import LogitsProcessor, Sampler, SamplingParams
 from .stats import GenerationStats
 from .text import TextStream
@@ -57,7 +58,7 @@ def generate(
     prompt_ids: torch.Tensor | Sequence[Sequence[int]],
     *,
     draft: MambaLM | LanguageModel | Drafter | None = None,
-    lookahead: int = 4,
+    lookahead: int | str = 4,
     max_new_tokens: int = 64,
     sampling: SamplingParams | None = None,
     acceptance: str = "rejection",
@@ -77,7 +78,10 @@ def generate(
         target: the model whose text is wanted.
         prompt_ids: LongTensor (B, L), or a list of B lists of token ids, which may differ in length.
         draft: a smaller model with the same vocabulary, or any ``Drafter``; None decodes plainly.
-        lookahead: K, tokens drafted per round, 1 to 15.
+        lookahead: K, tokens drafted per round, 1 to 15; or ``"auto"``: chosen round by round from running acceptance
+            and measured costs, at most 10, and plain decoding from where the draft turns out not to pay. Greedy and
+            coupled text is the same as ever; under rejection sampling the text then depends on the clock, the law
+            does not.
         max_new_tokens: budget per row; exactly so many tokens unless a stop comes first. 0 gives the prompts back.
         sampling: defaults to greedy.
         acceptance: how sampled drafts are tested. ``"rejection"`` (Leviathan et al. 2023, arXiv 2211.17192): the law
@@ -115,8 +119,9 @@ def generate(
     if cache is not None:
         cache.open([row.tokens for row in rows], target, draft)
     run = _Run(target, rows, frozenset(stop_token_ids), on_token, output_logits, cache)
-    lookahead = 0 if draft is None else min(lookahead, max(max_new_tokens - 1, 0))
-    run.stats.tested_per_position, run.stats.accepted_per_position = [0] * lookahead, [0] * lookahead
+    most = AUTO_AT_MOST if lookahead == "auto" else lookahead
+    most = 0 if draft is None else min(most, max(max_new_tokens - 1, 0))
+    run.stats.tested_per_position, run.stats.accepted_per_position = [0] * most, [0] * most
     if max_new_tokens == 0:
         for row in rows:
             row.finish_reason = "length"
@@ -125,7 +130,8 @@ def generate(
         sampling, len(rows), target.vocab_size, acceptance=acceptance, processor=logits_processor,
         device=target.device, backend=getattr(target, "backend", "auto"),
     )  # fmt: skip
-    run.prefill(draft, lookahead, sampler)
+    chooser = AdaptiveLookahead(most) if most and lookahead == "auto" else FixedLookahead(most)
+    run.prefill(draft, chooser, sampler)
     try:
         while active := [index for index, row in enumerate(rows) if row.finish_reason is None]:
             run.round(active, sampler)
@@ -151,16 +157,16 @@ class _Run:
         self.stats = GenerationStats(sum(len(row.tokens) for row in rows))
         self.drafter: Drafter | None = None
 
-    def prefill(self, draft: object, lookahead: int, sampler: Sampler) -> None:
+    def prefill(self, draft: object, lookahead: AdaptiveLookahead | FixedLookahead, sampler: Sampler) -> None:
         started = time.perf_counter()
         self.lookahead = lookahead
-        self.layers = self.target.new_cache(len(self.rows), lookahead + 1)
+        self.layers = self.target.new_cache(len(self.rows), lookahead.most + 1)
         for index, row in enumerate(self.rows):
             state = self.cache.target_states[index] if self.cache else None
             absorb(self.target, self.layers, index, row.tokens[:-1], state)
-        if lookahead:
+        if lookahead.most:
             self.drafter = as_drafter(draft, self.cache.draft_states if self.cache else None)
-            self.drafter.begin([list(row.tokens) for row in self.rows], lookahead, sampler)
+            self.drafter.begin([list(row.tokens) for row in self.rows], lookahead.most, sampler)
         # The slot from which each row's text goes on; None while the models run, when no slot is to be trusted.
         self.slots: list[int] | None = [0] * len(self.rows)
         # The draft's slot, and how long the text was when the draft was last asked.
@@ -171,7 +177,7 @@ class _Run:
     def round(self, active: list[int], sampler: Sampler) -> None:
         rows, device = self.rows, self.target.device
         # The longest row sets the window; what a shorter one drafts past its budget is dropped when it commits.
-        drafts = min(self.lookahead, max(rows[index].budget for index in active) - 1)
+        drafts = min(self.lookahead.next(), max(rows[index].budget for index in active) - 1)
         window = torch.tensor([row.tokens[-1:] for row in rows], device=device)
         drafted, laws = window[:, :0], None
         start_slot = torch.tensor(self.slots, dtype=torch.int32, device=device)
@@ -190,7 +196,10 @@ class _Run:
         self.stats.rounds += 1
         self.stats.draft_s += proposed - began
         self.stats.verify_s += verified - proposed
+        judged = self.stats.tested, self.stats.accepted
         fresh = self._commit(drafted, accepted, following, logits)
+        tested, agreed = self.stats.tested - judged[0], self.stats.accepted - judged[1]
+        self.lookahead.observe(drafted.shape[1], tested, agreed, proposed - began, time.perf_counter() - proposed)
         if self.on_token is not None:
             for row, token in fresh:
                 self.on_token(row, token)

@@ -61,7 +61,7 @@ def check_generation(
     draft: object,
     rows: int,
     *,
-    lookahead: int,
+    lookahead: int | str,
     max_new_tokens: int,
     sampling: SamplingParams,
     acceptance: str,
@@ -76,8 +76,8 @@ def check_generation(
     Raises:
         ValueError: the first that is out of range.
     """
-    if not is_whole(lookahead) or not 1 <= lookahead <= MAX_LOOKAHEAD:
-        raise ValueError(f"lookahead (K) must be a whole number from 1 to {MAX_LOOKAHEAD}, got {lookahead!r}")
+    if lookahead != "auto" and not (is_whole(lookahead) and 1 <= lookahead <= MAX_LOOKAHEAD):
+        raise ValueError(f"lookahead (K) must be auto or a whole number from 1 to {MAX_LOOKAHEAD}, got {lookahead!r}")
     if not is_whole(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
     if not isinstance(sampling, SamplingParams):
