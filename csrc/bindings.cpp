@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
+#include "program.h"
 
 namespace py = pybind11;
 using namespace speculative_mamba;
@@ -14,33 +15,39 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+template <typename Params>
+void submit(void (*Kernels::*kernel)(const Params&, int threads), const Params& params, int threads) {
+    Program::submit([kernel, params](int count) { (kernels().*kernel)(params, count); }, threads);
+}
+
 using Pair = std::pair<int64_t, int64_t>;  // strides of (batch, token)
 
 void causal_conv1d(int64_t batch, int64_t tokens, int64_t channels, int64_t width, uintptr_t x, Pair x_strides,
                    uintptr_t weight, Pair weight_strides, int weight_dtype, uintptr_t bias, uintptr_t window,
                    Pair window_strides, uintptr_t start_slot, uintptr_t null_columns, int64_t write_slot,
                    bool keep_last, uintptr_t y, int threads) {
-    kernels().causal_conv1d({batch,
-                             tokens,
-                             channels,
-                             width,
-                             pointer<float>(x),
-                             x_strides.first,
-                             x_strides.second,
-                             pointer<void>(weight),
-                             weight_strides.first,
-                             weight_strides.second,
-                             static_cast<DType>(weight_dtype),
-                             pointer<float>(bias),
-                             pointer<float>(window),
-                             window_strides.first,
-                             window_strides.second,
-                             pointer<int32_t>(start_slot),
-                             pointer<int32_t>(null_columns),
-                             write_slot,
-                             keep_last,
-                             pointer<float>(y)},
-                            threads);
+    submit<CausalConv1dParams>(&Kernels::causal_conv1d,
+                               {batch,
+                                tokens,
+                                channels,
+                                width,
+                                pointer<float>(x),
+                                x_strides.first,
+                                x_strides.second,
+                                pointer<void>(weight),
+                                weight_strides.first,
+                                weight_strides.second,
+                                static_cast<DType>(weight_dtype),
+                                pointer<float>(bias),
+                                pointer<float>(window),
+                                window_strides.first,
+                                window_strides.second,
+                                pointer<int32_t>(start_slot),
+                                pointer<int32_t>(null_columns),
+                                write_slot,
+                                keep_last,
+                                pointer<float>(y)},
+                               threads);
 }
 
 void selective_scan(int64_t batch, int64_t tokens, int64_t channels, int64_t state_size, uintptr_t x, Pair x_strides,
@@ -48,50 +55,53 @@ void selective_scan(int64_t batch, int64_t tokens, int64_t channels, int64_t sta
                     Pair c_strides, uintptr_t D, uintptr_t z, Pair z_strides, uintptr_t dt_bias, uintptr_t states,
                     Pair states_strides, int state_dtype, uintptr_t start_slot, uintptr_t null_columns,
                     int64_t write_slot, bool keep_last, uintptr_t y, int threads) {
-    kernels().selective_scan({batch,
-                              tokens,
-                              channels,
-                              state_size,
-                              pointer<float>(x),
-                              x_strides.first,
-                              x_strides.second,
-                              pointer<float>(dt),
-                              dt_strides.first,
-                              dt_strides.second,
-                              pointer<float>(A),
-                              pointer<float>(B),
-                              b_strides.first,
-                              b_strides.second,
-                              pointer<float>(C),
-                              c_strides.first,
-                              c_strides.second,
-                              pointer<float>(D),
-                              pointer<float>(z),
-                              z_strides.first,
-                              z_strides.second,
-                              pointer<float>(dt_bias),
-                              pointer<void>(states),
-                              states_strides.first,
-                              states_strides.second,
-                              static_cast<DType>(state_dtype),
-                              pointer<int32_t>(start_slot),
-                              pointer<int32_t>(null_columns),
-                              write_slot,
-                              keep_last,
-                              pointer<float>(y)},
-                             threads);
+    submit<SelectiveScanParams>(&Kernels::selective_scan,
+                                {batch,
+                                 tokens,
+                                 channels,
+                                 state_size,
+                                 pointer<float>(x),
+                                 x_strides.first,
+                                 x_strides.second,
+                                 pointer<float>(dt),
+                                 dt_strides.first,
+                                 dt_strides.second,
+                                 pointer<float>(A),
+                                 pointer<float>(B),
+                                 b_strides.first,
+                                 b_strides.second,
+                                 pointer<float>(C),
+                                 c_strides.first,
+                                 c_strides.second,
+                                 pointer<float>(D),
+                                 pointer<float>(z),
+                                 z_strides.first,
+                                 z_strides.second,
+                                 pointer<float>(dt_bias),
+                                 pointer<void>(states),
+                                 states_strides.first,
+                                 states_strides.second,
+                                 static_cast<DType>(state_dtype),
+                                 pointer<int32_t>(start_slot),
+                                 pointer<int32_t>(null_columns),
+                                 write_slot,
+                                 keep_last,
+                                 pointer<float>(y)},
+                                threads);
 }
 
 void skinny_linear(int64_t rows, int64_t in_features, int64_t out_features, uintptr_t x, int64_t x_row_stride,
                    uintptr_t weight, int64_t weight_row_stride, int weight_dtype, uintptr_t y, int threads) {
-    kernels().skinny_linear({rows, in_features, out_features, pointer<float>(x), x_row_stride, pointer<void>(weight),
-                             weight_row_stride, static_cast<DType>(weight_dtype), pointer<float>(y)},
-                            threads);
+    submit<SkinnyLinearParams>(&Kernels::skinny_linear,
+                               {rows, in_features, out_features, pointer<float>(x), x_row_stride, pointer<void>(weight),
+                                weight_row_stride, static_cast<DType>(weight_dtype), pointer<float>(y)},
+                               threads);
 }
 
 void rms_norm(int64_t rows, int64_t features, uintptr_t x, int64_t x_row_stride, uintptr_t residual, uintptr_t weight,
               int weight_dtype, float eps, uintptr_t residual_out, uintptr_t y, int threads) {
-    kernels().rms_norm(
+    submit<RmsNormParams>(
+        &Kernels::rms_norm,
         {rows, features, pointer<float>(x), x_row_stride, pointer<float>(residual), pointer<void>(weight),
          static_cast<DType>(weight_dtype), eps, pointer<float>(residual_out), pointer<float>(y)},
         threads);
@@ -138,6 +148,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("rms_norm", &rms_norm, release());
     m.def("sample_tokens", &sample_tokens, release());
     m.def("speculative_accept", &speculative_accept, release());
+    py::class_<Program>(m, "Program", "A recorded sequence of kernel calls.")
+        .def(py::init<>())
+        .def("run", &Program::run, release())
+        .def_static("record", &Program::record, py::arg("program").none(true));
     m.def("available_isas", &available_isas, "Instruction sets that can run here, best first.");
     m.def("select_isa", &select_isa, "Uses the named instruction set from now on.");
     m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");

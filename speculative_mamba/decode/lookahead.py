@@ -59,7 +59,7 @@ class AdaptiveLookahead:
         return best
 
     def observe(self, drafts: int, tested: int, accepted: int, draft_s: float, verify_s: float) -> None:
-        """One round: ``drafts`` proposed per row, of all rows ``tested`` and ``accepted``; seconds of draft and rest."""
+        """One round: ``drafts`` proposed per row; ``tested``, ``accepted`` of all rows; seconds of draft and rest."""
         fade = self._MEMORY**tested
         self._tested, self._accepted = self._tested * fade + tested, self._accepted * fade + accepted
         self._passes[drafts + 1].append(verify_s)

@@ -1,6 +1,6 @@
 """A Mamba-1 language model: embedding, blocks, norm, head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,9 +12,30 @@ from ..layers.block import Block
 from ..layers.cache import MambaCache
 from ..layers.mamba1 import Window
 from ..ops import rms_norm, skinny_linear
+from ..ops.checks import check_start_slot
+from ..ops.recording import Recording
 from .config import MambaConfig
 
 PREFILL_CHUNK = 64
+
+
+class ModelCache(list[MambaCache]):
+    """One ``MambaCache`` per layer, and the recorded steps that work on them, by the shape of the call."""
+
+    def __init__(self, layers: Iterable[MambaCache]) -> None:
+        super().__init__(layers)
+        self.steps: dict[tuple, _RecordedStep] = {}
+
+
+@dataclass
+class _RecordedStep:
+    """All blocks of a model for one shape of call: tensors to fill, calls to make, tensors to read."""
+
+    model: "MambaLM"  # its weights must outlive the recording
+    hidden: torch.Tensor
+    start_slot: torch.Tensor
+    recording: Recording
+    results: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass
@@ -64,11 +85,11 @@ class MambaLM:
             tensors += [block.norm_weight, *(w for w in vars(block.mixer).values() if isinstance(w, torch.Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def new_cache(self, batch: int, slots: int) -> list[MambaCache]:
+    def new_cache(self, batch: int, slots: int) -> ModelCache:
         """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens."""
         c = self.config
         sizes = (batch, slots, c.d_inner, c.d_state, c.d_conv)
-        return [MambaCache.allocate(*sizes, self.device, self.state_dtype) for _ in self.blocks]
+        return ModelCache(MambaCache.allocate(*sizes, self.device, self.state_dtype) for _ in self.blocks)
 
     def prefill(self, tokens: Sequence[int], cache: list[MambaCache], row: int) -> None:
         """Absorbs a row's first tokens into its slot 0, which must hold a fresh state.
@@ -80,7 +101,7 @@ class MambaLM:
         window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), keep_last=True)
         ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
         for chunk in ids.split(PREFILL_CHUNK) if len(ids) else ():
-            self._blocks(chunk[None], one_row, window)
+            self._blocks(self._embed(chunk), 1, one_row, window)
 
     def verify(
         self,
@@ -98,19 +119,45 @@ class MambaLM:
         Returns logits (B, T, V) float32, or (B, 1, V) of the last token with ``last_only``.
         """
         batch, length = tokens.shape
-        hidden, residual = self._blocks(tokens, cache, Window(start_slot, write_slot, null_columns))
+        hidden, window = self._embed(tokens), Window(start_slot, write_slot, null_columns)
+        if self.backend == "cpu" and isinstance(cache, ModelCache) and null_columns is None:
+            hidden, residual = self._recorded_blocks(hidden, batch, cache, window)
+        else:
+            hidden, residual = self._blocks(hidden, batch, cache, window)
         if last_only and length > 1:
             hidden, residual = (h.view(batch, length, -1)[:, -1].contiguous() for h in (hidden, residual))
             length = 1
         hidden, _ = rms_norm(hidden, self.norm_weight, residual, eps=self.config.eps, backend=self.backend)
         return skinny_linear(hidden, self.head, backend=self.backend).view(batch, length, -1)
 
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens.reshape(-1), self.embedding).float()
+
     def _blocks(
-        self, tokens: torch.Tensor, cache: list[MambaCache], window: Window
+        self, hidden: torch.Tensor, batch: int, cache: list[MambaCache], window: Window
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = len(tokens)
-        hidden = F.embedding(tokens.reshape(-1), self.embedding).float()
         residual = None
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             hidden, residual = block(hidden, residual, batch, layer_cache, window)
         return hidden, residual
+
+    def _recorded_blocks(
+        self, hidden: torch.Tensor, batch: int, cache: ModelCache, window: Window
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``_blocks``, without Python between the kernels from the second call of a shape on."""
+        if self.config.linear_bias:  # added by PyTorch, whose operations cannot be recorded
+            return self._blocks(hidden, batch, cache, window)
+        key = (id(self), *hidden.shape, batch, window.write_slot)
+        step = cache.steps.get(key)
+        if step is None:
+            step = _RecordedStep(self, hidden, window.start_slot.clone(), Recording())
+            with step.recording.record():
+                fixed = Window(step.start_slot, window.write_slot)
+                step.results = self._blocks(step.hidden, batch, cache, fixed)
+            cache.steps[key] = step
+            return step.results
+        check_start_slot(window.start_slot, cache[0].states.shape[1])
+        step.hidden.copy_(hidden)
+        step.start_slot.copy_(window.start_slot)
+        step.recording.run()
+        return step.results

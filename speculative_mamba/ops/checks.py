@@ -46,6 +46,10 @@ def check_slots(x: torch.Tensor, slots: int, start_slot: torch.Tensor, write_slo
     check("start_slot", start_slot, (batch,), x, torch.int32)
     if not 0 <= write_slot <= slots - tokens:
         raise ValueError(f"{tokens} tokens from slot {write_slot} on do not fit into {slots} slots")
+    check_start_slot(start_slot, slots)
+
+
+def check_start_slot(start_slot: torch.Tensor, slots: int) -> None:
     if start_slot.device.type == "cpu" and not all(0 <= slot < slots for slot in start_slot.tolist()):
         raise ValueError(f"start_slot must be in [0, {slots}), got {start_slot.tolist()}")
 

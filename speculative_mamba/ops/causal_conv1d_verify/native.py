@@ -3,6 +3,7 @@
 import torch
 
 from ..backend import DTYPE_CODE, extension
+from ..recording import new_result
 
 
 def causal_conv1d_verify(
@@ -16,7 +17,7 @@ def causal_conv1d_verify(
     keep_last: bool,
 ) -> torch.Tensor:
     batch, tokens, channels = x.shape
-    y = torch.empty(batch, tokens, channels)
+    y = new_result(batch, tokens, channels)
     extension()[0].causal_conv1d(
         batch, tokens, channels, weight.shape[1], x.data_ptr(), x.stride()[:2], weight.data_ptr(), weight.stride(),
         DTYPE_CODE[weight.dtype], 0 if bias is None else bias.data_ptr(), window.data_ptr(), window.stride()[:2],

@@ -3,6 +3,7 @@
 import torch
 
 from ..backend import DTYPE_CODE, extension
+from ..recording import new_result
 
 
 def selective_scan_verify(
@@ -21,7 +22,7 @@ def selective_scan_verify(
     keep_last: bool,
 ) -> torch.Tensor:
     batch, tokens, channels = x.shape
-    y = torch.empty(batch, tokens, channels)
+    y = new_result(batch, tokens, channels)
     z_address, z_strides = (0, (0, 0)) if z is None else (z.data_ptr(), z.stride()[:2])
     extension()[0].selective_scan(
         batch, tokens, channels, A.shape[1], x.data_ptr(), x.stride()[:2], dt.data_ptr(), dt.stride()[:2],

@@ -1,0 +1,37 @@
+// A recorded sequence of kernel calls. Running it again costs no more than the kernels: no argument is checked, nothing
+// is allocated, no other language is involved. The pointers must still be valid, and what lies behind them may differ.
+#pragma once
+
+#include <functional>
+#include <utility>
+#include <vector>
+
+namespace speculative_mamba {
+
+using Call = std::function<void(int threads)>;
+
+class Program {
+ public:
+    void run(int threads) const {
+        for (const Call& call : calls_) call(threads);
+    }
+
+    // Calls submitted by this thread are added to `program` from now on; with null no more.
+    static void record(Program* program) { recording() = program; }
+
+    // Runs a call, and records it if that was asked for.
+    static void submit(Call call, int threads) {
+        call(threads);
+        if (recording()) recording()->calls_.push_back(std::move(call));
+    }
+
+ private:
+    static Program*& recording() {
+        thread_local Program* program = nullptr;
+        return program;
+    }
+
+    std::vector<Call> calls_;
+};
+
+}  // namespace speculative_mamba
