@@ -92,6 +92,15 @@ class ModelDrafter:
             tokens[:, step] = self._sampler.draft(logits, tokens[:, :step], None if laws is None else laws[:, step])
         return tokens, laws
 
+    def catch_up(self, row: int, text: list[int], slot: int, length: int) -> None:
+        """Absorbs what a row gained in rounds without a draft; ``propose`` then goes on from slot 0.
+
+        slot, length: where the row stood, and the length of its text, when the draft was last asked.
+        """
+        absorb(self.model, self._cache, row, text[:-2], self.state(row, slot, length))
+        if self._null_columns is not None:
+            self._null_columns[row] = int(len(text) < 2)
+
     def state(self, row: int, slot: int, length: int) -> RowState:
         """A copy of the state in a slot from which a text of ``length`` tokens would be continued."""
         return RowState.of(self._cache, row, slot, max(length - 2, 0))

@@ -185,7 +185,7 @@ class _Run:
         sampler.begin_round([row.tokens for row in rows], active)
         began = time.perf_counter()
         if drafts:
-            drafted, laws = self.drafter.propose([row.tokens for row in rows], start_slot, drafts)
+            drafted, laws = self.drafter.propose([row.tokens for row in rows], self._draft_slots(start_slot), drafts)
             check_drafted(drafted, laws, len(rows), drafts, self.target.vocab_size)
             drafted = drafted.to(device)
             window = torch.cat([window, drafted], 1)
@@ -204,6 +204,19 @@ class _Run:
             for row, token in fresh:
                 self.on_token(row, token)
         self.stats.decode_s = time.perf_counter() - self.decoding
+
+    def _draft_slots(self, start_slot: torch.Tensor) -> torch.Tensor:
+        """The slots that the draft goes on from: the target's, unless it was left out of the last round."""
+        behind = [
+            (index, row)
+            for index, row in enumerate(self.rows)
+            if row.finish_reason is None and self.draft_at[index][1] < len(row.tokens)
+        ]
+        if not behind or not isinstance(self.drafter, ModelDrafter):
+            return start_slot
+        for index, row in behind:
+            self.drafter.catch_up(index, row.tokens, *self.draft_at[index])
+        return torch.zeros_like(start_slot)
 
     def _commit(
         self, drafted: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor, logits: torch.Tensor

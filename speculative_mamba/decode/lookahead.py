@@ -42,21 +42,18 @@ class AdaptiveLookahead:
         self._dropped = False
 
     def next(self) -> int:
-        if self._dropped:
+        if self._dropped or self._plain_rounds:
             return 0
-        if self._first:
+        if not self._steps:
             return self._first[0]
-        if self._plain_rounds:
-            return 0
         rate = self._accepted / self._tested
         error = (max(rate * (1 - rate), 0.04) / self._tested) ** 0.5
-        best = max(range(1, self.most + 1), key=lambda k: self._speed(k, rate))
-        hopeful = max(self._speed(k, min(rate + self._HOPE * error, 0.99)) for k in range(1, self.most + 1))
-        if hopeful * self._pass_s(1) < 1:
+        hope = 1.0 if self._first else min(rate + self._HOPE * error, 1.0)
+        if max(self._speed(k, hope) for k in range(1, self.most + 1)) * self._pass_s(1) < 1:
             self._dropped = len(self._passes[1]) > 1
             self._plain_rounds = 0 if self._dropped else 2
             return 0
-        return best
+        return self._first[0] if self._first else max(range(1, self.most + 1), key=lambda k: self._speed(k, rate))
 
     def observe(self, drafts: int, tested: int, accepted: int, draft_s: float, verify_s: float) -> None:
         """One round: ``drafts`` proposed per row; ``tested``, ``accepted`` of all rows; seconds of draft and rest."""

@@ -1,0 +1,108 @@
+"""Adaptive lookahead: near the best fixed K, never far below plain decoding, and the same text as ever.
+
+Its choices are tested on simulated costs, since a clock would make them a matter of luck.
+"""
+
+import itertools
+import random
+
+import pytest
+
+import speculative_mamba as sm
+from speculative_mamba.decode.lookahead import AUTO_AT_MOST, AdaptiveLookahead, FixedLookahead
+from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
+
+TOKENS, RUNS = 512, 8
+# Seconds of a pass over T tokens, one token taking 1; the first pass of each kind takes 0.3 longer.
+PASSES = {
+    "gentle": lambda tokens: 1 + 0.03 * (tokens - 1) + 0.08 * max(0, tokens - 6),
+    "flat": lambda tokens: 1 + 0.01 * (tokens - 1),
+}
+
+
+def simulate(chooser, rate, draft_s, pass_s, seed):
+    """Seconds for ``TOKENS`` tokens, with 5 % of noise on every time; and the lookaheads chosen."""
+    source, seconds, tokens, chosen = random.Random(seed), 0.0, 0, []
+
+    def noisy(value):
+        return value * (1 + abs(source.gauss(0, 0.05)))
+
+    while tokens < TOKENS:
+        drafts = min(chooser.next(), TOKENS - tokens - 1)
+        accepted = next((k for k in range(drafts) if source.random() >= rate), drafts)
+        draft, rest = noisy(drafts * draft_s), noisy(pass_s(drafts + 1)) + (0.3 if drafts not in chosen else 0)
+        chooser.observe(drafts, min(accepted + 1, drafts), accepted, draft, rest)
+        seconds, tokens = seconds + draft + rest, tokens + accepted + 1
+        chosen.append(drafts)
+    return seconds, chosen
+
+
+def total(make, *arguments):
+    return sum(simulate(make(), *arguments, seed)[0] for seed in range(RUNS))
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("rate", [0.3, 0.5, 0.7, 0.8, 0.9, 0.95])
+def test_close_to_the_best_fixed_lookahead(rate, passes):
+    arguments = rate, 0.05, PASSES[passes]
+    best = min(total(lambda k=k: FixedLookahead(k), *arguments) for k in range(1, AUTO_AT_MOST + 1))
+    assert total(lambda: AdaptiveLookahead(AUTO_AT_MOST), *arguments) < 1.05 * best
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize(("rate", "draft_s"), [(0.0, 0.05), (0.1, 0.15), (0.3, 0.4), (0.3, 1.0), (0.8, 2.0)])
+def test_a_draft_that_loses_is_dropped(rate, draft_s, passes):
+    arguments = rate, draft_s, PASSES[passes]
+    plain = total(lambda: FixedLookahead(0), *arguments)
+    assert total(lambda: AdaptiveLookahead(AUTO_AT_MOST), *arguments) < 1.03 * plain
+    _, chosen = simulate(AdaptiveLookahead(AUTO_AT_MOST), *arguments, seed=0)
+    assert chosen[-100:] == [0] * 100
+
+
+def test_a_draft_that_gains_is_never_without_a_proposal():
+    for rate in (0.5, 0.8, 0.95):
+        _, chosen = simulate(AdaptiveLookahead(AUTO_AT_MOST), rate, 0.05, PASSES["gentle"], seed=1)
+        assert all(1 <= drafts <= AUTO_AT_MOST for drafts in chosen[:-1])
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 15])
+def test_never_more_than_allowed(most):
+    _, chosen = simulate(AdaptiveLookahead(most), 0.95, 0.02, PASSES["flat"], seed=2)
+    assert max(chosen) <= most
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 4}], ids=["greedy", "coupled"])
+def test_same_text_as_ever(pair, prompt, rate, sampling):
+    target, prompts = pair().target, [prompt(3), prompt(9)]
+    options = {"sampling": sm.SamplingParams(**sampling), "acceptance": "coupled", "stop_token_ids": ()}
+    plain = sm.generate(target, prompts, max_new_tokens=60, **options).sequences
+    draft = ScriptedDraft([text.tolist() for text in plain], target.vocab_size, agree_at_rate(rate))
+    for budget in (1, 2, 3, 5, 60):
+        result = sm.generate(target, prompts, draft=draft, lookahead="auto", max_new_tokens=budget, **options)
+        assert [text.tolist() for text in result.sequences] == [
+            text[: len(p) + budget].tolist() for text, p in zip(plain, prompts, strict=True)
+        ]
+
+
+def test_a_dropped_draft_model_can_come_back_with_the_cache(pair, prompt):
+    models, cache, parts = pair(), sm.GenerationCache(), []
+    whole = sm.generate(models.target, [prompt(5)], max_new_tokens=90, stop_token_ids=()).sequences[0]
+    for tokens in (40, 30, 20):
+        parts = sm.generate(
+            models.target, cache.sequences or [prompt(5)], draft=models.drafts["random"], lookahead="auto",
+            max_new_tokens=tokens, stop_token_ids=(), cache=cache,
+        ).sequences[0]  # fmt: skip
+    assert parts.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("pattern", [(0, 3), (2, 0, 0, 4), (1, 0, 5, 0)], ids=str)
+def test_a_draft_model_catches_up_after_rounds_without_it(pair, prompt, monkeypatch, pattern):
+    """An equal draft is always right, so a state that lacks a token shows."""
+    target = pair().target
+    rounds = itertools.cycle(pattern)
+    monkeypatch.setattr(FixedLookahead, "next", lambda self: next(rounds))
+    prompts = [prompt(1), prompt(2), prompt(30)]
+    options = {"max_new_tokens": 31, "stop_token_ids": ()}
+    stats = sm.generate(target, prompts, draft=target, lookahead=5, **options).stats
+    assert stats.accepted == stats.tested > 20

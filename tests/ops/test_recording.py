@@ -1,0 +1,94 @@
+"""Recorded kernel calls do what the calls themselves would do."""
+
+import pytest
+import torch
+
+from speculative_mamba.models.language_model import ModelCache
+from speculative_mamba.ops import rms_norm, skinny_linear
+from speculative_mamba.ops.recording import Recording
+from speculative_mamba.testing.models import random_model, tiny_config
+from speculative_mamba.testing.tolerance import assert_bitwise_equal
+
+
+def chain(x, weight, norm):
+    y, residual = rms_norm(skinny_linear(x, weight, backend="cpu"), norm, backend="cpu")
+    return y, rms_norm(y, norm, residual, backend="cpu")[1]
+
+
+def test_run_follows_the_tensors(cpu):
+    x, weight, norm = torch.randn(3, 20), torch.randn(9, 20), torch.randn(9)
+    recording = Recording()
+    with recording.record():
+        results = chain(x, weight, norm)
+    for recorded, direct in zip(results, chain(x, weight, norm), strict=True):
+        assert_bitwise_equal(recorded, direct)
+    for _ in range(3):
+        x.normal_()
+        weight.normal_()
+        recording.run()
+        for recorded, direct in zip(results, chain(x, weight, norm), strict=True):
+            assert_bitwise_equal(recorded, direct)
+
+
+def test_nothing_is_recorded_outside_or_after_an_error():
+    x, weight = torch.randn(1, 4), torch.randn(2, 4)
+    recording = Recording()
+    with pytest.raises(RuntimeError, match="stop"), recording.record():
+        y = skinny_linear(x, weight, backend="cpu")
+        raise RuntimeError("stop")
+    other = skinny_linear(x, weight, backend="cpu")
+    before = other.clone()
+    x.zero_()
+    recording.run()
+    assert y.count_nonzero() == 0 and torch.equal(other, before)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_recorded_step_equals_an_unrecorded_one(batch, length):
+    """Tokens and start slots change between calls; a plain list as cache is never recorded."""
+    model = random_model(tiny_config(), dtype=torch.bfloat16)
+    recorded = model.new_cache(batch, 6)
+    plain = list(model.new_cache(batch, 6))
+    start = torch.zeros(batch, dtype=torch.int32)
+    for step in range(6):
+        tokens = torch.randint(0, 61, (batch, length))
+        actual, expected = (model.verify(tokens, cache, start) for cache in (recorded, plain))
+        assert_bitwise_equal(actual, expected)
+        for mine, theirs in zip(recorded, plain, strict=True):
+            assert_bitwise_equal(mine.states, theirs.states)
+            assert_bitwise_equal(mine.window, theirs.window)
+        start = torch.tensor([(step + row) % length for row in range(batch)], dtype=torch.int32)
+    assert isinstance(recorded, ModelCache) and len(recorded.steps) == 1
+
+
+def test_earlier_logits_keep_their_values():
+    model = random_model(tiny_config())
+    cache, start = model.new_cache(1, 1), torch.zeros(1, dtype=torch.int32)
+    first = model.verify(torch.tensor([[3]]), cache, start)
+    second = model.verify(torch.tensor([[4]]), cache, start)
+    kept = first.clone(), second.clone()
+    model.verify(torch.tensor([[5]]), cache, start)
+    assert torch.equal(first, kept[0]) and torch.equal(second, kept[1])
+
+
+def test_two_models_may_share_a_cache_shape():
+    """A step belongs to the model that recorded it."""
+    one, two = (random_model(tiny_config(), seed=seed) for seed in (0, 1))
+    start, tokens = torch.zeros(1, dtype=torch.int32), torch.tensor([[7]])
+    cache = one.new_cache(1, 1)
+    one.verify(tokens, cache, start)
+    fresh = two.new_cache(1, 1)
+    for mine, theirs in zip(fresh, cache, strict=True):
+        theirs.states.copy_(mine.states)
+        theirs.window.copy_(mine.window)
+    assert_bitwise_equal(two.verify(tokens, cache, start), two.verify(tokens, fresh, start))
+
+
+def test_a_start_slot_out_of_range_is_refused_at_every_call():
+    model = random_model(tiny_config())
+    cache = model.new_cache(1, 2)
+    for _ in range(2):
+        model.verify(torch.tensor([[1]]), cache, torch.zeros(1, dtype=torch.int32))
+        with pytest.raises(ValueError, match="start_slot"):
+            model.verify(torch.tensor([[1]]), cache, torch.tensor([2], dtype=torch.int32))
