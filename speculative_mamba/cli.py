@@ -32,6 +32,12 @@ def _lookahead(value: str) -> int | str:
         raise argparse.ArgumentTypeError(f"must be auto or a whole number, got {value!r}") from None
 
 
+def _positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="speculative-mamba",
@@ -55,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
     option("device", default="cpu", help="cpu or cuda")
     option("backend", default="auto", help="auto, cpu (C++ kernels) or reference (PyTorch)")
+    option("threads", type=_positive, help="threads to use (default: one per core)", default=argparse.SUPPRESS)
     option("temperature", type=float, default=0.0, help="0 is greedy")
     option("top_k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     option("top_p", type=float, default=1.0, help="keep the smallest set of tokens with this probability")
@@ -125,6 +132,8 @@ def _run(options: argparse.Namespace) -> int:
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
         repetition_penalty=options.repetition_penalty, seed=options.seed,
     )  # fmt: skip
+    if hasattr(options, "threads"):
+        torch.set_num_threads(options.threads)
     if options.cg:
         _say("--cg: no CUDA graphs on this device; the text is the same without")
     common = {

@@ -25,7 +25,6 @@ class LanguageModel(Protocol):
         start_slot: torch.Tensor,
         write_slot: int = 0,
         null_columns: torch.Tensor | None = None,
-        last_only: bool = False,
     ) -> torch.Tensor: ...
 
 
@@ -80,7 +79,7 @@ class ModelDrafter:
         last_two = torch.tensor([[row[-2] if len(row) > 1 else 0, row[-1]] for row in rows], device=device)
         null_columns = self._null_columns
         self._null_columns = None
-        logits = self.model.verify(last_two, self._cache, accepted, 0, null_columns, last_only=True)[:, -1]
+        logits = self.model.verify(last_two, self._cache, accepted, 0, null_columns)[:, -1]
         tokens = torch.empty(len(rows), lookahead, dtype=torch.int64, device=device)
         laws = None
         if not self._sampler.sampling.greedy and not self._sampler.coupled:

@@ -74,8 +74,10 @@ class Sampler:
         self._texts, self._rows = texts, active
         device = self._keys.device
         self._positions = torch.tensor([len(text) for text in texts], device=device)
-        self._active = torch.zeros(len(texts), dtype=torch.bool, device=device)
-        self._active[active] = True
+        self._active = None  # all rows
+        if len(active) < len(texts):
+            self._active = torch.zeros(len(texts), dtype=torch.bool, device=device)
+            self._active[active] = True
         for row in active if self._seen is not None else ():
             self._seen[row, texts[row][self._known[row] :]] = True
             self._known[row] = len(texts[row])

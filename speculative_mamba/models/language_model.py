@@ -29,13 +29,13 @@ class ModelCache(list[MambaCache]):
 
 @dataclass
 class _RecordedStep:
-    """All blocks of a model for one shape of call: tensors to fill, calls to make, tensors to read."""
+    """A model's calls for one shape of step: tensors to fill, a recording to run, logits to read."""
 
     model: "MambaLM"  # its weights must outlive the recording
     hidden: torch.Tensor
     start_slot: torch.Tensor
     recording: Recording
-    results: tuple[torch.Tensor, torch.Tensor] | None = None
+    logits: torch.Tensor
 
 
 @dataclass
@@ -110,25 +110,21 @@ class MambaLM:
         start_slot: torch.Tensor,
         write_slot: int = 0,
         null_columns: torch.Tensor | None = None,
-        last_only: bool = False,
     ) -> torch.Tensor:
         """Runs a window of tokens and checkpoints the state after each.
 
         tokens: (B, T) int64. start_slot: (B) int32, the slot each row continues from. The state after token t goes to
         slot ``write_slot + t``. null_columns: (B) int32 or None, leading tokens of a row that count as nothing.
-        Returns logits (B, T, V) float32, or (B, 1, V) of the last token with ``last_only``.
+        Returns logits (B, T, V) float32.
         """
-        batch, length = tokens.shape
-        hidden, window = self._embed(tokens), Window(start_slot, write_slot, null_columns)
-        if self.backend == "cpu" and isinstance(cache, ModelCache) and null_columns is None:
-            hidden, residual = self._recorded_blocks(hidden, batch, cache, window)
+        window = Window(start_slot, write_slot, null_columns)
+        # PyTorch's own operations, such as adding the linear layers' biases, cannot be recorded.
+        recorded = self.backend == "cpu" and isinstance(cache, ModelCache) and not self.config.linear_bias
+        if recorded and null_columns is None:
+            logits = self._run_recorded(tokens, cache, window)
         else:
-            hidden, residual = self._blocks(hidden, batch, cache, window)
-        if last_only and length > 1:
-            hidden, residual = (h.view(batch, length, -1)[:, -1].contiguous() for h in (hidden, residual))
-            length = 1
-        hidden, _ = rms_norm(hidden, self.norm_weight, residual, eps=self.config.eps, backend=self.backend)
-        return skinny_linear(hidden, self.head, backend=self.backend).view(batch, length, -1)
+            logits = self._logits(self._embed(tokens), len(tokens), cache, window)
+        return logits.view(*tokens.shape, -1)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.embedding(tokens.reshape(-1), self.embedding).float()
@@ -141,23 +137,23 @@ class MambaLM:
             hidden, residual = block(hidden, residual, batch, layer_cache, window)
         return hidden, residual
 
-    def _recorded_blocks(
-        self, hidden: torch.Tensor, batch: int, cache: ModelCache, window: Window
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``_blocks``, without Python between the kernels from the second call of a shape on."""
-        if self.config.linear_bias:  # added by PyTorch, whose operations cannot be recorded
-            return self._blocks(hidden, batch, cache, window)
-        key = (id(self), *hidden.shape, batch, window.write_slot)
+    def _logits(self, hidden: torch.Tensor, batch: int, cache: list[MambaCache], window: Window) -> torch.Tensor:
+        hidden, residual = self._blocks(hidden, batch, cache, window)
+        hidden, _ = rms_norm(hidden, self.norm_weight, residual, eps=self.config.eps, backend=self.backend)
+        return skinny_linear(hidden, self.head, backend=self.backend)
+
+    def _run_recorded(self, tokens: torch.Tensor, cache: ModelCache, window: Window) -> torch.Tensor:
+        """``_logits``, without Python between the kernels from the second call of a shape on."""
+        key = (id(self), *tokens.shape, window.write_slot)
         step = cache.steps.get(key)
         if step is None:
-            step = _RecordedStep(self, hidden, window.start_slot.clone(), Recording())
-            with step.recording.record():
-                fixed = Window(step.start_slot, window.write_slot)
-                step.results = self._blocks(step.hidden, batch, cache, fixed)
-            cache.steps[key] = step
-            return step.results
+            hidden, start_slot, recording = self._embed(tokens), window.start_slot.clone(), Recording()
+            with recording.record():
+                logits = self._logits(hidden, len(tokens), cache, Window(start_slot, window.write_slot))
+            cache.steps[key] = _RecordedStep(self, hidden, start_slot, recording, logits)
+            return logits.clone()
         check_start_slot(window.start_slot, cache[0].states.shape[1])
-        step.hidden.copy_(hidden)
+        step.hidden.copy_(self._embed(tokens))
         step.start_slot.copy_(window.start_slot)
         step.recording.run()
-        return step.results
+        return step.logits.clone()

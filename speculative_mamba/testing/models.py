@@ -94,7 +94,5 @@ class TableModel:
         start_slot: torch.Tensor,
         write_slot: int = 0,
         null_columns: torch.Tensor | None = None,
-        last_only: bool = False,
     ) -> torch.Tensor:
-        logits = self._logits[tokens]
-        return logits[:, -1:] if last_only else logits
+        return self._logits[tokens]
