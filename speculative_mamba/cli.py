@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .decode import GenerationResult, SamplingParams, generate
-from .decode.inputs import ACCEPTANCES, check_generation
+from .decode.inputs import ACCEPTANCES, check_generation, check_models
 from .decode.text import TextStream
 from .info import print_info
 from .models import MambaLM, load_model
@@ -142,8 +142,9 @@ def _run(options: argparse.Namespace) -> int:
     }  # fmt: skip
     target = load_model(options.model_target, **common)
     draft = load_model(options.model_draft, **common) if options.draft == "model" else None
+    check_models(target, draft)
     check_generation(
-        target, draft, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
+        target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
         acceptance=options.acceptance, stop_strings=options.stop,
     )  # fmt: skip
     prompt = _encode(target, options.prompt)

@@ -65,6 +65,7 @@ def test_no_options_at_all(run):
         ["--draft", "none"],
         ["--K", "1"],
         ["--K", "15"],
+        ["--K", "auto"],
         ["--model_target", "builtin:target", "--model_draft", "builtin:target"],
         ["--temperature", "0.7", "--top_k", "1"],
         ["--device", "cpu", "--backend", "cpu"],
@@ -74,6 +75,52 @@ def test_no_options_at_all(run):
 def test_same_text_whatever_the_options(run, extra):
     code, out, _ = run(*SHORT, *extra)
     assert code == 0 and out == generated() + "\n"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--stop", "e"],
+        ["--temperature", "0.9", "--seed", "3"],
+        ["--temperature", "0.9", "--seed", "3", "--acceptance", "coupled", "--repetition_penalty", "1.2"],
+        ["--draft", "none", "--min_p", "0.1", "--temperature", "1.2"],
+    ],
+    ids=" ".join,
+)
+def test_the_stream_is_the_text(run, extra):
+    whole = run(*SHORT, *extra)
+    streamed = run(*SHORT, *extra, "--stream")
+    assert whole[0] == streamed[0] == 0 and whole[1] == streamed[1] and len(whole[1]) > len(PROMPT) + 1
+
+
+SAMPLED = ["--temperature", "0.9", "--top_p", "0.9", "--min_p", "0.02", "--repetition_penalty", "1.1"]
+
+
+@pytest.mark.parametrize("seed", ["0", "11"])
+def test_coupled_text_is_the_plain_text_of_that_seed(run, seed):
+    common = ["--prompt", PROMPT, "--n_tokens_to_generate", "24", *SAMPLED, "--seed", seed]
+    plain = run(*common, "--draft", "none")
+    assert plain[0] == 0
+    for lookahead in ("1", "3", "4", "9", "15"):
+        coupled = run(*common, "--acceptance", "coupled", "--K", lookahead)
+        assert coupled[:2] == plain[:2]
+    by_rejection = run(*common)
+    assert by_rejection[0] == 0 and len(by_rejection[1]) > len(PROMPT)
+
+
+def test_a_penalty_keeps_greedy_text_equal(run):
+    common = ["--prompt", PROMPT, "--n_tokens_to_generate", "40", "--repetition_penalty"]
+    outputs = [run(*common, "1.3", *extra)[1] for extra in ([], ["--draft", "none"], ["--K", "7"])]
+    assert outputs[0] == outputs[1] == outputs[2] != run(*common, "1")[1]
+
+
+@pytest.mark.parametrize("name", ["min_p", "repetition_penalty"])
+def test_both_spellings_of_a_filter(run, name):
+    common = ["--prompt", PROMPT, "--n_tokens_to_generate", "24", "--temperature", "1.5", "--seed", "4"]
+    value = {"min_p": "0.3", "repetition_penalty": "1.6"}[name]
+    outputs = [run(*common, f"--{n}", value) for n in (name, name.replace("_", "-"))]
+    assert outputs[0][0] == 0 and outputs[0][1] == outputs[1][1] != run(*common)[1]
 
 
 def test_cuda_graphs_on_a_cpu_are_one_line(run):
@@ -89,6 +136,14 @@ def test_dtypes(run, dtype):
     """Plain and speculative text are equal in each; between dtypes they may differ."""
     outputs = [run(*SHORT, "--dtype", dtype, "--draft", draft) for draft in ("model", "none")]
     assert outputs[0][:2] == outputs[1][:2] and outputs[0][0] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_state_dtypes(run, dtype):
+    """As with the weights: with a draft as without; float32 is the default."""
+    outputs = [run(*SHORT, "--state_dtype", dtype, *extra)[:2] for extra in ([], ["--draft", "none"], ["--K", "2"])]
+    assert outputs[0] == outputs[1] == outputs[2] and outputs[0][0] == 0
+    assert dtype != "float32" or outputs[0][1] == generated() + "\n"
 
 
 def test_both_spellings(run):
@@ -145,6 +200,18 @@ def test_compare_of_sampled_text(run):
     assert json.loads(out)["compare"]["tokens_equal"] is None and "equal in law" in err
 
 
+def test_compare_of_coupled_text(run):
+    _, out, err = run(*SHORT, "--compare", "--json", "--temperature", "1", "--acceptance", "coupled")
+    assert json.loads(out)["compare"]["tokens_equal"] is True and "the tokens are equal" in err
+
+
+def test_compare_of_greedy_text_under_either_acceptance(run):
+    """Greedy decoding leaves nothing to chance: the tokens are equal, whatever the draft is tested by."""
+    for acceptance in cli.ACCEPTANCES:
+        _, out, _ = run(*SHORT, "--compare", "--json", "--acceptance", acceptance)
+        assert json.loads(out)["compare"]["tokens_equal"] is True
+
+
 def test_info(run):
     code, out, err = run("info")
     assert code == 0 and err == ""
@@ -165,8 +232,23 @@ def test_info(run):
         (["--top_k", "-2"], "top_k"),
         (["--top_p", "0"], "top_p"),
         (["--top-p", "1.5"], "top_p"),
+        (["--min_p", "1"], "min_p"),
+        (["--min-p", "-0.1"], "min_p"),
+        (["--min_p", "nan"], "min_p"),
+        (["--min_p", "low"], "low"),
+        (["--repetition_penalty", "0"], "repetition_penalty"),
+        (["--repetition-penalty", "-1"], "repetition_penalty"),
+        (["--repetition_penalty", "inf"], "repetition_penalty"),
+        (["--repetition_penalty", "high"], "high"),
+        (["--acceptance", "always"], "always"),
+        (["--acceptance"], "acceptance"),
+        (["--temperature", "-1", "--draft", "none"], "temperature"),
         (["--seed", "-1"], "seed"),
+        (["--seed", "9223372036854775808"], "seed"),
+        (["--seed", "1.5"], "1.5"),
         (["--dtype", "int8"], "int8"),
+        (["--state_dtype", "int8"], "int8"),
+        (["--state-dtype", "nn"], "nn"),
         (["--device", "tpu"], "tpu"),
         (["--backend", "fast"], "fast"),
         (["--draft", "guess"], "guess"),

@@ -95,17 +95,27 @@ inline int64_t first_of(const float* x, float value) {
     return i;
 }
 
-// exp((x - max) / temperature), exactly 0 from exp(-87) downwards. Returns the sum.
-inline float exponentials(const float* x, int64_t size, float max, float temperature, float* out) {
+// Blocks are summed in float, the sums of blocks in double, so that a long tail is not lost.
+constexpr int64_t kBlock = 32 * kLanes;
+
+inline double total(const float* x, int64_t size) {
+    double result = 0;
+    for (int64_t first = 0; first < size; first += kBlock) {
+        const int64_t last = smaller(size, first + kBlock);
+        Vec block = zero();
+        for (int64_t i = first; i < last; i += kLanes) block = add(block, load_n(x + i, smaller(kLanes, last - i)));
+        result += sum(block);
+    }
+    return result;
+}
+
+// exp((x - max) / temperature), exactly 0 from exp(-87) downwards.
+inline void exponentials(const float* x, int64_t size, float max, float temperature, float* out) {
     const Vec peak = broadcast(max), divisor = broadcast(temperature), floor = exp(broadcast(-87.f));
-    Vec total = zero();
     for (int64_t i = 0; i < size; i += kLanes) {
         const int64_t count = smaller(kLanes, size - i);
-        Vec value = sub(exp(div(sub(load_n(x + i, count), peak), divisor)), floor);
-        store_n(out + i, value, count);
-        total = add(total, count == kLanes ? value : load_n(out + i, count));
+        store_n(out + i, sub(exp(div(sub(load_n(x + i, count), peak), divisor)), floor), count);
     }
-    return sum(total);
 }
 
 inline bool worse(const float* x, int32_t a, int32_t b) { return x[a] < x[b] || (x[a] == x[b] && a > b); }
@@ -179,7 +189,10 @@ constexpr double kRounding = 1e-6;  // "reaches p" up to the rounding of float32
 inline Law chosen(const float* x, int64_t vocabulary, float max, const Filters& f, const Scratch& s) {
     const bool by_rank = 0 < f.top_k && f.top_k < vocabulary;
     double all = 0;
-    if (!by_rank) all = exponentials(x, vocabulary, max, f.temperature, s.weights);
+    if (!by_rank) {
+        exponentials(x, vocabulary, max, f.temperature, s.weights);
+        all = total(s.weights, vocabulary);
+    }
     for (int64_t count = by_rank ? f.top_k : smaller(kHeapAtMost, vocabulary);; count = vocabulary) {
         if (count <= kHeapAtMost) {
             largest_by_heap(x, vocabulary, count, s.ids);
@@ -189,20 +202,16 @@ inline Law chosen(const float* x, int64_t vocabulary, float max, const Filters& 
         float* gathered = reinterpret_cast<float*>(s.other_keys);
         for (int64_t i = 0; i < count; i++) gathered[i] = x[s.ids[i]];
         exponentials(gathered, count, max, f.temperature, s.weights);
-        double total = all;
-        if (by_rank)
-            for (int64_t i = 0; i < count; i++) total += s.weights[i];
+        if (by_rank) all = total(s.weights, count);
         int64_t kept = count;
         if (f.top_p < 1.f) {
-            const double enough = (static_cast<double>(f.top_p) - kRounding) * total;
+            const double enough = (static_cast<double>(f.top_p) - kRounding) * all;
             double reached = s.weights[0];
             for (kept = 1; kept < count && reached < enough; kept++) reached += s.weights[kept];
             if (reached < enough && !by_rank && count < vocabulary) continue;
         }
         while (kept > 1 && (s.weights[kept - 1] < f.min_p * (1 - kRounding) || s.weights[kept - 1] == 0)) kept--;
-        double sum = 0;
-        for (int64_t i = 0; i < kept; i++) sum += s.weights[i];
-        const float scale = static_cast<float>(1 / sum);
+        const float scale = static_cast<float>(1 / total(s.weights, kept));
         if (kept <= kHeapAtMost) return {s.ids, s.weights, kept, scale};
         float* in_order = reinterpret_cast<float*>(s.keys);
         std::memset(in_order, 0, vocabulary * sizeof(float));
@@ -212,16 +221,12 @@ inline Law chosen(const float* x, int64_t vocabulary, float max, const Filters& 
 }
 
 inline Law everything(const float* x, int64_t vocabulary, float max, const Filters& f, const Scratch& s) {
-    float total = exponentials(x, vocabulary, max, f.temperature, s.weights);
+    exponentials(x, vocabulary, max, f.temperature, s.weights);
     if (f.min_p > 0) {
         const float threshold = static_cast<float>(f.min_p * (1 - kRounding));
         for (int64_t i = 0; i < vocabulary; i++) s.weights[i] = s.weights[i] >= threshold ? s.weights[i] : 0.f;
-        Vec sums = zero();
-        for (int64_t i = 0; i < vocabulary; i += kLanes)
-            sums = add(sums, load_n(s.weights + i, smaller(kLanes, vocabulary - i)));
-        total = sum(sums);
     }
-    return {nullptr, s.weights, vocabulary, 1.f / total};
+    return {nullptr, s.weights, vocabulary, static_cast<float>(1 / total(s.weights, vocabulary))};
 }
 
 // The law of one row of logits, already penalised; for greedy decoding one token.

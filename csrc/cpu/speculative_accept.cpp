@@ -15,7 +15,7 @@ Verdict residual(const Law& law, const float* q, int64_t certain, float* weights
     for (int64_t i = 0; i < law.count; i++) {
         const int64_t token = law.ids ? law.ids[i] : i;
         const float p = law.weights[i] * law.scale, other = q ? q[token] : token == certain ? 1.f : 0.f;
-        const float rest = p - other;
+        const float rest = p > 0 ? p - other : 0.f;
         weights[i] = rest > 0 || rest != rest ? rest : 0.f;
         total += weights[i];
     }

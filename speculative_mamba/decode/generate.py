@@ -9,7 +9,7 @@ import torch
 from ..models.language_model import MambaLM
 from .cache import GenerationCache, RowState, absorb
 from .drafter import Drafter, LanguageModel, ModelDrafter, as_drafter
-from .inputs import check_drafted, check_generation, read_prompts
+from .inputs import check_drafted, check_generation, check_models, read_prompts
 from .lookahead import AUTO_AT_MOST, AdaptiveLookahead, FixedLookahead
 from .sampling import LogitsProcessor, Sampler, SamplingParams
 from .stats import GenerationStats
@@ -103,12 +103,13 @@ def generate(
         ValueError: an argument is out of range, the vocabularies differ, the cache belongs to something else, or a
             model's logits are NaN.
     """
+    check_models(target, draft)
     prompts = read_prompts(prompt_ids, target.vocab_size)
     sampling = SamplingParams() if sampling is None else sampling
     if stop_token_ids is None:
         stop_token_ids = () if target.eos_token_id is None else (target.eos_token_id,)
     check_generation(
-        target, draft, len(prompts), lookahead=lookahead, max_new_tokens=max_new_tokens, sampling=sampling,
+        target, len(prompts), lookahead=lookahead, max_new_tokens=max_new_tokens, sampling=sampling,
         acceptance=acceptance, stop_strings=stop_strings, stop_token_ids=stop_token_ids, on_token=on_token,
         logits_processor=logits_processor, cache=cache,
     )  # fmt: skip
@@ -197,7 +198,7 @@ class _Run:
         self.stats.draft_s += proposed - began
         self.stats.verify_s += verified - proposed
         judged = self.stats.tested, self.stats.accepted
-        fresh = self._commit(drafted, accepted, following, logits)
+        fresh = self._commit(drafts > 0, drafted, accepted, following, logits)
         tested, agreed = self.stats.tested - judged[0], self.stats.accepted - judged[1]
         self.lookahead.observe(drafted.shape[1], tested, agreed, proposed - began, time.perf_counter() - proposed)
         if self.on_token is not None:
@@ -219,7 +220,12 @@ class _Run:
         return torch.zeros_like(start_slot)
 
     def _commit(
-        self, drafted: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor, logits: torch.Tensor
+        self,
+        asked: bool,
+        drafted: torch.Tensor,
+        accepted: torch.Tensor,
+        following: torch.Tensor,
+        logits: torch.Tensor,
     ) -> list[tuple[int, int]]:
         """Appends each row's accepted tokens and the next one, up to a stop or the end of its budget; returns them."""
         fresh, slots = [], [0] * len(self.rows)
@@ -239,7 +245,7 @@ class _Run:
                     break
             self.stats.count(len(tokens), agreed, committed)
             slots[index] = committed - 1
-            if tokens:
+            if asked:
                 self.draft_at[index] = committed - 1, len(row.tokens)
             if row.finish_reason is not None:
                 self._save_row(index, committed - 1)  # rounds of the other rows will write over its slots

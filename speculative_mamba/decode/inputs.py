@@ -26,7 +26,7 @@ def read_prompts(prompt_ids: torch.Tensor | Sequence[Sequence[int]], vocabulary:
             )
         prompt_ids = prompt_ids.tolist()
     try:
-        prompts = [row.tolist() if isinstance(row, torch.Tensor) else list(row) for row in prompt_ids]
+        prompts = [list(row.tolist() if isinstance(row, torch.Tensor) else row) for row in prompt_ids]
     except TypeError:
         raise ValueError("prompt_ids must be a LongTensor (B, L) or a list of lists of token ids") from None
     if not prompts:
@@ -39,7 +39,29 @@ def read_prompts(prompt_ids: torch.Tensor | Sequence[Sequence[int]], vocabulary:
                 raise ValueError(f"the prompt of row {index} holds {token!r}, which is no token id")
             if not 0 <= token < vocabulary:
                 raise ValueError(f"token id {token} in row {index} is outside the vocabulary of {vocabulary} tokens")
-    return prompts
+    return [list(map(int, prompt)) for prompt in prompts]
+
+
+def check_models(target: object, draft: object) -> None:
+    """Target and draft of ``generate``.
+
+    Raises:
+        ValueError: one is no model, or they do not fit together.
+    """
+    if not all(hasattr(target, name) for name in ("vocab_size", "prefill", "verify")):
+        raise ValueError(f"target must be a model, as load_model gives it, got {type(target).__name__}")
+    if draft is None:
+        return
+    kinds = (("vocab_size", "begin", "propose"), ("vocab_size", "prefill", "verify"))
+    if not any(all(hasattr(draft, name) for name in names) for names in kinds):
+        raise ValueError(f"draft must be a model, as load_model gives it, or a Drafter, got {type(draft).__name__}")
+    if getattr(draft, "device", target.device) != target.device:
+        raise ValueError(f"draft and target are on two devices, {draft.device} and {target.device}; use one")
+    if draft.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"draft and target have different vocabularies ({draft.vocab_size} and {target.vocab_size} tokens); "
+            "a draft must be trained on the same tokens"
+        )
 
 
 def check_drafted(drafted: torch.Tensor, laws: torch.Tensor | None, rows: int, lookahead: int, vocabulary: int) -> None:
@@ -48,6 +70,9 @@ def check_drafted(drafted: torch.Tensor, laws: torch.Tensor | None, rows: int, l
     Raises:
         ValueError: it is not tokens (B, k) of the vocabulary with laws (B, k, V), 0 <= k <= lookahead.
     """
+    for name, value in (("tokens", drafted), ("laws", laws)):
+        if not isinstance(value, torch.Tensor) and not (value is None and name == "laws"):
+            raise ValueError(f"the draft proposed {name} as {type(value).__name__}; expected a tensor")
     shape = tuple(drafted.shape)
     if len(shape) != 2 or shape[0] != rows or shape[1] > lookahead:
         raise ValueError(f"the draft proposed tokens of shape {shape}; expected ({rows}, k) with k at most {lookahead}")
@@ -58,7 +83,6 @@ def check_drafted(drafted: torch.Tensor, laws: torch.Tensor | None, rows: int, l
 
 def check_generation(
     target: object,
-    draft: object,
     rows: int,
     *,
     lookahead: int | str,
@@ -94,16 +118,9 @@ def check_generation(
         raise ValueError("stop_strings need the target's tokenizer, and it has none; use stop_token_ids instead")
     for name, callback in (("on_token", on_token), ("logits_processor", logits_processor)):
         if callback is not None and not callable(callback):
-            raise ValueError(f"{name} must be a function, got {callback!r}")
+            raise ValueError(f"{name} must be a function, got {type(callback).__name__}")
     if cache is not None and not isinstance(cache, GenerationCache):
         raise ValueError(f"cache must be a GenerationCache, got {type(cache).__name__}")
-    if draft is not None and getattr(draft, "device", target.device) != target.device:
-        raise ValueError(f"draft and target are on two devices, {draft.device} and {target.device}; use one")
-    if draft is not None and draft.vocab_size != target.vocab_size:
-        raise ValueError(
-            f"draft and target have different vocabularies ({draft.vocab_size} and {target.vocab_size} tokens); "
-            "a draft must be trained on the same tokens"
-        )
 
 
 def _all_of(values: object, test: Callable[[object], object]) -> bool:

@@ -19,7 +19,7 @@ class SamplingParams(Filters):
 
     seed: a whole number from 0 to 2^63-1, or one per row. Random numbers are a function of (seed, row, position in the
     text, token), so a row's numbers depend neither on other rows nor on the draft, and no global generator is touched.
-    With a seed per row, a row draws what it would draw alone with that seed.
+    With a seed per row, a row uses the numbers that it would use alone with that seed.
 
     Raises:
         ValueError: a value is out of range.

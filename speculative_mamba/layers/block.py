@@ -9,7 +9,7 @@ from .cache import MambaCache
 from .mamba1 import Mamba1Mixer, Window
 
 
-@dataclass
+@dataclass(frozen=True)
 class Block:
     """norm_weight (d), mixer."""
 

@@ -21,7 +21,7 @@ class Window:
     keep_last: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Mamba1Mixer:
     """Weights of one mixer; R is the rank of dt. A, D and dt_bias are float32, whatever the other weights are.
 
@@ -44,7 +44,7 @@ class Mamba1Mixer:
 
     def __post_init__(self) -> None:
         # Stored with the channels of a tap side by side, which is how the kernel reads them.
-        self.conv_weight = self.conv_weight.t().contiguous().t()
+        object.__setattr__(self, "conv_weight", self.conv_weight.t().contiguous().t())
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:
         """hidden (B·T, d) float32 → (B·T, d) float32; writes the cache."""

@@ -1,6 +1,7 @@
 """A Mamba-1 language model: embedding, blocks, norm, head."""
 
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,12 +27,15 @@ class ModelCache(list[MambaCache]):
         super().__init__(layers)
         self.steps: dict[tuple, _RecordedStep] = {}
 
+    def __reduce__(self) -> tuple:
+        return ModelCache, (list(self),)  # a copy records anew
+
 
 @dataclass
 class _RecordedStep:
     """A model's calls for one shape of step: tensors to fill, a recording to run, logits to read."""
 
-    model: "MambaLM"  # its weights must outlive the recording
+    addressed: list[object]  # whose memory the recording knows by its address
     hidden: torch.Tensor
     start_slot: torch.Tensor
     recording: Recording
@@ -116,7 +120,12 @@ class MambaLM:
         tokens: (B, T) int64. start_slot: (B) int32, the slot each row continues from. The state after token t goes to
         slot ``write_slot + t``. null_columns: (B) int32 or None, leading tokens of a row that count as nothing.
         Returns logits (B, T, V) float32.
+
+        Raises:
+            ValueError: the cache belongs to a model of another depth, or the window does not fit into its slots.
         """
+        if len(cache) != len(self.blocks):
+            raise ValueError(f"the cache has {len(cache)} layers, the model {len(self.blocks)}; use model.new_cache")
         window = Window(start_slot, write_slot, null_columns)
         # PyTorch's own operations, such as adding the linear layers' biases, cannot be recorded.
         recorded = self.backend == "cpu" and isinstance(cache, ModelCache) and not self.config.linear_bias
@@ -144,16 +153,26 @@ class MambaLM:
 
     def _run_recorded(self, tokens: torch.Tensor, cache: ModelCache, window: Window) -> torch.Tensor:
         """``_logits``, without Python between the kernels from the second call of a shape on."""
+        slots = cache[0].states.shape[1] if cache else 0
+        check_start_slot(window.start_slot, slots, len(tokens), self.norm_weight)
         key = (id(self), *tokens.shape, window.write_slot)
-        step = cache.steps.get(key)
-        if step is None:
-            hidden, start_slot, recording = self._embed(tokens), window.start_slot.clone(), Recording()
-            with recording.record():
-                logits = self._logits(hidden, len(tokens), cache, Window(start_slot, window.write_slot))
-            cache.steps[key] = _RecordedStep(self, hidden, start_slot, recording, logits)
-            return logits.clone()
-        check_start_slot(window.start_slot, cache[0].states.shape[1])
-        step.hidden.copy_(self._embed(tokens))
-        step.start_slot.copy_(window.start_slot)
-        step.recording.run()
-        return step.logits.clone()
+        step, addressed = cache.steps.get(key), [self, *self._addressed(cache)]
+        if step is not None and all(map(operator.is_, step.addressed, addressed)):
+            step.hidden.copy_(self._embed(tokens))
+            step.start_slot.copy_(window.start_slot)
+            step.recording.run()
+            return step.logits.clone()
+        hidden, start_slot, recording = self._embed(tokens), window.start_slot.clone(), Recording()
+        with recording.record():
+            logits = self._logits(hidden, len(tokens), cache, Window(start_slot, window.write_slot))
+        cache.steps[key] = _RecordedStep(addressed, hidden, start_slot, recording, logits)
+        return logits.clone()
+
+    def _addressed(self, cache: ModelCache) -> Iterator[object]:
+        """What a recorded step works on; blocks and mixers themselves cannot be changed."""
+        yield self.norm_weight
+        yield self.head
+        yield from self.blocks
+        for layer in cache:
+            yield layer.states
+            yield layer.window

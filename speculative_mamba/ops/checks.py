@@ -22,7 +22,7 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.T
         allowed = " or ".join(str(d) for d in dtype) if isinstance(dtype, tuple) else dtype
         raise ValueError(f"{name} must be {allowed}, got {tensor.dtype}")
     if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, but x is on {like.device}")
+        raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
     if not tensor.is_contiguous() and tensor.stride(-1) != 1 and shape[-1] > 1:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
 
@@ -43,13 +43,13 @@ def check_slots(x: torch.Tensor, slots: int, start_slot: torch.Tensor, write_slo
     if keep_last and write_slot != 0:
         raise ValueError(f"with keep_last the state goes to slot 0, so write_slot must be 0, got {write_slot}")
     tokens = 1 if keep_last else tokens
-    check("start_slot", start_slot, (batch,), x, torch.int32)
     if not 0 <= write_slot <= slots - tokens:
         raise ValueError(f"{tokens} tokens from slot {write_slot} on do not fit into {slots} slots")
-    check_start_slot(start_slot, slots)
+    check_start_slot(start_slot, slots, batch, x)
 
 
-def check_start_slot(start_slot: torch.Tensor, slots: int) -> None:
+def check_start_slot(start_slot: torch.Tensor, slots: int, batch: int, like: torch.Tensor) -> None:
+    check("start_slot", start_slot, (batch,), like, torch.int32)
     if start_slot.device.type == "cpu" and not all(0 <= slot < slots for slot in start_slot.tolist()):
         raise ValueError(f"start_slot must be in [0, {slots}), got {start_slot.tolist()}")
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 GREEDY_BELOW = 1e-5  # a temperature this small is greedy: dividing by it would overflow
 
@@ -28,8 +29,8 @@ class Filters:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not is_number(self.temperature) or self.temperature < 0:
-            raise ValueError(f"temperature must be finite and at least 0 (0 is greedy), got {self.temperature!r}")
+        if not is_number(self.temperature) or not 0 <= self.temperature <= 1e30:
+            raise ValueError(f"temperature must be from 0 (greedy) to 1e30, got {self.temperature!r}")
         if not is_whole(self.top_k) or not 0 <= self.top_k < 2**63:
             raise ValueError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), got {self.top_k!r}")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
@@ -52,8 +53,8 @@ class Filters:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 
 import speculative_mamba as sm
 from speculative_mamba.testing.models import TableModel, random_model, tiny_config
+from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,56 @@ def prompt() -> Callable[..., list[int]]:
         return torch.randint(0, tiny_config().vocab_size, (length,), generator=generator).tolist()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def assert_slot_holds() -> Callable[..., None]:
+    """assert_slot_holds(model, cache, row, slot, tokens): the slot of every layer equals a prefill of ``tokens``.
+
+    Both the state and the W-1 inputs that end there, bit for bit.
+    """
+
+    def check(model: sm.MambaLM, cache: list, row: int, slot: int, tokens: list[int]) -> None:
+        width, fresh = model.config.d_conv, model.new_cache(1, 1)
+        model.prefill(tokens, fresh, 0)
+        for index, (layer, expected) in enumerate(zip(cache, fresh, strict=True)):
+            what = f"layer {index}, row {row}, slot {slot}, after {len(tokens)} tokens"
+            assert_bitwise_equal(layer.states[row, slot], expected.states[0, 0], f"state of {what}")
+            inputs = layer.window[row, slot + 1 : slot + width]
+            assert_bitwise_equal(inputs, expected.window[0, 1:width], f"window of {what}")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_states_fit(assert_slot_holds) -> Callable[..., None]:
+    """assert_states_fit(cache, complete): every saved state is, bit for bit, that of the text it claims to have read.
+
+    With ``complete`` the target's has read all but the last token of its row.
+    """
+
+    def check(cache: sm.GenerationCache, complete: bool = True) -> None:
+        for model, states in ((cache.target, cache.target_states), (cache.draft, cache.draft_states)):
+            for row, state in enumerate(states):
+                if complete and model is cache.target and states is cache.target_states:
+                    assert state.absorbed == len(cache.sequences[row]) - 1
+                if state is not None:
+                    assert state.absorbed < len(cache.sequences[row])
+                    restored = model.new_cache(1, 1)
+                    for layer, saved in zip(restored, state.layers, strict=True):
+                        layer.restore(0, saved)
+                    assert_slot_holds(model, restored, 0, 0, cache.sequences[row][: state.absorbed])
+
+    return check
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The models are tiny: PyTorch's threads would only wait for one another. Tests of threads ask for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

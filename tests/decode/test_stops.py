@@ -207,6 +207,58 @@ def test_counts_by_hand():
     assert as_dict["acceptance_rate"] == 5 / 7 and as_dict["tokens_per_s"] == stats.tokens / stats.decode_s
 
 
+@pytest.mark.parametrize("lookahead", [1, 3, 8])
+@pytest.mark.parametrize("stop", [9, 20, 39])
+def test_a_batch_counted_by_hand(lookahead, stop):
+    """Four rows that accept by patterns of their own: every counter equals a count over the script, and row by row
+    the text is that of the row alone. A row that has ended is silent."""
+    prompts, budget = [[0], [5, 6], [11], [17, 18, 19]], 14
+    patterns = ((1, 1, 0), (0,), (1,), (1, 0, 1, 1, 1, 0))
+    new, result, log = run(
+        ring(), prompts, lambda row, at: patterns[row][at % len(patterns[row])], lookahead=lookahead,
+        max_new_tokens=budget, stop_token_ids=(stop,),
+    )  # fmt: skip
+    drafted = rounds = row_rounds = cut = 0
+    tested, accepted, position = [0] * lookahead, [0] * lookahead, [len(p) for p in prompts]
+    ends = [len(p) + len(tokens) for p, tokens in zip(prompts, new, strict=True)]
+    expected_log = []
+    while active := [row for row in range(4) if position[row] < ends[row]]:
+        rounds += 1
+        drafts = min(lookahead, max(budget + len(prompts[row]) - position[row] for row in active) - 1)
+        for row in active:
+            row_rounds, drafted = row_rounds + 1, drafted + drafts
+            for at in range(drafts + 1):
+                right = at < drafts and patterns[row][position[row] % len(patterns[row])]
+                if at < drafts:
+                    tested[at], accepted[at] = tested[at] + 1, accepted[at] + right
+                expected_log.append((row, prompts[row][0] + position[row]))
+                position[row] += 1
+                cut += right and position[row] == ends[row]
+                if not right or position[row] == ends[row]:
+                    break
+    stats = result.stats
+    assert log == expected_log
+    assert (stats.rounds, stats.row_rounds, stats.drafted) == (rounds, row_rounds, drafted)
+    assert stats.tested_per_position == tested and stats.accepted_per_position == accepted
+    assert stats.tokens == stats.accepted + stats.row_rounds - cut, "a cut block lacks the target's own token"
+    for row, prompt in enumerate(prompts):
+        pattern = patterns[row]
+        alone = run(
+            ring(), [prompt], lambda _, at, pattern=pattern: pattern[at % len(pattern)], lookahead=lookahead,
+            max_new_tokens=budget, stop_token_ids=(stop,),
+        )  # fmt: skip
+        assert alone[0][0] == new[row] and alone[1].finish_reasons[0] == result.finish_reasons[row]
+
+
+@pytest.mark.parametrize("budget", [1, 2, 9])
+def test_statistics_without_a_draft(budget):
+    result = sm.generate(ring(), [[0], [7]], max_new_tokens=budget, stop_token_ids=())
+    stats = result.stats
+    assert (stats.rounds, stats.row_rounds, stats.tokens, stats.tokens_per_round) == (budget, 2 * budget, 2 * budget, 1)
+    assert stats.drafted == stats.tested == stats.accepted == 0 and stats.draft_s < stats.verify_s
+    assert stats.tested_per_position == stats.accepted_per_position == []
+
+
 def test_times(pair, prompt):
     models = pair()
     stats = sm.generate(models.target, [prompt(200)], draft=models.drafts["near"], max_new_tokens=10).stats

@@ -1,28 +1,56 @@
-"""Laws of six tokens, computed by hand in float64, and a chi-square test of what the loop draws from them."""
+"""Models of six tokens whose laws are tables, the same laws by hand in float64, and a chi-square test of what is drawn.
 
+A row of a table holds weights, e to the power of the logits. They sum to 3, so that logits of both signs occur.
+"""
+
+import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from speculative_mamba.testing.models import TableModel
+from speculative_mamba.testing.scripted import ScriptedDraft
+
 VOCABULARY = 6
 FIRST = 3  # tokens whose joint law is tested
+DRAFTS = {  # seed, sharpness and share of zeros of the draft's table
+    "equal": (0, 1.5, 0.2),
+    "sharper": (0, 3.0, 0.2),
+    "other": (1, 1.5, 0.0),
+    "narrow": (2, 1.5, 0.7),
+}
 
 
-def table(seed: int, sharpness: float = 1.5, zeros: float = 0.0) -> torch.Tensor:
-    """Row t is the law of the token after t; ``zeros`` of the entries, at least one short of all, are exactly 0."""
+def table(seed: int, sharpness: float = 1.5, zeros: float = 0.0, support: slice = slice(None)) -> torch.Tensor:
+    """Row t weighs the tokens after t; ``zeros`` of them, though never all, and those outside ``support`` weigh 0."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(VOCABULARY, VOCABULARY, generator=generator, dtype=torch.float64) * sharpness
     dropped = torch.rand(VOCABULARY, VOCABULARY, generator=generator) < zeros
     dropped[torch.arange(VOCABULARY), logits.argmax(-1)] = False
-    return torch.softmax(logits.masked_fill(dropped, -torch.inf), -1)
+    outside = torch.ones(VOCABULARY, dtype=torch.bool)
+    outside[support] = False
+    return 3 * torch.softmax(logits.masked_fill(dropped | outside, -torch.inf), -1)
 
 
-def filter_by_hand(law: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
-    """Temperature, then the k likeliest, renormalised, then the smallest set that reaches p; ties: lowest id first."""
-    powered = [p ** (1 / temperature) for p in law]
-    order = sorted(range(len(law)), key=lambda token: (-powered[token], token))
+def filter_by_hand(
+    weights: list[float],
+    seen: frozenset[int] = frozenset(),
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> list[float]:
+    """Penalty, temperature, the k likeliest, the smallest set that reaches p, min-p; ties: lowest id first."""
+    logits = [math.log(weight) if weight > 0 else -math.inf for weight in weights]
+    for token in seen:
+        logits[token] *= repetition_penalty if logits[token] <= 0 else 1 / repetition_penalty
+    powered = [math.exp(logit / temperature) for logit in logits]
+    order = sorted(range(len(powered)), key=lambda token: (-powered[token], token))
     kept = order[: top_k or None]
     total = sum(powered[token] for token in kept)
     nucleus, reached = [], 0.0
@@ -31,18 +59,26 @@ def filter_by_hand(law: list[float], temperature: float, top_k: int, top_p: floa
             break
         nucleus.append(token)
         reached += powered[token] / total
+    nucleus = [token for token in nucleus if powered[token] >= min_p * powered[order[0]]]
     total = sum(powered[token] for token in nucleus)
-    return [powered[token] / total if token in nucleus else 0.0 for token in range(len(law))]
+    return [powered[token] / total if token in nucleus else 0.0 for token in range(len(powered))]
 
 
-def joint_law(rows: torch.Tensor, prompt: int, **filters: float) -> torch.Tensor:
-    """Probability (6, 6, 6) of the first three tokens after ``prompt``."""
-    laws = [filter_by_hand(row.tolist(), **filters) for row in rows]
+def joint_law_by_hand(rows: torch.Tensor, prompt: list[int], **filters: float) -> torch.Tensor:
+    """Probability (6, 6, 6) of the first three tokens after ``prompt``, which counts as text for the penalty."""
+    weights = rows.tolist()
+    penalised = filters.get("repetition_penalty", 1.0) != 1
+
+    @functools.cache
+    def law(last: int, seen: frozenset[int]) -> list[float]:
+        return filter_by_hand(weights[last], seen, **filters)
+
     joint = torch.zeros((VOCABULARY,) * FIRST, dtype=torch.float64)
     for path in itertools.product(range(VOCABULARY), repeat=FIRST):
-        probability, last = 1.0, prompt
+        probability, text = 1.0, list(prompt)
         for token in path:
-            probability, last = probability * laws[last][token], token
+            probability *= law(text[-1], frozenset(text) if penalised else frozenset())[token]
+            text.append(token)
         joint[path] = probability
     return joint
 
@@ -68,17 +104,53 @@ def chi_square_p_value(drawn: torch.Tensor, joint: torch.Tensor) -> float:
     return torch.special.gammaincc(freedom, statistic / 2).item()
 
 
+def target_table_for(draft: str | None) -> torch.Tensor:
+    """The target's weights; against a disjoint draft they are on tokens 0 to 2."""
+    return table(0, support=slice(3)) if draft == "disjoint" else table(*DRAFTS["equal"])
+
+
+def draft_named(name: str | None, prompt: list[int], rows: int) -> TableModel | ScriptedDraft | None:
+    if name is None:
+        return None
+    if name == "scripted":  # certain of tokens that the target finds likely, unlikely and impossible
+        texts = [[*prompt, row % 6, row // 6 % 6, row // 36 % 6, 0, 1, 2, 3] for row in range(rows)]
+        return ScriptedDraft(texts, VOCABULARY, lambda row, position: True)
+    if name == "disjoint":
+        return TableModel(table(3, support=slice(3, None)))
+    return TableModel(table(*DRAFTS[name]))
+
+
 @pytest.fixture
 def make_table() -> Callable[..., torch.Tensor]:
+    """make_table(seed, sharpness, zeros, support)"""
     return table
 
 
 @pytest.fixture
 def by_hand() -> Callable[..., list[float]]:
+    """by_hand(weights, seen, **filters)"""
     return filter_by_hand
 
 
 @pytest.fixture
+def joint_law() -> Callable[..., torch.Tensor]:
+    """joint_law(rows, prompt, **filters)"""
+    return joint_law_by_hand
+
+
+@pytest.fixture
 def p_value() -> Callable[..., float]:
-    """p_value(drawn, rows, prompt, temperature, top_k, top_p)"""
-    return lambda drawn, rows, prompt, **filters: chi_square_p_value(drawn, joint_law(rows, prompt, **filters))
+    """p_value(drawn, joint)"""
+    return chi_square_p_value
+
+
+@pytest.fixture
+def target_table() -> Callable[..., torch.Tensor]:
+    """target_table(name of the draft)"""
+    return target_table_for
+
+
+@pytest.fixture
+def make_draft() -> Callable[..., object]:
+    """make_draft(name, prompt, rows); names: equal, sharper, other, narrow, disjoint, scripted, None"""
+    return draft_named

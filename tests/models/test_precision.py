@@ -27,11 +27,12 @@ def long_memory() -> sm.MambaLM:
     """
     model = random_model(tiny_config(tie_embeddings=False, d_state=16))
     generator = torch.Generator().manual_seed(0)
-    for block in model.blocks:
+    for index, block in enumerate(model.blocks):
         channels, state_size = block.mixer.A.shape
-        block.mixer.A = -torch.arange(1.0, state_size + 1).repeat(channels, 1)
+        A = -torch.arange(1.0, state_size + 1).repeat(channels, 1)
         step = 10 ** (3 * torch.rand(channels, generator=generator) - 4)
-        block.mixer.dt_bias = step.expm1().log()
+        mixer = dataclasses.replace(block.mixer, A=A, dt_bias=step.expm1().log())
+        model.blocks[index] = dataclasses.replace(block, mixer=mixer)
     return model
 
 

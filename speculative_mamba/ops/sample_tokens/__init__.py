@@ -45,7 +45,7 @@ def sample_tokens(
     Raises:
         ValueError: a shape, dtype, stride or device does not fit, or a row has no law; it names the row.
     """
-    if logits.ndim != 2:
+    if logits.ndim != 2 or not logits.shape[1]:
         raise ValueError(f"logits must have shape (B, V), got {tuple(logits.shape)}")
     batch, vocabulary = logits.shape
     check("logits", logits, logits.shape, logits)

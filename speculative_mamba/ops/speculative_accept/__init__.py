@@ -49,7 +49,7 @@ def speculative_accept(
         ValueError: a shape, dtype, stride or device does not fit; logits that matter are NaN or infinite; a law gives
             its own token no probability; a residual is empty or not finite. It names row and position of the window.
     """
-    if logits.ndim != 3 or not logits.shape[1]:
+    if logits.ndim != 3 or not logits.shape[1] or not logits.shape[2]:
         raise ValueError(f"logits must have shape (B, K+1, V), got {tuple(logits.shape)}")
     batch, tokens, vocabulary = logits.shape
     check("logits", logits, logits.shape, logits)
