@@ -65,6 +65,8 @@ class ModelDrafter:
     def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None:
         self._sampler = sampler
         self._cache = self.model.new_cache(len(prompts), lookahead + 1)
+        slots = torch.arange(lookahead + 1, dtype=torch.int32, device=self.model.device)
+        self._slots = slots[:, None].repeat(1, len(prompts))  # row s: slot s for every row of the batch
         # A one-token prompt has no token before its last: a null column stands for it, in the first round.
         self._null_columns = torch.tensor(
             [int(len(prompt) < 2) for prompt in prompts], dtype=torch.int32, device=self.model.device
@@ -86,8 +88,7 @@ class ModelDrafter:
             laws = torch.empty(len(rows), lookahead, self.vocab_size, device=device)
         for step in range(lookahead):
             if step:
-                start = torch.full((len(rows),), step, dtype=torch.int32, device=device)
-                logits = self.model.verify(tokens[:, step - 1 : step], self._cache, start, step + 1)[:, -1]
+                logits = self.model.verify(tokens[:, step - 1 : step], self._cache, self._slots[step], step + 1)[:, -1]
             tokens[:, step] = self._sampler.draft(logits, tokens[:, :step], None if laws is None else laws[:, step])
         return tokens, laws
 

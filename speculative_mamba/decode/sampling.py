@@ -96,10 +96,11 @@ class Sampler:
             for row in self._rows:
                 logits[row] = self._process(row, drafted[row].tolist(), logits[row])
         purpose = Purpose.TOKEN if self.coupled else Purpose.DRAFT
+        recent = None if self._seen is None else drafted.contiguous()
         try:
             return sample_tokens(
                 logits, self.sampling, self._keys, self._positions + drafted.shape[1], purpose, laws=laws,
-                seen=self._seen, recent=drafted.contiguous(), active=self._active, backend=self._backend,
+                seen=self._seen, recent=recent, active=self._active, backend=self._backend,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"the draft cannot propose a token: {error}") from None

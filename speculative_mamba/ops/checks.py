@@ -76,7 +76,7 @@ def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], vocabu
     """Token ids of the vocabulary; their values are cheap to check on the CPU, so they are."""
     check(name, tokens, shape, like, torch.int64)
     check_contiguous(name, tokens)
-    if tokens.device.type == "cpu" and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+    if tokens.device.type == "cpu" and not all(0 <= token < vocabulary for token in tokens.flatten().tolist()):
         raise ValueError(f"{name} must hold token ids from 0 to {vocabulary - 1}, got {tokens.tolist()}")
 
 
