@@ -251,6 +251,15 @@ inline float sum(Vec a) {
 // The first `count` lanes; the others are 0 and are not read from memory.
 template <typename T>
 inline Vec load_partial(const T* p, int64_t count) {
+#if defined(__AVX512F__)
+    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+    if constexpr (sizeof(T) == sizeof(float)) return {_mm512_maskz_loadu_ps(mask, p)};
+    if constexpr (sizeof(T) == sizeof(uint16_t)) {
+        alignas(32) T lanes[kLanes];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16(mask, p));
+        return load(lanes);
+    }
+#endif
     T lanes[kLanes] = {};
     std::memcpy(lanes, p, count * sizeof(T));
     return load(lanes);

@@ -48,10 +48,11 @@ inline void tile(const SkinnyLinearParams& p, int64_t m0, int64_t n0) {
     span(0, turn, ahead);
     span(turn, whole, ahead - p.in_features + R * p.weight_row_stride);
     if (rest) {
+        Vec input[M];
+        for (int m = 0; m < M; m++) input[m] = load_partial(x + m * p.x_row_stride + whole, rest);
         for (int r = 0; r < R; r++) {
             Vec w = load_partial(weight + r * p.weight_row_stride + whole, rest);
-            for (int m = 0; m < M; m++)
-                sums[r][m] = fma(w, load_partial(x + m * p.x_row_stride + whole, rest), sums[r][m]);
+            for (int m = 0; m < M; m++) sums[r][m] = fma(w, input[m], sums[r][m]);
         }
     }
     for (int m = 0; m < M; m++)
