@@ -21,6 +21,7 @@ from speculative_mamba.ops import (
     speculative_accept,
 )
 from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.int8 import Int8Weight, quantised
 from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.testing.models import SHAPES, published_config
 from speculative_mamba.testing.timing import interleaved_medians, rotate
@@ -57,6 +58,27 @@ def bench_linear(report: Report, in_features: int, out_features: int, rows_list:
         )
         for baseline in ("F.linear bf16", "F.linear fp32"):
             _add(report, "skinny_linear", f"{out_features}x{in_features}", times, size, baseline, rows=rows)
+
+
+def bench_int8(report: Report, in_features: int, out_features: int, rows_list: tuple[int, ...] = TOKENS) -> None:
+    """int8 against our own bf16."""
+    size = in_features * out_features
+    weight = torch.randn(out_features, in_features) * in_features**-0.5
+    narrow, wide = quantised(weight), weight.bfloat16()
+    count = min(200, CACHE_BYTES // (2 * size))
+    next_narrow = rotate([Int8Weight(narrow.values.clone(), narrow.scale) for _ in range(2 * count)])
+    next_wide = rotate([wide.clone() for _ in range(count)])
+    for rows in rows_list:
+        x = torch.randn(rows, in_features)
+        check("skinny_linear int8", skinny_linear(x, narrow), skinny_linear(x, narrow, backend="reference"))
+        times = interleaved_medians(
+            {
+                "ours": lambda x=x: skinny_linear(x, next_narrow()),
+                "bf16": lambda x=x: skinny_linear(x, next_wide()),
+            }
+        )
+        shape = f"{out_features}x{in_features}"
+        _add(report, "skinny_linear", shape, times, size + 4 * out_features, "bf16", "int8", rows=rows)
 
 
 def bench_norm(report: Report, config: MambaConfig) -> None:
@@ -199,11 +221,12 @@ def main() -> None:
     text: Callable[[object], str] = str
     report = Report(
         {
-            "op": text, "shape": text, "rows": text, "tokens": text, "median_s": seconds, "gb_per_s": number,
-            "share_of_bandwidth": share, "baseline": text, "ratio": number,
+            "op": text, "dtype": text, "shape": text, "rows": text, "tokens": text, "median_s": seconds,
+            "gb_per_s": number, "share_of_bandwidth": share, "baseline": text, "ratio": number,
         }
     )  # fmt: skip
     bench_linear(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
+    bench_int8(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
     bench_accept(report)
     for name in options.models:
         c = published_config(name)
@@ -212,6 +235,8 @@ def main() -> None:
         bench_linear(report, c.d_inner, c.dt_rank + 2 * c.d_state)
         bench_linear(report, c.dt_rank, c.d_inner)
         bench_linear(report, c.d_inner, c.d_model)
+        bench_int8(report, c.d_model, 2 * c.d_inner)
+        bench_int8(report, c.d_inner, c.d_model)
         bench_norm(report, c)
         bench_conv(report, c)
         bench_scan(report, c)

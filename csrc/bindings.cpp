@@ -91,11 +91,13 @@ void selective_scan(int64_t batch, int64_t tokens, int64_t channels, int64_t sta
 }
 
 void skinny_linear(int64_t rows, int64_t in_features, int64_t out_features, uintptr_t x, int64_t x_row_stride,
-                   uintptr_t weight, int64_t weight_row_stride, int weight_dtype, uintptr_t y, int threads) {
-    submit<SkinnyLinearParams>(&Kernels::skinny_linear,
-                               {rows, in_features, out_features, pointer<float>(x), x_row_stride, pointer<void>(weight),
-                                weight_row_stride, static_cast<DType>(weight_dtype), pointer<float>(y)},
-                               threads);
+                   uintptr_t weight, int64_t weight_row_stride, int weight_dtype, uintptr_t weight_scale, uintptr_t y,
+                   int threads) {
+    submit<SkinnyLinearParams>(
+        &Kernels::skinny_linear,
+        {rows, in_features, out_features, pointer<float>(x), x_row_stride, pointer<void>(weight), weight_row_stride,
+         static_cast<DType>(weight_dtype), pointer<float>(weight_scale), pointer<float>(y)},
+        threads);
 }
 
 void rms_norm(int64_t rows, int64_t features, uintptr_t x, int64_t x_row_stride, uintptr_t residual, uintptr_t weight,
@@ -140,7 +142,8 @@ void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintp
 
 PYBIND11_MODULE(_C, m) {
     m.doc() =
-        "CPU kernels. Pointers are integers, strides are in elements, dtype codes: 0 float32, 1 bfloat16, 2 float16.";
+        "CPU kernels. Pointers are integers, strides are in elements, dtype codes: 0 float32, 1 bfloat16, 2 float16, 3 "
+        "int8.";
     using release = py::call_guard<py::gil_scoped_release>;
     m.def("causal_conv1d", &causal_conv1d, release());
     m.def("selective_scan", &selective_scan, release());

@@ -5,7 +5,7 @@
 
 namespace speculative_mamba {
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };  // int8: skinny_linear's weight only
 
 // y = silu(causal depthwise convolution of x); the inputs are kept in `window` so that a later call can start after any
 // of them.
@@ -53,7 +53,7 @@ struct SelectiveScanParams {
     float* y;        // (B, T, D) contiguous
 };
 
-// y = x Wᵀ for few rows; row m of y does not depend on M.
+// y = x Wᵀ for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n] times.
 struct SkinnyLinearParams {
     int64_t rows, in_features, out_features;
     const float* x;  // (M, K), features contiguous
@@ -61,7 +61,8 @@ struct SkinnyLinearParams {
     const void* weight;  // (N, K), features contiguous
     int64_t weight_row_stride;
     DType weight_dtype;
-    float* y;  // (M, N) contiguous
+    const float* weight_scale;  // (N), read only with int8
+    float* y;                   // (M, N) contiguous
 };
 
 // residual_out = x + residual; y = residual_out / sqrt(mean(residual_out²) + eps) · weight

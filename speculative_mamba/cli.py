@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("model_target", default="builtin:target", metavar="MODEL", help="folder, hub id or builtin:target")
     option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
     option("draft", choices=("model", "none"), default="model", help="who drafts; none is plain decoding")
-    option("dtype", help="float32, bfloat16 or float16 for the weights (default: as stored)", default=argparse.SUPPRESS)
+    option("dtype", help="float32, bfloat16, float16 or int8 weights (default: as stored)", default=argparse.SUPPRESS)
     option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
     option("device", default="cpu", help="cpu or cuda")
     option("backend", default="auto", help="auto, cpu (C++ kernels) or reference (PyTorch)")

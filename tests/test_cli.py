@@ -246,7 +246,7 @@ def test_info(run):
         (["--seed", "-1"], "seed"),
         (["--seed", "9223372036854775808"], "seed"),
         (["--seed", "1.5"], "1.5"),
-        (["--dtype", "int8"], "int8"),
+        (["--dtype", "int4"], "int8"),
         (["--state_dtype", "int8"], "int8"),
         (["--state-dtype", "nn"], "nn"),
         (["--device", "tpu"], "tpu"),

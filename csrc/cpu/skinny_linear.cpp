@@ -1,6 +1,7 @@
 // Weights are read once, in the row-major order in which checkpoints store them. Lanes run over K: lane l of an output
-// sums features l, l+16, l+32, … one after the other, then the lanes are added in a fixed tree. Neither how many rows
-// share a pass nor which thread runs it enters that order, so a row of y depends on its row of x alone.
+// sums features l, l+16, l+32, … one after the other, then the lanes are added in a fixed tree, and the scale of an
+// int8 row comes last. Neither how many rows share a pass, nor where blocks of features end, nor which thread runs it
+// enters that order, so a row of y depends on its row of x alone.
 #include "../params.h"
 #include "parallel_for.h"
 #include "simd.h"
@@ -16,19 +17,20 @@ constexpr int weight_rows(int M) { return M == 1 ? 8 : 4; }
 constexpr int kMaxTokens = 5;
 constexpr int weight_rows(int M) { return M == 1 ? 4 : M <= 3 ? 2 : 1; }
 #endif
-constexpr int64_t kPrefetch = 1024;  // bytes ahead in every weight row
+constexpr int kGroup = 8;                   // rows of W that go through a block of features together
+constexpr int64_t kBlockBytes = 40 * 1024;  // of x: what stays in the first-level cache beside the weights
+constexpr int64_t prefetch_bytes(int M) { return M == 1 ? 1024 : 2048; }  // ahead in every weight row
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
+// Adds `count` features of M rows of x times R rows of W to their sums. What will be read after these weights is
+// fetched towards their end, so that nothing starts cold.
 template <typename scalar_t, int M, int R>
-inline void tile(const SkinnyLinearParams& p, int64_t m0, int64_t n0) {
-    const int64_t whole = p.in_features / kLanes * kLanes, rest = p.in_features - whole;
-    const float* x = p.x + m0 * p.x_row_stride;
-    const scalar_t* weight = static_cast<const scalar_t*>(p.weight) + n0 * p.weight_row_stride;
+inline void accumulate(const SkinnyLinearParams& p, const float* x, const scalar_t* weight, const scalar_t* next,
+                       int64_t count, Vec (&totals)[R][M]) {
     Vec sums[R][M];
     for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) sums[r][m] = zero();
-    // Near the end of these rows the rows of the next tile are fetched, so that no tile starts cold.
+        for (int m = 0; m < M; m++) sums[r][m] = totals[r][m];
     auto span = [&](int64_t k, int64_t last, int64_t ahead) {
         for (; k < last; k += kLanes) {
             Vec w[R];
@@ -43,27 +45,60 @@ inline void tile(const SkinnyLinearParams& p, int64_t m0, int64_t n0) {
             }
         }
     };
-    constexpr int64_t ahead = kPrefetch / sizeof(scalar_t);
-    const int64_t turn = smaller(whole, whole > ahead ? whole - ahead : 0) / kLanes * kLanes;
+    const int64_t ahead = smaller(prefetch_bytes(M) / sizeof(scalar_t), count);
+    const int64_t turn = (count - ahead) / kLanes * kLanes;
     span(0, turn, ahead);
-    span(turn, whole, ahead - p.in_features + R * p.weight_row_stride);
-    if (rest) {
-        Vec input[M];
-        for (int m = 0; m < M; m++) input[m] = load_partial(x + m * p.x_row_stride + whole, rest);
-        for (int r = 0; r < R; r++) {
-            Vec w = load_partial(weight + r * p.weight_row_stride + whole, rest);
-            for (int m = 0; m < M; m++) sums[r][m] = fma(w, input[m], sums[r][m]);
+    span(turn, count, next - weight + ahead - count);
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) totals[r][m] = sums[r][m];
+}
+
+// M rows of x times `tiles` · R rows of W, a block of features at a time.
+template <typename scalar_t, int M, int R>
+inline void group(const SkinnyLinearParams& p, int64_t m0, int64_t n0, int tiles) {
+    const int64_t whole = p.in_features / kLanes * kLanes, rest = p.in_features - whole;
+    constexpr int64_t most = kBlockBytes / (M * static_cast<int64_t>(sizeof(float)));
+    const int64_t blocks = divide_up(whole, most);
+    const int64_t block = blocks > 1 ? divide_up(whole, blocks * kLanes) * kLanes : whole;
+    const float* x = p.x + m0 * p.x_row_stride;
+    const scalar_t* weight = static_cast<const scalar_t*>(p.weight) + n0 * p.weight_row_stride;
+    const int64_t tile_stride = R * p.weight_row_stride;
+    Vec sums[kGroup / R][R][M];
+    for (int t = 0; t < tiles; t++)
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++) sums[t][r][m] = zero();
+    for (int64_t k = 0; k < whole; k += block) {
+        const int64_t count = smaller(block, whole - k);
+        for (int t = 0; t < tiles; t++) {
+            const scalar_t* here = weight + t * tile_stride + k;
+            const scalar_t* next = t + 1 < tiles       ? here + tile_stride
+                                   : k + block < whole ? weight + k + block
+                                                       : weight + tiles * tile_stride;
+            accumulate<scalar_t, M, R>(p, x + k, here, next, count, sums[t]);
         }
     }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < R; r++) p.y[(m0 + m) * p.out_features + n0 + r] = sum(sums[r][m]);
+    Vec input[M];
+    for (int m = 0; m < M; m++) input[m] = rest ? load_partial(x + m * p.x_row_stride + whole, rest) : zero();
+    for (int t = 0; t < tiles; t++)
+        for (int r = 0; r < R; r++) {
+            const int64_t n = t * R + r;
+            if (rest) {
+                Vec w = load_partial(weight + n * p.weight_row_stride + whole, rest);
+                for (int m = 0; m < M; m++) sums[t][r][m] = fma(w, input[m], sums[t][r][m]);
+            }
+            for (int m = 0; m < M; m++) {
+                const float total = sum(sums[t][r][m]);
+                float& y = p.y[(m0 + m) * p.out_features + n0 + n];
+                y = sizeof(scalar_t) == 1 ? total * p.weight_scale[n0 + n] : total;
+            }
+        }
 }
 
 template <typename scalar_t, int M>
 inline void token_rows(const SkinnyLinearParams& p, int64_t m, int64_t n, int64_t last) {
     constexpr int R = weight_rows(M);
-    for (; n + R <= last; n += R) tile<scalar_t, M, R>(p, m, n);
-    for (; n < last; n++) tile<scalar_t, M, 1>(p, m, n);
+    for (; n + kGroup <= last; n += kGroup) group<scalar_t, M, R>(p, m, n, kGroup / R);
+    if (n < last) group<scalar_t, M, 1>(p, m, n, static_cast<int>(last - n));
 }
 
 template <typename scalar_t>
@@ -91,6 +126,7 @@ void run(const SkinnyLinearParams& p, int threads) {
 }  // namespace
 
 void skinny_linear(const SkinnyLinearParams& p, int threads) {
+    if (p.weight_dtype == DType::int8) return run<int8_t>(p, threads);
     SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t>(p, threads));
 }
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ops import causal_conv1d_verify, selective_scan_verify, skinny_linear
+from ..ops.int8 import Int8Weight
 from .cache import MambaCache
 
 
@@ -23,21 +24,22 @@ class Window:
 
 @dataclass(frozen=True)
 class Mamba1Mixer:
-    """Weights of one mixer; R is the rank of dt. A, D and dt_bias are float32, whatever the other weights are.
+    """Weights of one mixer; R is the rank of dt. A, D and dt_bias are float32, whatever the other weights are;
+    only the four ``*_proj`` may be int8.
 
     in_proj (2D, d), conv_weight (D, W), conv_bias (D) or None, x_proj (R+2N, D), dt_proj (D, R), dt_bias (D), A (D, N),
     D (D), out_proj (d, D); in_bias (2D) and out_bias (d) or None.
     """
 
-    in_proj: torch.Tensor
+    in_proj: torch.Tensor | Int8Weight
     conv_weight: torch.Tensor
     conv_bias: torch.Tensor | None
-    x_proj: torch.Tensor
-    dt_proj: torch.Tensor
+    x_proj: torch.Tensor | Int8Weight
+    dt_proj: torch.Tensor | Int8Weight
     dt_bias: torch.Tensor
     A: torch.Tensor
     D: torch.Tensor
-    out_proj: torch.Tensor
+    out_proj: torch.Tensor | Int8Weight
     in_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
     backend: str = "auto"

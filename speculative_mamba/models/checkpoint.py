@@ -9,11 +9,13 @@ from tokenizers import Tokenizer
 from ..layers.block import Block
 from ..layers.mamba1 import Mamba1Mixer
 from ..ops import backend as backends
+from ..ops.int8 import Int8Weight, quantised
 from .config import MambaConfig, parse_config
 from .language_model import MambaLM
 from .weights import read_json, read_tensors, release_pages
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHT_DTYPES = {**DTYPES, "int8": torch.int8}
 BUILTIN = ("target", "draft")
 _CONFIG_FILES = ("config.json", "tokenizer.json")
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
@@ -33,9 +35,11 @@ def load_model(
         source: ``"builtin:target"`` or ``"builtin:draft"``, a folder, or a hub id (``"state-spaces/mamba-2.8b"``). A
             folder holds ``config.json`` and weights in state-spaces format (``pytorch_model.bin``) or Hugging Face
             format (``model.safetensors``, also sharded), and for text ``tokenizer.json``.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for the weights; None keeps the stored one, which needs no
-            copy: the weights stay in the mapped file. A, D and the dt bias are float32 always, as is all arithmetic.
-        state_dtype: the same three for the recurrent state, which is rounded after every token; None is float32,
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` for the weights; None keeps the stored one,
+            which needs no copy: the weights stay in the mapped file. With ``"int8"`` the matrices and the embedding
+            are rounded to int8 with a scale per row, one by one, and the rest keeps its stored dtype. A, D and the dt
+            bias are float32 always, as is all arithmetic.
+        state_dtype: the first three for the recurrent state, which is rounded after every token; None is float32,
             whatever the weights are. Half the memory, but errors add up over the text, and a float16 state beyond
             65504 becomes infinite.
         device: ``"cpu"`` or ``"cuda"``.
@@ -44,8 +48,8 @@ def load_model(
     Raises:
         ValueError: anything in the list above is missing, broken, unknown, or does not fit the rest.
     """
-    dtype, torch_device = parse_dtype(dtype), parse_device(device)
-    state_dtype = parse_dtype(state_dtype, "state_dtype") or torch.float32
+    dtype, torch_device = parse_dtype(dtype, "dtype", WEIGHT_DTYPES), parse_device(device)
+    state_dtype = parse_dtype(state_dtype, "state_dtype", DTYPES) or torch.float32
     backend = backends.resolve(backend, torch_device.type)
     folder, is_hub = find_folder(str(source))
     raw_config = read_json(folder / "config.json")
@@ -63,12 +67,12 @@ def load_model(
     return model
 
 
-def parse_dtype(dtype: str | torch.dtype | None, name: str = "dtype") -> torch.dtype | None:
-    if dtype is None or dtype in DTYPES.values():
+def parse_dtype(dtype: str | torch.dtype | None, name: str, known: dict[str, torch.dtype]) -> torch.dtype | None:
+    if dtype is None or dtype in known.values():
         return dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown {name} '{dtype}'; choose from: {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    if dtype not in known:
+        raise ValueError(f"unknown {name} '{dtype}'; choose from: {', '.join(known)}")
+    return known[dtype]
 
 
 def parse_device(device: str) -> torch.device:
@@ -160,8 +164,8 @@ class _Builder:
         embedding_name = "backbone.embeddings.weight"
         if embedding_name not in self.tensors:
             embedding_name = "backbone.embedding.weight"
-        embedding = self.weight(embedding_name, c.vocab_size, c.d_model)
-        head = embedding if c.tie_embeddings else self.weight("lm_head.weight", c.vocab_size, c.d_model)
+        embedding = self.matrix(embedding_name, c.vocab_size, c.d_model)
+        head = embedding if c.tie_embeddings else self.matrix("lm_head.weight", c.vocab_size, c.d_model)
         return MambaLM(
             config=c,
             embedding=embedding,
@@ -174,36 +178,52 @@ class _Builder:
     def block(self, prefix: str) -> Block:
         c, p = self.config, prefix + "mixer."
         mixer = Mamba1Mixer(
-            in_proj=self.weight(p + "in_proj.weight", 2 * c.d_inner, c.d_model),
+            in_proj=self.matrix(p + "in_proj.weight", 2 * c.d_inner, c.d_model),
             in_bias=self.float32(p + "in_proj.bias", 2 * c.d_inner) if c.linear_bias else None,
             conv_weight=self.weight(p + "conv1d.weight", c.d_inner, 1, c.d_conv)[:, 0],
             conv_bias=self.float32(p + "conv1d.bias", c.d_inner) if c.conv_bias else None,
-            x_proj=self.weight(p + "x_proj.weight", c.dt_rank + 2 * c.d_state, c.d_inner),
-            dt_proj=self.weight(p + "dt_proj.weight", c.d_inner, c.dt_rank),
+            x_proj=self.matrix(p + "x_proj.weight", c.dt_rank + 2 * c.d_state, c.d_inner),
+            dt_proj=self.matrix(p + "dt_proj.weight", c.d_inner, c.dt_rank),
             dt_bias=self.float32(p + "dt_proj.bias", c.d_inner),
             A=-torch.exp(self.float32(p + "A_log", c.d_inner, c.d_state)),
             D=self.float32(p + "D", c.d_inner),
-            out_proj=self.weight(p + "out_proj.weight", c.d_model, c.d_inner),
+            out_proj=self.matrix(p + "out_proj.weight", c.d_model, c.d_inner),
             out_bias=self.float32(p + "out_proj.bias", c.d_model) if c.linear_bias else None,
             backend=self.backend,
         )
         return Block(self.weight(prefix + "norm.weight", c.d_model), mixer, c.eps)
 
+    def matrix(self, name: str, *shape: int) -> torch.Tensor | Int8Weight:
+        if self.dtype is not torch.int8:
+            return self.weight(name, *shape)
+        stored = self._stored(name, shape)
+        try:
+            weight = quantised(stored)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {name}: {error}") from None
+        if stored.is_contiguous():
+            release_pages(stored)
+        return Int8Weight(weight.values.to(self.device), weight.scale.to(self.device))
+
     def weight(self, name: str, *shape: int) -> torch.Tensor:
-        stored = self.tensors.get(name)
-        as_stored = stored.dtype if stored is not None and stored.dtype in DTYPES.values() else torch.float32
-        return self._take(name, shape, self.dtype or as_stored)
+        stored = self._stored(name, shape)
+        as_stored = stored.dtype if stored.dtype in DTYPES.values() else torch.float32
+        return self._take(name, shape, as_stored if self.dtype in (None, torch.int8) else self.dtype)
 
     def float32(self, name: str, *shape: int) -> torch.Tensor:
         return self._take(name, shape, torch.float32)
 
     def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        stored = self._stored(name, shape)
+        tensor = stored.to(self.device, dtype).contiguous()
+        if tensor.data_ptr() != stored.data_ptr() and stored.is_contiguous():
+            release_pages(stored)
+        return tensor
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         stored = self.tensors.get(name)
         if stored is None:
             raise ValueError(f"{self.folder}: the weights lack {name}, which config.json calls for")
         if stored.shape != shape:
             raise ValueError(f"{self.folder}: {name} has shape {tuple(stored.shape)}, but config.json gives {shape}")
-        tensor = stored.to(self.device, dtype).contiguous()
-        if tensor.data_ptr() != stored.data_ptr() and stored.is_contiguous():
-            release_pages(stored)
-        return tensor
+        return stored

@@ -14,6 +14,7 @@ from ..layers.cache import MambaCache
 from ..layers.mamba1 import Window
 from ..ops import rms_norm, skinny_linear
 from ..ops.checks import check_start_slot
+from ..ops.int8 import Int8Weight
 from ..ops.recording import Recording
 from .config import MambaConfig
 
@@ -51,10 +52,10 @@ class MambaLM:
     """
 
     config: MambaConfig
-    embedding: torch.Tensor
+    embedding: torch.Tensor | Int8Weight
     blocks: list[Block]
     norm_weight: torch.Tensor
-    head: torch.Tensor
+    head: torch.Tensor | Int8Weight
     name: str = "model"
     load_tokenizer: Callable[[], Tokenizer | None] = field(default=lambda: None, repr=False)
     backend: str = "auto"
@@ -84,10 +85,11 @@ class MambaLM:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that one step reads."""
-        tensors = [self.norm_weight, self.head]
+        weights = [self.norm_weight, self.head]
         for block in self.blocks:
-            tensors += [block.norm_weight, *(w for w in vars(block.mixer).values() if isinstance(w, torch.Tensor))]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            in_mixer = (w for w in vars(block.mixer).values() if isinstance(w, torch.Tensor | Int8Weight))
+            weights += [block.norm_weight, *in_mixer]
+        return sum(weight.nbytes for weight in weights)
 
     def new_cache(self, batch: int, slots: int) -> ModelCache:
         """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens."""
@@ -136,7 +138,8 @@ class MambaLM:
         return logits.view(*tokens.shape, -1)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return F.embedding(tokens.reshape(-1), self.embedding).float()
+        ids, table = tokens.reshape(-1), self.embedding
+        return table.rows(ids) if isinstance(table, Int8Weight) else F.embedding(ids, table).float()
 
     def _blocks(
         self, hidden: torch.Tensor, batch: int, cache: list[MambaCache], window: Window

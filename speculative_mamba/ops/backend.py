@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/params.h
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as in csrc/params.h
 
 
 @functools.cache

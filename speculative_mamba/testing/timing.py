@@ -3,10 +3,13 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 _SPIN_S = 0.025
+
+T = TypeVar("T")
 
 
 def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
@@ -38,12 +41,12 @@ def read_bandwidth_gb_per_s(rounds: int = 9) -> float:
     return best
 
 
-def rotate(tensors: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Each call gives the next tensor, so that no timed call finds its weights in a cache."""
+def rotate(weights: list[T]) -> Callable[[], T]:
+    """Each call gives the next weight, so that no timed call finds its weights in a cache."""
     state = {"next": 0}
 
-    def following() -> torch.Tensor:
-        state["next"] = (state["next"] + 1) % len(tensors)
-        return tensors[state["next"]]
+    def following() -> T:
+        state["next"] = (state["next"] + 1) % len(weights)
+        return weights[state["next"]]
 
     return following

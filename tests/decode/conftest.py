@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 
 import speculative_mamba as sm
-from speculative_mamba.testing.models import TableModel, random_model, tiny_config
+from speculative_mamba.testing import oracle
+from speculative_mamba.testing.models import TableModel, as_dtype, random_model, tiny_config
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 
@@ -26,7 +27,7 @@ def _pair(dtype: torch.dtype, backend: str) -> Pair:
     # Untied: with random weights a tied head only repeats the last token.
     target = random_model(tiny_config(tie_embeddings=False), dtype=dtype, backend=backend)
     noise = torch.randn(target.head.shape, generator=torch.Generator().manual_seed(5))
-    near = dataclasses.replace(target, head=(target.head.float() + 0.08 * noise).to(dtype))
+    near = dataclasses.replace(target, head=as_dtype(oracle.dense(target.head, torch.float32) + 0.08 * noise, dtype))
     unrelated = random_model(tiny_config(d_model=16, n_layer=1), dtype=dtype, seed=1, backend=backend)
     return Pair(target, {"random": unrelated, "near": near, "equal": target})
 

@@ -146,7 +146,7 @@ print(model.weight_bytes, 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("layout", ["safetensors", "state-spaces"])
 def test_peak_memory(tmp_path, layout):
-    """400 MB of float32 weights: at most the weights, 20 % and 300 MB, as stored and converted to bfloat16."""
+    """400 MB of float32 weights: at most the weights, 20 % and 300 MB, as stored and converted to bfloat16 and int8."""
     config = {"model_type": "mamba", "hidden_size": 1024, "num_hidden_layers": 14, "vocab_size": 4096}
     shapes = {
         "in_proj.weight": (4096, 1024), "conv1d.weight": (2048, 1, 4), "conv1d.bias": (2048,),
@@ -167,7 +167,7 @@ def test_peak_memory(tmp_path, layout):
         config = {"d_model": 1024, "n_layer": 14, "vocab_size": 4096}
     del tensors
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for dtype, factor in (("None", 1), ("bfloat16", 0.5)):
+    for dtype, factor in (("None", 1), ("bfloat16", 0.5), ("int8", 0.25)):
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, str(tmp_path), dtype], capture_output=True, text=True, check=True
         )

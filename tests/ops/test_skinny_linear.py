@@ -1,9 +1,11 @@
-"""A few rows times a weight matrix. What lies around x and the weight is NaN."""
+"""A few rows times a weight matrix. What lies around x and the weight is NaN, around int8 values -128."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from speculative_mamba.ops import skinny_linear
+from speculative_mamba.ops.int8 import Int8Weight, quantised
 from speculative_mamba.ops.skinny_linear import reference
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
@@ -27,15 +29,23 @@ CHANGES = [
     {"out_features": 64},
     {"dtype": torch.bfloat16},
     {"dtype": torch.float16},
+    {"dtype": torch.int8},
+    {"dtype": torch.int8, "in_features": 1},
+    {"dtype": torch.int8, "in_features": 5000, "out_features": 61},
+    {"in_features": 5000, "out_features": 11, "rows": 11},
     {"contiguous": True},
     {"contiguous": True, "in_features": 768, "dtype": torch.bfloat16},
+    {"contiguous": True, "in_features": 1536, "dtype": torch.int8},
 ]
 table = pytest.mark.parametrize("change", CHANGES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "base")
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 
 
-def make(change: dict | None = None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (M, K) and weight (N, K), both inside wider matrices of NaN unless contiguous."""
+def make(change: dict | None = None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor | Int8Weight]:
+    """x (M, K) and weight (N, K), both inside wider matrices of NaN unless contiguous.
+
+    Rows of an int8 weight differ in size, so that the scale of another row would show.
+    """
     c = {**BASE, **(change or {})}
     g = torch.Generator().manual_seed(seed)
     margin = 0 if c["contiguous"] else 3
@@ -46,7 +56,13 @@ def make(change: dict | None = None, seed: int = 0) -> tuple[torch.Tensor, torch
         inner[:] = torch.randn(rows, c["in_features"], generator=g)
         return inner
 
-    return matrix(c["rows"], torch.float32), matrix(c["out_features"], c["dtype"])
+    x = matrix(c["rows"], torch.float32)
+    if c["dtype"] is not torch.int8:
+        return x, matrix(c["out_features"], c["dtype"])
+    weight = quantised(matrix(c["out_features"], torch.float32) * (1 + torch.rand(c["out_features"], 1, generator=g)))
+    values, scale = (F.pad(t, (margin, margin), value=v) for t, v in ((weight.values, -128), (weight.scale, torch.nan)))
+    inside = slice(margin, values.shape[1] - margin), slice(margin, len(scale) - margin)
+    return x, Int8Weight(values[:, inside[0]], scale[inside[1]])
 
 
 @table
@@ -100,7 +116,10 @@ def test_threads_do_not_change_a_bit(rows: int, dtype: torch.dtype, cpu: str) ->
 @dtypes
 def test_a_nan_weight_reaches_its_output_only(dtype: torch.dtype, backend: str) -> None:
     x, weight = make({"dtype": dtype})
-    weight[7, 76] = torch.nan
+    if dtype is torch.int8:
+        weight.scale[7] = torch.nan
+    else:
+        weight[7, 76] = torch.nan
     expected = torch.zeros(5, 37, dtype=torch.bool)
     expected[:, 7] = True
     assert_bitwise_equal(skinny_linear(x, weight, backend=backend).isnan(), expected, "NaN")
@@ -114,11 +133,38 @@ def test_every_value_of_a_narrow_dtype_is_read_exactly(dtype: torch.dtype, cpu: 
     assert_bitwise_equal(y[0], weight[:, 0].float(), "weights")
 
 
-def test_inputs_are_not_modified(backend: str) -> None:
-    x, weight = make()
-    before = [t._base.clone() for t in (x, weight)]
+def test_every_value_of_int8_is_read_exactly(cpu: str) -> None:
+    """Each of them in each of the sixteen lanes, and in the rest after them."""
+    numbers = torch.arange(-128, 128, dtype=torch.int8)
+    scale = torch.rand(len(numbers)) + 0.5
+    for k in range(17):
+        values = torch.zeros(len(numbers), 17, dtype=torch.int8)
+        values[:, k] = numbers
+        y = skinny_linear(torch.eye(17), Int8Weight(values, scale), backend=cpu)
+        assert_bitwise_equal(y[k], numbers * scale, f"feature {k}")
+
+
+def test_extreme_values_of_int8(backend: str) -> None:
+    """Rows of zeros, of subnormal and of large numbers; x from the smallest to large."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 77, generator=g) * torch.tensor([1e-38, 1e-20, 1.0, 1e10, 1e20, 1e30])[:, None]
+    weight = torch.randn(37, 77, generator=g) * torch.logspace(-44, 6, 37)[:, None]
+    weight[3], weight[36] = 0, 0
+    weight = quantised(weight)
+    y = skinny_linear(x, weight, backend=backend)
+    assert (y[:, 3] == 0).all() and (y[:, 36] == 0).all()
+    size = x.double().abs() @ weight.values.double().abs().T * weight.scale.double()
+    error = (y.double() - reference.skinny_linear(x.double(), weight)).abs()
+    assert (error <= 1e-6 * size + 1e-38).all()
+
+
+@dtypes
+def test_inputs_are_not_modified(dtype: torch.dtype, backend: str) -> None:
+    x, weight = make({"dtype": dtype})
+    tensors = [x, weight.values, weight.scale] if dtype is torch.int8 else [x, weight]
+    before = [t._base.clone() for t in tensors]
     skinny_linear(x, weight, backend=backend)
-    for t, snapshot in zip((x, weight), before, strict=True):
+    for t, snapshot in zip(tensors, before, strict=True):
         assert_bitwise_equal(t._base, snapshot)
 
 
@@ -126,6 +172,8 @@ def test_nothing_times_nothing(backend: str) -> None:
     assert skinny_linear(torch.ones(0, 5), torch.ones(3, 5), backend=backend).shape == (0, 3)
     assert skinny_linear(torch.ones(2, 5), torch.ones(0, 5), backend=backend).shape == (2, 0)
     assert_bitwise_equal(skinny_linear(torch.ones(2, 0), torch.ones(3, 0), backend=backend), torch.zeros(2, 3))
+    none = quantised(torch.ones(3, 0))
+    assert_bitwise_equal(skinny_linear(torch.ones(2, 0), none, backend=backend), torch.zeros(2, 3))
 
 
 @dtypes

@@ -4,21 +4,23 @@ import torch
 
 from .. import backend as backends
 from ..checks import WEIGHT_DTYPES, check
+from ..int8 import Int8Weight
 from . import native, reference
 
 _IMPLEMENTATIONS = {"cpu": native.skinny_linear, "reference": reference.skinny_linear}
 
 
-def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+def skinny_linear(x: torch.Tensor, weight: torch.Tensor | Int8Weight, *, backend: str = "auto") -> torch.Tensor:
     """Linear layer without bias for the few rows of a decode step.
 
-    | argument | shape  | dtype                       |
-    |----------|--------|-----------------------------|
-    | x        | (M, K) | float32                     |
-    | weight   | (N, K) | float32, bfloat16, float16  |
-    | returns  | (M, N) | float32                     |
+    | argument | shape  | dtype                                    |
+    |----------|--------|------------------------------------------|
+    | x        | (M, K) | float32                                  |
+    | weight   | (N, K) | float32, bfloat16, float16, `Int8Weight` |
+    | returns  | (M, N) | float32                                  |
 
-    Equivalent to ``torch.nn.functional.linear(x, weight.float())`` with float32 accumulation. The weight is used as
+    Equivalent to ``torch.nn.functional.linear(x, weight.float())`` with float32 accumulation; for an
+    ``Int8Weight``, with ``weight.values``, and the sums times ``weight.scale``: x is not rounded. The weight is used as
     stored, row-major, with no copy. On backend ``cpu`` row m of the result has the same bits for every M, every
     neighbour and every number of threads, which ``torch.nn.functional.linear`` does not promise; this is what makes
     verifying T tokens in one call equal to T calls of one token.
@@ -28,8 +30,13 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto
     Raises:
         ValueError: a shape, dtype, stride or device does not fit.
     """
-    if x.ndim != 2 or weight.ndim != 2:
+    if x.ndim != 2 or len(weight.shape) != 2:
         raise ValueError(f"x and weight must be matrices, got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
     check("x", x, x.shape, x)
-    check("weight", weight, (weight.shape[0], x.shape[1]), x, WEIGHT_DTYPES)
+    shape = weight.shape[0], x.shape[1]
+    if isinstance(weight, Int8Weight):
+        check("weight.values", weight.values, shape, x, torch.int8)
+        check("weight.scale", weight.scale, shape[:1], x)
+    else:
+        check("weight", weight, shape, x, WEIGHT_DTYPES)
     return backends.run(_IMPLEMENTATIONS, backend, x)(x, weight)

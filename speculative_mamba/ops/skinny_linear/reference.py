@@ -3,7 +3,11 @@
 import torch
 import torch.nn.functional as F
 
+from ..int8 import Int8Weight
 
-def skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+
+def skinny_linear(x: torch.Tensor, weight: torch.Tensor | Int8Weight) -> torch.Tensor:
+    if isinstance(weight, Int8Weight):
+        return skinny_linear(x, weight.values) * weight.scale.to(x.dtype)
     weight = weight.to(x.dtype)
     return torch.stack([F.linear(row, weight) for row in x]) if len(x) else x.new_empty(0, weight.shape[0])
