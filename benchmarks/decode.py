@@ -5,7 +5,8 @@ python -m benchmarks.decode [--models 130m 370m] [--tokens 48] [--json FILE]
 Weights of the published shapes are random bf16, the draft's tokens are scripted to be right at a stated rate, and for
 every drafted token a real Mamba of at most 1/20 of the target's bytes runs, so that its cost is in the figure. The
 clock covers decoding of one row after prefill. share_scan_conv is the part of the time of plain decoding, its steps not
-recorded, that is spent in the two ops that carry state. Text is checked to equal plain decoding before any time is
+recorded, that is spent in the two ops that carry state; share_outside_kernels the part that is not spent in kernels at
+all: Python, allocation, sampling. Text is checked to equal plain decoding before any time is
 printed.
 """
 
@@ -21,6 +22,7 @@ from speculative_mamba.cli import PROMPT
 from speculative_mamba.decode import ModelDrafter
 from speculative_mamba.layers import mamba1
 from speculative_mamba.models.config import MambaConfig
+from speculative_mamba.ops.recording import Recording
 from speculative_mamba.testing.models import SHAPES, published_config, random_model
 from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
 
@@ -67,6 +69,34 @@ def stateful_ops_timed(target: sm.MambaLM) -> Iterator[list[float]]:
             setattr(mamba1, name, function)
 
 
+@contextlib.contextmanager
+def kernels_timed() -> Iterator[list[float]]:
+    """Collects the seconds of every recorded step's kernels."""
+    spent: list[float] = []
+    whole = Recording.run
+
+    def timed(self: Recording) -> None:
+        started = time.perf_counter()
+        whole(self)
+        spent.append(time.perf_counter() - started)
+
+    Recording.run = timed
+    try:
+        yield spent
+    finally:
+        Recording.run = whole
+
+
+def share_outside_kernels(target: sm.MambaLM, prompt: list, settings: dict) -> float:
+    """The part of plain decoding's time per token that is not spent in kernels, by medians."""
+    with kernels_timed() as spent:
+        seconds = []
+        for _ in range(3):
+            stats = sm.generate(target, prompt, **settings).stats
+            seconds.append(stats.decode_s / stats.tokens)
+    return 1 - statistics.median(spent) / statistics.median(seconds)
+
+
 def bench_shape(report: Report, name: str, tokens: int, repeats: int) -> None:
     target = random_model(published_config(name), dtype=torch.bfloat16)
     cost = random_model(draft_config(target), dtype=torch.bfloat16, seed=1)
@@ -80,6 +110,7 @@ def bench_shape(report: Report, name: str, tokens: int, repeats: int) -> None:
         spent.clear()
         plain = sm.generate(target, prompt[:, -1:], **settings)
     state_share = sum(spent) / plain.stats.decode_s
+    outside = share_outside_kernels(target, prompt, settings)
 
     runs: dict[float | None, list[sm.GenerationStats]] = {rate: [] for rate in (None, *RATES)}
     for repeat in range(repeats):
@@ -93,12 +124,12 @@ def bench_shape(report: Report, name: str, tokens: int, repeats: int) -> None:
                 raise SystemExit(f"mamba-{name}: text differs from plain decoding; not timed")
             runs[rate].append(result.stats)
     plain_speed = statistics.median(s.tokens_per_s for s in runs.pop(None))
-    _add(report, f"mamba-{name} plain", target, plain_speed, plain_speed, None, 1.0, state_share)
+    _add(report, f"mamba-{name} plain", target, plain_speed, plain_speed, None, 1.0, state_share, outside)
     for rate, stats in runs.items():
         speed = statistics.median(s.tokens_per_s for s in stats)
         rounds = statistics.mean(s.tokens_per_round for s in stats)
         measured = sum(s.accepted for s in stats) / sum(s.tested for s in stats)
-        _add(report, f"mamba-{name} scripted {rate}", target, speed, plain_speed, measured, rounds, None)
+        _add(report, f"mamba-{name} scripted {rate}", target, speed, plain_speed, measured, rounds)
 
 
 def bench_embedded(report: Report, tokens: int) -> None:
@@ -113,10 +144,11 @@ def bench_embedded(report: Report, tokens: int) -> None:
     if not torch.equal(plain[0].sequences[0], speculative[0].sequences[0]):
         raise SystemExit("embedded pair: text differs from plain decoding; not timed")
     plain_speed = statistics.median(run.stats.tokens_per_s for run in plain)
+    outside = share_outside_kernels(target, prompt, settings)
     stats = speculative[0].stats
     speed = statistics.median(run.stats.tokens_per_s for run in speculative)
-    _add(report, "embedded pair plain", target, plain_speed, plain_speed, None, 1.0, None)
-    _add(report, "embedded pair", target, speed, plain_speed, stats.acceptance_rate, stats.tokens_per_round, None)
+    _add(report, "embedded pair plain", target, plain_speed, plain_speed, None, 1.0, None, outside)
+    _add(report, "embedded pair", target, speed, plain_speed, stats.acceptance_rate, stats.tokens_per_round)
 
 
 def _add(
@@ -127,7 +159,8 @@ def _add(
     plain_speed: float,
     acceptance: float | None,
     tokens_per_round: float,
-    state_share: float | None,
+    state_share: float | None = None,
+    outside: float | None = None,
 ) -> None:
     """gb_per_s: bytes of target weights read per second, once for every round."""
     gb_per_s = speed / tokens_per_round * target.weight_bytes / 1e9
@@ -136,6 +169,7 @@ def _add(
         dtype=str(target.embedding.dtype).removeprefix("torch."), batch=1, tokens=LOOKAHEAD + 1 if acceptance else 1,
         median_s=1 / speed, tokens_per_s=speed, acceptance=acceptance, tokens_per_round=tokens_per_round,
         gb_per_s=gb_per_s, share_of_bandwidth=gb_per_s / report.bandwidth, share_scan_conv=state_share,
+        share_outside_kernels=outside,
         baseline="plain decoding", ratio=speed / plain_speed,
     )  # fmt: skip
 
@@ -150,6 +184,7 @@ def main() -> None:
         {
             "case": str, "tokens_per_s": number, "ratio": number, "acceptance": number, "tokens_per_round": number,
             "gb_per_s": number, "share_of_bandwidth": share, "share_scan_conv": share,
+            "share_outside_kernels": share,
         }
     )  # fmt: skip
     bench_embedded(report, 256)

@@ -9,17 +9,21 @@
 namespace speculative_mamba::SM_ISA {
 namespace {
 
-// M rows of x × R rows of W are held in accumulators at a time: as many as the register file takes.
+// M rows of x × R rows of W are held in accumulators at a time: as many as the register file takes. x goes through in
+// blocks of kBlockBytes: two loads of eight lanes wait for the first-level cache, one of sixteen seldom does. Weights
+// are fetched prefetch_bytes ahead in every row.
 #if defined(__AVX512F__)
 constexpr int kMaxTokens = 6;
 constexpr int weight_rows(int M) { return M == 1 ? 8 : 4; }
+constexpr int64_t kBlockBytes = 1 << 20;
+constexpr int64_t prefetch_bytes(int) { return 1024; }
 #else
 constexpr int kMaxTokens = 5;
 constexpr int weight_rows(int M) { return M == 1 ? 4 : M <= 3 ? 2 : 1; }
+constexpr int64_t kBlockBytes = 40 * 1024;
+constexpr int64_t prefetch_bytes(int M) { return M == 1 ? 1024 : 2048; }
 #endif
-constexpr int kGroup = 8;                   // rows of W that go through a block of features together
-constexpr int64_t kBlockBytes = 40 * 1024;  // of x: what stays in the first-level cache beside the weights
-constexpr int64_t prefetch_bytes(int M) { return M == 1 ? 1024 : 2048; }  // ahead in every weight row
+constexpr int kGroup = 8;  // rows of W that go through a block of features together
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 

@@ -15,7 +15,7 @@ from ..layers.mamba1 import Window
 from ..ops import rms_norm, skinny_linear
 from ..ops.checks import check_start_slot
 from ..ops.int8 import Int8Weight
-from ..ops.recording import Recording
+from ..ops.recording import Recording, next_stage
 from .config import MambaConfig
 
 PREFILL_CHUNK = 64
@@ -147,6 +147,7 @@ class MambaLM:
         residual = None
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             hidden, residual = block(hidden, residual, batch, layer_cache, window)
+            next_stage()
         return hidden, residual
 
     def _logits(self, hidden: torch.Tensor, batch: int, cache: list[MambaCache], window: Window) -> torch.Tensor:

@@ -15,32 +15,49 @@ class Recording:
     """The calls of ops on backend ``cpu`` made inside ``record()``.
 
     ``run()`` makes them again on the same memory: what lies in the tensors may have changed, their addresses and shapes
-    may not. Tensors that ops returned are kept alive; the caller keeps those it passed. PyTorch's own operations are
-    not recorded.
+    may not. Results of ops are kept alive, and shared as ``next_stage`` says; the caller keeps what it passed.
+    PyTorch's own operations are not recorded.
     """
 
     def __init__(self) -> None:
         self._program = extension()[0].Program()
-        self._results: list[torch.Tensor] = []
+        self._stages: tuple[list[torch.Tensor], ...] = ([], [])
+        self._used = 0  # results of the current stage so far
 
     @contextmanager
     def record(self) -> Iterator[None]:
         self._program.record(self._program)
-        _this_thread.results = self._results
+        _this_thread.recording = self
         try:
             yield
         finally:
             self._program.record(None)
-            _this_thread.results = None
+            _this_thread.recording = None
 
     def run(self) -> None:
         self._program.run(torch.get_num_threads())
 
+    def next_stage(self) -> None:
+        self._stages, self._used = self._stages[::-1], 0
+
+    def new_result(self, shape: tuple[int, ...]) -> torch.Tensor:
+        results, at = self._stages[0], self._used
+        self._used += 1
+        if at == len(results) or results[at].shape != shape:
+            results.insert(at, torch.empty(shape))
+        return results[at]
+
+
+def next_stage() -> None:
+    """Inside ``record()``: results from before the last stage are no longer needed, and their memory is used again.
+
+    Keeps the memory of a deep model's activations small enough for the caches.
+    """
+    if recording := getattr(_this_thread, "recording", None):
+        recording.next_stage()
+
 
 def new_result(*shape: int) -> torch.Tensor:
     """An uninitialised float32 tensor for an op's result."""
-    result = torch.empty(*shape)
-    results = getattr(_this_thread, "results", None)
-    if results is not None:
-        results.append(result)
-    return result
+    recording = getattr(_this_thread, "recording", None)
+    return torch.empty(shape) if recording is None else recording.new_result(shape)
