@@ -67,6 +67,9 @@ class ModelDrafter:
         self._cache = self.model.new_cache(len(prompts), lookahead + 1)
         slots = torch.arange(lookahead + 1, dtype=torch.int32, device=self.model.device)
         self._slots = slots[:, None].repeat(1, len(prompts))  # row s: slot s for every row of the batch
+        self._laws = None
+        if not sampler.sampling.greedy and not sampler.coupled:
+            self._laws = torch.empty(len(prompts), lookahead, self.vocab_size, device=self.model.device)
         # A one-token prompt has no token before its last: a null column stands for it, in the first round.
         self._null_columns = torch.tensor(
             [int(len(prompt) < 2) for prompt in prompts], dtype=torch.int32, device=self.model.device
@@ -83,9 +86,7 @@ class ModelDrafter:
         self._null_columns = None
         logits = self.model.verify(last_two, self._cache, accepted, 0, null_columns)[:, -1]
         tokens = torch.empty(len(rows), lookahead, dtype=torch.int64, device=device)
-        laws = None
-        if not self._sampler.sampling.greedy and not self._sampler.coupled:
-            laws = torch.empty(len(rows), lookahead, self.vocab_size, device=device)
+        laws = None if self._laws is None else self._laws[:, :lookahead]
         for step in range(lookahead):
             if step:
                 logits = self.model.verify(tokens[:, step - 1 : step], self._cache, self._slots[step], step + 1)[:, -1]

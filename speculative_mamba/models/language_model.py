@@ -15,7 +15,7 @@ from ..layers.mamba1 import Window
 from ..ops import rms_norm, skinny_linear
 from ..ops.checks import check_start_slot
 from ..ops.int8 import Int8Weight
-from ..ops.recording import Recording, next_stage
+from ..ops.recording import Recording, ResultPool, next_stage
 from .config import MambaConfig
 
 PREFILL_CHUNK = 64
@@ -41,6 +41,7 @@ class _RecordedStep:
     start_slot: torch.Tensor
     recording: Recording
     logits: torch.Tensor
+    results: ResultPool = field(default_factory=ResultPool)
 
 
 @dataclass
@@ -165,7 +166,7 @@ class MambaLM:
             step.hidden.copy_(self._embed(tokens))
             step.start_slot.copy_(window.start_slot)
             step.recording.run()
-            return step.logits.clone()
+            return step.results.copy(step.logits)
         hidden, start_slot, recording = self._embed(tokens), window.start_slot.clone(), Recording()
         with recording.record():
             logits = self._logits(hidden, len(tokens), cache, Window(start_slot, window.write_slot))

@@ -1,9 +1,11 @@
 """Kernel calls recorded once and run again without Python between them."""
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from .backend import extension
@@ -46,6 +48,25 @@ class Recording:
         if at == len(results) or results[at].shape != shape:
             results.insert(at, torch.empty(shape))
         return results[at]
+
+
+class ResultPool:
+    """Copies of one tensor in memory that is used again once nothing refers to an earlier copy.
+
+    Fresh memory costs a page fault for every 4 KiB, and PyTorch's own copy would share the work with threads that
+    then spin for a while on the cores that the next kernel needs.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """tensor: contiguous float32, of the same shape at every call."""
+        memory = self._free.pop() if self._free else np.empty(tensor.shape, np.float32)
+        lent = memory.view()  # lives as long as the tensor's storage, whatever views of it there are
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        np.copyto(lent, tensor.numpy())
+        return torch.from_numpy(lent)
 
 
 def next_stage() -> None:
