@@ -10,6 +10,7 @@ import torch
 
 from .backend import extension
 
+_SHARED_FROM = 32768  # elements from which PyTorch shares a copy among threads
 _this_thread = threading.local()
 
 
@@ -62,6 +63,8 @@ class ResultPool:
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """tensor: contiguous float32, of the same shape at every call."""
+        if tensor.numel() < _SHARED_FROM:
+            return tensor.clone()
         memory = self._free.pop() if self._free else np.empty(tensor.shape, np.float32)
         lent = memory.view()  # lives as long as the tensor's storage, whatever views of it there are
         weakref.finalize(lent, self._free.append, memory).atexit = False

@@ -5,7 +5,7 @@ import torch
 
 from speculative_mamba.models.language_model import ModelCache
 from speculative_mamba.ops import rms_norm, skinny_linear
-from speculative_mamba.ops.recording import Recording
+from speculative_mamba.ops.recording import Recording, ResultPool
 from speculative_mamba.testing.models import random_model, tiny_config
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -62,14 +62,26 @@ def test_a_recorded_step_equals_an_unrecorded_one(batch, length):
     assert isinstance(recorded, ModelCache) and len(recorded.steps) == 1
 
 
-def test_earlier_logits_keep_their_values():
-    model = random_model(tiny_config())
+@pytest.mark.parametrize("vocabulary", [61, 40000])
+def test_earlier_logits_keep_their_values(vocabulary):
+    model = random_model(tiny_config(vocab_size=vocabulary))
     cache, start = model.new_cache(1, 1), torch.zeros(1, dtype=torch.int32)
     first = model.verify(torch.tensor([[3]]), cache, start)
     second = model.verify(torch.tensor([[4]]), cache, start)
     kept = first.clone(), second.clone()
     model.verify(torch.tensor([[5]]), cache, start)
     assert torch.equal(first, kept[0]) and torch.equal(second, kept[1])
+
+
+def test_memory_is_lent_again_only_when_no_view_is_left():
+    pool, source = ResultPool(), torch.randn(3, 40000)
+    view = pool.copy(source)[1:, 5:]
+    kept = view.clone()
+    address = pool.copy(source + 1).data_ptr()
+    assert torch.equal(view, kept)
+    again = pool.copy(source + 2)
+    assert again.data_ptr() == address and torch.equal(view, kept)
+    assert torch.equal(again, source + 2)
 
 
 def test_two_models_may_share_a_cache_shape():
