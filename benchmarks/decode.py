@@ -1,13 +1,13 @@
 """Times whole runs: plain decoding against speculation, on the shapes of published models and on the embedded pair.
 
-python -m benchmarks.decode [--models 130m 370m] [--tokens 48] [--json FILE]
+python -m benchmarks.decode [--models 130m 370m] [--draft 130m] [--tokens 48] [--json FILE]
 
 Weights of the published shapes are random bf16, the draft's tokens are scripted to be right at a stated rate, and for
-every drafted token a real Mamba of at most 1/20 of the target's bytes runs, so that its cost is in the figure. The
-clock covers decoding of one row after prefill. share_scan_conv is the part of the time of plain decoding, its steps not
-recorded, that is spent in the two ops that carry state; share_outside_kernels the part that is not spent in kernels at
-all: Python, allocation, sampling. Text is checked to equal plain decoding before any time is
-printed.
+every drafted token a real Mamba of at most 1/20 of the target's bytes runs, or the one that --draft names, so that its
+cost is in the figure. The clock covers decoding of one row after prefill. share_scan_conv is the part of the time of
+plain decoding, its steps not recorded, that is spent in the two ops that carry state; share_outside_kernels the part
+that is not spent in kernels at all: Python, allocation, sampling, recording the first step. Text is checked to equal
+plain decoding before any time is printed.
 """
 
 import contextlib
@@ -97,10 +97,11 @@ def share_outside_kernels(target: sm.MambaLM, prompt: list, settings: dict) -> f
     return 1 - statistics.median(spent) / statistics.median(seconds)
 
 
-def bench_shape(report: Report, name: str, tokens: int, repeats: int) -> None:
+def bench_shape(report: Report, name: str, draft_name: str | None, tokens: int, repeats: int) -> None:
     target = random_model(published_config(name), dtype=torch.bfloat16)
-    cost = random_model(draft_config(target), dtype=torch.bfloat16, seed=1)
-    assert cost.weight_bytes * 20 <= target.weight_bytes
+    config = draft_config(target) if draft_name is None else published_config(draft_name)
+    cost = random_model(config, dtype=torch.bfloat16, seed=1)
+    assert draft_name is not None or cost.weight_bytes * 20 <= target.weight_bytes
     prompt = torch.randint(0, target.vocab_size, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     settings = {"lookahead": LOOKAHEAD, "max_new_tokens": tokens, "stop_token_ids": ()}
 
@@ -177,6 +178,7 @@ def _add(
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--models", nargs="*", default=list(SHAPES), choices=SHAPES, help="whose shapes to run")
+    arguments.add_argument("--draft", choices=SHAPES, help="shape of the draft, instead of 1/20 of the target's bytes")
     arguments.add_argument("--tokens", type=int, default=48, help="tokens per run")
     arguments.add_argument("--repeats", type=int, default=3, help="interleaved runs of each case; medians are shown")
     options = arguments.parse_args()
@@ -189,7 +191,7 @@ def main() -> None:
     )  # fmt: skip
     bench_embedded(report, 256)
     for name in options.models:
-        bench_shape(report, name, options.tokens, options.repeats)
+        bench_shape(report, name, options.draft, options.tokens, options.repeats)
     report.write(options.json)
 
 
