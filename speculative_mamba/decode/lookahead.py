@@ -27,7 +27,9 @@ class AdaptiveLookahead:
     decoding, timed once in that case, the draft is dropped for the rest of the run and ``next`` is 0.
     """
 
-    _FIRST = (4, 4, 2, 2)  # gives the line two points; the first pass of a kind takes longer and is not counted
+    # Two rounds each at two lookaheads give the line two points; the first pass of a kind takes longer and is not
+    # counted. The second point lies where the first rounds suggest.
+    _FIRST, _SECOND_LOW, _SECOND_HIGH = 4, 2, 7
     _MEMORY = 0.99  # weight of a tested token after each further one: about a hundred count
     _SLOPE = 0.08  # cost of one more token in a pass, as a share of it, until a second point is known
     _HOPE = 1.5  # standard errors
@@ -37,7 +39,8 @@ class AdaptiveLookahead:
         self._tested, self._accepted = 2.0, 1.4  # before anything is known
         self._passes: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
         self._steps: deque[float] = deque(maxlen=9)
-        self._first = [min(k, most) for k in self._FIRST]
+        self._to_measure = [self._FIRST, self._FIRST]
+        self._second_point = False
         self._plain_rounds = 0
         self._dropped = False
 
@@ -45,15 +48,17 @@ class AdaptiveLookahead:
         if self._dropped or self._plain_rounds:
             return 0
         if not self._steps:
-            return self._first[0]
+            return min(self._FIRST, self.most)
         rate = self._accepted / self._tested
         error = (max(rate * (1 - rate), 0.04) / self._tested) ** 0.5
-        hope = 1.0 if self._first else min(rate + self._HOPE * error, 1.0)
+        hope = 1.0 if self._to_measure else min(rate + self._HOPE * error, 1.0)
         if max(self._speed(k, hope) for k in range(1, self.most + 1)) * self._pass_s(1) < 1:
             self._dropped = len(self._passes[1]) > 1
             self._plain_rounds = 0 if self._dropped else 2
             return 0
-        return self._first[0] if self._first else max(range(1, self.most + 1), key=lambda k: self._speed(k, rate))
+        if self._to_measure:
+            return min(self._to_measure[0], self.most)
+        return max(range(1, self.most + 1), key=lambda k: self._speed(k, rate))
 
     def observe(self, drafts: int, tested: int, accepted: int, draft_s: float, verify_s: float) -> None:
         """One round: ``drafts`` proposed per row; ``tested``, ``accepted`` of all rows; seconds of draft and rest."""
@@ -62,7 +67,11 @@ class AdaptiveLookahead:
         self._passes[drafts + 1].append(verify_s)
         if drafts:
             self._steps.append(draft_s / drafts)
-            self._first = self._first[1:]
+            self._to_measure = self._to_measure[1:]
+            if not self._to_measure and not self._second_point:
+                self._second_point = True
+                high = self._accepted / self._tested > 0.8
+                self._to_measure = [self._SECOND_HIGH if high else self._SECOND_LOW] * 2
         else:
             self._plain_rounds = max(0, self._plain_rounds - 1)
 
