@@ -20,17 +20,60 @@ void submit(void (*Kernels::*kernel)(const Params&, int threads), const Params& 
     Program::submit([kernel, params](int count) { (kernels().*kernel)(params, count); }, threads);
 }
 
-using Pair = std::pair<int64_t, int64_t>;  // strides of (batch, token)
+using Pair = std::pair<int64_t, int64_t>;  // strides of (batch, token), of a cache of entries (batch, head)
 
-void causal_conv1d(int64_t batch, int64_t tokens, int64_t channels, int64_t width, uintptr_t x, Pair x_strides,
-                   uintptr_t weight, Pair weight_strides, int weight_dtype, uintptr_t bias, uintptr_t window,
-                   Pair window_strides, uintptr_t start_slot, uintptr_t null_columns, int64_t write_slot,
-                   bool keep_last, uintptr_t y, int threads) {
+void attention(int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dims, int64_t slots, uintptr_t q,
+               Pair q_strides, uintptr_t k, Pair k_strides, uintptr_t v, Pair v_strides, uintptr_t keys,
+               Pair keys_strides, uintptr_t values, Pair values_strides, int cache_dtype, uintptr_t lengths,
+               uintptr_t start_slot, uintptr_t null_columns, int64_t write_slot, bool keep_last, uintptr_t inv_freq,
+               int64_t pairs, float scale, uintptr_t y, int threads) {
+    submit<AttentionParams>(&Kernels::attention,
+                            {batch,
+                             tokens,
+                             heads,
+                             kv_heads,
+                             dims,
+                             slots,
+                             pointer<float>(q),
+                             q_strides.first,
+                             q_strides.second,
+                             pointer<float>(k),
+                             k_strides.first,
+                             k_strides.second,
+                             pointer<float>(v),
+                             v_strides.first,
+                             v_strides.second,
+                             pointer<void>(keys),
+                             keys_strides.first,
+                             keys_strides.second,
+                             pointer<void>(values),
+                             values_strides.first,
+                             values_strides.second,
+                             static_cast<DType>(cache_dtype),
+                             pointer<int32_t>(lengths),
+                             pointer<int32_t>(start_slot),
+                             pointer<int32_t>(null_columns),
+                             write_slot,
+                             keep_last,
+                             pointer<float>(inv_freq),
+                             pairs,
+                             scale,
+                             pointer<float>(y)},
+                            threads);
+}
+
+void causal_conv1d(int64_t batch, int64_t tokens, int64_t channels, int64_t width, int64_t repeat, int64_t block,
+                   bool silu, uintptr_t x, Pair x_strides, uintptr_t weight, Pair weight_strides, int weight_dtype,
+                   uintptr_t bias, uintptr_t window, Pair window_strides, uintptr_t start_slot, uintptr_t null_columns,
+                   int64_t write_slot, bool keep_last, uintptr_t y, int threads) {
     submit<CausalConv1dParams>(&Kernels::causal_conv1d,
                                {batch,
                                 tokens,
                                 channels,
                                 width,
+                                repeat,
+                                block,
+                                silu,
                                 pointer<float>(x),
                                 x_strides.first,
                                 x_strides.second,
@@ -50,16 +93,19 @@ void causal_conv1d(int64_t batch, int64_t tokens, int64_t channels, int64_t widt
                                threads);
 }
 
-void selective_scan(int64_t batch, int64_t tokens, int64_t channels, int64_t state_size, uintptr_t x, Pair x_strides,
-                    uintptr_t dt, Pair dt_strides, uintptr_t A, uintptr_t B, Pair b_strides, uintptr_t C,
-                    Pair c_strides, uintptr_t D, uintptr_t z, Pair z_strides, uintptr_t dt_bias, uintptr_t states,
-                    Pair states_strides, int state_dtype, uintptr_t start_slot, uintptr_t null_columns,
-                    int64_t write_slot, bool keep_last, uintptr_t y, int threads) {
+void selective_scan(int64_t batch, int64_t tokens, int64_t channels, int64_t state_size, int64_t b_groups,
+                    int64_t c_groups, uintptr_t x, Pair x_strides, uintptr_t dt, Pair dt_strides, uintptr_t A,
+                    uintptr_t B, Pair b_strides, uintptr_t C, Pair c_strides, uintptr_t D, uintptr_t z, Pair z_strides,
+                    uintptr_t dt_bias, uintptr_t states, Pair states_strides, int state_dtype, uintptr_t start_slot,
+                    uintptr_t null_columns, int64_t write_slot, bool keep_last, int64_t input_slots, uintptr_t input_x,
+                    uintptr_t input_dt, uintptr_t input_B, uintptr_t y, int threads) {
     submit<SelectiveScanParams>(&Kernels::selective_scan,
                                 {batch,
                                  tokens,
                                  channels,
                                  state_size,
+                                 b_groups,
+                                 c_groups,
                                  pointer<float>(x),
                                  x_strides.first,
                                  x_strides.second,
@@ -86,27 +132,92 @@ void selective_scan(int64_t batch, int64_t tokens, int64_t channels, int64_t sta
                                  pointer<int32_t>(null_columns),
                                  write_slot,
                                  keep_last,
+                                 input_slots,
+                                 pointer<float>(input_x),
+                                 pointer<float>(input_dt),
+                                 pointer<float>(input_B),
                                  pointer<float>(y)},
                                 threads);
 }
 
+void ssd(int64_t batch, int64_t tokens, int64_t heads, int64_t head_size, int64_t state_size, int64_t x_heads,
+         int64_t b_groups, int64_t c_groups, uintptr_t x, Pair x_strides, uintptr_t dt, Pair dt_strides, uintptr_t A,
+         uintptr_t B, Pair b_strides, uintptr_t C, Pair c_strides, uintptr_t D, bool d_per_channel, uintptr_t z,
+         Pair z_strides, uintptr_t dt_bias, std::pair<float, float> dt_limit, uintptr_t states, Pair states_strides,
+         int state_dtype, uintptr_t start_slot, uintptr_t null_columns, int64_t write_slot, bool keep_last,
+         int64_t input_slots, uintptr_t input_x, uintptr_t input_dt, uintptr_t input_b, uintptr_t y, int threads) {
+    submit<SsdParams>(&Kernels::ssd,
+                      {batch,
+                       tokens,
+                       heads,
+                       head_size,
+                       state_size,
+                       x_heads,
+                       b_groups,
+                       c_groups,
+                       pointer<float>(x),
+                       x_strides.first,
+                       x_strides.second,
+                       pointer<float>(dt),
+                       dt_strides.first,
+                       dt_strides.second,
+                       pointer<float>(A),
+                       pointer<float>(B),
+                       b_strides.first,
+                       b_strides.second,
+                       pointer<float>(C),
+                       c_strides.first,
+                       c_strides.second,
+                       pointer<float>(D),
+                       d_per_channel,
+                       pointer<float>(z),
+                       z_strides.first,
+                       z_strides.second,
+                       pointer<float>(dt_bias),
+                       dt_limit.first,
+                       dt_limit.second,
+                       pointer<void>(states),
+                       states_strides.first,
+                       states_strides.second,
+                       static_cast<DType>(state_dtype),
+                       pointer<int32_t>(start_slot),
+                       pointer<int32_t>(null_columns),
+                       write_slot,
+                       keep_last,
+                       input_slots,
+                       pointer<float>(input_x),
+                       pointer<float>(input_dt),
+                       pointer<float>(input_b),
+                       pointer<float>(y)},
+                      threads);
+}
+
 void skinny_linear(int64_t rows, int64_t in_features, int64_t out_features, uintptr_t x, int64_t x_row_stride,
-                   uintptr_t weight, int64_t weight_row_stride, int weight_dtype, uintptr_t weight_scale, uintptr_t y,
-                   int threads) {
+                   uintptr_t weight, int64_t weight_row_stride, int weight_dtype, uintptr_t weight_scale,
+                   uintptr_t bias, uintptr_t y, int threads) {
     submit<SkinnyLinearParams>(
         &Kernels::skinny_linear,
         {rows, in_features, out_features, pointer<float>(x), x_row_stride, pointer<void>(weight), weight_row_stride,
-         static_cast<DType>(weight_dtype), pointer<float>(weight_scale), pointer<float>(y)},
+         static_cast<DType>(weight_dtype), pointer<float>(weight_scale), pointer<float>(bias), pointer<float>(y)},
         threads);
 }
 
-void rms_norm(int64_t rows, int64_t features, uintptr_t x, int64_t x_row_stride, uintptr_t residual, uintptr_t weight,
-              int weight_dtype, float eps, uintptr_t residual_out, uintptr_t y, int threads) {
-    submit<RmsNormParams>(
-        &Kernels::rms_norm,
-        {rows, features, pointer<float>(x), x_row_stride, pointer<float>(residual), pointer<void>(weight),
-         static_cast<DType>(weight_dtype), eps, pointer<float>(residual_out), pointer<float>(y)},
+void gated_silu(int64_t rows, int64_t features, uintptr_t gate, int64_t gate_row_stride, uintptr_t up,
+                int64_t up_row_stride, uintptr_t y, int threads) {
+    submit<GatedSiluParams>(
+        &Kernels::gated_silu,
+        {rows, features, pointer<float>(gate), gate_row_stride, pointer<float>(up), up_row_stride, pointer<float>(y)},
         threads);
+}
+
+void rms_norm(int64_t rows, int64_t features, int64_t groups, uintptr_t x, int64_t x_row_stride, uintptr_t residual,
+              uintptr_t gate, int64_t gate_row_stride, uintptr_t weight, int weight_dtype, float eps,
+              uintptr_t residual_out, uintptr_t y, int threads) {
+    submit<RmsNormParams>(&Kernels::rms_norm,
+                          {rows, features, groups, pointer<float>(x), x_row_stride, pointer<float>(residual),
+                           pointer<float>(gate), gate_row_stride, pointer<void>(weight),
+                           static_cast<DType>(weight_dtype), eps, pointer<float>(residual_out), pointer<float>(y)},
+                          threads);
 }
 
 using FilterValues = std::tuple<float, float, int64_t, float, float>;
@@ -145,10 +256,13 @@ PYBIND11_MODULE(_C, m) {
         "CPU kernels. Pointers are integers, strides are in elements, dtype codes: 0 float32, 1 bfloat16, 2 float16, 3 "
         "int8.";
     using release = py::call_guard<py::gil_scoped_release>;
+    m.def("attention", &attention, release());
     m.def("causal_conv1d", &causal_conv1d, release());
     m.def("selective_scan", &selective_scan, release());
+    m.def("ssd", &ssd, release());
     m.def("skinny_linear", &skinny_linear, release());
     m.def("rms_norm", &rms_norm, release());
+    m.def("gated_silu", &gated_silu, release());
     m.def("sample_tokens", &sample_tokens, release());
     m.def("speculative_accept", &speculative_accept, release());
     py::class_<Program>(m, "Program", "A recorded sequence of kernel calls.")

@@ -7,11 +7,13 @@ namespace speculative_mamba {
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };  // int8: skinny_linear's weight only
 
-// y = silu(causal depthwise convolution of x); the inputs are kept in `window` so that a later call can start after any
-// of them.
+// y = causal depthwise convolution of x, or silu of it; the inputs are kept in `window` so that a later call can start
+// after any of them. Channel d convolves channel d / (block·repeat) · block + d % block of x.
 struct CausalConv1dParams {
     int64_t batch, tokens, channels, width;
-    const float* x;  // (B, T, D), channels contiguous
+    int64_t repeat, block;  // block·repeat divides D
+    bool silu;
+    const float* x;  // (B, T, D / repeat), channels contiguous
     int64_t x_batch_stride, x_token_stride;
     const void* weight;  // (D, W)
     int64_t weight_channel_stride, weight_tap_stride;
@@ -27,33 +29,99 @@ struct CausalConv1dParams {
 };
 
 // Mamba-1 selective scan of T tokens per row, with the state after every token rounded to its dtype and written to its
-// slot.
+// slot. With inputs there is one state, and in place of the others the inputs that lead from it to them.
 struct SelectiveScanParams {
     int64_t batch, tokens, channels, state_size;
-    const float* x;  // (B, T, D), channels contiguous
+    int64_t b_groups, c_groups;  // Gb, Gc divide D: channel d uses group d·G / D
+    const float* x;              // (B, T, D), channels contiguous
     int64_t x_batch_stride, x_token_stride;
     const float* dt;  // (B, T, D) before bias and softplus
     int64_t dt_batch_stride, dt_token_stride;
     const float* A;  // (D, N) contiguous
-    const float* B;  // (B, T, N), states contiguous
+    const float* B;  // (B, T, Gb, N), (Gb, N) contiguous
     int64_t b_batch_stride, b_token_stride;
-    const float* C;  // (B, T, N), states contiguous
+    const float* C;  // (B, T, Gc, N), (Gc, N) contiguous
     int64_t c_batch_stride, c_token_stride;
     const float* D;  // (D)
     const float* z;  // (B, T, D), may be null
     int64_t z_batch_stride, z_token_stride;
     const float* dt_bias;  // (D)
-    void* states;          // (B, S, D, N), (D, N) contiguous
+    void* states;          // (B, S, D, N), or with inputs (B, 1, D, N); (D, N) contiguous
+    int64_t states_batch_stride, states_slot_stride;
+    DType state_dtype;
+    const int32_t* start_slot;    // (B)
+    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
+    int64_t write_slot;
+    bool keep_last;       // prefill: only the last state is written, to slot 0
+    int64_t input_slots;  // S where there are inputs
+    float* input_x;       // (B, S, D) contiguous; null, like the next two, where every slot has its state
+    float* input_dt;      // (B, S, D) contiguous; after bias and softplus, 0: this input counts as nothing
+    float* input_B;       // (B, S, Gb, N) contiguous
+    float* y;             // (B, T, D) contiguous
+};
+
+// Mamba-2 scan of T tokens per row: one A and one step size for a whole head of P channels with N states each. X heads
+// of x, Gb groups of B and Gc of C each serve as many neighbouring heads. The state after every token is rounded to its
+// dtype and written to its slot, or, with `input_dt`, the inputs are kept from which the next call computes it again.
+struct SsdParams {
+    int64_t batch, tokens, heads, head_size, state_size;
+    int64_t x_heads, b_groups, c_groups;
+    const float* x;  // (B, T, X, P), (X, P) contiguous
+    int64_t x_batch_stride, x_token_stride;
+    const float* dt;  // (B, T, H) before bias and softplus
+    int64_t dt_batch_stride, dt_token_stride;
+    const float* A;  // (H)
+    const float* B;  // (B, T, Gb, N), (Gb, N) contiguous
+    int64_t b_batch_stride, b_token_stride;
+    const float* C;  // (B, T, Gc, N), (Gc, N) contiguous
+    int64_t c_batch_stride, c_token_stride;
+    const float* D;  // (H), or (H, P) contiguous
+    bool d_per_channel;
+    const float* z;  // (B, T, H, P), (H, P) contiguous, may be null
+    int64_t z_batch_stride, z_token_stride;
+    const float* dt_bias;  // (H)
+    float dt_min, dt_max;
+    void* states;  // (B, S, H, P, N), (H, P, N) contiguous; one slot where inputs are kept
     int64_t states_batch_stride, states_slot_stride;
     DType state_dtype;
     const int32_t* start_slot;    // (B)
     const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
     int64_t write_slot;
     bool keep_last;  // prefill: only the last state is written, to slot 0
-    float* y;        // (B, T, D) contiguous
+    int64_t input_slots;
+    float* input_x;   // (B, S, X, P) contiguous
+    float* input_dt;  // (B, S, H) contiguous, after everything; null: a state per slot
+    float* input_b;   // (B, S, Gb, N) contiguous
+    float* y;         // (B, T, H, P) contiguous
 };
 
-// y = x Wᵀ for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n] times.
+// Causal grouped-query attention of T tokens per row over a cache of rotated keys and of values, of which a slot holds
+// the length.
+struct AttentionParams {
+    int64_t batch, tokens, heads, kv_heads, dims, slots;  // query head h reads kv head h · kv_heads / heads
+    const float* q;                                       // (B, T, H, P), heads contiguous
+    int64_t q_batch_stride, q_token_stride;
+    const float* k;  // (B, T, G, P), heads contiguous
+    int64_t k_batch_stride, k_token_stride;
+    const float* v;  // (B, T, G, P), heads contiguous
+    int64_t v_batch_stride, v_token_stride;
+    void* keys;  // (B, G, L, P), entries contiguous
+    int64_t keys_batch_stride, keys_head_stride;
+    void* values;  // (B, G, L, P), entries contiguous
+    int64_t values_batch_stride, values_head_stride;
+    DType cache_dtype;
+    int32_t* lengths;             // (B, S) contiguous: entries of each slot's state
+    const int32_t* start_slot;    // (B)
+    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that take no entry
+    int64_t write_slot;
+    bool keep_last;         // prefill: only the last length is written, to slot 0
+    const float* inv_freq;  // (R): radians per position; may be null with R = 0
+    int64_t pairs;          // R: dimensions i and i+R are rotated together
+    float scale;
+    float* y;  // (B, T, H, P) contiguous
+};
+
+// y = x Wᵀ + bias for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n] times.
 struct SkinnyLinearParams {
     int64_t rows, in_features, out_features;
     const float* x;  // (M, K), features contiguous
@@ -62,16 +130,30 @@ struct SkinnyLinearParams {
     int64_t weight_row_stride;
     DType weight_dtype;
     const float* weight_scale;  // (N), read only with int8
+    const float* bias;          // (N), may be null
     float* y;                   // (M, N) contiguous
 };
 
-// residual_out = x + residual; y = residual_out / sqrt(mean(residual_out²) + eps) · weight
-struct RmsNormParams {
+// y = silu(gate) · up
+struct GatedSiluParams {
     int64_t rows, features;
+    const float* gate;  // (M, I), features contiguous
+    int64_t gate_row_stride;
+    const float* up;  // (M, I), features contiguous
+    int64_t up_row_stride;
+    float* y;  // (M, I) contiguous
+};
+
+// residual_out = x + residual, or x · silu(gate); y = residual_out / sqrt(mean(residual_out²) + eps) · weight, with a
+// mean for each of `groups` equal parts of the features.
+struct RmsNormParams {
+    int64_t rows, features, groups;
     const float* x;  // (M, D), features contiguous
     int64_t x_row_stride;
     const float* residual;  // (M, D) contiguous, may be null
-    const void* weight;     // (D)
+    const float* gate;      // (M, D), features contiguous, may be null
+    int64_t gate_row_stride;
+    const void* weight;  // (D)
     DType weight_dtype;
     float eps;
     float* residual_out;  // (M, D) contiguous

@@ -8,10 +8,33 @@ namespace {
 
 constexpr int kMaxWidth = 8;
 
+// Where sixteen channels find theirs in a token of x.
+struct Source {
+    bool contiguous;
+    int64_t channels[kLanes];
+};
+
+inline Source source(const CausalConv1dParams& p, int64_t channel, int64_t count) {
+    // Sixteen channels from a multiple of sixteen on lie within one block if sixteen divides it.
+    Source s{p.repeat == 1 || p.block % kLanes == 0, {}};
+    for (int64_t i = 0; i < (s.contiguous ? 1 : count); i++) {
+        s.channels[i] = (channel + i) / (p.block * p.repeat) * p.block + (channel + i) % p.block;
+    }
+    return s;
+}
+
+inline Vec load_source(const float* x, const Source& s, int64_t count) {
+    if (s.contiguous) return load_n(x + s.channels[0], count);
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < count; i++) lanes[i] = x[s.channels[i]];
+    return load(lanes);
+}
+
 template <typename scalar_t>
 void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, int64_t count) {
     const int width = static_cast<int>(p.width);
-    const float* x = p.x + row * p.x_batch_stride + channel;
+    const float* x = p.x + row * p.x_batch_stride;
+    const Source from = source(p, channel, count);
     const scalar_t* weight = static_cast<const scalar_t*>(p.weight) + channel * p.weight_channel_stride;
     float* window = p.window + row * p.window_batch_stride + channel;
     const int64_t null_columns = p.null_columns ? p.null_columns[row] : 0;
@@ -28,13 +51,13 @@ void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, in
         for (int k = 0; k < width - 1; k++) store_n(window + k * p.window_row_stride, inputs[k], count);
     }
     for (int64_t t = 0; t < p.tokens; t++) {
-        Vec input = t < null_columns ? zero() : load_n(x + t * p.x_token_stride, count);
+        Vec input = t < null_columns ? zero() : load_source(x + t * p.x_token_stride, from, count);
         inputs[width - 1] = input;
         if (!p.keep_last) store_n(window + (width - 1 + p.write_slot + t) * p.window_row_stride, input, count);
         Vec sum = bias;
         for (int k = 0; k < width; k++) sum = fma(inputs[k], taps[k], sum);
         for (int k = 0; k < width - 1; k++) inputs[k] = inputs[k + 1];
-        store_n(p.y + (row * p.tokens + t) * p.channels + channel, silu(sum), count);
+        store_n(p.y + (row * p.tokens + t) * p.channels + channel, p.silu ? silu(sum) : sum, count);
     }
     if (p.keep_last) {
         for (int k = 0; k < width - 1; k++) store_n(window + (1 + k) * p.window_row_stride, inputs[k], count);

@@ -10,10 +10,13 @@ namespace speculative_mamba {
 
 struct Kernels {
     const char* isa;
+    void (*attention)(const AttentionParams&, int threads);
     void (*causal_conv1d)(const CausalConv1dParams&, int threads);
     void (*selective_scan)(const SelectiveScanParams&, int threads);
+    void (*ssd)(const SsdParams&, int threads);
     void (*skinny_linear)(const SkinnyLinearParams&, int threads);
     void (*rms_norm)(const RmsNormParams&, int threads);
+    void (*gated_silu)(const GatedSiluParams&, int threads);
     void (*sample_tokens)(const SampleTokensParams&, int threads);
     void (*speculative_accept)(const SpeculativeAcceptParams&, int threads);
 };

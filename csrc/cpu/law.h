@@ -1,9 +1,8 @@
 // From a row of logits to the law that is sampled: penalty, temperature, top-k, top-p, min-p.
 #pragma once
 
-#include <cstdlib>
-
 #include "../params.h"
+#include "buffer.h"
 #include "parallel_for.h"
 #include "simd_math.h"
 
@@ -34,20 +33,10 @@ struct Scratch {
 };
 
 inline Scratch scratch(int64_t vocabulary) {
-    struct Buffer {
-        char* data = nullptr;
-        int64_t bytes = 0;
-        ~Buffer() { std::free(data); }
-    };
     thread_local Buffer buffer;
     const int64_t part = divide_up(vocabulary, kLanes) * kLanes * 4;
-    if (buffer.bytes < 6 * part) {
-        std::free(buffer.data);
-        buffer.data = static_cast<char*>(std::malloc(6 * part));
-        buffer.bytes = buffer.data ? 6 * part : 0;
-        if (!buffer.data) std::abort();
-    }
-    auto at = [&](int i) { return static_cast<void*>(buffer.data + i * part); };
+    char* memory = buffer.room<char>(6 * part);
+    auto at = [&](int i) { return static_cast<void*>(memory + i * part); };
     return {static_cast<float*>(at(0)),    static_cast<float*>(at(1)),    static_cast<int32_t*>(at(2)),
             static_cast<uint32_t*>(at(3)), static_cast<uint32_t*>(at(4)), static_cast<int32_t*>(at(5))};
 }

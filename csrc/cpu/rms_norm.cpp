@@ -2,40 +2,44 @@
 
 #include "../params.h"
 #include "parallel_for.h"
-#include "simd.h"
+#include "simd_math.h"
 
 namespace speculative_mamba::SM_ISA {
 namespace {
 
+// One group of one row: `size` features from `first` on.
 template <typename scalar_t>
-void row(const RmsNormParams& p, int64_t m) {
-    const float* x = p.x + m * p.x_row_stride;
-    const float* residual = p.residual ? p.residual + m * p.features : nullptr;
-    const scalar_t* weight = static_cast<const scalar_t*>(p.weight);
-    float* residual_out = p.residual_out + m * p.features;
-    float* y = p.y + m * p.features;
+void group(const RmsNormParams& p, int64_t m, int64_t first, int64_t size) {
+    const float* x = p.x + m * p.x_row_stride + first;
+    const float* residual = p.residual ? p.residual + m * p.features + first : nullptr;
+    const float* gate = p.gate ? p.gate + m * p.gate_row_stride + first : nullptr;
+    const scalar_t* weight = static_cast<const scalar_t*>(p.weight) + first;
+    float* residual_out = p.residual_out + m * p.features + first;
+    float* y = p.y + m * p.features + first;
 
     Vec squares = zero();
-    for (int64_t k = 0; k < p.features; k += kLanes) {
-        const int64_t count = smaller(kLanes, p.features - k);
+    for (int64_t k = 0; k < size; k += kLanes) {
+        const int64_t count = smaller(kLanes, size - k);
         Vec value = load_n(x + k, count);
         if (residual) value = add(value, load_n(residual + k, count));
+        if (gate) value = mul(value, silu(load_n(gate + k, count)));
         store_n(residual_out + k, value, count);
         squares = fma(value, value, squares);
     }
-    const Vec scale = broadcast(1.f / std::sqrt(sum(squares) / static_cast<float>(p.features) + p.eps));
-    for (int64_t k = 0; k < p.features; k += kLanes) {
-        const int64_t count = smaller(kLanes, p.features - k);
+    const Vec scale = broadcast(1.f / std::sqrt(sum(squares) / static_cast<float>(size) + p.eps));
+    for (int64_t k = 0; k < size; k += kLanes) {
+        const int64_t count = smaller(kLanes, size - k);
         store_n(y + k, mul(mul(load_n(residual_out + k, count), scale), load_n(weight + k, count)), count);
     }
 }
 
 template <typename scalar_t>
 void run(const RmsNormParams& p, int threads) {
-    parallel_for(p.rows, divide_up(p.rows, 4 * threads), p.rows * p.features, threads,
-                 [&](int64_t first, int64_t last) {
-                     for (int64_t m = first; m < last; m++) row<scalar_t>(p, m);
-                 });
+    const int64_t items = p.rows * p.groups, size = p.features / p.groups;
+    const int64_t work = p.rows * p.features * (p.gate ? 16 : 1);
+    parallel_for(items, divide_up(items, 4 * threads), work, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) group<scalar_t>(p, i / p.groups, i % p.groups * size, size);
+    });
 }
 
 }  // namespace

@@ -1,6 +1,9 @@
 // Lanes run over channels for what is per channel (softplus, gate) and over states for the recurrence, whose state
-// stays in registers for up to kSegment tokens.
+// stays in registers for up to kSegment tokens and for the kept inputs before them.
+#include <cstring>
+
 #include "../params.h"
+#include "buffer.h"
 #include "parallel_for.h"
 #include "simd_math.h"
 
@@ -13,15 +16,38 @@ template <typename State>
 struct Segment {
     int64_t row, channel, count;  // up to sixteen channels of one row
     int64_t first, tokens;        // tokens [first, first + tokens) of the window
-    const State* start;           // (D, N): state before the first token
+    int64_t replayed;             // kept inputs [0, replayed) come before the first token
+    const State* start;           // (count, N): state before all these
+    State* kept;                  // (count, N): gets the state after what is replayed; may be null
+    State* slots;                 // (count, N), a slot for every token: get the states after them; may be null
+    State* end;                   // (count, N): gets the state after the last token; may be null
 };
 
-// Where token t of the window leaves its state; null when nobody will start from it.
+inline int64_t group(int64_t channel, int64_t groups, int64_t channels) {
+    return groups == 1 ? 0 : channel * groups / channels;
+}
+
+// The state after one more token. Δ = 0 leaves every bit of it alone, whatever x and B are.
+inline Vec step(Vec state, float dt, float dt_x, Vec A, const float* B, int64_t lanes) {
+    if (dt == 0) return state;
+    const Vec decay = exp(mul(broadcast(dt), A));
+    return fma(decay, state, mul(broadcast(dt_x), load_n(B, lanes)));
+}
+
+// The state of one channel after the inputs that are replayed.
 template <typename State>
-inline State* checkpoint(const SelectiveScanParams& p, int64_t row, int64_t t, int64_t segment_end) {
-    State* states = static_cast<State*>(p.states) + row * p.states_batch_stride;
-    if (!p.keep_last) return states + (p.write_slot + t) * p.states_slot_stride;
-    return t + 1 == segment_end ? states : nullptr;
+inline Vec replay(const SelectiveScanParams& p, const Segment<State>& s, int64_t channel, int64_t n, int64_t lanes,
+                  Vec A, Vec state) {
+    const float* x = p.input_x + s.row * p.input_slots * p.channels + channel;
+    const float* dt = p.input_dt + s.row * p.input_slots * p.channels + channel;
+    const int64_t token = p.b_groups * p.state_size;
+    const float* B =
+        p.input_B + s.row * p.input_slots * token + group(channel, p.b_groups, p.channels) * p.state_size + n;
+    for (int64_t i = 0; i < s.replayed; i++) {
+        const float dt_x = dt[i * p.channels] * x[i * p.channels];
+        state = rounded<State>(step(state, dt[i * p.channels], dt_x, A, B + i * token, lanes));
+    }
+    return state;
 }
 
 template <typename State>
@@ -30,34 +56,36 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
     const int64_t null_columns = p.null_columns ? p.null_columns[s.row] : 0;
     const float* x = p.x + s.row * p.x_batch_stride + s.first * p.x_token_stride + s.channel;
     const float* raw_dt = p.dt + s.row * p.dt_batch_stride + s.first * p.dt_token_stride + s.channel;
-    const float* B = p.B + s.row * p.b_batch_stride + s.first * p.b_token_stride;
-    const float* C = p.C + s.row * p.c_batch_stride + s.first * p.c_token_stride;
 
     const Vec dt_bias = load_n(p.dt_bias + s.channel, s.count), skip = load_n(p.D + s.channel, s.count);
     for (int64_t t = 0; t < s.tokens; t++) {
         Vec input = load_n(x + t * p.x_token_stride, s.count);
-        Vec step = softplus(add(load_n(raw_dt + t * p.dt_token_stride, s.count), dt_bias));
-        store(dt[t], step);
-        store(dt_x[t], mul(step, input));
+        Vec delta = softplus(add(load_n(raw_dt + t * p.dt_token_stride, s.count), dt_bias));
+        if (s.first + t < null_columns) delta = zero();
+        store(dt[t], delta);
+        store(dt_x[t], mul(delta, input));
         store(y[t], mul(skip, input));
     }
     for (int64_t n = 0; n < p.state_size; n += kLanes) {
         const int64_t lanes = smaller(kLanes, p.state_size - n);
         for (int64_t c = 0; c < s.count; c++) {
-            const int64_t offset = (s.channel + c) * p.state_size + n;
-            const Vec A = load_n(p.A + offset, lanes);
+            const int64_t channel = s.channel + c, offset = c * p.state_size + n;
+            const float* B = p.B + s.row * p.b_batch_stride + s.first * p.b_token_stride +
+                             group(channel, p.b_groups, p.channels) * p.state_size + n;
+            const float* C = p.C + s.row * p.c_batch_stride + s.first * p.c_token_stride +
+                             group(channel, p.c_groups, p.channels) * p.state_size + n;
+            const Vec A = load_n(p.A + channel * p.state_size + n, lanes);
             Vec state = load_n(s.start + offset, lanes);
+            if (s.replayed) state = replay(p, s, channel, n, lanes, A, state);
+            if (s.kept) store_n(s.kept + offset, state, lanes);
             for (int64_t t = 0; t < s.tokens; t++) {
-                Vec next = state;
-                if (s.first + t >= null_columns) {
-                    Vec decay = exp(mul(broadcast(dt[t][c]), A));
-                    next = fma(decay, state, mul(broadcast(dt_x[t][c]), load_n(B + t * p.b_token_stride + n, lanes)));
-                }
+                Vec next = step(state, dt[t][c], dt_x[t][c], A, B + t * p.b_token_stride, lanes);
                 state = rounded<State>(next);  // what a call that starts here would read
-                y[t][c] += sum(mul(state, load_n(C + t * p.c_token_stride + n, lanes)));
-                State* out = checkpoint<State>(p, s.row, s.first + t, s.first + s.tokens);
-                if (out) store_n(out + offset, next, lanes);  // rounds alike, and the work is shared
+                y[t][c] += sum(mul(state, load_n(C + t * p.c_token_stride, lanes)));
+                // Rounds alike, and the work is shared.
+                if (s.slots) store_n(s.slots + t * p.states_slot_stride + offset, next, lanes);
             }
+            if (s.end) store_n(s.end + offset, state, lanes);
         }
     }
     for (int64_t t = 0; t < s.tokens; t++) {
@@ -68,29 +96,58 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
         }
         store_n(p.y + (s.row * p.tokens + s.first + t) * p.channels + s.channel, out, s.count);
     }
-}
-
-template <typename State>
-void channel_block(const SelectiveScanParams& p, int64_t row, int64_t channel, int64_t count) {
-    const State* states = static_cast<const State*>(p.states) + row * p.states_batch_stride;
-    const State* start = states + p.start_slot[row] * p.states_slot_stride;
-    for (int64_t first = 0; first < p.tokens; first += kSegment) {
-        const int64_t tokens = smaller(kSegment, p.tokens - first);
-        segment<State>(p, {row, channel, count, first, tokens, start});
-        start = checkpoint<State>(p, row, first + tokens - 1, first + tokens);
+    if (!p.input_dt || p.keep_last) return;
+    for (int64_t t = 0; t < s.tokens; t++) {
+        const int64_t input = (s.row * p.input_slots + p.write_slot + s.first + t) * p.channels + s.channel;
+        store_n(p.input_x + input, load_n(x + t * p.x_token_stride, s.count), s.count);
+        store_n(p.input_dt + input, load(dt[t]), s.count);
     }
 }
 
 template <typename State>
+void channel_block(const SelectiveScanParams& p, int64_t row, int64_t channel, int64_t count) {
+    State* states = static_cast<State*>(p.states) + row * p.states_batch_stride + channel * p.state_size;
+    Segment<State> s{row, channel, count, 0, 0, 0, states, nullptr, nullptr, nullptr};
+    thread_local Buffer buffer;
+    State* between = nullptr;  // the state from segment to segment, where no slot holds it
+    if (!p.input_dt) {
+        s.start = states + p.start_slot[row] * p.states_slot_stride;
+    } else {
+        s.replayed = p.write_slot == 0 ? p.start_slot[row] + 1 : p.write_slot;
+        if (p.write_slot == 0 && !p.keep_last) s.kept = states;
+        if (p.tokens > kSegment && !p.keep_last) { between = buffer.room<State>(count * p.state_size); }
+    }
+    for (; s.first < p.tokens; s.first += kSegment) {
+        s.tokens = smaller(kSegment, p.tokens - s.first);
+        if (!p.input_dt && !p.keep_last) s.slots = states + (p.write_slot + s.first) * p.states_slot_stride;
+        s.end = p.keep_last ? states : between;
+        segment(p, s);
+        s.start = s.slots ? s.slots + (s.tokens - 1) * p.states_slot_stride : s.end;
+        s.replayed = 0;
+        s.kept = nullptr;
+    }
+    if (p.input_dt && p.keep_last) store_n(p.input_dt + row * p.input_slots * p.channels + channel, zero(), count);
+}
+
+template <typename State>
 void run(const SelectiveScanParams& p, int threads) {
-    const int64_t blocks = divide_up(p.channels, kLanes), items = p.batch * blocks;
-    const int64_t work = items * p.tokens * kLanes * divide_up(p.state_size, kLanes) * 64;
+    const int64_t blocks = divide_up(p.channels, kLanes), items = p.batch * blocks, tokens = p.tokens + p.input_slots;
+    const int64_t work = items * tokens * kLanes * divide_up(p.state_size, kLanes) * 64;
     parallel_for(items, divide_up(items, 4 * threads), work, threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             int64_t channel = i % blocks * kLanes;
             channel_block<State>(p, i / blocks, channel, smaller(kLanes, p.channels - channel));
         }
     });
+    if (!p.input_dt || p.keep_last) return;
+    // All channels share B, so its inputs change only now, when every block has read them.
+    const int64_t size = p.b_groups * p.state_size;
+    for (int64_t row = 0; row < p.batch; row++) {
+        for (int64_t t = 0; t < p.tokens; t++) {
+            const float* B = p.B + row * p.b_batch_stride + t * p.b_token_stride;
+            std::memcpy(p.input_B + (row * p.input_slots + p.write_slot + t) * size, B, size * sizeof(float));
+        }
+    }
 }
 
 }  // namespace

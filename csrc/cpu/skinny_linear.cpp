@@ -1,7 +1,7 @@
 // Weights are read once, in the row-major order in which checkpoints store them. Lanes run over K: lane l of an output
 // sums features l, l+16, l+32, … one after the other, then the lanes are added in a fixed tree, and the scale of an
-// int8 row comes last. Neither how many rows share a pass, nor where blocks of features end, nor which thread runs it
-// enters that order, so a row of y depends on its row of x alone.
+// int8 row and the bias come last. Neither how many rows share a pass, nor where blocks of features end, nor which
+// thread runs it enters that order, so a row of y depends on its row of x alone.
 #include "../params.h"
 #include "parallel_for.h"
 #include "simd.h"
@@ -91,9 +91,9 @@ inline void group(const SkinnyLinearParams& p, int64_t m0, int64_t n0, int tiles
                 for (int m = 0; m < M; m++) sums[t][r][m] = fma(w, input[m], sums[t][r][m]);
             }
             for (int m = 0; m < M; m++) {
-                const float total = sum(sums[t][r][m]);
-                float& y = p.y[(m0 + m) * p.out_features + n0 + n];
-                y = sizeof(scalar_t) == 1 ? total * p.weight_scale[n0 + n] : total;
+                float total = sum(sums[t][r][m]);
+                if constexpr (sizeof(scalar_t) == 1) total *= p.weight_scale[n0 + n];
+                p.y[(m0 + m) * p.out_features + n0 + n] = p.bias ? total + p.bias[n0 + n] : total;
             }
         }
 }

@@ -1,17 +1,23 @@
 """The fused operations of the decode path; each is a function with one implementation per backend."""
 
+from .attention_verify import attention_verify
 from .causal_conv1d_verify import causal_conv1d_verify
+from .gated_silu import gated_silu
 from .rms_norm import rms_norm
 from .sample_tokens import sample_tokens
 from .selective_scan_verify import selective_scan_verify
 from .skinny_linear import skinny_linear
 from .speculative_accept import speculative_accept
+from .ssd_verify import ssd_verify
 
 __all__ = [
+    "attention_verify",
     "causal_conv1d_verify",
+    "gated_silu",
     "rms_norm",
     "sample_tokens",
     "selective_scan_verify",
     "skinny_linear",
     "speculative_accept",
+    "ssd_verify",
 ]

@@ -3,6 +3,7 @@
 import torch
 
 from .filters import Filters
+from .replay import ReplayInputs
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CONV_WIDTH = 8
@@ -52,6 +53,27 @@ def check_start_slot(start_slot: torch.Tensor, slots: int, batch: int, like: tor
     check("start_slot", start_slot, (batch,), like, torch.int32)
     if start_slot.device.type == "cpu" and not all(0 <= slot < slots for slot in start_slot.tolist()):
         raise ValueError(f"start_slot must be in [0, {slots}), got {start_slot.tolist()}")
+
+
+def check_inputs(inputs: ReplayInputs, shapes: dict[str, tuple[int, ...]], like: torch.Tensor) -> int:
+    """Inputs to be replayed; ``shapes`` are those of one token. How many slots there are."""
+    if inputs.dt.ndim != 2 + len(shapes["dt"]):
+        raise ValueError(f"inputs.dt must have {2 + len(shapes['dt'])} dimensions, got {tuple(inputs.dt.shape)}")
+    rows_and_slots = len(like), inputs.dt.shape[1]
+    for name, shape in shapes.items():
+        check(f"inputs.{name}", getattr(inputs, name), rows_and_slots + shape, like)
+        check_contiguous(f"inputs.{name}", getattr(inputs, name))
+    return rows_and_slots[1]
+
+
+def check_follows(start_slot: torch.Tensor, write_slot: int) -> None:
+    """Inputs are replayed in order, so new ones must follow the last. On the CPU that is cheap to check."""
+    expected = write_slot - 1
+    if write_slot and start_slot.device.type == "cpu" and any(slot != expected for slot in start_slot.tolist()):
+        raise ValueError(
+            f"with inputs, write_slot {write_slot} continues from slot {expected} in every row, "
+            f"got start_slot {start_slot.tolist()}"
+        )
 
 
 def check_null_columns(null_columns: torch.Tensor | None, batch: int, x: torch.Tensor) -> None:

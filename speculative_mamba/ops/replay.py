@@ -15,8 +15,8 @@ class ReplayInputs:
     x: (B, S, D) for Mamba-1, (B, S, X, P) for Mamba-2, where X heads of x serve H heads of states. dt: (B, S, D) or
     (B, S, H), after bias, softplus and limits. B: (B, S, G, N). All float32 and contiguous; S is the number of slots.
 
-    - A call with ``write_slot`` 0 feeds inputs 0 … ``start_slot``, leaves the state reached as the one kept state, scans
-      its T tokens from there and leaves their inputs as inputs 0 … T-1.
+    - A call with ``write_slot`` 0 feeds inputs 0 … ``start_slot``, leaves the state reached as the one kept state,
+      scans its T tokens from there and leaves their inputs as inputs 0 … T-1.
     - A call with ``write_slot`` w > 0 must start from slot w-1 in every row. It feeds inputs 0 … w-1, leaves the kept
       state alone, and adds its tokens' inputs as w … w+T-1.
     - With ``keep_last`` the kept state becomes that after the last token, and input 0 gets dt 0: slot 0 is that state.

@@ -99,10 +99,10 @@ spec.loader.exec_module(module)
 pair = ctypes.c_float * 2
 x, weight, y, residual = pair(3, 4), pair(1, 2), pair(), pair()
 at = ctypes.addressof
-module.rms_norm(1, 2, at(x), 2, 0, at(weight), 0, 0.0, at(residual), at(y), 1)
+module.rms_norm(1, 2, 1, at(x), 2, 0, 0, 0, at(weight), 0, 0.0, at(residual), at(y), 1)
 print(list(residual), [round(v * 12.5 ** 0.5, 4) for v in y])
 try:
-    module.rms_norm(1, 2, at(x), 2, 0, at(weight), 9, 0.0, at(residual), at(y), 1)
+    module.rms_norm(1, 2, 1, at(x), 2, 0, 0, 0, at(weight), 9, 0.0, at(residual), at(y), 1)
 except ValueError as error:
     print(error)
 """

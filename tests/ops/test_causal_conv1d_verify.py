@@ -9,7 +9,7 @@ from speculative_mamba.ops.causal_conv1d_verify import reference
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
 BASE = {"batch": 3, "tokens": 5, "channels": 33, "width": 4, "slots": 8, "dtype": torch.float32, "bias": True}
-BASE |= {"weight": "contiguous", "contiguous": False}
+BASE |= {"weight": "contiguous", "contiguous": False, "silu": True, "repeat": 1, "block": None}
 CHANGES = [
     {},
     {"batch": 1},
@@ -30,6 +30,14 @@ CHANGES = [
     {"weight": "every second"},
     {"contiguous": True},
     {"slots": 5},
+    {"silu": False},
+    {"repeat": 3, "block": 11},
+    {"repeat": 2, "block": 16, "channels": 96},
+    {"repeat": 3, "block": 32, "channels": 96, "contiguous": True},
+    {"repeat": 2, "block": 4, "channels": 40, "silu": False},
+    {"repeat": 5, "block": 1, "channels": 20},
+    {"repeat": 2, "block": 24, "channels": 48},
+    {"block": 3},
 ]
 rows = pytest.mark.parametrize("change", CHANGES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "base")
 
@@ -41,8 +49,8 @@ def make(change: dict | None = None, seed: int = 0, start: int = 0) -> dict:
     batch, tokens, channels, width, dtype = c["batch"], c["tokens"], c["channels"], c["width"], c["dtype"]
     margin = 0 if c["contiguous"] else 5
     g = torch.Generator().manual_seed(seed)
-    x = torch.full((batch, tokens, channels + margin), torch.nan)[..., margin:]
-    x[:] = torch.randn(batch, tokens, channels, generator=g)
+    x = torch.full((batch, tokens, channels // c["repeat"] + margin), torch.nan)[..., margin:]
+    x[:] = torch.randn(x.shape, generator=g)
     weight = (torch.randn(channels, width, generator=g) * width**-0.5).to(dtype)
     if c["weight"] == "transposed":
         weight = weight.t().contiguous().t()
@@ -56,6 +64,7 @@ def make(change: dict | None = None, seed: int = 0, start: int = 0) -> dict:
         "bias": torch.randn(channels, generator=g) * 0.2 if c["bias"] else None,
         "window": window,
         "start_slot": torch.full((batch,), start, dtype=torch.int32),
+        **{name: c[name] for name in ("silu", "repeat", "block")},
     }
 
 
@@ -79,9 +88,16 @@ def history(inputs: dict) -> torch.Tensor:
     return torch.stack([w[s + 1 : s + width] for w, s in zip(inputs["window"], inputs["start_slot"], strict=True)])
 
 
+def repeated(inputs: dict) -> torch.Tensor:
+    """x with every channel that is convolved, (B, T, D)."""
+    x, block = inputs["x"], inputs["block"] or 1
+    return x.reshape(*x.shape[:2], -1, 1, block).expand(-1, -1, -1, inputs["repeat"], -1).flatten(2)
+
+
 def steps(inputs: dict, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """y and histories (B, T, W-1, D) of T calls of one token that each overwrite what they read: plain decoding."""
-    batch, tokens, channels = inputs["x"].shape
+    batch, tokens, _ = inputs["x"].shape
+    channels = len(inputs["weight"])
     window = torch.cat([torch.full((batch, 1, channels), torch.nan), history(inputs)], 1)  # one slot
     zero, y, histories = torch.zeros(batch, dtype=torch.int32), [], []
     for t in range(tokens):
@@ -93,11 +109,11 @@ def steps(inputs: dict, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
 @rows
 def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
     inputs = make(change)
-    x, weight, bias, window, start_slot = copy(inputs).values()
+    x, weight, bias, window, start_slot, silu, repeat, block = copy(inputs).values()
     y_single = run(copy(inputs), "reference")
     bias = None if bias is None else bias.double()
     y_double = reference.causal_conv1d_verify(
-        x.double(), weight.double(), bias, window.double(), start_slot, 0, None, False
+        x.double(), weight.double(), bias, window.double(), start_slot, 0, None, False, silu, repeat, block or 1
     )
     assert_accurate(run(inputs, cpu), y_single, y_double, what="y")
 
@@ -105,11 +121,30 @@ def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
 @rows
 def test_reference_is_a_convolution(change: dict) -> None:
     inputs = make(change)
-    whole = torch.cat([history(inputs), inputs["x"]], 1).double()
+    whole = torch.cat([history(inputs), repeated(inputs)], 1).double()
     bias = None if inputs["bias"] is None else inputs["bias"].double()
     weight = inputs["weight"].double()[:, None]
-    expected = F.silu(F.conv1d(whole.transpose(1, 2), weight, bias, groups=len(weight)).transpose(1, 2))
+    expected = F.conv1d(whole.transpose(1, 2), weight, bias, groups=len(weight)).transpose(1, 2)
+    expected = F.silu(expected) if inputs["silu"] else expected
     torch.testing.assert_close(run(inputs, "reference"), expected.float())
+
+
+@rows
+def test_repeated_channels_are_channels_like_any(change: dict, backend: str) -> None:
+    inputs = make(change)
+    plain = copy(inputs) | {"x": repeated(inputs), "repeat": 1, "block": None}
+    y = run(inputs, backend)
+    assert y.isfinite().all() and y.is_contiguous()
+    assert_bitwise_equal(y, run(plain, backend), "y")
+    assert_bitwise_equal(inputs["window"], plain["window"], "window")
+
+
+@rows
+def test_silu_is_applied_to_the_convolution(change: dict, backend: str) -> None:
+    inputs = make(change)
+    y = run(copy(inputs), backend, silu=True)
+    expected = F.silu(run(inputs, backend, silu=False))
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-7)
 
 
 @rows
@@ -251,6 +286,33 @@ def test_instruction_sets_with_fused_multiply_add_agree(fused_isas: list[str], s
         for y, window in results[1:]:
             assert_bitwise_equal(y, results[0][0], f"y, {change}")
             assert_bitwise_equal(window, results[0][1], f"window, {change}")
+
+
+@pytest.mark.parametrize(("write_slot", "keep_last"), [(0, False), (2, False), (0, True)])
+def test_null_columns_of_repeated_channels(write_slot: int, keep_last: bool, backend: str) -> None:
+    inputs = make({"channels": 96, "repeat": 2, "block": 4})
+    plain = copy(inputs) | {"x": repeated(inputs), "repeat": 1, "block": None}
+    other = {"null_columns": torch.tensor([0, 5, 2], dtype=torch.int32), "keep_last": keep_last}
+    y = run(inputs, backend, write_slot=write_slot, **other)
+    assert_bitwise_equal(y, run(plain, backend, write_slot=write_slot, **other), "y")
+    assert_bitwise_equal(inputs["window"], plain["window"], "window")
+
+
+@pytest.mark.parametrize("change", [{}, {"repeat": 3, "block": 11}], ids=str)
+def test_blocks_that_do_not_fit_are_refused(change: dict, backend: str) -> None:
+    inputs = make(change)
+    before = inputs["window"].clone()
+    for match, wrong in {
+        "repeat needs a block, .* got repeat 3 and block None": {"repeat": 3, "block": None},
+        "repeat needs a block, .* got repeat 0 and block 3": {"repeat": 0, "block": 3},
+        "repeat needs a block, .* got repeat 1 and block 0": {"repeat": 1, "block": 0},
+        r"block 2 times repeat \d does not divide the 33 channels": {"block": 2},
+        "weight must be": {"repeat": 2, "block": 11},
+    }.items():
+        with pytest.raises(ValueError, match=match) as caught:
+            run(inputs, backend, **wrong)
+        assert "\n" not in str(caught.value)
+    assert_bitwise_equal(inputs["window"], before, "written before the error")
 
 
 @pytest.mark.parametrize("name", ["x", "window", "weight", "bias"])

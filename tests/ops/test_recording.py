@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from speculative_mamba.models.language_model import ModelCache
-from speculative_mamba.ops import rms_norm, skinny_linear
+from speculative_mamba.ops import rms_norm, skinny_linear, ssd_verify
 from speculative_mamba.ops.recording import Recording, ResultPool
+from speculative_mamba.ops.replay import ReplayInputs
 from speculative_mamba.testing.models import random_model, tiny_config
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -28,6 +29,30 @@ def test_run_follows_the_tensors(cpu):
         recording.run()
         for recorded, direct in zip(results, chain(x, weight, norm), strict=True):
             assert_bitwise_equal(recorded, direct)
+
+
+def test_a_recorded_scan_reads_start_slots_and_inputs_at_every_run(cpu):
+    """Rounds of one recorded call that replays, against calls with a state per slot."""
+    x, dt, BC, A, D = (
+        torch.randn(2, 3, 4, 5),
+        torch.randn(2, 3, 4),
+        torch.randn(2, 3, 1, 7),
+        -torch.rand(4),
+        torch.ones(4),
+    )
+    slots, start = torch.randn(2, 3, 4, 5, 7), torch.zeros(2, dtype=torch.int32)
+    inputs = ReplayInputs(torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4), torch.zeros(2, 3, 1, 7))
+    kept, recording = slots[:, :1].clone(), Recording()
+    for step in range(4):
+        if step == 0:
+            with recording.record():
+                y = ssd_verify(x, dt, A, BC, BC, D, D, kept, start, inputs=inputs, backend=cpu)
+        else:
+            recording.run()
+        assert_bitwise_equal(y, ssd_verify(x, dt, A, BC, BC, D, D, slots, start, backend=cpu))
+        start.copy_(torch.tensor([step % 3, 2]))
+        x.normal_()
+        dt.normal_()
 
 
 def test_nothing_is_recorded_outside_or_after_an_error():

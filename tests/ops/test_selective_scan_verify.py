@@ -6,14 +6,10 @@ import torch
 from speculative_mamba.ops import selective_scan_verify
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
 from speculative_mamba.ops.selective_scan_verify import reference
+from speculative_mamba.testing.scan import PER_TOKEN, copy, cut, make, split
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
 ORDER = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "states", "start_slot", "write_slot")
-PER_TOKEN = ("x", "dt", "B", "C", "z")
-BASE = {
-    "batch": 3, "tokens": 5, "channels": 33, "state_size": 16, "slots": 8, "gate": True, "contiguous": False,
-    "dtype": torch.float32,
-}  # fmt: skip
 CHANGES = [
     {},
     {"batch": 1},
@@ -28,6 +24,11 @@ CHANGES = [
     {"state_size": 5},
     {"state_size": 17},
     {"state_size": 33},
+    {"b_groups": 1, "c_groups": 1},
+    {"b_groups": 3},
+    {"c_groups": 33},
+    {"b_groups": 11, "c_groups": 3, "state_size": 17},
+    {"b_groups": 3, "c_groups": 2, "channels": 48, "contiguous": True},
     {"gate": False},
     {"contiguous": True},
     {"slots": 5},
@@ -38,49 +39,6 @@ CHANGES = [
 ]
 rows = pytest.mark.parametrize("change", CHANGES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "base")
 dtypes = pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
-
-
-def make(change: dict | None = None, seed: int = 0, start: int = 0) -> dict:
-    """Arguments of the op, ``dtype`` that of the states.
-
-    Inputs lie in wider tensors full of NaN; of the states only slot ``start`` is a number.
-    """
-    c = {**BASE, **(change or {})}
-    batch, tokens, channels, state_size = c["batch"], c["tokens"], c["channels"], c["state_size"]
-    g = torch.Generator().manual_seed(seed)
-
-    def window(size: int) -> torch.Tensor:
-        if c["contiguous"]:
-            return torch.randn(batch, tokens, size, generator=g)
-        wide = torch.full((batch, tokens, size + 7), torch.nan)
-        wide[..., 3 : 3 + size] = torch.randn(batch, tokens, size, generator=g)
-        return wide[..., 3 : 3 + size]
-
-    shape = (batch, c["slots"], 1 if c["contiguous"] else 2, channels, state_size)
-    states = torch.full(shape, torch.nan, dtype=c["dtype"])[:, :, 0]
-    states[:, start] = torch.randn(batch, channels, state_size, generator=g)
-    return {
-        "x": window(channels),
-        "dt": window(channels),
-        "A": -torch.rand(channels, state_size, generator=g) * state_size,
-        "B": window(state_size),
-        "C": window(state_size),
-        "D": torch.randn(channels, generator=g),
-        "z": window(channels) if c["gate"] else None,
-        "dt_bias": torch.rand(channels, generator=g) * 3 - 4,
-        "states": states,
-        "start_slot": torch.full((batch,), start, dtype=torch.int32),
-    }
-
-
-def cut(inputs: dict, tokens: slice = slice(None), batch: slice = slice(None), **other: object) -> dict:
-    """Views of some tokens and rows."""
-    part = {k: v[batch, tokens] if k in PER_TOKEN and v is not None else v for k, v in inputs.items()}
-    return {**part, "states": inputs["states"][batch], "start_slot": inputs["start_slot"][batch], **other}
-
-
-def copy(inputs: dict, **other: object) -> dict:
-    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()} | other
 
 
 def run(inputs: dict, backend: str, **other: object) -> torch.Tensor:
@@ -130,6 +88,33 @@ def test_rows_do_not_see_each_other(change: dict, backend: str) -> None:
         one = slice(b, b + 1)
         assert_bitwise_equal(run(cut(alone, batch=one), backend), y[one], f"y of row {b}")
         assert_bitwise_equal(alone["states"][one], inputs["states"][one], f"slots of row {b}")
+
+
+groups = pytest.mark.parametrize(("b_groups", "c_groups"), [(1, 1), (None, 3), (2, None), (3, 4), (36, 2)], ids=str)
+
+
+@groups
+def test_a_group_serves_its_channels(b_groups: int | None, c_groups: int | None, backend: str) -> None:
+    inputs = make({"channels": 36, "b_groups": b_groups, "c_groups": c_groups})
+    expanded = copy(inputs)
+    for name, count in (("B", b_groups or 1), ("C", c_groups or 1)):
+        expanded[name] = inputs[name].reshape(3, 5, count, 16).repeat_interleave(36 // count, 2)
+    assert_bitwise_equal(run(inputs, backend), run(expanded, backend), "y")
+    assert_bitwise_equal(inputs["states"], expanded["states"], "slots")
+
+
+@groups
+def test_a_group_is_a_scan_of_its_channels(b_groups: int | None, c_groups: int | None, cpu: str) -> None:
+    inputs = make({"channels": 36, "b_groups": b_groups, "c_groups": c_groups})
+    alone = copy(inputs)
+    y = run(inputs, cpu)
+    for d in range(36):
+        channel = {name: alone[name][..., d : d + 1] for name in ("x", "dt", "z", "D", "dt_bias")}
+        channel |= {"A": alone["A"][d : d + 1], "states": alone["states"][:, :, d : d + 1].clone()}
+        for name, count in (("B", b_groups), ("C", c_groups)):
+            channel[name] = alone[name] if count is None else alone[name][:, :, d * count // 36]
+        assert_bitwise_equal(run(alone | channel, cpu), y[..., d : d + 1], f"y of channel {d}")
+        assert_bitwise_equal(channel["states"], inputs["states"][:, :, d : d + 1], f"slots of channel {d}")
 
 
 @pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
@@ -238,11 +223,6 @@ def test_prefill_may_start_from_any_slot(backend: str) -> None:
     assert_bitwise_equal(inputs["states"][:, 2], start, "the slot it started from")
 
 
-def split(inputs: dict, pieces: list[int]) -> list[dict]:
-    ends = torch.tensor(pieces).cumsum(0).tolist()
-    return [cut(inputs, slice(end - length, end)) for end, length in zip(ends, pieces, strict=True)]
-
-
 def test_start_slot_is_read_at_every_call(backend: str) -> None:
     inputs = make({"slots": 12}, start=11)
     inputs["states"][:, 10] = torch.randn(3, 33, 16)
@@ -278,6 +258,43 @@ def test_nan_reaches_exactly_what_depends_on_it(dtype: torch.dtype, name: str, b
         tokens = slice(2, None) if name in ("x", "dt", "B") else slice(2, 3)
         expected[1, tokens, slice(None) if name in ("B", "C") else 3] = True
     assert_bitwise_equal(run(inputs, backend).isnan(), expected, "NaN")
+
+
+@pytest.mark.parametrize("name", ["B", "C"])
+def test_nan_of_a_group_stays_with_its_channels(name: str, backend: str) -> None:
+    inputs = make({"b_groups": 3, "c_groups": 11})
+    inputs[name][1, 2, 1, 3] = torch.nan
+    expected = torch.zeros(3, 5, 33, dtype=torch.bool)
+    if name == "B":
+        expected[1, 2:, 11:22] = True
+    else:
+        expected[1, 2, 3:6] = True
+    assert_bitwise_equal(run(inputs, backend).isnan(), expected, "NaN")
+
+
+@pytest.mark.parametrize("name", ["B", "C"])
+def test_groups_that_do_not_fit_are_refused(name: str, backend: str) -> None:
+    inputs = make()
+    for groups in (0, 2, 66):
+        with pytest.raises(ValueError, match=f"^{name} has {groups} groups, which do not divide 33 channels$"):
+            run(inputs | {name: torch.randn(3, 5, groups, 16)}, backend)
+    with pytest.raises(ValueError, match=f"^{name} must be contiguous in its last two dimensions"):
+        run(inputs | {name: torch.randn(3, 5, 3, 32)[..., :16]}, backend)
+    for shape in [(5, 16), (3, 5, 1, 1, 16), (3, 5, 3, 15)]:
+        with pytest.raises(ValueError, match=f"^{name} must have shape"):
+            run(inputs | {name: torch.randn(shape)}, backend)
+
+
+def test_a_step_of_zero_leaves_the_state_alone(backend: str) -> None:
+    """Not a bit of it changes, whatever the token's x and B are."""
+    inputs = make()
+    inputs["states"][:, 0, :, ::2] = -0.0
+    inputs["x"][:, :2], inputs["B"][:, :2] = torch.nan, torch.inf
+    start = inputs["states"][:, 0].clone()
+    run(inputs, backend, null_columns=torch.full((3,), 2, dtype=torch.int32))
+    for slot in (0, 1):
+        written = inputs["states"][:, slot].contiguous()
+        assert_bitwise_equal(written.view(torch.int32), start.view(torch.int32), f"bits of slot {slot}")
 
 
 def numbers_to_round(dtype: torch.dtype) -> torch.Tensor:

@@ -188,3 +188,28 @@ def test_instruction_sets_with_fused_multiply_add_agree(
             results.append(skinny_linear(x, weight, backend="cpu"))
         for y in results[1:]:
             assert_bitwise_equal(y, results[0], f"y, {change}")
+
+
+@table
+def test_a_bias_is_one_addition_to_the_finished_sum(change: dict, backend: str) -> None:
+    x, weight = make(change)
+    bias = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(7))
+    y = skinny_linear(x, weight, bias, backend=backend)
+    assert_bitwise_equal(y, skinny_linear(x, weight, backend=backend) + bias)
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        torch.zeros(36),
+        torch.zeros(1, 37),
+        torch.zeros(37).double(),
+        torch.zeros(74)[::2],
+        torch.zeros(37, device="meta"),
+    ],
+    ids=["shape", "matrix", "dtype", "stride", "device"],
+)
+def test_a_bias_that_does_not_fit(bias: torch.Tensor, backend: str) -> None:
+    x, weight = make()
+    with pytest.raises(ValueError, match=r"^bias "):
+        skinny_linear(x, weight, bias, backend=backend)

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution and SiLU over a window of tokens, starting from any earlier token."""
+"""Depthwise causal convolution, with SiLU or without, over a window of tokens, starting from any earlier token."""
 
 import torch
 
@@ -19,39 +19,55 @@ def causal_conv1d_verify(
     *,
     null_columns: torch.Tensor | None = None,
     keep_last: bool = False,
+    silu: bool = True,
+    repeat: int = 1,
+    block: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Convolves T tokens per row after the token in slot ``start_slot`` and keeps every token's input.
 
-    | argument     | shape           | dtype                      | notes |
-    |--------------|-----------------|----------------------------|-------|
-    | x            | (B, T, D)       | float32                    | channels contiguous |
-    | weight       | (D, W)          | float32, bfloat16, float16 | any strides; W from 2 to 8 |
-    | bias         | (D)             | float32 or None            | |
-    | window       | (B, W-1+S, D)   | float32                    | **written** |
-    | start_slot   | (B)             | int32                      | slot of the last committed token |
-    | write_slot   | int             |                            | slot of the first token of the window |
-    | null_columns | (B)             | int32 or None              | that many leading tokens of a row count as input 0 |
-    | keep_last    | bool            |                            | prefill: keep the last W-1 inputs, as slot 0's |
-    | returns      | (B, T, D)       | float32                    | silu(conv(x) + bias) |
+    | argument     | shape            | dtype                      | notes |
+    |--------------|------------------|----------------------------|-------|
+    | x            | (B, T, D/repeat) | float32                    | channels contiguous |
+    | weight       | (D, W)           | float32, bfloat16, float16 | any strides; W from 2 to 8 |
+    | bias         | (D)              | float32 or None            | |
+    | window       | (B, W-1+S, D)    | float32                    | **written** |
+    | start_slot   | (B)              | int32                      | slot of the last committed token |
+    | write_slot   | int              |                            | slot of the first token of the window |
+    | null_columns | (B)              | int32 or None              | that many leading inputs of a row count as 0 |
+    | keep_last    | bool             |                            | prefill: keep the last W-1 inputs, as slot 0's |
+    | silu         | bool             |                            | False: the convolution without activation |
+    | repeat       | int              |                            | channels of y for each channel of x |
+    | block        | int or None      |                            | channels of x that repeat together |
+    | returns      | (B, T, D)        | float32                    | silu(conv(x) + bias) |
 
     Row W-1+j of ``window`` holds the input of slot j; rows s+1 … s+W-1 are what precedes the token after slot s. The
     call reads those of ``start_slot``, writes rows W-1+write_slot …, and with ``write_slot`` 0 moves the history it
     read to rows 0 … W-2. Who owns the bookkeeping: the caller sets ``start_slot`` after acceptance, nothing else.
 
+    With ``repeat`` every ``block`` channels of x serve ``repeat`` times in a row, as the heads of grouped queries do:
+    channel c reads channel ``c // (block · repeat) · block + c % block`` of x, as if x were
+    ``x.view(B, T, -1, 1, block).expand(-1, -1, -1, repeat, -1).flatten(2)``. ``window`` holds the repeated inputs.
+
     Equivalent to ``silu(torch.nn.functional.conv1d(cat(history, x), weight[:, None], bias, groups=D))`` per row.
 
     Raises:
-        ValueError: a shape, dtype, stride, device or slot does not fit.
+        ValueError: a shape, dtype, stride, device or slot does not fit; ``repeat`` has no block, or block · repeat does
+            not divide D.
     """
     if x.ndim != 3 or weight.ndim != 2 or window.ndim != 3:
         raise ValueError(f"x and window need 3 dimensions, weight 2; got {x.ndim}, {window.ndim}, {weight.ndim}")
-    batch, _, channels = x.shape
+    if repeat < 1 or (block is None and repeat > 1) or (block is not None and block < 1):
+        raise ValueError(f"repeat needs a block, both at least 1, got repeat {repeat} and block {block}")
+    block = 1 if block is None else block
+    batch, channels = len(x), x.shape[2] * repeat
     width = weight.shape[1]
     slots = window.shape[1] - width + 1
     if not 2 <= width <= MAX_CONV_WIDTH:
         raise ValueError(f"weight must have 2 to {MAX_CONV_WIDTH} taps, got {width}")
     check("x", x, x.shape, x)
+    if x.shape[2] % block:
+        raise ValueError(f"block {block} times repeat {repeat} does not divide the {channels} channels")
     if weight.shape[0] != channels or weight.dtype not in WEIGHT_DTYPES or weight.device != x.device:
         expected = f"({channels}, W) in float32, bfloat16 or float16 on {x.device}"
         raise ValueError(f"weight must be {expected}, got {tuple(weight.shape)} {weight.dtype} on {weight.device}")
@@ -61,4 +77,6 @@ def causal_conv1d_verify(
     check_slots(x, slots, start_slot, write_slot, keep_last)
     check_null_columns(null_columns, batch, x)
     implementation = backends.run(_IMPLEMENTATIONS, backend, x)
-    return implementation(x, weight, bias, window, start_slot, write_slot, null_columns, keep_last)
+    return implementation(
+        x, weight, bias, window, start_slot, write_slot, null_columns, keep_last, silu, repeat, block
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..backend import DTYPE_CODE, extension
+from ..backend import DTYPE_CODE, address, extension
 from ..recording import new_result
 
 
@@ -15,13 +15,16 @@ def causal_conv1d_verify(
     write_slot: int,
     null_columns: torch.Tensor | None,
     keep_last: bool,
+    silu: bool,
+    repeat: int,
+    block: int,
 ) -> torch.Tensor:
-    batch, tokens, channels = x.shape
+    batch, tokens, _ = x.shape
+    channels, width = weight.shape
     y = new_result(batch, tokens, channels)
     extension()[0].causal_conv1d(
-        batch, tokens, channels, weight.shape[1], x.data_ptr(), x.stride()[:2], weight.data_ptr(), weight.stride(),
-        DTYPE_CODE[weight.dtype], 0 if bias is None else bias.data_ptr(), window.data_ptr(), window.stride()[:2],
-        start_slot.data_ptr(), 0 if null_columns is None else null_columns.data_ptr(), write_slot, keep_last,
-        y.data_ptr(), torch.get_num_threads(),
+        batch, tokens, channels, width, repeat, block, silu, x.data_ptr(), x.stride()[:2], weight.data_ptr(),
+        weight.stride(), DTYPE_CODE[weight.dtype], address(bias), window.data_ptr(), window.stride()[:2],
+        start_slot.data_ptr(), address(null_columns), write_slot, keep_last, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -13,9 +13,13 @@ def causal_conv1d_verify(
     write_slot: int,
     null_columns: torch.Tensor | None,
     keep_last: bool,
+    silu: bool = True,
+    repeat: int = 1,
+    block: int = 1,
 ) -> torch.Tensor:
-    batch, tokens, channels = x.shape
-    width = weight.shape[1]
+    batch, tokens, _ = x.shape
+    channels, width = weight.shape
+    x = x.unflatten(2, (-1, 1, block)).expand(-1, -1, -1, repeat, -1).flatten(2)
     weight = weight.to(x.dtype)
     columns = torch.arange(tokens, device=x.device)
     if null_columns is not None:
@@ -32,5 +36,7 @@ def causal_conv1d_verify(
     y = torch.zeros(channels, dtype=x.dtype, device=x.device) if bias is None else bias
     for k in range(width):
         y = y + inputs[:, k : k + tokens] * weight[:, k]
+    if not silu:
+        return y
     # PyTorch rounds SiLU by where a value lies in its tensor, so every token goes through it alone.
     return torch.stack([torch.stack([F.silu(token) for token in row]) for row in y])

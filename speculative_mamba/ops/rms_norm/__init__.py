@@ -1,4 +1,4 @@
-"""Residual addition and RMS normalisation in one pass."""
+"""Residual addition or gate, and RMS normalisation, in one pass."""
 
 import torch
 
@@ -14,22 +14,28 @@ def rms_norm(
     weight: torch.Tensor,
     residual: torch.Tensor | None = None,
     *,
+    gate: torch.Tensor | None = None,
+    groups: int = 1,
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds x to the residual stream and normalises the sum (Zhang and Sennrich 2019, arXiv 1910.07467).
+    """Adds x to the residual stream and normalises the sum (Zhang and Sennrich 2019, arXiv 1910.07467), or gates x and
+    normalises the product, as Mamba-2 does before its last projection (Dao and Gu 2024, arXiv 2405.21060, section 7).
 
     | argument | shape  | dtype                       |
     |----------|--------|-----------------------------|
     | x        | (M, D) | float32                     |
     | weight   | (D)    | float32, bfloat16, float16  |
     | residual | (M, D) | float32, contiguous, or None for zero |
-    | returns  | normed (M, D), new residual (M, D) | float32 |
+    | gate     | (M, D) | float32, or None; not together with residual |
+    | groups   | int    | divides D: each of so many equal parts of D has its own mean |
+    | returns  | normed (M, D), what was normalised (M, D) | float32 |
 
-    Equivalent to ``r = x + residual; r / sqrt(mean(r²) + eps) * weight, r``. No argument is written.
+    Equivalent to ``r = x + residual; r / sqrt(mean(r²) + eps) * weight, r``, with a gate to the same for
+    ``r = x * silu(gate)``: first the gate, then the norm. No argument is written.
 
     Raises:
-        ValueError: a shape, dtype, stride or device does not fit.
+        ValueError: a shape, dtype, stride, device or number of groups does not fit.
     """
     if x.ndim != 2:
         raise ValueError(f"x must be a matrix, got shape {tuple(x.shape)}")
@@ -38,4 +44,10 @@ def rms_norm(
     if residual is not None:
         check("residual", residual, x.shape, x)
         check_contiguous("residual", residual)
-    return backends.run(_IMPLEMENTATIONS, backend, x)(x, weight, residual, eps)
+    if gate is not None:
+        if residual is not None:
+            raise ValueError("gate and residual cannot be given together: a gated norm has no residual")
+        check("gate", gate, x.shape, x)
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups must divide the {x.shape[1]} features, got {groups}")
+    return backends.run(_IMPLEMENTATIONS, backend, x)(x, weight, residual, gate, groups, eps)

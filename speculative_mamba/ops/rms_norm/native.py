@@ -2,17 +2,23 @@
 
 import torch
 
-from ..backend import DTYPE_CODE, extension
+from ..backend import DTYPE_CODE, address, extension
 from ..recording import new_result
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    groups: int,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, features = x.shape
     y, residual_out = new_result(rows, features), new_result(rows, features)
     extension()[0].rms_norm(
-        rows, features, x.data_ptr(), x.stride(0), 0 if residual is None else residual.data_ptr(), weight.data_ptr(),
-        DTYPE_CODE[weight.dtype], eps, residual_out.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        rows, features, groups, x.data_ptr(), x.stride(0), address(residual), address(gate),
+        0 if gate is None else gate.stride(0), weight.data_ptr(), DTYPE_CODE[weight.dtype], eps,
+        residual_out.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, residual_out

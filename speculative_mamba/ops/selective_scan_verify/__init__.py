@@ -3,7 +3,8 @@
 import torch
 
 from .. import backend as backends
-from ..checks import WEIGHT_DTYPES, check, check_null_columns, check_slots
+from ..checks import WEIGHT_DTYPES, check, check_follows, check_inputs, check_null_columns, check_slots
+from ..replay import ReplayInputs
 from . import native, reference
 
 _IMPLEMENTATIONS = {"cpu": native.selective_scan_verify, "reference": reference.selective_scan_verify}
@@ -24,6 +25,7 @@ def selective_scan_verify(
     *,
     null_columns: torch.Tensor | None = None,
     keep_last: bool = False,
+    inputs: ReplayInputs | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Scans T tokens per row from the state in slot ``start_slot`` (Gu and Dao 2023, arXiv 2312.00752, algorithm 2).
@@ -32,7 +34,7 @@ def selective_scan_verify(
     |--------------|--------------|---------------|-------|
     | x, dt        | (B, T, D)    | float32       | channels contiguous; dt before bias and softplus |
     | A            | (D, N)       | float32       | negative, contiguous |
-    | B, C         | (B, T, N)    | float32       | states contiguous |
+    | B, C         | (B, T, G, N) | float32       | (G, N) contiguous; (B, T, N) means G = 1 |
     | D, dt_bias   | (D)          | float32       | |
     | z            | (B, T, D)    | float32, None | gate: y is multiplied by silu(z) |
     | states       | (B, S, D, N) | any of three  | **written**; (D, N) contiguous; float32, bfloat16 or float16 |
@@ -40,11 +42,21 @@ def selective_scan_verify(
     | write_slot   | int          |               | slot of the state after the first token |
     | null_columns | (B)          | int32, None   | that many leading tokens of a row leave its state as it was |
     | keep_last    | bool         |               | prefill: only the last state is written, to slot 0 |
+    | inputs       | S slots      | float32, None | **written**; then states is (B, 1, D, N), the one kept state |
     | returns      | (B, T, D)    | float32       | |
 
     With Δ = softplus(dt + dt_bias): state ← exp(Δ A) state + Δ x B, y = C·state + D x. The state after token t goes to
     slot ``write_slot + t``, so going back to any token is choosing its slot. A row's start state is read before
     anything is written. Who owns the bookkeeping: the caller sets ``start_slot`` after acceptance, nothing else.
+
+    B and C may have different numbers of groups G, each a divisor of D: channel d uses group d·G // D. A token whose Δ
+    is 0 leaves the state exactly as it was; null columns have Δ = 0.
+
+    With ``inputs`` (see ``ReplayInputs``) a slot's state is that after the inputs up to the slot, which are fed again:
+    with ``write_slot`` 0 inputs 0 … ``start_slot``, and the state reached replaces the kept one; with ``write_slot``
+    w > 0 every row must start from slot w-1. The T tokens' x, Δ and B become inputs ``write_slot`` …, those of null
+    columns with Δ = 0. With ``keep_last`` the kept state becomes the last one, input 0 gets Δ = 0, and no other input
+    is written. y and states have the same bits as with a state per slot.
 
     Arithmetic is float32. After every token the state is rounded (to nearest, ties to even) to the dtype of ``states``;
     that token's y and the next token use the rounded one. A float16 state beyond 65504 becomes infinite.
@@ -52,27 +64,44 @@ def selective_scan_verify(
     T tokens in one call give the same bits as T calls of one token, whatever the dtype of ``states``.
 
     Raises:
-        ValueError: a shape, dtype, stride, device or slot does not fit.
+        ValueError: a shape, dtype, stride, device, number of groups or slot does not fit.
     """
     if x.ndim != 3 or A.ndim != 2 or states.ndim != 4:
         raise ValueError(
             f"x needs 3 dimensions, A 2, states 4, got {tuple(x.shape)}, {tuple(A.shape)}, {tuple(states.shape)}"
         )
-    batch, tokens, channels = x.shape
+    batch, _, channels = x.shape
     state_size, slots = A.shape[1], states.shape[1]
     check("x", x, x.shape, x)
     check("dt", dt, x.shape, x)
     check("A", A, (channels, state_size), x)
-    check("B", B, (batch, tokens, state_size), x)
-    check("C", C, (batch, tokens, state_size), x)
+    _check_groups("B", B, x, state_size)
+    _check_groups("C", C, x, state_size)
     check("D", D, (channels,), x)
     check("dt_bias", dt_bias, (channels,), x)
-    check("states", states, (batch, slots, channels, state_size), x, WEIGHT_DTYPES)
+    check("states", states, (batch, slots if inputs is None else 1, channels, state_size), x, WEIGHT_DTYPES)
     if z is not None:
         check("z", z, x.shape, x)
     if not A.is_contiguous() or states.stride(2) != state_size:
         raise ValueError("A must be contiguous, and states in its last two dimensions")
+    if inputs is not None:
+        groups = B.shape[2] if B.ndim == 4 else 1
+        slots = check_inputs(inputs, {"x": (channels,), "dt": (channels,), "B": (groups, state_size)}, x)
     check_slots(x, slots, start_slot, write_slot, keep_last)
+    if inputs is not None:
+        check_follows(start_slot, write_slot)
     check_null_columns(null_columns, batch, x)
     implementation = backends.run(_IMPLEMENTATIONS, backend, x)
-    return implementation(x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, null_columns, keep_last)
+    return implementation(
+        x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, null_columns, keep_last, inputs
+    )  # fmt: skip
+
+
+def _check_groups(name: str, tensor: torch.Tensor, x: torch.Tensor, state_size: int) -> None:
+    batch, tokens, channels = x.shape
+    groups = tensor.shape[2:-1] if tensor.ndim == 4 else ()
+    check(name, tensor, (batch, tokens, *groups, state_size), x)
+    if groups and (groups[0] == 0 or channels % groups[0]):
+        raise ValueError(f"{name} has {groups[0]} groups, which do not divide {channels} channels")
+    if groups and groups[0] > 1 and tensor.stride(2) != state_size:
+        raise ValueError(f"{name} must be contiguous in its last two dimensions, got strides {tensor.stride()}")

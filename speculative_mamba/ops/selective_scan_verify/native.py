@@ -2,8 +2,9 @@
 
 import torch
 
-from ..backend import DTYPE_CODE, extension
+from ..backend import DTYPE_CODE, address, extension
 from ..recording import new_result
+from ..replay import ReplayInputs
 
 
 def selective_scan_verify(
@@ -20,15 +21,20 @@ def selective_scan_verify(
     write_slot: int,
     null_columns: torch.Tensor | None,
     keep_last: bool,
+    inputs: ReplayInputs | None,
 ) -> torch.Tensor:
     batch, tokens, channels = x.shape
     y = new_result(batch, tokens, channels)
     z_address, z_strides = (0, (0, 0)) if z is None else (z.data_ptr(), z.stride()[:2])
+    b_groups, c_groups = (tensor.shape[2] if tensor.ndim == 4 else 1 for tensor in (B, C))
+    kept = (0, 0, 0, 0)
+    if inputs is not None:
+        kept = (inputs.dt.shape[1], inputs.x.data_ptr(), inputs.dt.data_ptr(), inputs.B.data_ptr())
     extension()[0].selective_scan(
-        batch, tokens, channels, A.shape[1], x.data_ptr(), x.stride()[:2], dt.data_ptr(), dt.stride()[:2],
-        A.data_ptr(), B.data_ptr(), B.stride()[:2], C.data_ptr(), C.stride()[:2], D.data_ptr(), z_address, z_strides,
-        dt_bias.data_ptr(), states.data_ptr(), states.stride()[:2], DTYPE_CODE[states.dtype], start_slot.data_ptr(),
-        0 if null_columns is None else null_columns.data_ptr(), write_slot, keep_last, y.data_ptr(),
+        batch, tokens, channels, A.shape[1], b_groups, c_groups, x.data_ptr(), x.stride()[:2], dt.data_ptr(),
+        dt.stride()[:2], A.data_ptr(), B.data_ptr(), B.stride()[:2], C.data_ptr(), C.stride()[:2], D.data_ptr(),
+        z_address, z_strides, dt_bias.data_ptr(), states.data_ptr(), states.stride()[:2], DTYPE_CODE[states.dtype],
+        start_slot.data_ptr(), address(null_columns), write_slot, keep_last, *kept, y.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -1,29 +1,32 @@
-"""y = x Wᵀ for a few rows, in an order that depends on K only."""
+"""y = x Wᵀ + b for a few rows, in an order that depends on K only."""
 
 import torch
 
 from .. import backend as backends
-from ..checks import WEIGHT_DTYPES, check
+from ..checks import WEIGHT_DTYPES, check, check_contiguous
 from ..int8 import Int8Weight
 from . import native, reference
 
 _IMPLEMENTATIONS = {"cpu": native.skinny_linear, "reference": reference.skinny_linear}
 
 
-def skinny_linear(x: torch.Tensor, weight: torch.Tensor | Int8Weight, *, backend: str = "auto") -> torch.Tensor:
-    """Linear layer without bias for the few rows of a decode step.
+def skinny_linear(
+    x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tensor | None = None, *, backend: str = "auto"
+) -> torch.Tensor:
+    """Linear layer for the few rows of a decode step.
 
     | argument | shape  | dtype                                    |
     |----------|--------|------------------------------------------|
     | x        | (M, K) | float32                                  |
     | weight   | (N, K) | float32, bfloat16, float16, `Int8Weight` |
+    | bias     | (N)    | float32, None                            |
     | returns  | (M, N) | float32                                  |
 
-    Equivalent to ``torch.nn.functional.linear(x, weight.float())`` with float32 accumulation; for an
-    ``Int8Weight``, with ``weight.values``, and the sums times ``weight.scale``: x is not rounded. The weight is used as
-    stored, row-major, with no copy. On backend ``cpu`` row m of the result has the same bits for every M, every
-    neighbour and every number of threads, which ``torch.nn.functional.linear`` does not promise; this is what makes
-    verifying T tokens in one call equal to T calls of one token.
+    Equivalent to ``torch.nn.functional.linear(x, weight.float(), bias)`` with float32 accumulation; for an
+    ``Int8Weight``, with ``weight.values``, and the sums times ``weight.scale``: x is not rounded. The bias is added to
+    the finished sum. The weight is used as stored, row-major, with no copy. On backend ``cpu`` row m of the result has
+    the same bits for every M, every neighbour and every number of threads, which ``torch.nn.functional.linear`` does
+    not promise; this is what makes verifying T tokens in one call equal to T calls of one token.
 
     Any M works; the time grows slowly up to M ≈ 8, while reading the weight dominates.
 
@@ -39,4 +42,7 @@ def skinny_linear(x: torch.Tensor, weight: torch.Tensor | Int8Weight, *, backend
         check("weight.scale", weight.scale, shape[:1], x)
     else:
         check("weight", weight, shape, x, WEIGHT_DTYPES)
-    return backends.run(_IMPLEMENTATIONS, backend, x)(x, weight)
+    if bias is not None:
+        check("bias", bias, shape[:1], x)
+        check_contiguous("bias", bias)
+    return backends.run(_IMPLEMENTATIONS, backend, x)(x, weight, bias)

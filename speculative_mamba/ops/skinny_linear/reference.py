@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from ..int8 import Int8Weight
 
 
-def skinny_linear(x: torch.Tensor, weight: torch.Tensor | Int8Weight) -> torch.Tensor:
+def skinny_linear(x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if bias is not None:
+        return skinny_linear(x, weight) + bias.to(x.dtype)
     if isinstance(weight, Int8Weight):
         return skinny_linear(x, weight.values) * weight.scale.to(x.dtype)
     weight = weight.to(x.dtype)

@@ -1,0 +1,35 @@
+// Memory that is kept from call to call. No std::vector: its code would be shared by all instruction sets, and the
+// linker might keep the copy of the widest.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+namespace speculative_mamba::SM_ISA {
+
+class Buffer {
+ public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { std::free(data_); }
+
+    // Room for `count` values, of which nothing is known.
+    template <typename T>
+    T* room(int64_t count) {
+        const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+        if (bytes_ < bytes) {
+            std::free(data_);
+            data_ = std::malloc(bytes);
+            bytes_ = bytes;
+            if (!data_) std::abort();
+        }
+        return static_cast<T*>(data_);
+    }
+
+ private:
+    void* data_ = nullptr;
+    int64_t bytes_ = 0;
+};
+
+}  // namespace speculative_mamba::SM_ISA

@@ -1,0 +1,32 @@
+"""Binding to csrc/cpu/attention_verify.cpp."""
+
+import torch
+
+from ..backend import DTYPE_CODE, address, extension
+from ..recording import new_result
+
+
+def attention_verify(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    start_slot: torch.Tensor,
+    write_slot: int,
+    inv_freq: torch.Tensor | None,
+    scale: float,
+    null_columns: torch.Tensor | None,
+    keep_last: bool,
+) -> torch.Tensor:
+    batch, tokens, heads, dims = q.shape
+    y = new_result(batch, tokens, heads, dims)
+    extension()[0].attention(
+        batch, tokens, heads, k.shape[2], dims, lengths.shape[1], q.data_ptr(), q.stride()[:2], k.data_ptr(),
+        k.stride()[:2], v.data_ptr(), v.stride()[:2], keys.data_ptr(), keys.stride()[:2], values.data_ptr(),
+        values.stride()[:2], DTYPE_CODE[keys.dtype], lengths.data_ptr(), start_slot.data_ptr(), address(null_columns),
+        write_slot, keep_last, address(inv_freq), 0 if inv_freq is None else len(inv_freq), scale, y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
