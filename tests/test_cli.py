@@ -63,6 +63,8 @@ def test_no_options_at_all(run):
     [
         ["--stream"],
         ["--draft", "none"],
+        ["--draft", "ngram"],
+        ["--draft", "ngram", "--K", "auto"],
         ["--K", "1"],
         ["--K", "15"],
         ["--K", "auto"],
@@ -85,6 +87,7 @@ def test_same_text_whatever_the_options(run, extra):
         ["--temperature", "0.9", "--seed", "3"],
         ["--temperature", "0.9", "--seed", "3", "--acceptance", "coupled", "--repetition_penalty", "1.2"],
         ["--draft", "none", "--min_p", "0.1", "--temperature", "1.2"],
+        ["--draft", "ngram", "--temperature", "0.5"],
     ],
     ids=" ".join,
 )
@@ -210,6 +213,17 @@ def test_compare_of_greedy_text_under_either_acceptance(run):
     for acceptance in cli.ACCEPTANCES:
         _, out, _ = run(*SHORT, "--compare", "--json", "--acceptance", acceptance)
         assert json.loads(out)["compare"]["tokens_equal"] is True
+
+
+def test_a_draft_of_ngrams_loads_no_model(run):
+    """Nobody reads model_draft; speeds, statistics and the report line are as with a model."""
+    repetitive = ["--prompt", "and the LORD said, " * 4, "--n_tokens_to_generate", "60", "--model_draft", "./absent"]
+    code, out, err = run(*repetitive, "--draft", "ngram", "--compare", "--json")
+    report = json.loads(out)
+    assert code == 0 and "with draft ngram, backend" in err.splitlines()[0] and "the tokens are equal" in err
+    assert report["compare"]["tokens_equal"] is True
+    assert set(report["stats"]) == STATS and 0 < report["stats"]["accepted"] <= report["stats"]["tested"]
+    assert report["text"] == generated(repetitive[1], 60)[len(repetitive[1]) :]
 
 
 def test_info(run):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from speculative_mamba.decode import Drafter, NgramDrafter
 from speculative_mamba.testing.models import TableModel
 from speculative_mamba.testing.scripted import ScriptedDraft
 
@@ -109,12 +110,14 @@ def target_table_for(draft: str | None) -> torch.Tensor:
     return table(0, support=slice(3)) if draft == "disjoint" else table(*DRAFTS["equal"])
 
 
-def draft_named(name: str | None, prompt: list[int], rows: int) -> TableModel | ScriptedDraft | None:
+def draft_named(name: str | None, prompt: list[int], rows: int) -> TableModel | Drafter | None:
     if name is None:
         return None
     if name == "scripted":  # certain of tokens that the target finds likely, unlikely and impossible
         texts = [[*prompt, row % 6, row // 6 % 6, row // 36 % 6, 0, 1, 2, 3] for row in range(rows)]
         return ScriptedDraft(texts, VOCABULARY, lambda row, position: True)
+    if name == "ngram":  # certain of what followed before; rows that have nothing to copy repeat a token
+        return NgramDrafter(VOCABULARY, shortest=1)
     if name == "disjoint":
         return TableModel(table(3, support=slice(3, None)))
     return TableModel(table(*DRAFTS[name]))
@@ -152,5 +155,5 @@ def target_table() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture
 def make_draft() -> Callable[..., object]:
-    """make_draft(name, prompt, rows); names: equal, sharper, other, narrow, disjoint, scripted, None"""
+    """make_draft(name, prompt, rows); names: equal, sharper, other, narrow, disjoint, scripted, ngram, None"""
     return draft_named

@@ -1,0 +1,97 @@
+"""Prompt lookup: the text so far is the draft (Saxena 2023; Yang et al. 2023, arXiv 2304.04487)."""
+
+import torch
+
+from ..ops.filters import is_whole
+from .sampling import Sampler
+
+
+class NgramDrafter:
+    """Proposes what followed the last tokens of a text when they occurred in it before, prompt included.
+
+    Per row, the longest suffix of ``longest`` down to ``shortest`` tokens that also ends earlier is looked up, and of
+    several earlier places the most recent is copied on from. A copy that arrives at the end of the text goes on through
+    its own tokens, which continues a period; so a match always gives ``lookahead`` tokens. They are certain, not drawn:
+    every way to accept stays exact.
+
+    Where no row has a match nothing is proposed, and the round is a step of plain decoding. In a batch the rows without
+    one repeat their last token beside the rows that have one: the window is a rectangle, its columns are paid for
+    already, and a wrong token changes no text. A row that has not grown since the last proposal has ended and is not
+    looked up.
+
+    Each token is read once and takes time and memory O(longest), however long the text is.
+
+    longest, shortest: single tokens match nearly everywhere and are mostly wrong, and a wrong proposal costs a wider
+    pass; pairs are the shortest that gain on source code and lose nothing on prose. More than four tokens hardly ever
+    find a better place.
+
+    Raises:
+        ValueError: not 1 <= shortest <= longest, in whole numbers.
+    """
+
+    def __init__(self, vocab_size: int, *, longest: int = 4, shortest: int = 2) -> None:
+        if not (is_whole(shortest) and is_whole(longest) and 1 <= shortest <= longest):
+            raise ValueError(
+                "shortest and longest must be whole numbers with 1 <= shortest <= longest, "
+                f"got {shortest!r} and {longest!r}"
+            )
+        self.vocab_size = vocab_size
+        self.longest, self.shortest = longest, shortest
+        self._indices: list[_Index] = []
+        self._asked: list[int] = []  # each row's length when a proposal was last asked for
+
+    def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None:
+        self._indices = [_Index(self.longest) for _ in prompts]
+        self._asked = [0] * len(prompts)
+        for index, prompt in zip(self._indices, prompts, strict=True):
+            index.extend(prompt)
+
+    def propose(self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int) -> tuple[torch.Tensor, None]:
+        places = []
+        for row, (index, text) in enumerate(zip(self._indices, rows, strict=True)):
+            index.extend(text[index.length :])
+            places.append(index.find(self.shortest) if len(text) > self._asked[row] else None)
+            self._asked[row] = len(text)
+        if all(place is None for place in places):
+            lookahead = 0
+        tokens = torch.empty(len(rows), lookahead, dtype=torch.int64)
+        for row, (text, place) in enumerate(zip(rows, places, strict=True) if lookahead else ()):
+            period = len(text) - (len(text) - 1 if place is None else place)
+            tokens[row] = torch.tensor([text[step % period - period] for step in range(lookahead)])
+        return tokens, None
+
+
+class _Index:
+    """Where each n-gram of a growing text, up to ``longest`` tokens, was last followed by a token.
+
+    A trie: node 0 is the empty n-gram, and the child of a node by a token is its n-gram with that token appended.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self.length = 0
+        self._longest = longest
+        self._children: dict[tuple[int, int], int] = {}
+        self._following = [0]  # per node, the position of the token after its last occurrence; 0: there was none
+        self._suffixes = [0]  # the nodes of the text's last 0, 1, … tokens
+
+    def extend(self, tokens: list[int]) -> None:
+        """Appends to the text."""
+        for token in tokens:
+            grown = [0]
+            for node in self._suffixes:
+                # What the text ended with is now followed by this token, and can be found.
+                self._following[node] = self.length
+                if len(grown) <= self._longest:
+                    child = self._children.setdefault((node, token), len(self._following))
+                    if child == len(self._following):
+                        self._following.append(0)
+                    grown.append(child)
+            self._suffixes = grown
+            self.length += 1
+
+    def find(self, shortest: int) -> int | None:
+        """The position after the last earlier occurrence of the longest suffix that has one."""
+        for node in reversed(self._suffixes[shortest:]):
+            if self._following[node]:
+                return self._following[node]
+        return None
