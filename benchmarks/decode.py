@@ -21,7 +21,7 @@ import speculative_mamba as sm
 from speculative_mamba.cli import PROMPT
 from speculative_mamba.decode import ModelDrafter
 from speculative_mamba.layers import mamba1
-from speculative_mamba.models.config import MambaConfig
+from speculative_mamba.models.config import ModelConfig, mamba1_config
 from speculative_mamba.ops.recording import Recording
 from speculative_mamba.testing.models import SHAPES, published_config, random_model
 from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
@@ -33,13 +33,13 @@ LOOKAHEAD = 4
 PROMPT_TOKENS = 32
 
 
-def draft_config(target: sm.MambaLM) -> MambaConfig:
+def draft_config(target: sm.MambaLM) -> ModelConfig:
     """Two layers, as wide as 1/20 of the target's bytes allows."""
     budget, vocabulary = target.weight_bytes // 20, target.vocab_size
     width = 16
     while 2 * (vocabulary * (width + 16) + 2 * 8 * (width + 16) ** 2) <= budget:
         width += 16
-    return MambaConfig.of_size(width, 2, vocabulary)
+    return mamba1_config(width, 2, vocabulary)
 
 
 @contextlib.contextmanager
@@ -166,7 +166,7 @@ def _add(
     """gb_per_s: bytes of target weights read per second, once for every round."""
     gb_per_s = speed / tokens_per_round * target.weight_bytes / 1e9
     report.add(
-        op="generate", case=case, backend="cpu", shape=f"{target.config.d_model}x{target.config.n_layer}",
+        op="generate", case=case, backend="cpu", shape=f"{target.config.d_model}x{len(target.blocks)}",
         dtype=str(target.embedding.dtype).removeprefix("torch."), batch=1, tokens=LOOKAHEAD + 1 if acceptance else 1,
         median_s=1 / speed, tokens_per_s=speed, acceptance=acceptance, tokens_per_round=tokens_per_round,
         gb_per_s=gb_per_s, share_of_bandwidth=gb_per_s / report.bandwidth, share_scan_conv=state_share,

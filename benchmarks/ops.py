@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from speculative_mamba.models.config import MambaConfig
+from speculative_mamba.models.config import ModelConfig
 from speculative_mamba.ops import (
     causal_conv1d_verify,
     rms_norm,
@@ -81,7 +81,7 @@ def bench_int8(report: Report, in_features: int, out_features: int, rows_list: t
         _add(report, "skinny_linear", shape, times, size + 4 * out_features, "bf16", "int8", rows=rows)
 
 
-def bench_norm(report: Report, config: MambaConfig) -> None:
+def bench_norm(report: Report, config: ModelConfig) -> None:
     weight = torch.randn(config.d_model).bfloat16()
     for rows in TOKENS:
         x, residual = torch.randn(rows, config.d_model), torch.randn(rows, config.d_model)
@@ -97,8 +97,8 @@ def bench_norm(report: Report, config: MambaConfig) -> None:
         _add(report, "rms_norm", f"{config.d_model}", times, 16 * x.numel(), "torch", rows=rows)
 
 
-def bench_conv(report: Report, config: MambaConfig) -> None:
-    D, W = config.d_inner, config.d_conv
+def bench_conv(report: Report, config: ModelConfig) -> None:
+    D, W = config.blocks[0].d_inner, config.blocks[0].d_conv
     weight, bias = torch.randn(W, D).bfloat16().t(), torch.randn(D)
     start = torch.zeros(1, dtype=torch.int32)
     for tokens in TOKENS:
@@ -116,8 +116,8 @@ def bench_conv(report: Report, config: MambaConfig) -> None:
         _add(report, "causal_conv1d_verify", f"{D}x{W}", times, moved, "reference", tokens=tokens)
 
 
-def bench_scan(report: Report, config: MambaConfig) -> None:
-    D, N = config.d_inner, config.d_state
+def bench_scan(report: Report, config: ModelConfig) -> None:
+    D, N = config.blocks[0].d_inner, config.blocks[0].d_state
     A, skip, dt_bias = -torch.rand(D, N) * N, torch.randn(D), torch.randn(D) - 4
     start = torch.zeros(1, dtype=torch.int32)
     layers = max(2, min(32, CACHE_BYTES // (4 * D * N * max(TOKENS))))
@@ -230,13 +230,14 @@ def main() -> None:
     bench_accept(report)
     for name in options.models:
         c = published_config(name)
+        mixer = c.blocks[0]
         print(f"mamba-{name}")
-        bench_linear(report, c.d_model, 2 * c.d_inner)
-        bench_linear(report, c.d_inner, c.dt_rank + 2 * c.d_state)
-        bench_linear(report, c.dt_rank, c.d_inner)
-        bench_linear(report, c.d_inner, c.d_model)
-        bench_int8(report, c.d_model, 2 * c.d_inner)
-        bench_int8(report, c.d_inner, c.d_model)
+        bench_linear(report, c.d_model, 2 * mixer.d_inner)
+        bench_linear(report, mixer.d_inner, mixer.dt_rank + 2 * mixer.d_state)
+        bench_linear(report, mixer.dt_rank, mixer.d_inner)
+        bench_linear(report, mixer.d_inner, c.d_model)
+        bench_int8(report, c.d_model, 2 * mixer.d_inner)
+        bench_int8(report, mixer.d_inner, c.d_model)
         bench_norm(report, c)
         bench_conv(report, c)
         bench_scan(report, c)

@@ -7,19 +7,19 @@ import torch
 from safetensors.torch import save_file
 
 import speculative_mamba as sm
-from speculative_mamba.models.config import parse_config
+from speculative_mamba.models.formats import parse_config
 from speculative_mamba.models.weights import read_json, read_tensors
 
 
 def write_checkpoint(model: sm.MambaLM, folder: Path) -> None:
     """Hugging Face format, each tensor in the dtype that the model holds it in."""
-    c = model.config
+    c, mixer = model.config, model.config.blocks[0]
     settings = {
         "model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": c.d_model,
-        "num_hidden_layers": c.n_layer, "vocab_size": c.vocab_size, "intermediate_size": c.d_inner,
-        "time_step_rank": c.dt_rank, "state_size": c.d_state, "conv_kernel": c.d_conv, "layer_norm_epsilon": c.eps,
-        "tie_word_embeddings": c.tie_embeddings, "use_conv_bias": c.conv_bias, "use_bias": c.linear_bias,
-        "eos_token_id": c.eos_token_id,
+        "num_hidden_layers": len(c.blocks), "vocab_size": c.vocab_size, "intermediate_size": mixer.d_inner,
+        "time_step_rank": mixer.dt_rank, "state_size": mixer.d_state, "conv_kernel": mixer.d_conv,
+        "layer_norm_epsilon": c.eps, "tie_word_embeddings": c.tie_embeddings, "use_conv_bias": mixer.conv_bias,
+        "use_bias": mixer.bias, "eos_token_id": c.eos_token_id,
     }  # fmt: skip
     tensors = {"backbone.embeddings.weight": model.embedding, "backbone.norm_f.weight": model.norm_weight}
     if not c.tie_embeddings:
@@ -66,24 +66,25 @@ def _write_gguf(checkpoint: Path, path: Path) -> None:
     import gguf
     import numpy as np
 
-    c = parse_config(read_json(checkpoint / "config.json"))
+    c, _ = parse_config(read_json(checkpoint / "config.json"))
+    mixer = c.blocks[0]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MAMBA])
     writer.add_context_length(2**20)
     writer.add_embedding_length(c.d_model)
     writer.add_feed_forward_length(0)
     writer.add_head_count(0)
-    writer.add_block_count(c.n_layer)
-    writer.add_ssm_conv_kernel(c.d_conv)
-    writer.add_ssm_inner_size(c.d_inner)
-    writer.add_ssm_state_size(c.d_state)
-    writer.add_ssm_time_step_rank(c.dt_rank)
+    writer.add_block_count(len(c.blocks))
+    writer.add_ssm_conv_kernel(mixer.d_conv)
+    writer.add_ssm_inner_size(mixer.d_inner)
+    writer.add_ssm_state_size(mixer.d_state)
+    writer.add_ssm_time_step_rank(mixer.dt_rank)
     writer.add_ssm_dt_b_c_rms(False)
     writer.add_layer_norm_rms_eps(c.eps)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(c.vocab_size)
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MAMBA, c.n_layer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MAMBA, len(c.blocks))
     tensors = read_tensors(checkpoint)
     for name, tensor in tensors.items():
         shape = (tensor.shape[0], tensor.shape[-1]) if tensor.ndim == 3 else tensor.shape  # conv1d has an axis of one

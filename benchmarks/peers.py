@@ -31,7 +31,7 @@ import torch
 
 import speculative_mamba as sm
 from speculative_mamba.decode import ModelDrafter
-from speculative_mamba.models.config import MambaConfig
+from speculative_mamba.models.config import ModelConfig, mamba1_config
 from speculative_mamba.testing.models import SHAPES, published_config, random_model
 from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
 from speculative_mamba.testing.timing import interleaved_medians
@@ -47,7 +47,7 @@ DTYPES = {
     "int8": {"ours": "int8", "llama.cpp": "q8_0"},
 }
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.2}
-TINY = MambaConfig.of_size(128, 6, 128)
+TINY = mamba1_config(128, 6, 128)
 WINDOW = LOOKAHEAD + 1
 RATE = 0.8
 
@@ -262,7 +262,7 @@ def time_texts(
 def add_rows(
     report: Report,
     model: str,
-    config: MambaConfig,
+    config: ModelConfig,
     errors: dict[Engine, float],
     times: dict[str, dict[str, float]],
     scripted: list[sm.GenerationStats],
@@ -280,7 +280,7 @@ def add_rows(
         for baseline, theirs in (baselines or {None: None}).items():
             report.add(
                 op=op, case=f"{model} {engine.name}{label}", backend="cpu",
-                shape=f"{config.d_model}x{config.n_layer}", dtype=engine.dtype, batch=1, tokens=tokens,
+                shape=f"{config.d_model}x{len(config.blocks)}", dtype=engine.dtype, batch=1, tokens=tokens,
                 median_s=median, tokens_per_s=(1 if op == "decode" else tokens) / median,
                 steps=median / times["step"][engine.name], gb_per_s=speed,
                 share_of_bandwidth=speed and speed / report.bandwidth, logit_error=errors[engine],

@@ -5,11 +5,12 @@ from .decode import (
     GenerationCache,
     GenerationResult,
     GenerationStats,
+    NgramDrafter,
     Sampler,
     SamplingParams,
     generate,
 )
-from .models import MambaConfig, MambaLM, load_model
+from .models import MambaLM, ModelConfig, load_model
 
 __version__ = "0.1.0"
 
@@ -18,8 +19,9 @@ __all__ = [
     "GenerationCache",
     "GenerationResult",
     "GenerationStats",
-    "MambaConfig",
     "MambaLM",
+    "ModelConfig",
+    "NgramDrafter",
     "Sampler",
     "SamplingParams",
     "generate",

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 
 from .decode import GenerationResult, SamplingParams, generate
-from .decode.inputs import ACCEPTANCES, check_generation, check_models
+from .decode.inputs import ACCEPTANCES, NAMED_DRAFTS, check_generation, check_models
 from .decode.text import TextStream
 from .info import print_info
 from .models import MambaLM, load_model
+from .models.language_model import CHECKPOINTS
 
 PROMPT = '"You are very kind," said'
 FAILURE, INTERRUPTED = 2, 130
@@ -56,9 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
     option("K", type=_lookahead, default=4, help="tokens drafted per round, 1 to 15, or auto")
     option("model_target", default="builtin:target", metavar="MODEL", help="folder, hub id or builtin:target")
     option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
-    option("draft", choices=("model", "none"), default="model", help="who drafts; none is plain decoding")
+    option(
+        "draft", choices=("model", *NAMED_DRAFTS, "none"), default="model",
+        help="who drafts: model_draft, or the text so far without a model; none is plain decoding",
+    )  # fmt: skip
     option("dtype", help="float32, bfloat16, float16 or int8 weights (default: as stored)", default=argparse.SUPPRESS)
     option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
+    option("checkpoint", choices=CHECKPOINTS, default="auto", help="how to go back: states, or inputs to compute again")
     option("device", default="cpu", help="cpu or cuda")
     option("backend", default="auto", help="auto, cpu (C++ kernels) or reference (PyTorch)")
     option("threads", type=_positive, help="threads to use (default: one per core)", default=argparse.SUPPRESS)
@@ -137,11 +142,13 @@ def _run(options: argparse.Namespace) -> int:
     if options.cg:
         _say("--cg: no CUDA graphs on this device; the text is the same without")
     common = {
-        "dtype": getattr(options, "dtype", None), "state_dtype": options.state_dtype, "device": options.device,
-        "backend": options.backend,
+        "dtype": getattr(options, "dtype", None), "state_dtype": options.state_dtype,
+        "checkpoint": options.checkpoint, "device": options.device, "backend": options.backend,
     }  # fmt: skip
     target = load_model(options.model_target, **common)
-    draft = load_model(options.model_draft, **common) if options.draft == "model" else None
+    draft = options.draft if options.draft in NAMED_DRAFTS else None
+    if options.draft == "model":
+        draft = load_model(options.model_draft, **common)
     check_models(target, draft)
     check_generation(
         target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
@@ -149,7 +156,7 @@ def _run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     prompt = _encode(target, options.prompt)
 
-    def once(draft: MambaLM | None, output: _Output | None = None) -> GenerationResult:
+    def once(draft: MambaLM | str | None, output: _Output | None = None) -> GenerationResult:
         return generate(
             target, [prompt], draft=draft, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate,
             sampling=sampling, acceptance=options.acceptance, stop_strings=options.stop,
@@ -193,9 +200,9 @@ def _encode(target: MambaLM, prompt: str) -> list[int]:
     return ids
 
 
-def _report(target: MambaLM, draft: MambaLM | None, result: GenerationResult) -> None:
+def _report(target: MambaLM, draft: MambaLM | str | None, result: GenerationResult) -> None:
     stats = result.stats
-    names = target.name if draft is None else f"{target.name} with draft {draft.name}"
+    names = target.name if draft is None else f"{target.name} with draft {getattr(draft, 'name', draft)}"
     _say(f"{names}, backend {target.backend}, {torch.get_num_threads()} threads")
     if not stats.tokens:
         return
@@ -208,8 +215,8 @@ def _report(target: MambaLM, draft: MambaLM | None, result: GenerationResult) ->
 
 
 def _compare(
-    once: Callable[[MambaLM | None], GenerationResult],
-    draft: MambaLM | None,
+    once: Callable[[MambaLM | str | None], GenerationResult],
+    draft: MambaLM | str | None,
     shown: GenerationResult,
     same_text: bool,
 ) -> dict:

@@ -13,7 +13,7 @@ class LanguageModel(Protocol):
     """What the loop asks of a model; ``MambaLM`` documents each."""
 
     vocab_size: int
-    eos_token_id: int | None
+    eos_token_id: int | tuple[int, ...] | None
     device: torch.device
 
     def new_cache(self, batch: int, slots: int) -> list: ...

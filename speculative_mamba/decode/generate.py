@@ -11,6 +11,7 @@ from .cache import GenerationCache, RowState, absorb
 from .drafter import Drafter, LanguageModel, ModelDrafter, as_drafter
 from .inputs import check_drafted, check_generation, check_models, read_prompts
 from .lookahead import AUTO_AT_MOST, AdaptiveLookahead, FixedLookahead
+from .ngram import NgramDrafter
 from .sampling import LogitsProcessor, Sampler, SamplingParams
 from .stats import GenerationStats
 from .text import TextStream
@@ -57,7 +58,7 @@ def generate(
     target: MambaLM | LanguageModel,
     prompt_ids: torch.Tensor | Sequence[Sequence[int]],
     *,
-    draft: MambaLM | LanguageModel | Drafter | None = None,
+    draft: MambaLM | LanguageModel | Drafter | str | None = None,
     lookahead: int | str = 4,
     max_new_tokens: int = 64,
     sampling: SamplingParams | None = None,
@@ -77,7 +78,8 @@ def generate(
     Args:
         target: the model whose text is wanted.
         prompt_ids: LongTensor (B, L), or a list of B lists of token ids, which may differ in length.
-        draft: a smaller model with the same vocabulary, or any ``Drafter``; None decodes plainly.
+        draft: a smaller model with the same vocabulary, or any ``Drafter``; ``"ngram"`` for ``NgramDrafter``, which
+            needs no model and copies from the text so far; None decodes plainly.
         lookahead: K, tokens drafted per round, 1 to 15; or ``"auto"``: chosen round by round from running acceptance
             and measured costs, at most 10, and plain decoding from where the draft turns out not to pay. Greedy and
             coupled text is the same as ever; under rejection sampling the text then depends on the clock, the law
@@ -104,10 +106,13 @@ def generate(
             model's logits are NaN.
     """
     check_models(target, draft)
+    if isinstance(draft, str):
+        draft = NgramDrafter(target.vocab_size)
     prompts = read_prompts(prompt_ids, target.vocab_size)
     sampling = SamplingParams() if sampling is None else sampling
     if stop_token_ids is None:
-        stop_token_ids = () if target.eos_token_id is None else (target.eos_token_id,)
+        eos = target.eos_token_id
+        stop_token_ids = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
     check_generation(
         target, len(prompts), lookahead=lookahead, max_new_tokens=max_new_tokens, sampling=sampling,
         acceptance=acceptance, stop_strings=stop_strings, stop_token_ids=stop_token_ids, on_token=on_token,

@@ -10,6 +10,7 @@ from .cache import GenerationCache
 from .sampling import SamplingParams
 
 ACCEPTANCES = ("rejection", "coupled")
+NAMED_DRAFTS = ("ngram",)
 MAX_LOOKAHEAD = 15
 
 
@@ -50,7 +51,9 @@ def check_models(target: object, draft: object) -> None:
     """
     if not all(hasattr(target, name) for name in ("vocab_size", "prefill", "verify")):
         raise ValueError(f"target must be a model, as load_model gives it, got {type(target).__name__}")
-    if draft is None:
+    if isinstance(draft, str) and draft not in NAMED_DRAFTS:
+        raise ValueError(f"unknown draft {draft!r}; by name there is: {', '.join(NAMED_DRAFTS)}")
+    if draft is None or isinstance(draft, str):
         return
     kinds = (("vocab_size", "begin", "propose"), ("vocab_size", "prefill", "verify"))
     if not any(all(hasattr(draft, name) for name in names) for names in kinds):

@@ -1,48 +1,172 @@
-"""Per-position checkpoints of one layer's recurrent state."""
+"""Per-position checkpoints of one layer's state, and the arguments that all layers of one call share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from ..ops.replay import ReplayInputs
+
+CAPACITY_STEP = 64  # entries by which an attention cache grows at least
+
+
+@dataclass
+class Window:
+    """Where a call starts and what it writes.
+
+    start_slot (B) int32, write_slot, null_columns (B) int32 or None, keep_last: see ``selective_scan_verify``.
+    """
+
+    start_slot: torch.Tensor
+    write_slot: int = 0
+    null_columns: torch.Tensor | None = None
+    keep_last: bool = False
+
+
+@dataclass
+class CacheSizes:
+    """rows, slots; dtype of what is carried from token to token; replay: keep inputs instead of a state per slot."""
+
+    batch: int
+    slots: int
+    dtype: torch.dtype = torch.float32
+    replay: bool = False
 
 
 @dataclass
 class MambaCache:
     """What a Mamba layer remembers, in slots: slot j holds the state after token j of the last window.
 
-    states: (B, S, D, N) float32, bfloat16 or float16 (see ``selective_scan_verify``); window: (B, W-1+S, D) float32,
-    the convolution's inputs (see ``causal_conv1d_verify``). Slot 0 starts as the zero state; the others hold NaN until
-    they are written.
+    states: (B, S, …) float32, bfloat16 or float16, one per slot; or with ``inputs`` (B, 1, …), and the inputs that lead
+    from there to each slot (see ``ReplayInputs``). window: (B, W-1+S, D) float32, the convolution's inputs (see
+    ``causal_conv1d_verify``). Slot 0 starts as the zero state; the others hold NaN until they are written.
+
+    settle: called as ``settle(cache, slot)`` on a copy of one row with ``inputs``; makes slot 0 the state of that slot.
     """
 
     states: torch.Tensor
     window: torch.Tensor
+    inputs: ReplayInputs | None = None
+    settle: "Callable[[MambaCache, int], None] | None" = None
 
-    @staticmethod
-    def allocate(
-        batch: int,
-        slots: int,
-        channels: int,
-        state_size: int,
-        width: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> "MambaCache":
-        states = torch.full((batch, slots, channels, state_size), torch.nan, dtype=dtype, device=device)
-        window = torch.full((batch, width - 1 + slots, channels), torch.nan, device=device)
-        states[:, 0], window[:, :width] = 0, 0
-        return MambaCache(states, window)
+    @property
+    def slots(self) -> int:
+        return self.states.shape[1] if self.inputs is None else self.inputs.dt.shape[1]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.states, self.window, *([] if self.inputs is None else vars(self.inputs).values())]
 
     def row(self, index: int) -> "MambaCache":
         """A view of one row."""
-        return MambaCache(self.states[index : index + 1], self.window[index : index + 1])
+        return self._of_row(lambda tensor: tensor[index : index + 1])
 
     def checkpoint(self, row: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the state in a row's slot, (D, N), and of the W-1 conv inputs before the token that follows it."""
-        history = self.window.shape[1] - self.states.shape[1]
-        return self.states[row, slot].clone(), self.window[row, slot + 1 : slot + 1 + history].clone()
+        """Copies of the state in a row's slot and of the W-1 conv inputs before the token that follows it."""
+        history = self.window.shape[1] - self.slots
+        window = self.window[row, slot + 1 : slot + 1 + history].clone()
+        if self.inputs is None:
+            return self.states[row, slot].clone(), window
+        copy = self._of_row(lambda tensor: tensor[row : row + 1].clone())
+        self.settle(copy, slot)
+        return copy.states[0, 0], window
 
     def restore(self, row: int, saved: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Puts a checkpoint into a row's slot 0."""
         state, history = saved
         self.states[row, 0] = state
         self.window[row, 1 : 1 + len(history)] = history
+        if self.inputs is not None:
+            self.inputs.dt[row, 0] = 0
+
+    def _of_row(self, part: Callable[[torch.Tensor], torch.Tensor]) -> "MambaCache":
+        inputs = None if self.inputs is None else ReplayInputs(*map(part, vars(self.inputs).values()))
+        return MambaCache(part(self.states), part(self.window), inputs, self.settle)
+
+
+def new_mamba_cache(
+    sizes: CacheSizes,
+    state: tuple[int, ...],
+    conv: tuple[int, int],
+    inputs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    device: torch.device,
+    settle: Callable[[MambaCache, int], None],
+) -> MambaCache:
+    """An empty cache. state: its shape; conv: (channels, width); inputs: shapes of x, dt and B of one token."""
+
+    def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+    channels, width = conv
+    window = poisoned(sizes.batch, width - 1 + sizes.slots, channels)
+    states = poisoned(sizes.batch, 1 if sizes.replay else sizes.slots, *state, dtype=sizes.dtype)
+    states[:, 0], window[:, :width] = 0, 0
+    if not sizes.replay:
+        return MambaCache(states, window)
+    kept = ReplayInputs(*(poisoned(sizes.batch, sizes.slots, *shape) for shape in inputs))
+    kept.dt[:, 0] = 0
+    return MambaCache(states, window, kept, settle)
+
+
+@dataclass
+class AttentionCache:
+    """What an attention layer remembers: slot j's state is the first ``lengths[b, j]`` entries of a row.
+
+    keys, values: (B, G, L, P) float32, bfloat16 or float16, of which entries beyond a length are never read; lengths:
+    (B, S) int32. window: (B, W-1+S, D) float32, the inputs of a convolution before the attention, or None.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    lengths: torch.Tensor
+    window: torch.Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.lengths.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.keys, self.values, self.lengths, *([] if self.window is None else [self.window])]
+
+    def row(self, index: int) -> "AttentionCache":
+        """A view of one row."""
+        return AttentionCache(*(tensor[index : index + 1] for tensor in self.tensors()))
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for ``capacity`` entries a row; the tensors are then others."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def checkpoint(self, row: int, slot: int) -> tuple[torch.Tensor, ...]:
+        """Copies of the entries that a row's slot counts, and of its window."""
+        length = int(self.lengths[row, slot])
+        entries = self.keys[row, :, :length].clone(), self.values[row, :, :length].clone()
+        if self.window is None:
+            return entries
+        history = self.window.shape[1] - self.slots
+        return *entries, self.window[row, slot + 1 : slot + 1 + history].clone()
+
+    def restore(self, row: int, saved: tuple[torch.Tensor, ...]) -> None:
+        """Puts a checkpoint into a row's slot 0."""
+        keys, values, *window = saved
+        length = keys.shape[1]
+        if length > self.capacity:
+            self.grow(room_for(length))
+        self.keys[row, :, :length], self.values[row, :, :length] = keys, values
+        self.lengths[row, 0] = length
+        for history in window:
+            self.window[row, 1 : 1 + len(history)] = history
+
+
+def room_for(entries: int) -> int:
+    """A capacity that leaves room, so that a growing text is copied seldom."""
+    return -(-max(2 * entries, 1) // CAPACITY_STEP) * CAPACITY_STEP
+
+
+LayerCache = MambaCache | AttentionCache

@@ -1,25 +1,14 @@
-"""The Mamba-1 mixer (Gu and Dao 2023, arXiv 2312.00752)."""
+"""The Mamba-1 mixer (Gu and Dao 2023, arXiv 2312.00752), also with Falcon-Mamba's norms (arXiv 2410.05355)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from ..ops import causal_conv1d_verify, selective_scan_verify, skinny_linear
+from ..ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear
 from ..ops.int8 import Int8Weight
-from .cache import MambaCache
-
-
-@dataclass
-class Window:
-    """Where a call starts and what it writes: the arguments that all layers of one call share.
-
-    start_slot (B) int32, write_slot, null_columns (B) int32 or None, keep_last: see ``selective_scan_verify``.
-    """
-
-    start_slot: torch.Tensor
-    write_slot: int = 0
-    null_columns: torch.Tensor | None = None
-    keep_last: bool = False
+from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
+from .settle import settle_scan
 
 
 @dataclass(frozen=True)
@@ -28,7 +17,7 @@ class Mamba1Mixer:
     only the four ``*_proj`` may be int8.
 
     in_proj (2D, d), conv_weight (D, W), conv_bias (D) or None, x_proj (R+2N, D), dt_proj (D, R), dt_bias (D), A (D, N),
-    D (D), out_proj (d, D); in_bias (2D) and out_bias (d) or None.
+    D (D), out_proj (d, D); in_bias (2D) and out_bias (d) or None. norm_eps: dt, B and C are normalised before use.
     """
 
     in_proj: torch.Tensor | Int8Weight
@@ -42,32 +31,45 @@ class Mamba1Mixer:
     out_proj: torch.Tensor | Int8Weight
     in_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
+    norm_eps: float | None = None
     backend: str = "auto"
+
+    stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # Stored with the channels of a tap side by side, which is how the kernel reads them.
         object.__setattr__(self, "conv_weight", self.conv_weight.t().contiguous().t())
+        if self.norm_eps is not None:  # those norms have no weights
+            object.__setattr__(self, "_ones", torch.ones(self.x_proj.shape[0], device=self.A.device))
+
+    def new_cache(self, sizes: CacheSizes) -> MambaCache:
+        channels, state_size = self.A.shape
+        conv, inputs = (channels, self.conv_weight.shape[1]), ((channels,), (channels,), (1, state_size))
+        settle = settle_scan(self.A, 1, self.backend)
+        return new_mamba_cache(sizes, (channels, state_size), conv, inputs, self.A.device, settle)
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:
         """hidden (B·T, d) float32 → (B·T, d) float32; writes the cache."""
         channels, state_size = self.A.shape
         rank = self.dt_proj.shape[1]
-        xz = skinny_linear(hidden, self.in_proj, backend=self.backend)
-        if self.in_bias is not None:
-            xz += self.in_bias
-        xz = xz.view(batch, -1, 2 * channels)
+        xz = skinny_linear(hidden, self.in_proj, self.in_bias, backend=self.backend).view(batch, -1, 2 * channels)
         x, z = xz[..., :channels], xz[..., channels:]
         x = causal_conv1d_verify(
             x, self.conv_weight, self.conv_bias, cache.window, window.start_slot, window.write_slot,
             null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
         )  # fmt: skip
         projected = skinny_linear(x.view(-1, channels), self.x_proj, backend=self.backend)
-        dt = skinny_linear(projected[:, :rank], self.dt_proj, backend=self.backend)
-        BC = projected.view(batch, -1, rank + 2 * state_size)
-        B, C = BC[..., rank : rank + state_size], BC[..., rank + state_size :]
+        parts = projected.split([rank, state_size, state_size], 1)
+        if self.norm_eps is not None:
+            parts = [
+                rms_norm(part, self._ones[: part.shape[1]], eps=self.norm_eps, backend=self.backend)[0]
+                for part in parts
+            ]
+        dt, B, C = parts
+        dt = skinny_linear(dt, self.dt_proj, backend=self.backend)
         y = selective_scan_verify(
-            x, dt.view_as(x), self.A, B, C, self.D, z, self.dt_bias, cache.states, window.start_slot,
-            window.write_slot, null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+            x, dt.view_as(x), self.A, B.unflatten(0, (batch, -1)), C.unflatten(0, (batch, -1)), self.D, z, self.dt_bias,
+            cache.states, window.start_slot, window.write_slot, inputs=cache.inputs,
+            null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
         )  # fmt: skip
-        out = skinny_linear(y.view(-1, channels), self.out_proj, backend=self.backend)
-        return out if self.out_bias is None else out.add_(self.out_bias)
+        return skinny_linear(y.view(-1, channels), self.out_proj, self.out_bias, backend=self.backend)

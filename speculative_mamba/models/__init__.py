@@ -1,7 +1,7 @@
 """Mamba language models and their checkpoints."""
 
 from .checkpoint import load_model
-from .config import MambaConfig
+from .config import ModelConfig
 from .language_model import MambaLM
 
-__all__ = ["MambaConfig", "MambaLM", "load_model"]
+__all__ = ["MambaLM", "ModelConfig", "load_model"]

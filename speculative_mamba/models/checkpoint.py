@@ -6,18 +6,18 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from ..layers.block import Block
-from ..layers.mamba1 import Mamba1Mixer
 from ..ops import backend as backends
 from ..ops.int8 import Int8Weight, quantised
-from .config import MambaConfig, parse_config
-from .language_model import MambaLM
+from .builder import build
+from .formats import parse_config
+from .language_model import CHECKPOINTS, MambaLM
 from .weights import read_json, read_tensors, release_pages
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_DTYPES = {**DTYPES, "int8": torch.int8}
 BUILTIN = ("target", "draft")
-_CONFIG_FILES = ("config.json", "tokenizer.json")
+_MAMBA_CONFIG = "mamba_config.json"
+_CONFIG_FILES = ("config.json", "tokenizer.json", _MAMBA_CONFIG)
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 
@@ -26,22 +26,28 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     state_dtype: str | torch.dtype | None = None,
+    checkpoint: str = "auto",
     device: str = "cpu",
     backend: str = "auto",
 ) -> MambaLM:
-    """Loads a Mamba-1 language model.
+    """Loads a language model: Mamba-1, Mamba-2, Falcon-Mamba, Llama, or a hybrid of Mamba and attention.
 
     Args:
         source: ``"builtin:target"`` or ``"builtin:draft"``, a folder, or a hub id (``"state-spaces/mamba-2.8b"``). A
-            folder holds ``config.json`` and weights in state-spaces format (``pytorch_model.bin``) or Hugging Face
-            format (``model.safetensors``, also sharded), and for text ``tokenizer.json``.
+            folder holds ``config.json`` and weights in state-spaces format (``pytorch_model.bin``; also Mamba-2 and
+            ``mamba2attn``) or Hugging Face format (``model.safetensors``, also sharded; ``MambaForCausalLM``,
+            ``Mamba2ForCausalLM``, ``FalconMambaForCausalLM``, ``LlamaForCausalLM``, or with ``mamba_config.json`` a
+            hybrid of *The Mamba in the Llama*), and for text ``tokenizer.json``.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` for the weights; None keeps the stored one,
             which needs no copy: the weights stay in the mapped file. With ``"int8"`` the matrices and the embedding
             are rounded to int8 with a scale per row, one by one, and the rest keeps its stored dtype. A, D and the dt
             bias are float32 always, as is all arithmetic.
-        state_dtype: the first three for the recurrent state, which is rounded after every token; None is float32,
-            whatever the weights are. Half the memory, but errors add up over the text, and a float16 state beyond
-            65504 becomes infinite.
+        state_dtype: the first three for the recurrent state, which is rounded after every token, and for cached keys
+            and values; None is float32, whatever the weights are. Half the memory, but errors add up over the text, and
+            a float16 state beyond 65504 becomes infinite.
+        checkpoint: how a Mamba layer can go back to any token of a window: ``"states"`` keeps the state after each,
+            ``"inputs"`` one state and each token's inputs, and computes again what was accepted. Text and logits are
+            the same bit for bit; ``"auto"`` takes what is faster for the model and the batch.
         device: ``"cpu"`` or ``"cuda"``.
         backend: ``"auto"``, ``"cpu"`` (C++ kernels) or ``"reference"`` (PyTorch).
 
@@ -50,19 +56,22 @@ def load_model(
     """
     dtype, torch_device = parse_dtype(dtype, "dtype", WEIGHT_DTYPES), parse_device(device)
     state_dtype = parse_dtype(state_dtype, "state_dtype", DTYPES) or torch.float32
+    if checkpoint not in CHECKPOINTS:
+        raise ValueError(f"unknown checkpoint {checkpoint!r}; choose from: {', '.join(CHECKPOINTS)}")
     backend = backends.resolve(backend, torch_device.type)
     folder, is_hub = find_folder(str(source))
-    raw_config = read_json(folder / "config.json")
+    raw_config, mamba_config = read_json(folder / "config.json"), None
+    if (folder / _MAMBA_CONFIG).is_file():
+        mamba_config = read_json(folder / _MAMBA_CONFIG)
     try:
-        config = parse_config(raw_config)
+        config, names = parse_config(raw_config, mamba_config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder}: {error}") from None
-    tensors = read_tensors(folder)
-    builder = _Builder(folder, tensors, config, dtype, torch_device, backend)
-    model = builder.build()
-    model.name, model.state_dtype = str(source), state_dtype
+    tensors = _CheckpointTensors(folder, read_tensors(folder), dtype, torch_device)
+    model = build(config, names, tensors, backend)
+    model.name, model.state_dtype, model.checkpoint = str(source), state_dtype, checkpoint
     # State-spaces checkpoints come without the tokenizer they were trained with, gpt-neox-20b's.
-    fall_back = is_hub or "model_type" not in raw_config
+    fall_back = "model_type" not in raw_config or (is_hub and raw_config["model_type"] == "mamba")
     model.load_tokenizer = lambda: load_tokenizer(folder, fall_back)
     return model
 
@@ -144,59 +153,22 @@ def load_tokenizer(folder: Path, fall_back: bool) -> Tokenizer | None:
         raise ValueError(f"{path} is not a tokenizer file: {error}") from None
 
 
-class _Builder:
-    """Takes tensors by name, checks their shapes against the config, and converts those that need it."""
+class _CheckpointTensors:
+    """The tensors of a folder: shapes checked against the config, those converted that need it."""
 
     def __init__(
-        self,
-        folder: Path,
-        tensors: dict[str, torch.Tensor],
-        config: MambaConfig,
-        dtype: torch.dtype | None,
-        device: torch.device,
-        backend: str,
+        self, folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None, device: torch.device
     ) -> None:
-        self.folder, self.tensors, self.config = folder, tensors, config
-        self.dtype, self.device, self.backend = dtype, device, backend
+        self.folder, self.tensors, self.dtype, self.device = folder, tensors, dtype, device
 
-    def build(self) -> MambaLM:
-        c = self.config
-        embedding_name = "backbone.embeddings.weight"
-        if embedding_name not in self.tensors:
-            embedding_name = "backbone.embedding.weight"
-        embedding = self.matrix(embedding_name, c.vocab_size, c.d_model)
-        head = embedding if c.tie_embeddings else self.matrix("lm_head.weight", c.vocab_size, c.d_model)
-        return MambaLM(
-            config=c,
-            embedding=embedding,
-            blocks=[self.block(f"backbone.layers.{i}.") for i in range(c.n_layer)],
-            norm_weight=self.weight("backbone.norm_f.weight", c.d_model),
-            head=head,
-            backend=self.backend,
-        )
+    def has(self, name: str) -> bool:
+        return name in self.tensors
 
-    def block(self, prefix: str) -> Block:
-        c, p = self.config, prefix + "mixer."
-        mixer = Mamba1Mixer(
-            in_proj=self.matrix(p + "in_proj.weight", 2 * c.d_inner, c.d_model),
-            in_bias=self.float32(p + "in_proj.bias", 2 * c.d_inner) if c.linear_bias else None,
-            conv_weight=self.weight(p + "conv1d.weight", c.d_inner, 1, c.d_conv)[:, 0],
-            conv_bias=self.float32(p + "conv1d.bias", c.d_inner) if c.conv_bias else None,
-            x_proj=self.matrix(p + "x_proj.weight", c.dt_rank + 2 * c.d_state, c.d_inner),
-            dt_proj=self.matrix(p + "dt_proj.weight", c.d_inner, c.dt_rank),
-            dt_bias=self.float32(p + "dt_proj.bias", c.d_inner),
-            A=-torch.exp(self.float32(p + "A_log", c.d_inner, c.d_state)),
-            D=self.float32(p + "D", c.d_inner),
-            out_proj=self.matrix(p + "out_proj.weight", c.d_model, c.d_inner),
-            out_bias=self.float32(p + "out_proj.bias", c.d_model) if c.linear_bias else None,
-            backend=self.backend,
-        )
-        return Block(self.weight(prefix + "norm.weight", c.d_model), mixer, c.eps)
-
-    def matrix(self, name: str, *shape: int) -> torch.Tensor | Int8Weight:
-        if self.dtype is not torch.int8:
-            return self.weight(name, *shape)
+    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | Int8Weight:
         stored = self._stored(name, shape)
+        stored = stored if rows is None else stored[rows]
+        if self.dtype is not torch.int8:
+            return self._converted(stored, self._dtype_of(stored))
         try:
             weight = quantised(stored)
         except ValueError as error:
@@ -207,14 +179,16 @@ class _Builder:
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
         stored = self._stored(name, shape)
-        as_stored = stored.dtype if stored.dtype in DTYPES.values() else torch.float32
-        return self._take(name, shape, as_stored if self.dtype in (None, torch.int8) else self.dtype)
+        return self._converted(stored, self._dtype_of(stored))
 
     def float32(self, name: str, *shape: int) -> torch.Tensor:
-        return self._take(name, shape, torch.float32)
+        return self._converted(self._stored(name, shape), torch.float32)
 
-    def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        stored = self._stored(name, shape)
+    def _dtype_of(self, stored: torch.Tensor) -> torch.dtype:
+        as_stored = stored.dtype if stored.dtype in DTYPES.values() else torch.float32
+        return as_stored if self.dtype in (None, torch.int8) else self.dtype
+
+    def _converted(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         tensor = stored.to(self.device, dtype).contiguous()
         if tensor.data_ptr() != stored.data_ptr() and stored.is_contiguous():
             release_pages(stored)

@@ -1,4 +1,4 @@
-"""One configuration for both public formats."""
+"""Sizes of a language model: what every block is, and what surrounds the blocks."""
 
 import math
 from dataclasses import dataclass
@@ -6,108 +6,104 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class MambaConfig:
-    """Sizes of a Mamba-1 language model.
+class Mamba1Config:
+    """A Mamba-1 mixer. dt_rank is the rank of the dt projection; norm_eps: Falcon-Mamba's RMS norms of dt, B and C."""
 
-    vocab_size counts the rows of the embedding, padding included; dt_rank is the rank of the dt projection.
-    """
-
-    d_model: int
-    n_layer: int
-    vocab_size: int
     d_inner: int
     dt_rank: int
     d_state: int = 16
     d_conv: int = 4
+    conv_bias: bool = True
+    bias: bool = False
+    norm_eps: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupedMamba1Config:
+    """A Mamba-1 mixer made from an attention layer (The Mamba in the Llama): z and C take the place of queries, x and B
+    that of keys and values, d_xb channels of which serve d_inner in heads of d_state."""
+
+    d_inner: int
+    d_xb: int
+    dt_rank: int
+    d_state: int = 16
+    d_conv: int = 4
+    conv_bias: bool = True
+    repeat_before_conv: bool = True
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """A Mamba-2 mixer of n_heads heads of head_dim channels. x_heads heads of x, and groups of B and C, serve them all.
+
+    norm: gated RMS norm in norm_groups parts; without it y is gated inside the scan. repeat_before_conv: x and B are
+    repeated for all heads first (The Mamba in the Llama), so that the convolution treats each copy by itself.
+    """
+
+    n_heads: int
+    head_dim: int
+    d_state: int
+    x_heads: int
+    b_groups: int
+    c_groups: int
+    d_conv: int = 4
+    conv_bias: bool = True
+    bias: bool = False
+    norm: bool = True
+    norm_groups: int = 1
+    norm_eps: float = 1e-5
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    D_has_head_dim: bool = False
+    repeat_before_conv: bool = False
+
+    @property
+    def d_inner(self) -> int:
+        return self.n_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention. inv_freq: rotary frequencies, one for each rotated pair; scale None: head_dim ** -0.5;
+    d_conv 0: no convolution over queries, keys and values."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    inv_freq: tuple[float, ...] = ()
+    scale: float | None = None
+    bias: bool = False
+    out_bias: bool = False
+    d_conv: int = 0
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """A gated MLP."""
+
+    d_inner: int
+    bias: bool = False
+
+
+BlockConfig = Mamba1Config | GroupedMamba1Config | Mamba2Config | AttentionConfig | MlpConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model of pre-norm residual blocks, one mixer each; an MLP is a block of its own.
+
+    vocab_size counts the rows of the embedding, padding included.
+    """
+
+    d_model: int
+    vocab_size: int
+    blocks: tuple[BlockConfig, ...]
     eps: float = 1e-5
     tie_embeddings: bool = True
-    conv_bias: bool = True
-    linear_bias: bool = False
     eos_token_id: int | None = None
 
-    @staticmethod
-    def of_size(d_model: int, n_layer: int, vocab_size: int, **other: Any) -> "MambaConfig":
-        """The usual proportions: d_inner = 2 d_model, dt_rank = d_model / 16 rounded up."""
-        sizes = {"d_inner": 2 * d_model, "dt_rank": math.ceil(d_model / 16), **other}
-        return MambaConfig(d_model, n_layer, vocab_size, **sizes)
 
-
-def parse_config(config: dict[str, Any]) -> MambaConfig:
-    """Reads a ``config.json`` in state-spaces or Hugging Face format; keys that do not matter here are ignored.
-
-    Raises:
-        ValueError: another architecture, or a value that makes no sense.
-    """
-    if config.get("model_type") == "mamba":
-        parsed = _from_hugging_face(config)
-    elif "model_type" in config:
-        raise ValueError(f"architecture '{config['model_type']}' is not supported; supported: mamba (Mamba-1)")
-    elif "d_model" in config and "n_layer" in config:
-        parsed = _from_state_spaces(config)
-    else:
-        raise ValueError("config.json names no known architecture: neither model_type 'mamba' nor d_model and n_layer")
-    for name in ("d_model", "n_layer", "vocab_size", "d_inner", "dt_rank", "d_state", "d_conv"):
-        value = getattr(parsed, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"config.json gives {name} = {value!r}; a positive whole number is needed")
-    return parsed
-
-
-def _refuse(config: dict[str, Any], key: str, supported: Any, default: Any) -> None:
-    value = config.get(key, default)
-    if value != supported:
-        raise ValueError(f"config.json has {key} = {value!r}; only {supported!r} is supported")
-
-
-def _from_hugging_face(config: dict[str, Any]) -> MambaConfig:
-    _refuse(config, "hidden_act", "silu", "silu")
-    d_model = _required(config, "hidden_size")
-    rank = config.get("time_step_rank", "auto")
-    return MambaConfig(
-        d_model=d_model,
-        n_layer=_required(config, "num_hidden_layers"),
-        vocab_size=_required(config, "vocab_size"),
-        d_inner=config.get("intermediate_size") or int(config.get("expand", 2) * d_model),
-        dt_rank=math.ceil(d_model / 16) if rank == "auto" else rank,
-        d_state=config.get("state_size", 16),
-        d_conv=config.get("conv_kernel", 4),
-        eps=config.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=config.get("tie_word_embeddings", True),
-        conv_bias=config.get("use_conv_bias", True),
-        linear_bias=config.get("use_bias", False),
-        eos_token_id=config.get("eos_token_id", 0),
-    )
-
-
-def _from_state_spaces(config: dict[str, Any]) -> MambaConfig:
-    _refuse(config, "rms_norm", True, True)
-    _refuse(config, "d_intermediate", 0, 0)
-    if config.get("attn_layer_idx"):
-        raise ValueError("architecture with attention layers (attn_layer_idx) is not supported; supported: Mamba-1")
-    ssm = config.get("ssm_cfg") or {}
-    if not isinstance(ssm, dict):
-        raise ValueError(f"config.json gives ssm_cfg = {ssm!r}; an object is needed")
-    if ssm.get("layer", "Mamba1") != "Mamba1":
-        raise ValueError(f"architecture '{ssm['layer']}' is not supported; supported: Mamba1")
-    d_model, rank = _required(config, "d_model"), ssm.get("dt_rank", "auto")
-    multiple = _required({"pad_vocab_size_multiple": 8, **config}, "pad_vocab_size_multiple")
-    return MambaConfig(
-        d_model=d_model,
-        n_layer=_required(config, "n_layer"),
-        vocab_size=math.ceil(_required(config, "vocab_size") / multiple) * multiple,
-        d_inner=int(ssm.get("expand", 2) * d_model),
-        dt_rank=math.ceil(d_model / 16) if rank == "auto" else rank,
-        d_state=ssm.get("d_state", 16),
-        d_conv=ssm.get("d_conv", 4),
-        tie_embeddings=config.get("tie_embeddings", True),
-        conv_bias=ssm.get("conv_bias", True),
-        linear_bias=ssm.get("bias", False),
-        eos_token_id=config.get("eos_token_id", 0),
-    )
-
-
-def _required(config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json gives {key} = {value!r}; a positive whole number is needed")
-    return value
+def mamba1_config(d_model: int, n_layer: int, vocab_size: int, **other: Any) -> ModelConfig:
+    """A Mamba-1 model in the usual proportions: d_inner = 2 d_model, dt_rank = d_model / 16 rounded up."""
+    of_model = {name: other.pop(name) for name in ("eps", "tie_embeddings", "eos_token_id") if name in other}
+    block = Mamba1Config(**{"d_inner": 2 * d_model, "dt_rank": math.ceil(d_model / 16), **other})
+    return ModelConfig(d_model, vocab_size, (block,) * n_layer, **of_model)

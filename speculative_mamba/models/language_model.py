@@ -1,4 +1,4 @@
-"""A Mamba-1 language model: embedding, blocks, norm, head."""
+"""A language model: embedding, blocks, norm, head."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from ..layers.block import Block
-from ..layers.cache import MambaCache
-from ..layers.mamba1 import Window
+from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, room_for
 from ..ops import rms_norm, skinny_linear
-from ..ops.checks import check_start_slot
+from ..ops.checks import check_follows, check_start_slot
 from ..ops.int8 import Int8Weight
 from ..ops.recording import Recording, ResultPool, next_stage
-from .config import MambaConfig
+from .config import ModelConfig
 
 PREFILL_CHUNK = 64
+CHECKPOINTS = ("auto", "states", "inputs")
 
 
-class ModelCache(list[MambaCache]):
-    """One ``MambaCache`` per layer, and the recorded steps that work on them, by the shape of the call."""
+class ModelCache(list[LayerCache]):
+    """A cache for each layer that has a state, and the recorded steps that work on them, by the shape of the call."""
 
-    def __init__(self, layers: Iterable[MambaCache]) -> None:
+    def __init__(self, layers: Iterable[LayerCache]) -> None:
         super().__init__(layers)
         self.steps: dict[tuple, _RecordedStep] = {}
 
@@ -49,10 +49,11 @@ class MambaLM:
     """Weights and the two ways to run them; all state lives in the cache that the caller passes.
 
     embedding and head: (V, d), the same tensor when tied; norm_weight: (d). ``load_tokenizer`` is called when text is
-    first needed; token ids need none. ``state_dtype`` (float32, bfloat16, float16) is that of the recurrent state.
+    first needed; token ids need none. ``state_dtype`` (float32, bfloat16, float16) is that of the recurrent state and
+    of cached keys and values; ``checkpoint`` ("auto", "states", "inputs") as in ``load_model``.
     """
 
-    config: MambaConfig
+    config: ModelConfig
     embedding: torch.Tensor | Int8Weight
     blocks: list[Block]
     norm_weight: torch.Tensor
@@ -61,6 +62,7 @@ class MambaLM:
     load_tokenizer: Callable[[], Tokenizer | None] = field(default=lambda: None, repr=False)
     backend: str = "auto"
     state_dtype: torch.dtype = torch.float32
+    checkpoint: str = "auto"
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -80,7 +82,7 @@ class MambaLM:
         return self.config.vocab_size
 
     @property
-    def eos_token_id(self) -> int | None:
+    def eos_token_id(self) -> int | tuple[int, ...] | None:
         return self.config.eos_token_id
 
     @property
@@ -88,22 +90,28 @@ class MambaLM:
         """Bytes of the weights that one step reads."""
         weights = [self.norm_weight, self.head]
         for block in self.blocks:
-            in_mixer = (w for w in vars(block.mixer).values() if isinstance(w, torch.Tensor | Int8Weight))
-            weights += [block.norm_weight, *in_mixer]
+            weights.append(block.norm_weight)
+            for value in vars(block.mixer).values():
+                values = value if isinstance(value, tuple) else (value,)
+                weights += [weight for weight in values if isinstance(weight, torch.Tensor | Int8Weight)]
         return sum(weight.nbytes for weight in weights)
 
     def new_cache(self, batch: int, slots: int) -> ModelCache:
-        """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens."""
-        c = self.config
-        sizes = (batch, slots, c.d_inner, c.d_state, c.d_conv)
-        return ModelCache(MambaCache.allocate(*sizes, self.device, self.state_dtype) for _ in self.blocks)
+        """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens. It grows with the texts where
+        there are attention layers."""
+        sizes = CacheSizes(batch, slots, self.state_dtype, self._replays(batch, slots))
+        return ModelCache(block.mixer.new_cache(sizes) for block in self.blocks if block.mixer.stateful)
 
-    def prefill(self, tokens: Sequence[int], cache: list[MambaCache], row: int) -> None:
+    def _replays(self, batch: int, slots: int) -> bool:
+        return self.checkpoint == "inputs"
+
+    def prefill(self, tokens: Sequence[int], cache: list[LayerCache], row: int) -> None:
         """Absorbs a row's first tokens into its slot 0, which must hold a fresh state.
 
         Time and memory are linear in the number of tokens: a chunk of 64 at a time. Every token goes through the same
         kernels in the same order as in ``verify``, so the state has the same bits however the tokens are cut.
         """
+        self._reserve(cache, len(tokens))
         one_row = [layer.row(row) for layer in cache]
         window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), keep_last=True)
         ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
@@ -113,7 +121,7 @@ class MambaLM:
     def verify(
         self,
         tokens: torch.Tensor,
-        cache: list[MambaCache],
+        cache: list[LayerCache],
         start_slot: torch.Tensor,
         write_slot: int = 0,
         null_columns: torch.Tensor | None = None,
@@ -127,39 +135,52 @@ class MambaLM:
         Raises:
             ValueError: the cache belongs to a model of another depth, or the window does not fit into its slots.
         """
-        if len(cache) != len(self.blocks):
-            raise ValueError(f"the cache has {len(cache)} layers, the model {len(self.blocks)}; use model.new_cache")
+        stateful = sum(block.mixer.stateful for block in self.blocks)
+        if len(cache) != stateful:
+            raise ValueError(f"the cache has {len(cache)} layers, the model {stateful}; use model.new_cache")
+        self._reserve(cache, tokens.shape[1])
         window = Window(start_slot, write_slot, null_columns)
-        # PyTorch's own operations, such as adding the linear layers' biases, cannot be recorded.
-        recorded = self.backend == "cpu" and isinstance(cache, ModelCache) and not self.config.linear_bias
-        if recorded and null_columns is None:
+        if self.backend == "cpu" and isinstance(cache, ModelCache) and null_columns is None:
             logits = self._run_recorded(tokens, cache, window)
         else:
             logits = self._logits(self._embed(tokens), len(tokens), cache, window)
         return logits.view(*tokens.shape, -1)
+
+    @staticmethod
+    def _reserve(cache: list[LayerCache], tokens: int) -> None:
+        """Makes room for so many more tokens in every attention layer; all have the same lengths."""
+        attention = [layer for layer in cache if isinstance(layer, AttentionCache)]
+        if attention and (needed := int(attention[0].lengths.max()) + tokens) > attention[0].capacity:
+            for layer in attention:
+                layer.grow(room_for(needed))
+            if isinstance(cache, ModelCache):
+                cache.steps.clear()  # they work on the tensors from before
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         ids, table = tokens.reshape(-1), self.embedding
         return table.rows(ids) if isinstance(table, Int8Weight) else F.embedding(ids, table).float()
 
     def _blocks(
-        self, hidden: torch.Tensor, batch: int, cache: list[MambaCache], window: Window
+        self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        residual = None
-        for block, layer_cache in zip(self.blocks, cache, strict=True):
-            hidden, residual = block(hidden, residual, batch, layer_cache, window)
+        residual, layers = None, iter(cache)
+        for block in self.blocks:
+            layer = next(layers) if block.mixer.stateful else None
+            hidden, residual = block(hidden, residual, batch, layer, window)
             next_stage()
         return hidden, residual
 
-    def _logits(self, hidden: torch.Tensor, batch: int, cache: list[MambaCache], window: Window) -> torch.Tensor:
+    def _logits(self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window) -> torch.Tensor:
         hidden, residual = self._blocks(hidden, batch, cache, window)
         hidden, _ = rms_norm(hidden, self.norm_weight, residual, eps=self.config.eps, backend=self.backend)
         return skinny_linear(hidden, self.head, backend=self.backend)
 
     def _run_recorded(self, tokens: torch.Tensor, cache: ModelCache, window: Window) -> torch.Tensor:
         """``_logits``, without Python between the kernels from the second call of a shape on."""
-        slots = cache[0].states.shape[1] if cache else 0
+        slots = cache[0].slots if cache else 0
         check_start_slot(window.start_slot, slots, len(tokens), self.norm_weight)
+        if any(isinstance(layer, MambaCache) and layer.inputs is not None for layer in cache):
+            check_follows(window.start_slot, window.write_slot)
         key = (id(self), *tokens.shape, window.write_slot)
         step, addressed = cache.steps.get(key), [self, *self._addressed(cache)]
         if step is not None and all(map(operator.is_, step.addressed, addressed)):
@@ -179,5 +200,4 @@ class MambaLM:
         yield self.head
         yield from self.blocks
         for layer in cache:
-            yield layer.states
-            yield layer.window
+            yield from layer.tensors()

@@ -4,81 +4,141 @@ import math
 
 import torch
 
-from ..layers.block import Block
-from ..layers.mamba1 import Mamba1Mixer
-from ..models.config import MambaConfig
+from ..models.builder import build
+from ..models.config import (
+    AttentionConfig,
+    GroupedMamba1Config,
+    Mamba2Config,
+    MlpConfig,
+    ModelConfig,
+    mamba1_config,
+)
+from ..models.formats import Names
+from ..models.formats.fields import rotary_frequencies
 from ..models.language_model import MambaLM
 from ..ops import backend as backends
 from ..ops.int8 import Int8Weight, quantised
 
 # Published Mamba-1 shapes: (d_model, n_layer); vocabulary 50,280, d_state 16, d_conv 4.
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
+# Published Mamba-2 shapes: the same, with heads of 64 channels and d_state 128.
+MAMBA2_SIZES = {"130m": "130m", "370m": "370m", "780m": "790m", "1.3b": "1.4b", "2.7b": "2.8b"}
+MAMBA2_SHAPES = {f"mamba2-{name}": SHAPES[size] for name, size in MAMBA2_SIZES.items()}
+# Kinds of tiny models: the blocks of one of each.
+ARCHITECTURES = ("mamba1", "falcon-mamba", "mamba2", "llama", "mamba2attn", "mamba-in-llama", "mamba2-in-llama")
 
 
-def published_config(name: str) -> MambaConfig:
+def published_config(name: str) -> ModelConfig:
+    """A published shape: of ``SHAPES``, of ``MAMBA2_SHAPES``, or "hybrid-8b", the paper's Llama-3-8B hybrid with
+    Mamba-2 layers for three quarters of the attention layers."""
+    if name == "hybrid-8b":
+        return hybrid_config(32, 4)
+    if name in MAMBA2_SHAPES:
+        d_model, n_layer = MAMBA2_SHAPES[name]
+        return ModelConfig(d_model, 50288, (mamba2_block(2 * d_model // 64, 64, 128),) * n_layer)
     d_model, n_layer = SHAPES[name]
-    return MambaConfig.of_size(d_model, n_layer, 50280)
+    return mamba1_config(d_model, n_layer, 50280)
 
 
-def tiny_config(**other: int) -> MambaConfig:
-    return MambaConfig.of_size(**{"d_model": 24, "n_layer": 2, "vocab_size": 61, "d_state": 5, "dt_rank": 3, **other})
+def mamba2_block(heads: int, head_dim: int, d_state: int, groups: int = 1, **other: object) -> Mamba2Config:
+    sizes = {"x_heads": heads, "b_groups": groups, "c_groups": groups, "norm_groups": groups, **other}
+    return Mamba2Config(heads, head_dim, d_state, **sizes)
+
+
+def hybrid_config(layers: int, every: int) -> ModelConfig:
+    """Llama 3 8B's sizes, ``layers`` layers of which every ``every``-th attends and the others are Mamba-2's."""
+    attention = AttentionConfig(32, 8, 128, tuple(rotary_frequencies(500000.0, 128).tolist()))
+    mixer = Mamba2Config(32, 128, 128, 8, 8, 32, norm_groups=32)
+    blocks = ((attention if i % every == every - 1 else mixer, MlpConfig(14336)) for i in range(layers))
+    return ModelConfig(4096, 128256, sum(blocks, ()), tie_embeddings=False)
+
+
+def tiny_config(**other: int) -> ModelConfig:
+    return mamba1_config(**{"d_model": 24, "n_layer": 2, "vocab_size": 61, "d_state": 5, "dt_rank": 3, **other})
+
+
+def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
+    """A tiny untied model of one of ``ARCHITECTURES``; seeds differ in some of its options."""
+    d, odd = 24, seed % 2 == 1
+    mamba1 = tiny_config(n_layer=1).blocks[0]
+    mamba2 = mamba2_block(6, 8, 9, groups=2, norm=not odd, D_has_head_dim=odd, bias=odd)
+    rotary = tuple(rotary_frequencies(10000.0, 6).tolist())
+    attention = AttentionConfig(4, 2, 10, rotary, bias=odd, out_bias=odd)
+    convolved = AttentionConfig(6, 3, 8, rotary[:2], scale=0.3 if odd else None, bias=True, d_conv=4)
+    grouped = GroupedMamba1Config(24, 12, 3, d_state=4, repeat_before_conv=not odd)
+    in_llama = Mamba2Config(6, 4, 4, 3, 3, 6, norm_groups=6, repeat_before_conv=odd)
+    mlp = MlpConfig(37, bias=odd)
+    blocks = {
+        "mamba1": (mamba1, mamba1),
+        "falcon-mamba": (tiny_config(n_layer=1, norm_eps=1e-6, bias=odd).blocks[0],) * 2,
+        "mamba2": (mamba2, mamba2),
+        "llama": (attention, mlp, attention, mlp),
+        "mamba2attn": (mamba2, convolved, mamba2, *((mlp,) if odd else ())),
+        "mamba-in-llama": (grouped, mlp, attention, mlp),
+        "mamba2-in-llama": (in_llama, mlp, attention, mlp),
+    }
+    return ModelConfig(d, 61, blocks[kind], tie_embeddings=False)
 
 
 def as_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Int8Weight:
     return quantised(weight) if dtype is torch.int8 else weight.to(dtype)
 
 
+class _RandomTensors:
+    """Random weights by name, scaled so that activations and state keep a useful size at any depth."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.rest_dtype = dtype, torch.float32 if dtype is torch.int8 else dtype
+        # Values repeat within a large weight, memory does not: filling gigabytes with fresh numbers takes minutes.
+        self.pool = torch.randn(1 << 20, generator=self.generator)
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | Int8Weight:
+        scale = {"embedding": 1.0, "head": 0.3}.get(name, shape[1] ** -0.5)
+        return as_dtype(self._normal(shape, scale), self.dtype)
+
+    def weight(self, name: str, *shape: int) -> torch.Tensor:
+        if "conv1d" in name:
+            return self._normal(shape, shape[-1] ** -0.5)
+        return (1 + self._normal(shape, 0.1)).to(self.rest_dtype)
+
+    def float32(self, name: str, *shape: int) -> torch.Tensor:
+        low, high = -0.2, 0.2
+        if name.endswith("A_log"):
+            return self._uniform(shape, 0.5, shape[1] if len(shape) == 2 else 16).log()
+        if name.endswith("dt_bias") or name.endswith("dt_proj.bias"):
+            low, high = -4.0, -1.0
+        elif name.endswith("D"):
+            low, high = 0.5, 1.5
+        return self._uniform(shape, low, high)
+
+    def _normal(self, shape: tuple[int, ...], scale: float) -> torch.Tensor:
+        offset = int(torch.randint(0, 1 << 16, (), generator=self.generator))
+        count = math.prod(shape)
+        values = (self.pool.roll(offset) * scale).to(self.rest_dtype)
+        return values.repeat(-(-count // len(values)))[:count].view(shape)
+
+    def _uniform(self, shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
+        return torch.rand(shape, generator=self.generator) * (high - low) + low
+
+
 def random_model(
-    config: MambaConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, backend: str = "auto"
+    config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, backend: str = "auto"
 ) -> MambaLM:
-    """A model with random weights, scaled so that activations and state keep a useful size at any depth.
+    """A model with random weights.
 
     With ``torch.int8`` the matrices are int8, and the rest is float32: as ``load_model`` makes of a float32 checkpoint.
     """
-    generator = torch.Generator().manual_seed(seed)
-    c = config
-    # Values repeat within a large weight, memory does not: filling gigabytes with fresh numbers takes minutes.
-    pool = torch.randn(1 << 20, generator=generator)
-    rest_dtype = torch.float32 if dtype is torch.int8 else dtype
-
-    def normal(*shape: int, scale: float) -> torch.Tensor:
-        offset = int(torch.randint(0, 1 << 16, (), generator=generator))
-        count = math.prod(shape)
-        values = (pool.roll(offset) * scale).to(rest_dtype)
-        return values.repeat(-(-count // len(values)))[:count].view(shape)
-
-    def matrix(*shape: int, scale: float) -> torch.Tensor | Int8Weight:
-        return as_dtype(normal(*shape, scale=scale), dtype)
-
-    def uniform(*shape: int, low: float, high: float) -> torch.Tensor:
-        return torch.rand(shape, generator=generator) * (high - low) + low
-
-    def block() -> Block:
-        mixer = Mamba1Mixer(
-            in_proj=matrix(2 * c.d_inner, c.d_model, scale=c.d_model**-0.5),
-            conv_weight=normal(c.d_inner, c.d_conv, scale=c.d_conv**-0.5),
-            conv_bias=uniform(c.d_inner, low=-0.2, high=0.2) if c.conv_bias else None,
-            x_proj=matrix(c.dt_rank + 2 * c.d_state, c.d_inner, scale=c.d_inner**-0.5),
-            dt_proj=matrix(c.d_inner, c.dt_rank, scale=c.dt_rank**-0.5),
-            dt_bias=uniform(c.d_inner, low=-4.0, high=-1.0),
-            A=-uniform(c.d_inner, c.d_state, low=0.5, high=c.d_state),
-            D=uniform(c.d_inner, low=0.5, high=1.5),
-            out_proj=matrix(c.d_model, c.d_inner, scale=c.d_inner**-0.5),
-            backend=backend,
-        )
-        return Block((1 + normal(c.d_model, scale=0.1)).to(rest_dtype), mixer, c.eps)
-
-    backend = backends.resolve(backend, "cpu")
-    embedding = matrix(c.vocab_size, c.d_model, scale=1.0)
-    return MambaLM(
-        config=c,
-        embedding=embedding,
-        blocks=[block() for _ in range(c.n_layer)],
-        norm_weight=(1 + normal(c.d_model, scale=0.1)).to(rest_dtype),
-        head=embedding if c.tie_embeddings else matrix(c.vocab_size, c.d_model, scale=0.3),
-        name="random",
-        backend=backend,
-    )
+    blocks = tuple((f"{i}.block_norm", f"{i}.") for i in range(len(config.blocks)))
+    names = Names(("embedding",), "final_norm", "head", blocks)
+    model = build(config, names, _RandomTensors(dtype, seed), backends.resolve(backend, "cpu"))
+    model.name = "random"
+    return model
 
 
 class TableModel:

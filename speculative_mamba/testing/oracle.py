@@ -1,8 +1,15 @@
 """The whole model over a whole text in float64, from scratch, sharing no code with the ops or the loop."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
+from ..layers.attention import Attention
+from ..layers.mamba1 import Mamba1Mixer
+from ..layers.mamba1_grouped import GroupedMamba1Mixer
+from ..layers.mamba2 import Mamba2Mixer
+from ..layers.mlp import GatedMlp
 from ..models.language_model import MambaLM
 from ..ops.int8 import Int8Weight
 
@@ -16,28 +23,10 @@ def dense(weight: torch.Tensor | Int8Weight, dtype: torch.dtype) -> torch.Tensor
 
 def full_forward(model: MambaLM, tokens: list[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Logits (L, V) after every token of one text, computed in ``dtype``."""
-
-    def norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return h / (h.pow(2).mean(-1, keepdim=True) + model.config.eps).sqrt() * weight.to(dtype)
-
     h = dense(model.embedding, dtype)[torch.tensor(tokens)]
     for block in model.blocks:
-        m = block.mixer
-        D, N = m.A.shape
-        R = m.dt_proj.shape[1]
-        x, z = (norm(h, block.norm_weight) @ dense(m.in_proj, dtype).T).chunk(2, -1)
-        bias = None if m.conv_bias is None else m.conv_bias.to(dtype)
-        weight = m.conv_weight.to(dtype)
-        x = F.conv1d(F.pad(x.T, (weight.shape[1] - 1, 0))[None], weight[:, None], bias, groups=D)[0].T
-        x = F.silu(x)
-        dt, B, C = (x @ dense(m.x_proj, dtype).T).split([R, N, N], -1)
-        dt = F.softplus(dt @ dense(m.dt_proj, dtype).T + m.dt_bias.to(dtype))
-        state, y = torch.zeros(D, N, dtype=dtype), []
-        for t in range(len(tokens)):
-            state = torch.exp(dt[t, :, None] * m.A.to(dtype)) * state + dt[t, :, None] * B[t] * x[t, :, None]
-            y.append(state @ C[t] + m.D.to(dtype) * x[t])
-        h = h + (torch.stack(y) * F.silu(z)) @ dense(m.out_proj, dtype).T
-    return norm(h, model.norm_weight) @ dense(model.head, dtype).T
+        h = h + _MIXERS[type(block.mixer)](block.mixer, _norm(h, block.norm_weight, block.eps))
+    return _norm(h, model.norm_weight, model.config.eps) @ dense(model.head, dtype).T
 
 
 def greedy(model: MambaLM, prompt: list[int], count: int) -> list[int]:
@@ -46,3 +35,115 @@ def greedy(model: MambaLM, prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(int(full_forward(model, tokens)[-1].argmax()))
     return tokens
+
+
+def _norm(h: torch.Tensor, weight: torch.Tensor | float, eps: float) -> torch.Tensor:
+    weight = weight.to(h.dtype) if isinstance(weight, torch.Tensor) else weight
+    return h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    y = x @ dense(weight, x.dtype).T
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Causal depthwise convolution over a text x (L, D)."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return F.conv1d(F.pad(x.T, (weight.shape[1] - 1, 0))[None], weight[:, None], bias, groups=len(weight))[0].T
+
+
+def _repeat(x: torch.Tensor, copies: int, block: int) -> torch.Tensor:
+    """Blocks of the last dimension, each so many times in a row."""
+    return x.unflatten(-1, (-1, block)).repeat_interleave(copies, -2).flatten(-2)
+
+
+def _scan(x: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor, m: object) -> torch.Tensor:
+    """x, dt (L, D), B and C (L, N) or (L, D, N)."""
+    A, D = m.A.to(x.dtype), m.D.to(x.dtype)
+    dt = F.softplus(dt + m.dt_bias.to(x.dtype))
+    state, y = torch.zeros_like(A), []
+    for t in range(len(x)):
+        state = torch.exp(dt[t, :, None] * A) * state + dt[t, :, None] * B[t] * x[t, :, None]
+        y.append((state * C[t]).sum(-1) + D * x[t])
+    return torch.stack(y)
+
+
+def _mamba1(m: Mamba1Mixer, h: torch.Tensor) -> torch.Tensor:
+    N, R = m.A.shape[1], m.dt_proj.shape[1]
+    x, z = _linear(h, m.in_proj, m.in_bias).chunk(2, -1)
+    x = F.silu(_conv(x, m.conv_weight, m.conv_bias))
+    parts = _linear(x, m.x_proj).split([R, N, N], -1)
+    if m.norm_eps is not None:
+        parts = [_norm(part, 1.0, m.norm_eps) for part in parts]
+    dt, B, C = parts
+    y = _scan(x, _linear(dt, m.dt_proj), B[:, None], C[:, None], m)
+    return _linear(y * F.silu(z), m.out_proj, m.out_bias)
+
+
+def _grouped_mamba1(m: GroupedMamba1Mixer, h: torch.Tensor) -> torch.Tensor:
+    D, N = m.A.shape
+    copies = D // m.x_proj.shape[0]
+    z, x, B, C, dt = (_linear(h, w) for w in (m.z_proj, m.x_proj, m.B_proj, m.C_proj, m.dt_down))
+    x = F.silu(_conv(_repeat(x, copies, N), m.conv_weight, m.conv_bias))
+    B, C = (part.unflatten(-1, (-1, N)).repeat_interleave(N, 1) for part in (_repeat(B, copies, N), C))
+    y = _scan(x, _linear(dt, m.dt_proj), B, C, m)
+    return _linear(y * F.silu(z), m.out_proj)
+
+
+def _mamba2(m: Mamba2Mixer, h: torch.Tensor) -> torch.Tensor:
+    H, P, N = len(m.A), m.head_dim, m.state_size
+    X, G, C_groups = m.heads
+    z, x, B, C, dt = _linear(h, m.in_proj, m.in_bias).split([H * P, X * P, G * N, C_groups * N, H], -1)
+    x, B = _repeat(x, m.conv_heads[0] // X, P), _repeat(B, m.conv_heads[1] // G, N)
+    xBC = F.silu(_conv(torch.cat([x, B, C], -1), m.conv_weight, m.conv_bias))
+    x, B, C = xBC.split([m.conv_heads[0] * P, m.conv_heads[1] * N, C_groups * N], -1)
+    x, B, C = (part.unflatten(-1, (-1, size)) for part, size in ((x, P), (B, N), (C, N)))
+    x, B, C = (part.repeat_interleave(H // part.shape[1], 1) for part in (x, B, C))
+    dt = F.softplus(dt + m.dt_bias.to(h.dtype)).clamp(*m.dt_limit)
+    state, y = torch.zeros(H, P, N, dtype=h.dtype), []
+    for t in range(len(h)):
+        state = torch.exp(dt[t] * m.A)[:, None, None] * state
+        state = state + (dt[t, :, None] * x[t])[..., None] * B[t, :, None]
+        y.append((state * C[t, :, None]).sum(-1) + m.D.to(h.dtype).view(H, -1) * x[t])
+    y = torch.stack(y).flatten(1) * F.silu(z)
+    if m.norm_weight is not None:
+        y = _norm(y.unflatten(-1, (m.norm_groups, -1)), 1.0, m.norm_eps).flatten(1) * m.norm_weight.to(h.dtype)
+    return _linear(y, m.out_proj, m.out_bias)
+
+
+def _attention(m: Attention, h: torch.Tensor) -> torch.Tensor:
+    parts = [_linear(h, w, bias) for w, bias in zip(m.projections, m.biases, strict=True)]
+    packed = torch.cat(parts, -1)
+    if m.conv_weight is not None:
+        packed = _conv(packed, m.conv_weight, m.conv_bias)
+    heads = (m.n_heads, m.n_kv_heads, m.n_kv_heads)
+    q, k, v = (part.unflatten(-1, (-1, m.head_dim)) for part in packed.split([n * m.head_dim for n in heads], -1))
+    if m.inv_freq is not None:
+        angles = torch.arange(len(h), dtype=h.dtype)[:, None, None] * m.inv_freq.to(h.dtype)
+        q, k = _rotated(q, angles), _rotated(k, angles)
+    k, v = (part.repeat_interleave(m.n_heads // m.n_kv_heads, 1) for part in (k, v))
+    scores = torch.einsum("thp,shp->hts", q, k) * (m.head_dim**-0.5 if m.scale is None else m.scale)
+    future = torch.ones(len(h), len(h), dtype=torch.bool).triu(1)
+    y = torch.einsum("hts,shp->thp", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+    return _linear(y.flatten(1), m.out_proj, m.out_bias)
+
+
+def _rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    half = angles.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), rest], -1)
+
+
+def _mlp(m: GatedMlp, h: torch.Tensor) -> torch.Tensor:
+    gate, up = _linear(h, m.gate_proj, m.gate_bias), _linear(h, m.up_proj, m.up_bias)
+    return _linear(F.silu(gate) * up, m.down_proj, m.down_bias)
+
+
+_MIXERS: dict[type, Callable[..., torch.Tensor]] = {
+    Mamba1Mixer: _mamba1,
+    GroupedMamba1Mixer: _grouped_mamba1,
+    Mamba2Mixer: _mamba2,
+    Attention: _attention,
+    GatedMlp: _mlp,
+}

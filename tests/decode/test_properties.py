@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import speculative_mamba as sm
-from speculative_mamba.models.config import MambaConfig
+from speculative_mamba.decode import NgramDrafter
+from speculative_mamba.models.config import mamba1_config
 from speculative_mamba.ops import causal_conv1d_verify, selective_scan_verify
 from speculative_mamba.testing import oracle
 from speculative_mamba.testing.models import random_model
@@ -61,14 +62,14 @@ def make_draft(kind, models, texts, agreement):
     """A scripted one is right where the pattern says so."""
     if kind == "scripted":
         return ScriptedDraft(texts, VOCABULARY, lambda row, at: agreement[(row + at) % len(agreement)])
-    return models.drafts.get(kind)
+    return NgramDrafter(VOCABULARY, shortest=1) if kind == "ngram" else models.drafts.get(kind)
 
 
 @examples(150)
 @given(
     prompts=batches,
     sampling=sampling,
-    kind=st.sampled_from(["scripted", "scripted", "near", "random", "equal"]),
+    kind=st.sampled_from(["scripted", "scripted", "near", "random", "equal", "ngram"]),
     agreement=agreement,
     lookahead=st.integers(1, 15),
     budget=st.integers(0, LONGEST),
@@ -116,7 +117,7 @@ def test_any_run_is_plain_decoding_cut_at_its_stop(
         st.tuples(
             st.integers(0, 5),
             st.one_of(st.integers(1, 9), st.just("auto")),
-            st.sampled_from(["scripted", "near", "random", "equal", "none"]),
+            st.sampled_from(["scripted", "near", "random", "equal", "ngram", "none"]),
         ),
         min_size=1,
         max_size=4,
@@ -151,7 +152,7 @@ def test_any_chain_of_calls_is_one_call(pair, assert_states_fit, prompts, sampli
 
 LARGEST = {"d_model": 40, "n_layer": 3, "vocab_size": 90, "d_inner": 70, "dt_rank": 6, "d_state": 18, "d_conv": 8}
 WEIGHTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-largest = functools.cache(lambda dtype: random_model(MambaConfig(**LARGEST, tie_embeddings=False), dtype=dtype))
+largest = functools.cache(lambda dtype: random_model(mamba1_config(**LARGEST, tie_embeddings=False), dtype=dtype))
 
 
 def cut_out(config, dtype, seed):
@@ -161,14 +162,14 @@ def cut_out(config, dtype, seed):
         moved = weight.roll([seed % size for size in weight.shape], list(range(weight.ndim)))
         return moved[tuple(map(slice, sizes))].contiguous()
 
-    whole, c = largest(dtype), config
-    d, D, N, R = c.d_model, c.d_inner, c.d_state, c.dt_rank
+    whole, c, of_block = largest(dtype), config, config.blocks[0]
+    d, D, N, R = c.d_model, of_block.d_inner, of_block.d_state, of_block.dt_rank
     blocks = []
-    for block in whole.blocks[: c.n_layer]:
+    for block in whole.blocks[: len(c.blocks)]:
         m = block.mixer
         mixer = dataclasses.replace(
-            m, in_proj=cut(m.in_proj, 2 * D, d), conv_weight=cut(m.conv_weight, D, c.d_conv),
-            conv_bias=cut(m.conv_bias, D) if c.conv_bias else None, x_proj=cut(m.x_proj, R + 2 * N, D),
+            m, in_proj=cut(m.in_proj, 2 * D, d), conv_weight=cut(m.conv_weight, D, of_block.d_conv),
+            conv_bias=cut(m.conv_bias, D) if of_block.conv_bias else None, x_proj=cut(m.x_proj, R + 2 * N, D),
             dt_proj=cut(m.dt_proj, D, R), dt_bias=cut(m.dt_bias, D), A=cut(m.A, D, N), D=cut(m.D, D),
             out_proj=cut(m.out_proj, d, D),
         )  # fmt: skip
@@ -210,8 +211,8 @@ def test_any_shape_against_float64(shape, weights, seed, length, lookahead, laye
     Logits agree to 10⁻⁵ of the row's largest. A token may differ from the oracle's choice only where two logits are
     closer than that.
     """
-    target = cut_out(MambaConfig(**shape), WEIGHTS[weights], seed)
-    draft = cut_out(MambaConfig(**{**shape, "n_layer": layers_of_draft, "d_state": 3}), torch.float32, seed + 1)
+    target = cut_out(mamba1_config(**shape), WEIGHTS[weights], seed)
+    draft = cut_out(mamba1_config(**{**shape, "n_layer": layers_of_draft, "d_state": 3}), torch.float32, seed + 1)
     vocabulary = shape["vocab_size"]
     prompt = [(seed * 7 + at * at * 31) % vocabulary for at in range(length)]
     result = sm.generate(

@@ -97,12 +97,12 @@ def test_the_draft_continues_from_a_fresh_state_after_any_acceptance(pair, plain
 def test_a_cache_has_a_slot_for_every_token_of_a_window(lookahead):
     """The shapes, computed anew from the configuration; one token more does not fit, and then nothing is written."""
     model = random_model(tiny_config(n_layer=3, d_conv=2 + lookahead % 4))
-    c = model.config
+    c, mixer = model.config, model.config.blocks[0]
     cache = model.new_cache(2, lookahead + 1)
     assert len(cache) == 3
     for layer in cache:
-        assert layer.states.shape == (2, lookahead + 1, 2 * c.d_model, c.d_state)
-        assert layer.window.shape == (2, c.d_conv - 1 + lookahead + 1, 2 * c.d_model)
+        assert layer.states.shape == (2, lookahead + 1, 2 * c.d_model, mixer.d_state)
+        assert layer.window.shape == (2, mixer.d_conv - 1 + lookahead + 1, 2 * c.d_model)
         assert layer.states.dtype == layer.window.dtype == torch.float32
     before = [(layer.states.clone(), layer.window.clone()) for layer in cache]
     with pytest.raises(ValueError, match=f"do not fit into {lookahead + 1} slots"):
@@ -233,7 +233,7 @@ def test_any_cut_gives_the_same_logits_and_states(pair, prompt, backend, seed):
 def test_unread_slots_never_matter(pair, prompt, assert_slot_holds):
     """Before every call all slots but the one to start from are poisoned; blocks go behind it or to the first."""
     target, text = pair().target, prompt(30)
-    cache, width = target.new_cache(2, 7), target.config.d_conv
+    cache, width = target.new_cache(2, 7), target.config.blocks[0].d_conv
     for row in range(2):
         target.prefill(text[:9], cache, row)
     start, done = [0, 0], 9
@@ -328,4 +328,4 @@ def test_prefill_memory_does_not_grow_with_the_prompt(pair, prompt, monkeypatch)
     cache = target.new_cache(1, 1)
     target.prefill(prompt(1500), cache, 0)
     assert widest <= 64
-    assert cache[0].states.numel() == target.config.d_inner * target.config.d_state
+    assert cache[0].states.numel() == target.config.blocks[0].d_inner * target.config.blocks[0].d_state

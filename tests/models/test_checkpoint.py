@@ -72,7 +72,7 @@ def test_parity_of_other_shapes(checkpoint, layout, config):
 def test_default_rank_and_sizes(checkpoint):
     """dt_rank "auto" is d_model / 16 rounded up, in both formats."""
     written = checkpoint("safetensors", hidden_size=40, time_step_rank="auto")
-    assert sm.load_model(written.folder).config.dt_rank == 3
+    assert sm.load_model(written.folder).config.blocks[0].dt_rank == 3
     assert_parity(sm.load_model(written.folder), written.oracle)
 
 

@@ -1,0 +1,75 @@
+"""Grouped-query attention with a rotary embedding (Su et al. 2021, arXiv 2104.09864) over a cache that can go back."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..ops import attention_verify, causal_conv1d_verify, skinny_linear
+from ..ops.int8 import Int8Weight
+from .cache import CAPACITY_STEP, AttentionCache, CacheSizes, Window
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Weights of one attention layer of H query heads and G heads of keys and values, P channels each.
+
+    projections: q (HP, d), k and v (GP, d), or one matrix of all three; biases: as many, each float32 or None.
+    conv_weight ((H+2G)P, W) and conv_bias: a convolution without activation over q, k and v side by side, or None;
+    inv_freq (R) float32 or None: rotary frequencies; out_proj (d, HP), out_bias or None.
+    """
+
+    projections: tuple[torch.Tensor | Int8Weight, ...]
+    biases: tuple[torch.Tensor | None, ...]
+    out_proj: torch.Tensor | Int8Weight
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    inv_freq: torch.Tensor | None = None
+    scale: float | None = None
+    conv_weight: torch.Tensor | None = None
+    conv_bias: torch.Tensor | None = None
+    out_bias: torch.Tensor | None = None
+    backend: str = "auto"
+
+    stateful: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.conv_weight is not None:
+            object.__setattr__(self, "conv_weight", self.conv_weight.t().contiguous().t())
+
+    def new_cache(self, sizes: CacheSizes) -> AttentionCache:
+        device = self.out_proj.device
+        entries = (sizes.batch, self.n_kv_heads, CAPACITY_STEP, self.head_dim)
+        keys, values = (torch.empty(entries, dtype=sizes.dtype, device=device) for _ in range(2))
+        lengths, window = torch.zeros(sizes.batch, sizes.slots, dtype=torch.int32, device=device), None
+        if self.conv_weight is not None:
+            channels, width = self.conv_weight.shape
+            window = torch.full((sizes.batch, width - 1 + sizes.slots, channels), torch.nan, device=device)
+            window[:, :width] = 0
+        return AttentionCache(keys, values, lengths, window)
+
+    def __call__(self, hidden: torch.Tensor, batch: int, cache: AttentionCache, window: Window) -> torch.Tensor:
+        """hidden (B·T, d) float32 → (B·T, d) float32; writes the cache."""
+        parts = [
+            skinny_linear(hidden, weight, bias, backend=self.backend).unflatten(0, (batch, -1))
+            for weight, bias in zip(self.projections, self.biases, strict=True)
+        ]
+        if self.conv_weight is not None:
+            [packed] = parts
+            parts = [
+                causal_conv1d_verify(
+                    packed, self.conv_weight, self.conv_bias, cache.window, window.start_slot, window.write_slot,
+                    silu=False, null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+                )
+            ]  # fmt: skip
+        if len(parts) == 1:
+            heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
+            parts = parts[0].split([count * self.head_dim for count in heads], -1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        y = attention_verify(
+            q, k, v, cache.keys, cache.values, cache.lengths, window.start_slot, window.write_slot,
+            inv_freq=self.inv_freq, scale=self.scale,
+            null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+        )  # fmt: skip
+        return skinny_linear(y.view(hidden.shape[0], -1), self.out_proj, self.out_bias, backend=self.backend)

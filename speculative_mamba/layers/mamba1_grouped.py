@@ -1,0 +1,70 @@
+"""The Mamba-1 mixer with grouped heads of The Mamba in the Llama (Wang et al. 2024, arXiv 2408.15237, section 2)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..ops import causal_conv1d_verify, selective_scan_verify, skinny_linear
+from ..ops.int8 import Int8Weight
+from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
+from .settle import settle_scan
+
+
+@dataclass(frozen=True)
+class GroupedMamba1Mixer:
+    """Weights of one mixer made from an attention layer: unlike ``Mamba1Mixer``'s, B, C and dt come from its input.
+
+    X channels of x and B, in heads of N, serve the D channels of z and C, as grouped keys and values serve queries.
+    z_proj, C_proj (D, d); x_proj, B_proj (X, d); dt_down (R, d); dt_proj (D, R); conv_weight (D, W), conv_bias (D) or
+    None; dt_bias (D), A (D, N), D (D) float32; out_proj (d, D).
+    """
+
+    z_proj: torch.Tensor | Int8Weight
+    x_proj: torch.Tensor | Int8Weight
+    B_proj: torch.Tensor | Int8Weight
+    C_proj: torch.Tensor | Int8Weight
+    dt_down: torch.Tensor | Int8Weight
+    dt_proj: torch.Tensor | Int8Weight
+    conv_weight: torch.Tensor
+    conv_bias: torch.Tensor | None
+    dt_bias: torch.Tensor
+    A: torch.Tensor
+    D: torch.Tensor
+    out_proj: torch.Tensor | Int8Weight
+    backend: str = "auto"
+
+    stateful: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "conv_weight", self.conv_weight.t().contiguous().t())
+
+    @property
+    def _groups(self) -> int:
+        return self.B_proj.shape[0] // self.A.shape[1]
+
+    def new_cache(self, sizes: CacheSizes) -> MambaCache:
+        channels, state_size = self.A.shape
+        conv, inputs = (channels, self.conv_weight.shape[1]), ((channels,), (channels,), (self._groups, state_size))
+        settle = settle_scan(self.A, self._groups, self.backend)
+        return new_mamba_cache(sizes, (channels, state_size), conv, inputs, self.A.device, settle)
+
+    def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:
+        """hidden (B·T, d) float32 → (B·T, d) float32; writes the cache."""
+        channels, state_size = self.A.shape
+        z, x, B, C, dt = (
+            skinny_linear(hidden, weight, backend=self.backend)
+            for weight in (self.z_proj, self.x_proj, self.B_proj, self.C_proj, self.dt_down)
+        )
+        dt = skinny_linear(dt, self.dt_proj, backend=self.backend).view(batch, -1, channels)
+        x = causal_conv1d_verify(
+            x.view(batch, dt.shape[1], -1), self.conv_weight, self.conv_bias, cache.window,
+            window.start_slot, window.write_slot, repeat=channels // self.x_proj.shape[0], block=state_size,
+            null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+        )  # fmt: skip
+        B, C = (part.view(batch, dt.shape[1], -1, state_size) for part in (B, C))
+        y = selective_scan_verify(
+            x, dt, self.A, B, C, self.D, z.view_as(x), self.dt_bias, cache.states, window.start_slot, window.write_slot,
+            inputs=cache.inputs, null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+        )  # fmt: skip
+        return skinny_linear(y.view(-1, channels), self.out_proj, backend=self.backend)

@@ -1,0 +1,105 @@
+"""The Mamba-2 mixer (Dao and Gu 2024, arXiv 2405.21060)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..ops import causal_conv1d_verify, rms_norm, skinny_linear, ssd_verify
+from ..ops.int8 import Int8Weight
+from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
+from .settle import settle_ssd
+
+
+@dataclass(frozen=True)
+class Mamba2Mixer:
+    """Weights of one mixer of H heads of P channels, and how they are shared: X heads of x, G and F groups of B and C.
+
+    in_proj (HP + XP + GN + FN + H, d): z, x, B, C, dt; in_bias or None; conv_weight (D, W) and conv_bias (D) or None
+    for x, B and C side by side; A, dt_bias (H), D (H) or (H, P) float32; norm_weight (HP), or None: y is gated in the
+    scan; out_proj (d, HP); out_bias or None. heads: (X, G, F). conv_heads: (X, G) after the convolution; where they are
+    more than heads, x and B are repeated before it, and D counts the copies.
+    """
+
+    in_proj: torch.Tensor | Int8Weight
+    conv_weight: torch.Tensor
+    conv_bias: torch.Tensor | None
+    A: torch.Tensor
+    D: torch.Tensor
+    dt_bias: torch.Tensor
+    norm_weight: torch.Tensor | None
+    out_proj: torch.Tensor | Int8Weight
+    head_dim: int
+    state_size: int
+    heads: tuple[int, int, int]
+    conv_heads: tuple[int, int]
+    in_bias: torch.Tensor | None = None
+    out_bias: torch.Tensor | None = None
+    norm_groups: int = 1
+    norm_eps: float = 1e-5
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    backend: str = "auto"
+
+    stateful: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "conv_weight", self.conv_weight.t().contiguous().t())
+
+    def new_cache(self, sizes: CacheSizes) -> MambaCache:
+        x, B = (self.conv_heads[0], self.head_dim), (self.conv_heads[1], self.state_size)
+        state = (len(self.A), self.head_dim, self.state_size)
+        settle = settle_ssd(self.A, x, B, self.backend)
+        return new_mamba_cache(
+            sizes, state, tuple(self.conv_weight.shape), (x, (len(self.A),), B), self.A.device, settle
+        )
+
+    def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:
+        """hidden (B·T, d) float32 → (B·T, d) float32; writes the cache."""
+        inner, N = len(self.A) * self.head_dim, self.state_size
+        projected = skinny_linear(hidden, self.in_proj, self.in_bias, backend=self.backend)
+        z, xBC, dt = projected.unflatten(0, (batch, -1)).split(
+            [inner, projected.shape[1] - inner - len(self.A), len(self.A)], -1
+        )
+        x, B, C = self._convolved(xBC, cache, window)
+        gated_by_norm = self.norm_weight is not None
+        y = ssd_verify(
+            x.unflatten(-1, (-1, self.head_dim)), dt, self.A, B.unflatten(-1, (-1, N)), C.unflatten(-1, (-1, N)),
+            self.D, self.dt_bias, cache.states, window.start_slot, window.write_slot,
+            z=None if gated_by_norm else z.unflatten(-1, (-1, self.head_dim)), dt_limit=self.dt_limit,
+            inputs=cache.inputs, null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+        )  # fmt: skip
+        y = y.view(-1, inner)
+        if gated_by_norm:
+            gate = projected[:, :inner]
+            y, _ = rms_norm(
+                y, self.norm_weight, gate=gate, groups=self.norm_groups, eps=self.norm_eps, backend=self.backend
+            )
+        return skinny_linear(y, self.out_proj, self.out_bias, backend=self.backend)
+
+    def _convolved(self, xBC: torch.Tensor, cache: MambaCache, window: Window) -> tuple[torch.Tensor, ...]:
+        """x, B and C after the convolution, each (B, T, channels)."""
+        sizes = [heads * size for heads, size in zip(self.heads, (self.head_dim, *[self.state_size] * 2), strict=True)]
+        if self.conv_heads == self.heads[:2]:
+            return self._conv(xBC, 0, cache, window).split(sizes, -1)
+        parts, first = [], 0
+        for part, (heads, size), copies in zip(
+            xBC.split(sizes, -1),
+            zip(self.heads, (self.head_dim, *[self.state_size] * 2), strict=True),
+            (*self.conv_heads, self.heads[2]),
+            strict=True,
+        ):
+            parts.append(self._conv(part, first, cache, window, copies // heads, size))
+            first += copies * size
+        return tuple(parts)
+
+    def _conv(
+        self, x: torch.Tensor, first: int, cache: MambaCache, window: Window, repeat: int = 1, block: int = 1
+    ) -> torch.Tensor:
+        """Convolves x as the channels of the weight from ``first`` on."""
+        part = slice(first, first + x.shape[-1] * repeat)
+        return causal_conv1d_verify(
+            x, self.conv_weight[part], None if self.conv_bias is None else self.conv_bias[part],
+            cache.window[..., part], window.start_slot, window.write_slot, repeat=repeat, block=block,
+            null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+        )  # fmt: skip

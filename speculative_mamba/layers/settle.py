@@ -1,0 +1,45 @@
+"""From a state and the inputs since to the state of a slot."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..ops import selective_scan_verify, ssd_verify
+from .cache import MambaCache
+
+
+def settle_scan(A: torch.Tensor, groups: int, backend: str) -> Callable[[MambaCache, int], None]:
+    """For Mamba-1: ``settle`` of a ``MambaCache``. A (D, N)."""
+
+    def settle(cache: MambaCache, slot: int) -> None:
+        channels, state_size = A.shape
+        nothing, start, null = _null_token(A, (1, 1, channels), slot)
+        BC, D = A.new_zeros(1, 1, groups, state_size), A.new_zeros(channels)
+        selective_scan_verify(
+            nothing, nothing, A, BC, BC, D, None, D, cache.states, start,
+            inputs=cache.inputs, null_columns=null, keep_last=True, backend=backend,
+        )  # fmt: skip
+
+    return settle
+
+
+def settle_ssd(
+    A: torch.Tensor, x_shape: tuple[int, int], B_shape: tuple[int, int], backend: str
+) -> Callable[[MambaCache, int], None]:
+    """For Mamba-2: ``settle`` of a ``MambaCache``. A (H); x_shape (X, P), B_shape (G, N)."""
+
+    def settle(cache: MambaCache, slot: int) -> None:
+        x, start, null = _null_token(A, (1, 1, *x_shape), slot)
+        BC, D = A.new_zeros(1, 1, *B_shape), torch.zeros_like(A)
+        ssd_verify(
+            x, D.view(1, 1, -1), A, BC, BC, D, D, cache.states, start,
+            inputs=cache.inputs, null_columns=null, keep_last=True, backend=backend,
+        )  # fmt: skip
+
+    return settle
+
+
+def _null_token(like: torch.Tensor, shape: tuple[int, ...], slot: int) -> tuple[torch.Tensor, ...]:
+    """A token that counts as nothing, after the one in ``slot``: its input, start_slot, null_columns."""
+    start = torch.tensor([slot], dtype=torch.int32, device=like.device)
+    return like.new_zeros(shape), start, torch.ones_like(start)

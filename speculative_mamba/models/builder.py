@@ -1,0 +1,210 @@
+"""From named tensors to the blocks of a model: every shape is checked against the config, dtypes are converted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..layers.attention import Attention
+from ..layers.block import Block, Mixer
+from ..layers.mamba1 import Mamba1Mixer
+from ..layers.mamba1_grouped import GroupedMamba1Mixer
+from ..layers.mamba2 import Mamba2Mixer
+from ..layers.mlp import GatedMlp
+from ..ops.int8 import Int8Weight
+from .config import (
+    AttentionConfig,
+    GroupedMamba1Config,
+    Mamba1Config,
+    Mamba2Config,
+    MlpConfig,
+    ModelConfig,
+)
+from .formats import Names
+from .language_model import MambaLM
+
+Weight = torch.Tensor | Int8Weight
+
+
+class Source(Protocol):
+    """Gives tensors by name, on the device and in the dtype in which they are used.
+
+    Raises:
+        ValueError: there is none of that name and shape.
+    """
+
+    def has(self, name: str) -> bool: ...
+    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> Weight:
+        """A matrix that multiplies or is looked up; it may be int8. rows: only those of the named tensor."""
+
+    def weight(self, name: str, *shape: int) -> torch.Tensor: ...
+    def float32(self, name: str, *shape: int) -> torch.Tensor: ...
+
+
+def build(config: ModelConfig, names: Names, source: Source, backend: str) -> MambaLM:
+    """The model of a config whose tensors come from ``source``."""
+    embedding_name = next(filter(source.has, names.embedding), names.embedding[0])
+    embedding = source.matrix(embedding_name, config.vocab_size, config.d_model)
+    builder = _Builder(config.d_model, source, backend)
+    return MambaLM(
+        config=config,
+        embedding=embedding,
+        blocks=[
+            Block(source.weight(norm, config.d_model), builder.mixer(prefix, block), config.eps)
+            for (norm, prefix), block in zip(names.blocks, config.blocks, strict=True)
+        ],
+        norm_weight=source.weight(names.norm, config.d_model),
+        head=embedding if config.tie_embeddings else source.matrix(names.head, config.vocab_size, config.d_model),
+        backend=backend,
+    )
+
+
+@dataclass
+class _Builder:
+    d_model: int
+    source: Source
+    backend: str
+
+    def mixer(self, prefix: str, config: object) -> Mixer:
+        builders: dict[type, Callable[[str, object], Mixer]] = {
+            Mamba1Config: self.mamba1,
+            GroupedMamba1Config: self.grouped_mamba1,
+            Mamba2Config: self.mamba2,
+            AttentionConfig: self.attention,
+            MlpConfig: self.mlp,
+        }
+        return builders[type(config)](prefix, config)
+
+    def mamba1(self, p: str, c: Mamba1Config) -> Mamba1Mixer:
+        s = self.source
+        return Mamba1Mixer(
+            in_proj=s.matrix(p + "in_proj.weight", 2 * c.d_inner, self.d_model),
+            in_bias=self._bias(c.bias, p + "in_proj.bias", 2 * c.d_inner),
+            conv_weight=s.weight(p + "conv1d.weight", c.d_inner, 1, c.d_conv)[:, 0],
+            conv_bias=self._bias(c.conv_bias, p + "conv1d.bias", c.d_inner),
+            x_proj=s.matrix(p + "x_proj.weight", c.dt_rank + 2 * c.d_state, c.d_inner),
+            dt_proj=s.matrix(p + "dt_proj.weight", c.d_inner, c.dt_rank),
+            dt_bias=s.float32(p + "dt_proj.bias", c.d_inner),
+            A=-torch.exp(s.float32(p + "A_log", c.d_inner, c.d_state)),
+            D=s.float32(p + "D", c.d_inner),
+            out_proj=s.matrix(p + "out_proj.weight", self.d_model, c.d_inner),
+            out_bias=self._bias(c.bias, p + "out_proj.bias", self.d_model),
+            norm_eps=c.norm_eps,
+            backend=self.backend,
+        )
+
+    def grouped_mamba1(self, p: str, c: GroupedMamba1Config) -> GroupedMamba1Mixer:
+        s, d = self.source, self.d_model
+        sizes = {"z": c.d_inner, "x": c.d_xb, "B": c.d_xb, "C": c.d_inner, "dt": c.dt_rank}
+        if s.has(p + "in_proj.weight"):
+            total, projections, first = sum(sizes.values()), {}, 0
+            for part, size in sizes.items():
+                rows = slice(first, first + size)
+                projections[part] = s.matrix(p + "in_proj.weight", total, d, rows=rows)
+                first += size
+        else:
+            names = {"z": "in_proj_z", "x": "in_proj_x", "B": "B_proj", "C": "C_proj", "dt": "dt_proj_down"}
+            projections = {part: s.matrix(f"{p}{names[part]}.weight", size, d) for part, size in sizes.items()}
+        convolved = c.d_inner if c.repeat_before_conv else c.d_xb
+        conv_weight = s.weight(p + "conv1d.weight", convolved, 1, c.d_conv)[:, 0]
+        conv_bias = self._bias(c.conv_bias, p + "conv1d.bias", convolved)
+        if not c.repeat_before_conv:  # convolving and then repeating is repeating the weights as well
+            copies = c.d_inner // c.d_xb
+            conv_weight = _repeated(conv_weight, copies, c.d_state)
+            conv_bias = None if conv_bias is None else _repeated(conv_bias, copies, c.d_state)
+        return GroupedMamba1Mixer(
+            z_proj=projections["z"],
+            x_proj=projections["x"],
+            B_proj=projections["B"],
+            C_proj=projections["C"],
+            dt_down=projections["dt"],
+            dt_proj=s.matrix(p + "dt_proj.weight", c.d_inner, c.dt_rank),
+            conv_weight=conv_weight,
+            conv_bias=conv_bias,
+            dt_bias=s.float32(p + "dt_proj.bias", c.d_inner),
+            A=-torch.exp(s.float32(p + "A_log", c.d_inner, c.d_state)),
+            D=s.float32(p + "D", c.d_inner),
+            out_proj=s.matrix(p + "out_proj.weight", d, c.d_inner),
+            backend=self.backend,
+        )
+
+    def mamba2(self, p: str, c: Mamba2Config) -> Mamba2Mixer:
+        s, heads = self.source, (c.x_heads, c.b_groups, c.c_groups)
+        conv_heads = (c.n_heads, c.n_heads) if c.repeat_before_conv else heads[:2]
+        projected = 2 * c.d_inner - (c.n_heads - c.x_heads) * c.head_dim + (c.b_groups + c.c_groups) * c.d_state
+        convolved = conv_heads[0] * c.head_dim + (conv_heads[1] + c.c_groups) * c.d_state
+        D = s.float32(p + "D", c.d_inner if c.D_has_head_dim else c.n_heads)
+        return Mamba2Mixer(
+            in_proj=s.matrix(p + "in_proj.weight", projected + c.n_heads, self.d_model),
+            in_bias=self._bias(c.bias, p + "in_proj.bias", projected + c.n_heads),
+            conv_weight=s.weight(p + "conv1d.weight", convolved, 1, c.d_conv)[:, 0],
+            conv_bias=self._bias(c.conv_bias, p + "conv1d.bias", convolved),
+            A=-torch.exp(s.float32(p + "A_log", c.n_heads)),
+            D=D.view(c.n_heads, -1) if c.D_has_head_dim else D,
+            dt_bias=s.float32(p + "dt_bias", c.n_heads),
+            norm_weight=s.weight(p + "norm.weight", c.d_inner) if c.norm else None,
+            out_proj=s.matrix(p + "out_proj.weight", self.d_model, c.d_inner),
+            out_bias=self._bias(c.bias, p + "out_proj.bias", self.d_model),
+            head_dim=c.head_dim,
+            state_size=c.d_state,
+            heads=heads,
+            conv_heads=conv_heads,
+            norm_groups=c.norm_groups,
+            norm_eps=c.norm_eps,
+            dt_limit=c.dt_limit,
+            backend=self.backend,
+        )
+
+    def attention(self, p: str, c: AttentionConfig) -> Attention:
+        s, inner, shared = self.source, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        packed = inner + 2 * shared
+        # Queries, keys and values are one matrix in some formats, and where they are convolved, and three in others.
+        names = (p, p.replace("self_attn", "mha"))
+        merged = next((name for name in names if c.d_conv or s.has(name + "in_proj.weight")), None)
+        if merged is not None:
+            parts, out = {merged + "in_proj": packed}, merged + "out_proj"
+        else:
+            parts, out = {p + "q_proj": inner, p + "k_proj": shared, p + "v_proj": shared}, p + "o_proj"
+        return Attention(
+            projections=tuple(s.matrix(f"{name}.weight", size, self.d_model) for name, size in parts.items()),
+            biases=tuple(self._bias(c.bias, f"{name}.bias", size) for name, size in parts.items()),
+            out_proj=s.matrix(f"{out}.weight", self.d_model, inner),
+            out_bias=self._bias(c.out_bias, f"{out}.bias", self.d_model),
+            n_heads=c.n_heads,
+            n_kv_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+            inv_freq=torch.tensor(c.inv_freq, device=s.device) if c.inv_freq else None,
+            scale=c.scale,
+            conv_weight=s.weight(p + "conv1d.weight", packed, 1, c.d_conv)[:, 0] if c.d_conv else None,
+            conv_bias=s.float32(p + "conv1d.bias", packed) if c.d_conv else None,
+            backend=self.backend,
+        )
+
+    def mlp(self, p: str, c: MlpConfig) -> GatedMlp:
+        s, d = self.source, self.d_model
+        if s.has(p + "fc1.weight"):
+            both = p + "fc1.weight", 2 * c.d_inner, d
+            return GatedMlp(
+                gate_proj=s.matrix(*both, rows=slice(c.d_inner, 2 * c.d_inner)),
+                up_proj=s.matrix(*both, rows=slice(0, c.d_inner)),
+                down_proj=s.matrix(p + "fc2.weight", d, c.d_inner),
+                backend=self.backend,
+            )
+        return GatedMlp(
+            gate_proj=s.matrix(p + "gate_proj.weight", c.d_inner, d),
+            up_proj=s.matrix(p + "up_proj.weight", c.d_inner, d),
+            down_proj=s.matrix(p + "down_proj.weight", d, c.d_inner),
+            gate_bias=self._bias(c.bias, p + "gate_proj.bias", c.d_inner),
+            up_bias=self._bias(c.bias, p + "up_proj.bias", c.d_inner),
+            down_bias=self._bias(c.bias, p + "down_proj.bias", d),
+            backend=self.backend,
+        )
+
+    def _bias(self, present: bool, name: str, size: int) -> torch.Tensor | None:
+        return self.source.float32(name, size) if present else None
+
+
+def _repeated(tensor: torch.Tensor, copies: int, block: int) -> torch.Tensor:
+    """Blocks of the first dimension, each so many times in a row."""
+    return tensor.unflatten(0, (-1, 1, block)).expand(-1, copies, -1, *tensor.shape[1:]).flatten(0, 2).contiguous()

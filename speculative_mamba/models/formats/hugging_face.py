@@ -1,0 +1,167 @@
+"""Hugging Face's ``MambaForCausalLM``, ``FalconMambaForCausalLM``, ``Mamba2ForCausalLM`` and ``LlamaForCausalLM``."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..config import AttentionConfig, Mamba1Config, Mamba2Config, MlpConfig, ModelConfig
+from .fields import (
+    divides,
+    eos_token_id,
+    flag,
+    number,
+    object_of,
+    refuse_other,
+    required,
+    rotary_frequencies,
+)
+from .names import Names
+
+
+def backbone_names(layers: int) -> Names:
+    blocks = ((f"backbone.layers.{i}.norm.weight", f"backbone.layers.{i}.mixer.") for i in range(layers))
+    embedding = ("backbone.embeddings.weight", "backbone.embedding.weight")
+    return Names(embedding, "backbone.norm_f.weight", "lm_head.weight", tuple(blocks))
+
+
+def _mamba1(config: dict[str, Any], **other: Any) -> tuple[ModelConfig, Names]:
+    refuse_other(config, "hidden_act", "silu")
+    d_model = required(config, "hidden_size")
+    rank = config.get("time_step_rank", "auto")
+    mixer = Mamba1Config(
+        d_inner=required(config, "intermediate_size", int(number(config, "expand", 2) * d_model)),
+        dt_rank=math.ceil(d_model / 16) if rank == "auto" else required(config, "time_step_rank"),
+        d_state=required(config, "state_size", 16),
+        d_conv=required(config, "conv_kernel", 4),
+        conv_bias=flag(config, "use_conv_bias", True),
+        bias=flag(config, "use_bias", False),
+        **other,
+    )
+    return _of_backbone(config, mixer, eos=0, tie=True)
+
+
+def _falcon_mamba(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
+    return _mamba1(config, norm_eps=number(config, "mixer_rms_eps", 1e-6))
+
+
+def _mamba2(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
+    refuse_other(config, "hidden_act", "silu")
+    refuse_other(config, "rms_norm", True)
+    groups, heads = required(config, "n_groups", 8), required(config, "num_heads", 128)
+    head_dim = required(config, "head_dim", 64)
+    inner, expanded = heads * head_dim, int(number(config, "expand", 2) * required(config, "hidden_size"))
+    if inner != expanded:
+        raise ValueError(f"config.json gives num_heads * head_dim = {inner}, but expand * hidden_size = {expanded}")
+    mixer = Mamba2Config(
+        n_heads=heads,
+        head_dim=head_dim,
+        d_state=required(config, "state_size", 128),
+        x_heads=heads,
+        b_groups=divides(groups, heads, "n_groups"),
+        c_groups=groups,
+        d_conv=required(config, "conv_kernel", 4),
+        conv_bias=flag(config, "use_conv_bias", True),
+        bias=flag(config, "use_bias", False),
+        norm_groups=groups,
+        norm_eps=number(config, "layer_norm_epsilon", 1e-5),
+        dt_limit=dt_limit(config, "time_step_limit"),
+    )
+    return _of_backbone(config, mixer, eos=2, tie=False)
+
+
+def dt_limit(config: dict[str, Any], key: str) -> tuple[float, float]:
+    value = config.get(key) or (0.0, math.inf)
+    numbers = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+    if not numbers or not 0 <= value[0] <= value[1]:
+        raise ValueError(f"config.json gives {key} = {value!r}; two numbers, the smaller first, are needed")
+    return float(value[0]), float(value[1])
+
+
+def _of_backbone(
+    config: dict[str, Any], mixer: Mamba1Config | Mamba2Config, eos: int, tie: bool
+) -> tuple[ModelConfig, Names]:
+    layers = required(config, "num_hidden_layers")
+    model = ModelConfig(
+        d_model=required(config, "hidden_size"),
+        vocab_size=required(config, "vocab_size"),
+        blocks=(mixer,) * layers,
+        eps=number(config, "layer_norm_epsilon", 1e-5),
+        tie_embeddings=flag(config, "tie_word_embeddings", tie),
+        eos_token_id=eos_token_id(config, eos),
+    )
+    return model, backbone_names(layers)
+
+
+def _llama(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
+    layers = required(config, "num_hidden_layers")
+    mlp = MlpConfig(required(config, "intermediate_size"), flag(config, "mlp_bias", False))
+    return of_llama(config, (llama_attention(config), mlp) * layers, "self_attn.")
+
+
+def of_llama(config: dict[str, Any], blocks: tuple, *mixers: str) -> tuple[ModelConfig, Names]:
+    """A model whose layers are two blocks each, a mixer and an MLP. mixers: what stands before the names of each
+    layer's mixer, or one for all."""
+    layers = len(blocks) // 2
+    mixers = mixers if len(mixers) == layers else mixers * layers
+    names = []
+    for i, mixer in enumerate(mixers):
+        prefix = f"model.layers.{i}."
+        names.append((f"{prefix}input_layernorm.weight", f"{prefix}{mixer}"))
+        names.append((f"{prefix}post_attention_layernorm.weight", f"{prefix}mlp."))
+    model = ModelConfig(
+        d_model=required(config, "hidden_size"),
+        vocab_size=required(config, "vocab_size"),
+        blocks=blocks,
+        eps=number(config, "rms_norm_eps", 1e-6),
+        tie_embeddings=flag(config, "tie_word_embeddings", False),
+        eos_token_id=eos_token_id(config, 2),
+    )
+    return model, Names(("model.embed_tokens.weight",), "model.norm.weight", "lm_head.weight", tuple(names))
+
+
+def llama_attention(config: dict[str, Any]) -> AttentionConfig:
+    refuse_other(config, "hidden_act", "silu")
+    heads = required(config, "num_attention_heads")
+    if config.get("head_dim") is None:
+        divides(heads, required(config, "hidden_size"), "num_attention_heads")
+    head_dim = required(config, "head_dim", required(config, "hidden_size") // heads)
+    bias = flag(config, "attention_bias", False)
+    return AttentionConfig(
+        n_heads=heads,
+        n_kv_heads=divides(required(config, "num_key_value_heads", heads), heads, "num_key_value_heads"),
+        head_dim=head_dim,
+        inv_freq=tuple(_rotary(config, head_dim).tolist()),
+        bias=bias,
+        out_bias=bias,
+    )
+
+
+def _rotary(config: dict[str, Any], head_dim: int) -> torch.Tensor:
+    """Rotary frequencies (head_dim / 2), scaled as ``rope_parameters``, or before it ``rope_scaling``, says."""
+    scaling = object_of(config, "rope_parameters") or object_of(config, "rope_scaling")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"config.json has rope_type = {kind!r}; only 'default', 'linear' and 'llama3' are supported")
+    refuse_other(scaling | config, "partial_rotary_factor", 1.0)
+    divides(2, head_dim, "head_dim")
+    frequencies = rotary_frequencies(number(scaling, "rope_theta", number(config, "rope_theta", 10000.0)), head_dim)
+    if kind == "linear":
+        return frequencies / number(scaling, "factor")
+    if kind == "llama3":
+        # Long waves are stretched by the factor, short ones kept, those between interpolated.
+        factor, low = number(scaling, "factor"), number(scaling, "low_freq_factor")
+        high, context = number(scaling, "high_freq_factor"), number(scaling, "original_max_position_embeddings")
+        turns = context * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - kept) * frequencies / factor + kept * frequencies
+    return frequencies
+
+
+MODEL_TYPES: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[ModelConfig, Names]]]] = {
+    "mamba": ("MambaForCausalLM", _mamba1),
+    "falcon_mamba": ("FalconMambaForCausalLM", _falcon_mamba),
+    "mamba2": ("Mamba2ForCausalLM", _mamba2),
+    "llama": ("LlamaForCausalLM", _llama),
+}
