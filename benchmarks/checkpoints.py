@@ -43,7 +43,7 @@ class Layer:
 
     def cache(self, mode: str) -> MambaCache:
         """After one window, with random states and inputs."""
-        cache = self.mixer.new_cache(CacheSizes(self.batch, self.tokens, replay=mode == "inputs"))
+        cache = self.mixer.new_cache(CacheSizes(self.batch, self.tokens, checkpoint=mode))
         cache.states.normal_()
         if cache.inputs is not None:
             for kept in vars(cache.inputs).values():

@@ -3,10 +3,11 @@
 python -m benchmarks.decode [--models 130m 370m] [--draft 130m] [--tokens 48] [--json FILE]
 
 Weights of the published shapes are random bf16, the draft's tokens are scripted to be right at a stated rate, and for
-every drafted token a real Mamba of at most 1/20 of the target's bytes runs, or the one that --draft names, so that its
-cost is in the figure. The clock covers decoding of one row after prefill. share_scan_conv is the part of the time of
-plain decoding, its steps not recorded, that is spent in the two ops that carry state; share_outside_kernels the part
-that is not spent in kernels at all: Python, allocation, sampling, recording the first step. Text is checked to equal
+every drafted token a real model of at most 1/20 of the target's bytes runs (a Mamba, for a hybrid a Llama), or the one
+that --draft names, so that its cost is in the figure. "hybrid" is half of the layers of Llama 3 8B, three of four with
+Mamba-2 instead of attention. The clock covers decoding of one row after prefill. share_state is the part of the time of
+plain decoding, its steps not recorded, that is spent in the ops that carry state; share_outside_kernels the part that
+is not spent in kernels at all: Python, allocation, sampling, recording the first step. Text is checked to equal
 plain decoding before any time is printed.
 """
 
@@ -20,10 +21,10 @@ import torch
 import speculative_mamba as sm
 from speculative_mamba.cli import PROMPT
 from speculative_mamba.decode import ModelDrafter
-from speculative_mamba.layers import mamba1
-from speculative_mamba.models.config import ModelConfig, mamba1_config
+from speculative_mamba.layers import attention, mamba1, mamba2
+from speculative_mamba.models.config import AttentionConfig, MlpConfig, ModelConfig, mamba1_config
 from speculative_mamba.ops.recording import Recording
-from speculative_mamba.testing.models import SHAPES, published_config, random_model
+from speculative_mamba.testing.models import MAMBA2_SHAPES, SHAPES, published_config, random_model
 from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
 
 from .report import Report, number, parser, share
@@ -31,24 +32,33 @@ from .report import Report, number, parser, share
 RATES = (0.6, 0.7, 0.8, 0.9)
 LOOKAHEAD = 4
 PROMPT_TOKENS = 32
+ALL_SHAPES = (*SHAPES, *MAMBA2_SHAPES, "hybrid")
+DEFAULT_SHAPES = (*SHAPES, "mamba2-130m", "mamba2-370m", "mamba2-2.7b", "hybrid")
+STATEFUL = {
+    mamba1: ("causal_conv1d_verify", "selective_scan_verify"),
+    mamba2: ("causal_conv1d_verify", "ssd_verify"),
+    attention: ("attention_verify",),
+}
 
 
 def draft_config(target: sm.MambaLM) -> ModelConfig:
-    """Two layers, as wide as 1/20 of the target's bytes allows."""
+    """Two layers, as wide as 1/20 of the target's bytes allows; of a hybrid's draft they are a Llama's."""
     budget, vocabulary = target.weight_bytes // 20, target.vocab_size
     width = 16
-    while 2 * (vocabulary * (width + 16) + 2 * 8 * (width + 16) ** 2) <= budget:
+    while 2 * (vocabulary * (width + 16) + 2 * 16 * (width + 16) ** 2) <= budget:
         width += 16
-    return mamba1_config(width, 2, vocabulary)
+    if not any(isinstance(block, AttentionConfig) for block in target.config.blocks):
+        return mamba1_config(width, 2, vocabulary)
+    layer = AttentionConfig(width // 16, width // 16, 16, (1.0, 0.1)), MlpConfig(4 * width)
+    return ModelConfig(width, vocabulary, layer * 2)
 
 
 @contextlib.contextmanager
 def stateful_ops_timed(target: sm.MambaLM) -> Iterator[list[float]]:
-    """Collects the seconds of every call of the convolution and the scan; steps are not recorded meanwhile."""
+    """Collects the seconds of every call of an op that carries state; steps are not recorded meanwhile."""
     spent: list[float] = []
     target.new_cache = lambda *sizes: list(type(target).new_cache(target, *sizes))
-    names = ("causal_conv1d_verify", "selective_scan_verify")
-    originals = {name: getattr(mamba1, name) for name in names}
+    originals = {(module, name): getattr(module, name) for module, names in STATEFUL.items() for name in names}
 
     def timed(function):
         def call(*args, **kwargs):
@@ -59,14 +69,14 @@ def stateful_ops_timed(target: sm.MambaLM) -> Iterator[list[float]]:
 
         return call
 
-    for name, function in originals.items():
-        setattr(mamba1, name, timed(function))
+    for (module, name), function in originals.items():
+        setattr(module, name, timed(function))
     try:
         yield spent
     finally:
         del target.new_cache
-        for name, function in originals.items():
-            setattr(mamba1, name, function)
+        for (module, name), function in originals.items():
+            setattr(module, name, function)
 
 
 @contextlib.contextmanager
@@ -122,15 +132,15 @@ def bench_shape(report: Report, name: str, draft_name: str | None, tokens: int, 
             draft = ScriptedDraft([text], target.vocab_size, agree_at_rate(rate, repeat), ModelDrafter(cost))
             result = sm.generate(target, prompt, draft=draft, **settings)
             if result.sequences[0].tolist() != text:
-                raise SystemExit(f"mamba-{name}: text differs from plain decoding; not timed")
+                raise SystemExit(f"{name}: text differs from plain decoding; not timed")
             runs[rate].append(result.stats)
     plain_speed = statistics.median(s.tokens_per_s for s in runs.pop(None))
-    _add(report, f"mamba-{name} plain", target, plain_speed, plain_speed, None, 1.0, state_share, outside)
+    _add(report, f"{name} plain", target, plain_speed, plain_speed, None, 1.0, state_share, outside)
     for rate, stats in runs.items():
         speed = statistics.median(s.tokens_per_s for s in stats)
         rounds = statistics.mean(s.tokens_per_round for s in stats)
         measured = sum(s.accepted for s in stats) / sum(s.tested for s in stats)
-        _add(report, f"mamba-{name} scripted {rate}", target, speed, plain_speed, measured, rounds)
+        _add(report, f"{name} scripted {rate}", target, speed, plain_speed, measured, rounds)
 
 
 def bench_embedded(report: Report, tokens: int) -> None:
@@ -169,7 +179,7 @@ def _add(
         op="generate", case=case, backend="cpu", shape=f"{target.config.d_model}x{len(target.blocks)}",
         dtype=str(target.embedding.dtype).removeprefix("torch."), batch=1, tokens=LOOKAHEAD + 1 if acceptance else 1,
         median_s=1 / speed, tokens_per_s=speed, acceptance=acceptance, tokens_per_round=tokens_per_round,
-        gb_per_s=gb_per_s, share_of_bandwidth=gb_per_s / report.bandwidth, share_scan_conv=state_share,
+        gb_per_s=gb_per_s, share_of_bandwidth=gb_per_s / report.bandwidth, share_state=state_share,
         share_outside_kernels=outside,
         baseline="plain decoding", ratio=speed / plain_speed,
     )  # fmt: skip
@@ -177,15 +187,19 @@ def _add(
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--models", nargs="*", default=list(SHAPES), choices=SHAPES, help="whose shapes to run")
-    arguments.add_argument("--draft", choices=SHAPES, help="shape of the draft, instead of 1/20 of the target's bytes")
+    arguments.add_argument(
+        "--models", nargs="*", default=DEFAULT_SHAPES, choices=ALL_SHAPES, help="whose shapes to run"
+    )
+    arguments.add_argument(
+        "--draft", choices=ALL_SHAPES, help="shape of the draft, instead of 1/20 of the target's bytes"
+    )
     arguments.add_argument("--tokens", type=int, default=48, help="tokens per run")
     arguments.add_argument("--repeats", type=int, default=3, help="interleaved runs of each case; medians are shown")
     options = arguments.parse_args()
     report = Report(
         {
             "case": str, "tokens_per_s": number, "ratio": number, "acceptance": number, "tokens_per_round": number,
-            "gb_per_s": number, "share_of_bandwidth": share, "share_scan_conv": share,
+            "gb_per_s": number, "share_of_bandwidth": share, "share_state": share,
             "share_outside_kernels": share,
         }
     )  # fmt: skip

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 
 from speculative_mamba.models.config import ModelConfig
 from speculative_mamba.ops import (
+    attention_verify,
     causal_conv1d_verify,
     rms_norm,
     sample_tokens,
     selective_scan_verify,
     skinny_linear,
     speculative_accept,
+    ssd_verify,
 )
 from speculative_mamba.ops.filters import Filters
 from speculative_mamba.ops.int8 import Int8Weight, quantised
@@ -144,6 +146,66 @@ def bench_scan(report: Report, config: ModelConfig) -> None:
         _add(report, "selective_scan_verify", f"{D}x{N}", times, moved, "reference", tokens=tokens)
 
 
+def bench_ssd(report: Report, config: ModelConfig) -> None:
+    H, P, N = config.blocks[0].n_heads, config.blocks[0].head_dim, config.blocks[0].d_state
+    A, skip, dt_bias = -torch.rand(H) * 16, torch.randn(H), torch.randn(H) - 4
+    start = torch.zeros(1, dtype=torch.int32)
+    layers = max(2, min(32, CACHE_BYTES // (4 * H * P * N * max(TOKENS))))
+    for tokens in TOKENS:
+        x, dt = torch.randn(1, tokens, H, P), torch.randn(1, tokens, H)
+        B, C = torch.randn(1, tokens, 1, N), torch.randn(1, tokens, 1, N)
+        states = [torch.randn(1, tokens, H, P, N) for _ in range(layers)]
+        mine, theirs = rotate(states), rotate(states)
+
+        def run(backend: str, states: torch.Tensor, inputs: tuple[torch.Tensor, ...] = (x, dt, B, C)) -> torch.Tensor:
+            x, dt, B, C = inputs
+            return ssd_verify(x, dt, A, B, C, skip, dt_bias, states, start, backend=backend)
+
+        check("ssd_verify", run("auto", states[0].clone()), run("reference", states[0].clone()))
+        times = interleaved_medians(
+            {
+                "ours": lambda run=run, mine=mine: run("auto", mine()),
+                "reference": lambda run=run, theirs=theirs: run("reference", theirs()),
+            },
+            rounds=9,
+        )
+        moved = 4 * (H * P * N * (tokens + 1) + 2 * H * P * tokens)
+        _add(report, "ssd_verify", f"{H}x{P}x{N}", times, moved, "reference", tokens=tokens)
+
+
+def bench_attention(report: Report, heads: int, kv_heads: int, dims: int) -> None:
+    """After 512 and 4,096 entries, against PyTorch's own attention on the same keys and values."""
+    start, group = torch.zeros(1, dtype=torch.int32), heads // kv_heads
+    for context in (512, 4096):
+        kept = [torch.randn(2, 1, kv_heads, context + 16, dims) for _ in range(max(2, 2**26 // (context * dims * 8)))]
+        for tokens in TOKENS:
+            q, k, v = (torch.randn(1, tokens, count, dims) for count in (heads, kv_heads, kv_heads))
+            lengths = torch.full((1, tokens), context, dtype=torch.int32)
+            future = torch.ones(tokens, context + tokens, dtype=torch.bool).tril(context)
+
+            def ours(kept: list, q=q, k=k, v=v, lengths=lengths, context=context) -> torch.Tensor:
+                return attention_verify(q, k, v, *kept, lengths.fill_(context), start)
+
+            def torchs(kept: list, q=q, k=k, v=v, future=future, tokens=tokens, context=context) -> torch.Tensor:
+                keys, values = kept
+                for entries, new in ((keys, k), (values, v)):
+                    entries[:, :, context : context + tokens] = new.transpose(1, 2)
+                keys, values = (entries[:, :, : context + tokens] for entries in (keys, values))
+                y = F.scaled_dot_product_attention(
+                    q.transpose(1, 2), keys, values, attn_mask=future, enable_gqa=group > 1
+                )
+                return y.transpose(1, 2)
+
+            check("attention_verify", ours(kept[0]), torchs(kept[0]))
+            mine, theirs = rotate(kept), rotate(kept)
+            times = interleaved_medians(
+                {"ours": lambda ours=ours, mine=mine: ours(mine()), "torch": lambda f=torchs, t=theirs: f(t())}
+            )
+            moved = 8 * kv_heads * dims * (context + tokens)
+            shape = f"{heads}/{kv_heads}x{dims}@{context}"
+            _add(report, "attention_verify", shape, times, moved, "torch", tokens=tokens)
+
+
 def torch_law(logits: torch.Tensor, f: Filters) -> torch.Tensor:
     """The filtered law (T, V) as one would write it with PyTorch's operations: only the k largest are ever sorted."""
     kept, ids = (logits / f.temperature).topk(f.top_k or logits.shape[-1], -1)
@@ -228,6 +290,9 @@ def main() -> None:
     bench_linear(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
     bench_int8(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
     bench_accept(report)
+    for name in ("mamba2-130m", "mamba2-2.7b"):
+        bench_ssd(report, published_config(name))
+    bench_attention(report, 32, 8, 128)
     for name in options.models:
         c = published_config(name)
         mixer = c.blocks[0]

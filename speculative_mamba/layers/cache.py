@@ -25,12 +25,19 @@ class Window:
 
 @dataclass
 class CacheSizes:
-    """rows, slots; dtype of what is carried from token to token; replay: keep inputs instead of a state per slot."""
+    """Rows and slots; the dtype of what is carried from token to token; how a Mamba layer goes back: "states", "inputs"
+    or "auto"."""
 
     batch: int
     slots: int
     dtype: torch.dtype = torch.float32
-    replay: bool = False
+    checkpoint: str = "auto"
+
+    def replay(self, from_batch: int, from_slots: int) -> bool:
+        """Whether to keep inputs; with "auto" from that many rows and slots on, where it is measured to be faster."""
+        if self.checkpoint == "auto":
+            return self.batch >= from_batch and self.slots >= from_slots
+        return self.checkpoint == "inputs"
 
 
 @dataclass
@@ -85,6 +92,7 @@ class MambaCache:
 
 def new_mamba_cache(
     sizes: CacheSizes,
+    replay: bool,
     state: tuple[int, ...],
     conv: tuple[int, int],
     inputs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
@@ -98,9 +106,9 @@ def new_mamba_cache(
 
     channels, width = conv
     window = poisoned(sizes.batch, width - 1 + sizes.slots, channels)
-    states = poisoned(sizes.batch, 1 if sizes.replay else sizes.slots, *state, dtype=sizes.dtype)
+    states = poisoned(sizes.batch, 1 if replay else sizes.slots, *state, dtype=sizes.dtype)
     states[:, 0], window[:, :width] = 0, 0
-    if not sizes.replay:
+    if not replay:
         return MambaCache(states, window)
     kept = ReplayInputs(*(poisoned(sizes.batch, sizes.slots, *shape) for shape in inputs))
     kept.dt[:, 0] = 0

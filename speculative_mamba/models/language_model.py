@@ -99,11 +99,8 @@ class MambaLM:
     def new_cache(self, batch: int, slots: int) -> ModelCache:
         """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens. It grows with the texts where
         there are attention layers."""
-        sizes = CacheSizes(batch, slots, self.state_dtype, self._replays(batch, slots))
+        sizes = CacheSizes(batch, slots, self.state_dtype, self.checkpoint)
         return ModelCache(block.mixer.new_cache(sizes) for block in self.blocks if block.mixer.stateful)
-
-    def _replays(self, batch: int, slots: int) -> bool:
-        return self.checkpoint == "inputs"
 
     def prefill(self, tokens: Sequence[int], cache: list[LayerCache], row: int) -> None:
         """Absorbs a row's first tokens into its slot 0, which must hold a fresh state.

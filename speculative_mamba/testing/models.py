@@ -29,10 +29,10 @@ ARCHITECTURES = ("mamba1", "falcon-mamba", "mamba2", "llama", "mamba2attn", "mam
 
 
 def published_config(name: str) -> ModelConfig:
-    """A published shape: of ``SHAPES``, of ``MAMBA2_SHAPES``, or "hybrid-8b", the paper's Llama-3-8B hybrid with
-    Mamba-2 layers for three quarters of the attention layers."""
-    if name == "hybrid-8b":
-        return hybrid_config(32, 4)
+    """A published shape: of ``SHAPES``, of ``MAMBA2_SHAPES``, or "hybrid", half of the layers of the paper's hybrid of
+    Llama 3 8B, in which Mamba-2 layers stand for three of four attention layers."""
+    if name == "hybrid":
+        return hybrid_config(16, 4)
     if name in MAMBA2_SHAPES:
         d_model, n_layer = MAMBA2_SHAPES[name]
         return ModelConfig(d_model, 50288, (mamba2_block(2 * d_model // 64, 64, 128),) * n_layer)

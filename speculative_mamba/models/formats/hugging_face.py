@@ -73,10 +73,14 @@ def _mamba2(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
 
 def dt_limit(config: dict[str, Any], key: str) -> tuple[float, float]:
     value = config.get(key) or (0.0, math.inf)
-    numbers = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
-    if not numbers or not 0 <= value[0] <= value[1]:
+    try:
+        # transformers writes infinity, for which JSON has no number, as an object.
+        low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in value)
+    except (TypeError, ValueError, KeyError):
+        low, high = math.inf, 0.0
+    if not 0 <= low <= high:
         raise ValueError(f"config.json gives {key} = {value!r}; two numbers, the smaller first, are needed")
-    return float(value[0]), float(value[1])
+    return low, high
 
 
 def _of_backbone(
