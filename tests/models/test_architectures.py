@@ -1,0 +1,254 @@
+"""Every architecture in its public format: parity with an oracle that shares no code, options, dtypes, refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from published import FORMATS, VOCABULARY, WIDTH, Oracle, mamba_in_llama
+
+import speculative_mamba as sm
+
+IDS = [5, 9, 33, 2, 60, 17, 41, 8, 8, 25, 3, 50]
+formats = pytest.mark.parametrize("name", FORMATS)
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("mamba2-hf", {"n_groups": 1}),
+    ("mamba2-hf", {"n_groups": 6, "use_bias": True}),
+    ("mamba2-hf", {"use_conv_bias": False, "conv_kernel": 2}),
+    ("mamba2-hf", {"tie_word_embeddings": True}),
+    ("mamba2-hf", {"time_step_limit": (0.2, 0.9)}),
+    ("mamba2-hf", {"layer_norm_epsilon": 0.1}),
+    ("mamba2-hf", {"state_size": 16, "num_heads": 3, "head_dim": 16, "n_groups": 3}),
+    ("falcon-mamba-hf", {"use_bias": True}),
+    ("falcon-mamba-hf", {"use_conv_bias": False, "conv_kernel": 3}),
+    ("falcon-mamba-hf", {"mixer_rms_eps": 0.1}),
+    ("falcon-mamba-hf", {"tie_word_embeddings": True, "expand": 1}),
+    ("llama-hf", {"attention_bias": True}),
+    ("llama-hf", {"mlp_bias": True}),
+    ("llama-hf", {"head_dim": 10}),
+    ("llama-hf", {"num_key_value_heads": 1}),
+    ("llama-hf", {"num_key_value_heads": 4}),
+    ("llama-hf", {"tie_word_embeddings": True}),
+    ("llama-hf", {"rms_norm_eps": 0.1}),
+    ("llama-hf", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    ("llama-hf", {"older_fields": True, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    ("llama-hf", {"older_fields": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}),
+    ("mamba2-state-spaces", {"ssm_cfg": {"ngroups": 2}}),
+    ("mamba2-state-spaces", {"ssm_cfg": {"D_has_hdim": True}}),
+    ("mamba2-state-spaces", {"ssm_cfg": {"rmsnorm": False}}),
+    ("mamba2-state-spaces", {"ssm_cfg": {"dt_limit": [0.1, 0.7]}}),
+    ("mamba2-state-spaces", {"ssm_cfg": {"bias": True}}),
+    ("mamba2-state-spaces", {"ssm_cfg": {"expand": 3, "headdim": 12, "d_state": 16}}),
+    ("mamba2-state-spaces", {"tie_embeddings": True}),
+    ("mamba2-state-spaces", {"d_intermediate": 100}),
+    ("mamba2attn-state-spaces", {"attn_cfg": {"num_heads_kv": 2}}),
+    ("mamba2attn-state-spaces", {"attn_cfg": {"d_conv": 0}}),
+    ("mamba2attn-state-spaces", {"attn_cfg": {"qkv_proj_bias": True, "out_proj_bias": True}}),
+    ("mamba2attn-state-spaces", {"attn_cfg": {"softmax_scale": 0.1}}),
+    ("mamba2attn-state-spaces", {"attn_cfg": {"rotary_emb_dim": 0}}),
+    ("mamba2attn-state-spaces", {"attn_cfg": {"rotary_emb_dim": 8, "rotary_emb_base": 50.0}}),
+    ("mamba2attn-state-spaces", {"attn_layer_idx": [0, 2], "d_intermediate": 100}),
+    ("mamba-in-llama", {"ssm_cfg": {"repeat_kv_before_conv": False}}),
+    ("mamba-in-llama", {"ssm_cfg": {"dt_rank": 5}}),
+    ("mamba-in-llama", {"attn_layers": []}),
+    ("mamba2-in-llama", {"ssm_cfg": {"repeat_kv_before_conv": True}}),
+    ("mamba2-in-llama", {"ssm_cfg": {"D_has_hdim": True}}),
+    ("mamba2-in-llama", {"ssm_cfg": {"ngroups": 3, "d_state": 8}, "d_xb": 8, "attn_layers": [0]}),
+]
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+OPTIONS += [("llama-hf", {"rope_parameters": LLAMA3, "older_fields": older, "head_dim": 16}) for older in (False, True)]
+
+
+def logits(model: sm.MambaLM, ids: list[int] = IDS) -> torch.Tensor:
+    return model.verify(torch.tensor([ids]), model.new_cache(1, len(ids)), torch.zeros(1, dtype=torch.int32))[0]
+
+
+def assert_parity(model: sm.MambaLM, oracle: Oracle, tokens: int) -> None:
+    """Logits are close. Every token of the greedy text is the one that the oracle finds likeliest there, unless two are
+    closer than the errors."""
+    text = sm.generate(model, [IDS], draft=model, max_new_tokens=tokens, stop_token_ids=()).sequences[0]
+    exact = oracle(text.tolist()).double()
+    size = exact.abs().max().item()
+    torch.testing.assert_close(logits(model).double(), exact[: len(IDS)], rtol=0, atol=2e-5 * size)
+    chosen = exact[len(IDS) - 1 : -1].gather(1, text[len(IDS) :, None])[:, 0]
+    assert (exact[len(IDS) - 1 : -1].amax(1) - chosen).max() < 1e-4 * size
+    assert len(set(text.tolist()[len(IDS) :])) > 4, "a text of one token would show little"
+
+
+@formats
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_parity(name: str, backend: str, tmp_path: Path) -> None:
+    oracle = FORMATS[name](tmp_path, 0)
+    assert_parity(sm.load_model(tmp_path, backend=backend), oracle, 64)
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda value: str(value).replace(" ", ""))
+def test_parity_of_options(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    oracle = FORMATS[name](tmp_path, 1, **options)
+    model = sm.load_model(tmp_path)
+    exact = oracle(IDS).double()
+    torch.testing.assert_close(logits(model).double(), exact, rtol=0, atol=2e-5 * exact.abs().max().item())
+    other = FORMATS[name](tmp_path, 1)(IDS).double()
+    assert not torch.allclose(other, exact, rtol=1e-3), "the option must make a difference, or this shows nothing"
+
+
+def test_merged_projections(tmp_path: Path) -> None:
+    """The spelling that the authors' inference code makes of a checkpoint."""
+    oracle = mamba_in_llama(tmp_path, 1, merged=True)
+    exact = oracle(IDS).double()
+    actual = logits(sm.load_model(tmp_path)).double()
+    torch.testing.assert_close(actual, exact, rtol=0, atol=2e-5 * exact.abs().max().item())
+
+
+def test_attention_and_mlps_of_the_oracle_are_a_llama(tmp_path: Path) -> None:
+    """A hybrid without Mamba layers is a Llama: the forward pass written for these tests agrees with transformers."""
+    transformers = pytest.importorskip("transformers")
+    oracle = mamba_in_llama(tmp_path, 0, attn_layers=[0, 1, 2])
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(oracle(IDS).float(), model(torch.tensor([IDS])).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_mamba2_of_the_oracle_is_that_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    oracle = FORMATS["mamba2-state-spaces"](tmp_path, 0, ssm_cfg={"ngroups": 2})
+    config = transformers.Mamba2Config(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=3, state_size=9, num_heads=6, head_dim=8,
+        n_groups=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.Mamba2ForCausalLM(config).eval()
+    tensors = torch.load(tmp_path / "pytorch_model.bin")
+    model.load_state_dict({key.replace("embedding.", "embeddings."): value for key, value in tensors.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(oracle(IDS).float(), model(torch.tensor([IDS])).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@formats
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.06), ("float16", 0.01), ("int8", 0.12)])
+def test_other_dtypes(name: str, dtype: str, bound: float, tmp_path: Path) -> None:
+    FORMATS[name](tmp_path, 0)
+    model, stored = sm.load_model(tmp_path, dtype=dtype), sm.load_model(tmp_path)
+    expected = logits(stored)
+    error = (logits(model) - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
+    assert error < bound
+    assert sm.generate(model, [IDS], max_new_tokens=5, stop_token_ids=()).stats.tokens == 5
+    assert model.weight_bytes < stored.weight_bytes
+
+
+# A is computed, the convolution's weight transposed, and what is repeated or made up is small.
+COPIED = ("A", "conv_weight", "conv_bias", "_ones", "inv_freq")
+
+
+@formats
+def test_weights_lie_in_the_mapped_file(name: str, tmp_path: Path) -> None:
+    FORMATS[name](tmp_path, 0)
+    model, maps = sm.load_model(tmp_path), Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    lines = [line.split()[0].split("-") for line in maps.read_text().splitlines() if str(tmp_path) in line]
+    ranges = [(int(begin, 16), int(end, 16)) for begin, end in lines]
+    for block in model.blocks:
+        for key, value in vars(block.mixer).items():
+            for weight in value if isinstance(value, tuple) else (value,):
+                if isinstance(weight, torch.Tensor) and key not in (
+                    "A",
+                    "conv_weight",
+                    "conv_bias",
+                    "_ones",
+                    "inv_freq",
+                ):
+                    assert any(begin <= weight.data_ptr() < end for begin, end in ranges), f"{key} was copied"
+
+
+CONFIG, MAMBA = "config.json", "mamba_config.json"
+HEADS = {"causal": True, "num_heads": 6, "head_dim": 8}
+REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
+    ("llama-hf", CONFIG, {"hidden_act": "gelu"}, "hidden_act"),
+    ("llama-hf", CONFIG, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ("llama-hf", CONFIG, {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ("llama-hf", CONFIG, {"rope_parameters": {"rope_type": "linear"}}, "factor"),
+    ("llama-hf", CONFIG, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("llama-hf", CONFIG, {"num_key_value_heads": 3}, "num_key_value_heads"),
+    ("llama-hf", CONFIG, {"attention_bias": "yes"}, "attention_bias"),
+    ("llama-hf", CONFIG, {"head_dim": 7}, "head_dim"),
+    ("mamba2-hf", CONFIG, {"hidden_act": "gelu"}, "hidden_act"),
+    ("mamba2-hf", CONFIG, {"n_groups": 4}, "n_groups"),
+    ("mamba2-hf", CONFIG, {"head_dim": 7}, "head_dim"),
+    ("mamba2-hf", CONFIG, {"time_step_limit": [1, 0]}, "time_step_limit"),
+    ("mamba2-hf", CONFIG, {"time_step_limit": [0.0, {"__float__": "many"}]}, "time_step_limit"),
+    ("mamba2-hf", CONFIG, {"layer_norm_epsilon": 0}, "layer_norm_epsilon"),
+    ("falcon-mamba-hf", CONFIG, {"mixer_rms_eps": -1}, "mixer_rms_eps"),
+    ("falcon-mamba-hf", CONFIG, {"hidden_act": "relu"}, "hidden_act"),
+    ("mamba2-state-spaces", CONFIG, {"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "norm_before_gate"),
+    ("mamba2-state-spaces", CONFIG, {"ssm_cfg": {"layer": "Mamba2", "headdim": 8, "d_ssm": 16}}, "d_ssm"),
+    ("mamba2-state-spaces", CONFIG, {"ssm_cfg": {"layer": "Mamba2", "headdim": 7}}, "headdim"),
+    ("mamba2-state-spaces", CONFIG, {"ssm_cfg": {"layer": "Mamba2", "headdim": 8, "shape": 1}}, "ssm_cfg.shape"),
+    ("mamba2-state-spaces", CONFIG, {"ssm_cfg": {"layer": "S6"}}, "S6"),
+    ("mamba2attn-state-spaces", CONFIG, {"attn_layer_idx": [7]}, "attn_layer_idx"),
+    ("mamba2attn-state-spaces", CONFIG, {"attn_cfg": {"causal": False, "num_heads": 6}}, "causal"),
+    ("mamba2attn-state-spaces", CONFIG, {"attn_cfg": {"num_heads": 6}}, "causal"),
+    *(
+        ("mamba2attn-state-spaces", CONFIG, {"attn_cfg": {**HEADS, key: value}}, key)
+        for key, value in {
+            "rotary_emb_interleaved": True, "mlp_dim": 64, "rotary_emb_dim": 10, "num_heads_kv": 4, "window": 9,
+            "softmax_scale": -1,
+        }.items()
+    ),
+    ("mamba-in-llama", CONFIG, {"model_type": "gpt2"}, "gpt2"),
+    ("mamba-in-llama", CONFIG, {"rms_norm_eps": 1e-6}, "rms_norm_eps"),
+    ("mamba-in-llama", MAMBA, {"hidden_act": "gelu"}, "hidden_act"),
+    ("mamba-in-llama", MAMBA, {"ssm_cfg": {"d_state": 4, "proj_x_bias": True}}, "proj_x_bias"),
+    ("mamba-in-llama", MAMBA, {"ssm_cfg": {"d_state": 5}}, "d_state"),
+    ("mamba-in-llama", MAMBA, {"ssm_cfg": {"d_state": 4, "shape": 1}}, "shape"),
+    ("mamba-in-llama", MAMBA, {"n_layer": 5}, "n_layer"),
+    ("mamba-in-llama", MAMBA, {"d_xb": 10}, "d_xb"),
+    ("mamba-in-llama", MAMBA, {"attn_layers": [3]}, "attn_layers"),
+    ("mamba2-in-llama", MAMBA, {"ssm_cfg": {"ngroups": 5, "d_state": 4}}, "ngroups"),
+    ("mamba2-in-llama", MAMBA, {"ssm_cfg": {"ngroups": 6, "d_state": 4, "norm_before_gate": True}}, "norm_before_gate"),
+    *(
+        ("llama-hf", CONFIG, {"model_type": kind, "architectures": [name]}, kind)
+        for kind, name in {
+            "jamba": "JambaForCausalLM", "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel",
+            "bamba": "BambaForCausalLM", "rwkv": "RwkvForCausalLM", "zamba2": "Zamba2ForCausalLM",
+        }.items()
+    ),
+    ("llama-hf", CONFIG, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "file", "changes", "word"), REFUSALS, ids=str)
+def test_refused_by_name_before_weights_are_read(
+    name: str, file: str, changes: dict[str, Any], word: str, tmp_path: Path
+) -> None:
+    FORMATS[name](tmp_path, 0)
+    for weights in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")):
+        weights.unlink()
+    config = tmp_path / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ValueError) as caught:
+        sm.load_model(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message and str(tmp_path) in message and word in message
+    assert "weights" not in message
+
+
+@formats
+def test_a_missing_tensor_and_one_of_another_shape_are_named(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    FORMATS[name](tmp_path, 0)
+    [path] = [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")]
+    pickled = path.suffix == ".bin"
+    tensors = torch.load(path) if pickled else load_file(path)
+    for victim in [key for key in tensors if ".1." in key or key.endswith(("norm.weight", "lm_head.weight"))]:
+        wrong = {**tensors, victim: torch.zeros(*tensors[victim].shape[:-1], tensors[victim].shape[-1] + 1)}
+        for broken in (wrong, {key: value for key, value in tensors.items() if key != victim}):
+            torch.save(broken, path) if pickled else save_file(broken, path)
+            with pytest.raises(ValueError) as caught:
+                sm.load_model(tmp_path)
+            assert victim in str(caught.value) and "\n" not in str(caught.value)
