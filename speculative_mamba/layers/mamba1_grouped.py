@@ -58,7 +58,8 @@ class GroupedMamba1Mixer:
             skinny_linear(hidden, weight, backend=self.backend)
             for weight in (self.z_proj, self.x_proj, self.B_proj, self.C_proj, self.dt_down)
         )
-        dt = skinny_linear(dt, self.dt_proj, backend=self.backend).view(batch, -1, channels)
+        # These layers were trained with the bias of dt twice: here, and before softplus.
+        dt = skinny_linear(dt, self.dt_proj, self.dt_bias, backend=self.backend).view(batch, -1, channels)
         x = causal_conv1d_verify(
             x.view(batch, dt.shape[1], -1), self.conv_weight, self.conv_bias, cache.window,
             window.start_slot, window.write_slot, repeat=channels // self.x_proj.shape[0], block=state_size,

@@ -87,7 +87,7 @@ def _grouped_mamba1(m: GroupedMamba1Mixer, h: torch.Tensor) -> torch.Tensor:
     z, x, B, C, dt = (_linear(h, w) for w in (m.z_proj, m.x_proj, m.B_proj, m.C_proj, m.dt_down))
     x = F.silu(_conv(_repeat(x, copies, N), m.conv_weight, m.conv_bias))
     B, C = (part.unflatten(-1, (-1, N)).repeat_interleave(N, 1) for part in (_repeat(B, copies, N), C))
-    y = _scan(x, _linear(dt, m.dt_proj), B, C, m)
+    y = _scan(x, _linear(dt, m.dt_proj, m.dt_bias), B, C, m)
     return _linear(y * F.silu(z), m.out_proj)
 
 

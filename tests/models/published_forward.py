@@ -136,7 +136,8 @@ def _mamba1_in_llama(layer: Layer, h: torch.Tensor, ssm: dict[str, Any], copies:
         x = F.silu(layer.conv(heads_of(x, N, copies).flatten(1)))
     else:
         x = heads_of(F.silu(layer.conv(x)), N, copies).flatten(1)
-    dt, A, D = F.softplus(layer.linear("dt_proj", dt)), -layer.get("A_log").exp(), layer.get("D")
+    dt = F.softplus(layer.linear("dt_proj", dt) + layer.get("dt_proj.bias"))  # twice, as the authors' layer has it
+    A, D = -layer.get("A_log").exp(), layer.get("D")
     B, C = heads_of(B, N, copies), heads_of(C, N)
     B, C = (part.repeat_interleave(N, 1) for part in (B, C))  # a head's N channels share its B and C
     state, y = torch.zeros_like(A), []
