@@ -231,19 +231,24 @@ def test_any_cut_of_a_long_text_gives_the_same_logits(prompt, kind, mode):
 @pytest.mark.parametrize("kind", ["llama", "mamba2attn"])
 def test_steps_that_were_recorded_before_the_cache_grew_are_not_run(prompt, kind):
     target, text = model(kind), prompt(200)
-    cache = target.new_cache(1, 1)
-    for token in text[:60]:
+    cache = target.new_cache(1, 2)
+    target.verify(torch.tensor([text[:2]]), cache, slots(0))
+    target.verify(torch.tensor([text[2:3]]), cache, slots(1))
+    for token in text[3:60]:
         target.verify(torch.tensor([[token]]), cache, slots(0))
-    assert cache.steps
+    assert len(cache.steps) == 2
     keys = [layer.keys for layer in cache if isinstance(layer, AttentionCache)]
     for layer in cache:
         if isinstance(layer, AttentionCache):
-            layer.grow(500)
+            layer.grow(70)
     assert all(old is not layer.keys for old, layer in zip(keys, filter(_is_attention, cache), strict=True))
     for old in keys:
         old.fill_(torch.nan)  # whoever reads it gives itself away
     exact = oracle.full_forward(target, text)
     for at in range(60, 200):
+        if at == 199:  # the cache has grown by itself: what was recorded on the tensors from before keeps none of them
+            held = {id(tensor) for step in cache.steps.values() for tensor in step.addressed}
+            assert all(id(layer.keys) in held for layer in filter(_is_attention, cache)) and len(cache.steps) == 1
         logits = target.verify(torch.tensor([[text[at]]]), cache, slots(0))[0, 0]
         torch.testing.assert_close(logits.double(), exact[at], rtol=0, atol=1e-5 * exact.abs().max().item())
 
@@ -270,6 +275,25 @@ def test_what_is_not_read_may_be_anything(prompt, kind, mode):
             layer.inputs.dt[:, 1:] = torch.nan
     expected = target.verify(torch.tensor([text[20:24]]), clean, slots(2))
     assert_bitwise_equal(target.verify(torch.tensor([text[20:24]]), poisoned, slots(0)), expected)
+
+
+@kinds
+@modes
+def test_a_used_cache_takes_a_checkpoint(prompt, kind, mode):
+    """As a draft that was left out of some rounds goes on from where it stood."""
+    target, text = model(kind, 1, mode), prompt(60)
+    cache = target.new_cache(2, 5)
+    target.prefill(text[:9], cache, 0)
+    saved = [layer.checkpoint(0, 0) for layer in cache]
+    for at in (9, 14):
+        target.verify(torch.tensor([text[at : at + 5]] * 2), cache, slots(4 if at > 9 else 0, 0))
+    for layer, state in zip(cache, saved, strict=True):
+        layer.restore(1, state)
+    fresh = target.new_cache(1, 5)
+    target.prefill(text[:9], fresh, 0)
+    window = torch.tensor([text[9:12]])
+    actual = target.verify(window.repeat(2, 1), cache, slots(2, 0))[1]
+    assert_bitwise_equal(actual, target.verify(window, fresh, slots(0))[0])
 
 
 @kinds
