@@ -1,0 +1,61 @@
+"""The command line's own check of losslessness on pairs of every kind, as a user would run it."""
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from published import FORMATS, VOCABULARY
+from tokenizers import Tokenizer, models
+
+from speculative_mamba.cli import main
+
+CHARACTERS = (string.ascii_letters + string.digits + " .")[:VOCABULARY]
+
+
+def folder_of(name: str, folder: Path, seed: int) -> str:
+    folder.mkdir()
+    if name == "mamba1":
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "state_size": 5, "tie_word_embeddings": False}
+        config = transformers.MambaConfig(vocab_size=VOCABULARY, **sizes)
+        transformers.MambaForCausalLM(config).save_pretrained(folder)
+    else:
+        FORMATS[name](folder, seed)
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(CHARACTERS)}, merges=[]))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+@pytest.mark.parametrize("checkpoint", ["auto", "states", "inputs"])
+@pytest.mark.parametrize(
+    ("target", "draft"),
+    [
+        ("mamba2attn-state-spaces", "llama-hf"),
+        ("mamba-in-llama", "llama-hf"),
+        ("mamba2-in-llama", "llama-hf"),
+        ("mamba2-hf", "mamba2-state-spaces"),
+        ("falcon-mamba-hf", "mamba1"),
+        ("llama-hf", "mamba2-hf"),
+        ("mamba1", "ngram"),
+        ("mamba2-hf", "ngram"),
+    ],
+)
+def test_compare_finds_equal_tokens(
+    target: str, draft: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model_target", folder_of(target, tmp_path / "target", 0), "--checkpoint", checkpoint]
+    if draft == "ngram":
+        arguments += ["--draft", "ngram"]
+    else:
+        arguments += ["--model_draft", folder_of(draft, tmp_path / "draft", 1)]
+    options = ["--prompt", "abcabcabc def", "--n_tokens_to_generate", "20", "--threads", "1", "--compare", "--json"]
+    threads = torch.get_num_threads()
+    try:
+        assert main([*arguments, *options]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["compare"]["tokens_equal"] is True
+    assert len(report["tokens"]) == report["stats"]["tokens"] > 0
