@@ -145,13 +145,15 @@ class MambaLM:
 
     @staticmethod
     def _reserve(cache: list[LayerCache], tokens: int) -> None:
-        """Makes room for so many more tokens in every attention layer; all have the same lengths."""
-        attention = [layer for layer in cache if isinstance(layer, AttentionCache)]
-        if attention and (needed := int(attention[0].lengths.max()) + tokens) > attention[0].capacity:
-            for layer in attention:
+        """Makes room for so many more tokens in every attention layer."""
+        for layer in cache:
+            if not isinstance(layer, AttentionCache):
+                continue
+            needed = int(layer.lengths.max()) + tokens
+            if needed > layer.capacity:
                 layer.grow(room_for(needed))
-            if isinstance(cache, ModelCache):
-                cache.steps.clear()  # they work on the tensors from before
+                if isinstance(cache, ModelCache):
+                    cache.steps.clear()  # they work on the tensors from before
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         ids, table = tokens.reshape(-1), self.embedding

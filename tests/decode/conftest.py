@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 
 import speculative_mamba as sm
 from speculative_mamba.testing import oracle
-from speculative_mamba.testing.models import TableModel, as_dtype, random_model, tiny_config
+from speculative_mamba.testing.models import TableModel, as_dtype, random_model, tiny_architecture, tiny_config
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 
@@ -22,12 +22,16 @@ class Pair:
     drafts: dict[str, sm.MambaLM]
 
 
+def _near(target: sm.MambaLM, dtype: torch.dtype) -> sm.MambaLM:
+    noise = torch.randn(target.head.shape, generator=torch.Generator().manual_seed(5))
+    return dataclasses.replace(target, head=as_dtype(oracle.dense(target.head, torch.float32) + 0.08 * noise, dtype))
+
+
 @functools.cache
 def _pair(dtype: torch.dtype, backend: str) -> Pair:
     # Untied: with random weights a tied head only repeats the last token.
     target = random_model(tiny_config(tie_embeddings=False), dtype=dtype, backend=backend)
-    noise = torch.randn(target.head.shape, generator=torch.Generator().manual_seed(5))
-    near = dataclasses.replace(target, head=as_dtype(oracle.dense(target.head, torch.float32) + 0.08 * noise, dtype))
+    near = _near(target, dtype)
     unrelated = random_model(tiny_config(d_model=16, n_layer=1), dtype=dtype, seed=1, backend=backend)
     return Pair(target, {"random": unrelated, "near": near, "equal": target})
 
@@ -36,6 +40,42 @@ def _pair(dtype: torch.dtype, backend: str) -> Pair:
 def pair() -> Callable[..., Pair]:
     """pair(dtype, backend)"""
     return lambda dtype=torch.float32, backend="cpu": _pair(dtype, backend)
+
+
+@functools.cache
+def _tiny(kind: str, seed: int, dtype: torch.dtype, backend: str) -> sm.MambaLM:
+    config = tiny_config(d_model=16, n_layer=1) if kind == "unrelated" else tiny_architecture(kind, seed)
+    return random_model(config, dtype=dtype, seed=seed, backend=backend)
+
+
+@functools.cache
+def _family(
+    kind: str, seed: int, mode: str, dtype: torch.dtype, state_dtype: torch.dtype, backend: str
+) -> tuple[sm.MambaLM, dict[str, sm.MambaLM]]:
+    target = dataclasses.replace(_tiny(kind, seed, dtype, backend), state_dtype=state_dtype, checkpoint=mode)
+    drafts = {
+        "equal": target,
+        "random": _tiny("unrelated", 7, dtype, backend),
+        "near": _near(target, dtype),
+        "llama": _tiny("llama", 9 - seed, dtype, backend),
+    }
+    for name in ("random", "near"):
+        for other in ("states", "inputs"):
+            drafts[f"{name}, {other}"] = dataclasses.replace(drafts[name], state_dtype=state_dtype, checkpoint=other)
+    return target, drafts
+
+
+@pytest.fixture(scope="session")
+def family() -> Callable[..., tuple[sm.MambaLM, dict[str, sm.MambaLM]]]:
+    """family(kind, seed, mode, dtype, state_dtype, backend): a target of one of ``ARCHITECTURES``, and drafts of it.
+
+    mode is how the target goes back ("states", "inputs"); "near, inputs" is the near draft that goes back by inputs.
+    """
+
+    def make(kind, seed=0, mode="states", dtype=torch.float32, state_dtype=torch.float32, backend="cpu"):
+        return _family(kind, seed, mode, dtype, state_dtype, backend)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -146,11 +146,13 @@ def mamba2attn_state_spaces(folder: Path, seed: int, attn_cfg: dict[str, Any] | 
 
 
 def _in_llama(folder: Path, seed: int, ssm: dict[str, Any], merged: bool, config: dict[str, Any]) -> Oracle:
+    """config: fields of mamba_config.json; its "base": fields of config.json."""
     inner, shared, hidden = WIDTH, config.get("d_xb", 12), 37
     base = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": WIDTH, "vocab_size": VOCABULARY,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": hidden,
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500.0, "tie_word_embeddings": False,
+        **config.pop("base", {}),
     }  # fmt: skip
     mamba = {
         "d_model": WIDTH, "ssm_cfg": ssm, "rms_norm_eps": 1e-5, "vocab_size": None, "d_inner": inner, "d_xb": shared,
@@ -184,7 +186,8 @@ def _in_llama(folder: Path, seed: int, ssm: dict[str, Any], merged: bool, config
             }.items():  # fmt: skip
                 t.draw(m + name, *shape)
     t.draw("model.norm.weight", WIDTH)
-    t.draw("lm_head.weight", VOCABULARY, WIDTH)
+    if not base["tie_word_embeddings"]:
+        t.draw("lm_head.weight", VOCABULARY, WIDTH)
     (folder / "config.json").write_text(json.dumps(base))
     (folder / "mamba_config.json").write_text(json.dumps(mamba))
     save_file(_merged(t) if merged else dict(t), folder / "model.safetensors", metadata={"format": "pt"})

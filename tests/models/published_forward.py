@@ -126,7 +126,8 @@ def hybrid_of_llama(base: dict[str, Any], mamba: dict[str, Any], tensors: Tensor
             h = h + kind(mixer, x, ssm, mamba["d_inner"] // mamba["d_xb"])
         x = norm(h, block.get("post_attention_layernorm.weight"), eps)
         h = h + block.linear("mlp.down_proj", F.silu(block.linear("mlp.gate_proj", x)) * block.linear("mlp.up_proj", x))
-    return norm(h, tensors["model.norm.weight"], eps) @ tensors["lm_head.weight"].double().T
+    head = tensors["model.embed_tokens.weight" if base["tie_word_embeddings"] else "lm_head.weight"]
+    return norm(h, tensors["model.norm.weight"], eps) @ head.double().T
 
 
 def _mamba1_in_llama(layer: Layer, h: torch.Tensor, ssm: dict[str, Any], copies: int) -> torch.Tensor:

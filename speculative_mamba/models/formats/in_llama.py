@@ -1,6 +1,7 @@
 """The hybrids of The Mamba in the Llama (arXiv 2408.15237): a Llama some of whose layers became Mamba layers.
 
-``config.json`` is the Llama's (or Mistral's), ``mamba_config.json`` says which layers are Mamba's and of what size.
+``config.json`` is the Llama's (or Mistral's), ``mamba_config.json`` says which layers are Mamba's and of what size. A
+Mistral's sliding window is not applied, as in the authors' own inference.
 """
 
 import math
@@ -21,23 +22,29 @@ def from_mamba_in_llama(config: dict[str, Any], mamba: dict[str, Any]) -> tuple[
             f"mamba_config.json beside the architecture {config.get('model_type')!r} is not supported; "
             f"supported: {', '.join(_LLAMA_TYPES)}"
         )
-    refuse_other(mamba, "hidden_act", "silu")
-    layers, attending = required(config, "num_hidden_layers"), indices(mamba, "attn_layers", required(mamba, "n_layer"))
+    try:
+        layers, attending, mamba_layer = _mamba_side(mamba)
+    except ValueError as error:
+        raise ValueError(str(error).replace("config.json", "mamba_config.json", 1)) from None
     for key, here, there in (
-        ("n_layer", required(mamba, "n_layer"), layers),
-        ("d_model", required(mamba, "d_model"), required(config, "hidden_size")),
+        ("n_layer", layers, required(config, "num_hidden_layers")),
+        ("d_model", mamba["d_model"], required(config, "hidden_size")),
         ("rms_norm_eps", mamba.get("rms_norm_eps", 1e-5), config.get("rms_norm_eps", 1e-6)),
     ):
         if here != there:
             raise ValueError(f"mamba_config.json gives {key} = {here!r}, but config.json {there!r}")
-    mixer = _mixer(mamba, object_of(mamba, "ssm_cfg"))
-    attention = llama_attention(config) if attending else None
-    blocks: list[BlockConfig] = []
-    for i in range(layers):
-        source, key = (config, "mlp_bias") if i in attending else (mamba, "mlp_bias")
-        blocks.append(attention if i in attending else mixer)
-        blocks.append(MlpConfig(required(source, "intermediate_size"), flag(source, key, False)))
-    return of_llama(config, tuple(blocks), *("self_attn." if i in attending else "mamba." for i in range(layers)))
+    mlp = MlpConfig(required(config, "intermediate_size"), flag(config, "mlp_bias", False))
+    attention_layer = (llama_attention(config), mlp) if attending else ()
+    blocks = sum((attention_layer if i in attending else mamba_layer for i in range(layers)), ())
+    return of_llama(config, blocks, *("self_attn." if i in attending else "mamba." for i in range(layers)))
+
+
+def _mamba_side(mamba: dict[str, Any]) -> tuple[int, frozenset[int], tuple[BlockConfig, ...]]:
+    """How many layers there are, which of them attend, and the blocks of one that does not."""
+    refuse_other(mamba, "hidden_act", "silu")
+    layers = required(mamba, "n_layer")
+    mlp = MlpConfig(required(mamba, "intermediate_size"))
+    return layers, indices(mamba, "attn_layers", layers), (_mixer(mamba, object_of(mamba, "ssm_cfg")), mlp)
 
 
 def _mixer(mamba: dict[str, Any], ssm: dict[str, Any]) -> GroupedMamba1Config | Mamba2Config:
@@ -65,7 +72,7 @@ def _mixer(mamba: dict[str, Any], ssm: dict[str, Any]) -> GroupedMamba1Config | 
     refuse_other(ssm, "d_ssm", None, inner)
     heads, head_dim = required(ssm, "ngroups"), required(ssm, "d_state", 128)
     if heads * head_dim != inner:
-        raise ValueError(f"mamba_config.json gives ngroups * d_state = {heads * head_dim}, but d_inner = {inner}")
+        raise ValueError(f"config.json gives ngroups * d_state = {heads * head_dim}, but d_inner = {inner}")
     shared = d_xb // divides(head_dim, d_xb, "d_state")
     return Mamba2Config(
         n_heads=heads,
