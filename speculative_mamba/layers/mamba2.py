@@ -82,18 +82,14 @@ class Mamba2Mixer:
 
     def _convolved(self, xBC: torch.Tensor, cache: MambaCache, window: Window) -> tuple[torch.Tensor, ...]:
         """x, B and C after the convolution, each (B, T, channels)."""
-        sizes = [heads * size for heads, size in zip(self.heads, (self.head_dim, *[self.state_size] * 2), strict=True)]
-        if self.conv_heads == self.heads[:2]:
-            return self._conv(xBC, 0, cache, window).split(sizes, -1)
+        sizes, after = (self.head_dim, self.state_size, self.state_size), (*self.conv_heads, self.heads[2])
+        widths = [heads * size for heads, size in zip(self.heads, sizes, strict=True)]
+        if after == self.heads:
+            return self._conv(xBC, 0, cache, window).split(widths, -1)
         parts, first = [], 0
-        for part, (heads, size), copies in zip(
-            xBC.split(sizes, -1),
-            zip(self.heads, (self.head_dim, *[self.state_size] * 2), strict=True),
-            (*self.conv_heads, self.heads[2]),
-            strict=True,
-        ):
-            parts.append(self._conv(part, first, cache, window, copies // heads, size))
-            first += copies * size
+        for part, before, heads, size in zip(xBC.split(widths, -1), self.heads, after, sizes, strict=True):
+            parts.append(self._conv(part, first, cache, window, heads // before, size))
+            first += heads * size
         return tuple(parts)
 
     def _conv(
