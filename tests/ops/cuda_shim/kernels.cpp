@@ -1,0 +1,147 @@
+// The table of kernels that the bindings call, filled with CUDA kernels that run on the CPU. Before each, the memory
+// that its arguments describe is announced, row by row: whatever lies between is out of bounds.
+#include "../../../csrc/cpu/kernels.h"
+
+#include "../../../csrc/dtype.h"
+#include "cuda_runtime.h"
+
+namespace speculative_mamba {
+
+namespace cuda {
+void causal_conv1d(const CausalConv1dParams&, DType activations, cudaStream_t);
+void gated_silu(const GatedSiluParams&, DType activations, cudaStream_t);
+void rms_norm(const RmsNormParams&, DType activations, cudaStream_t);
+void selective_scan(const SelectiveScanParams&, DType activations, cudaStream_t);
+void skinny_linear(const SkinnyLinearParams&, DType activations, cudaStream_t);
+}  // namespace cuda
+
+namespace {
+
+int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2; }
+
+// Memory of `rows` × `columns` runs of `size` elements each.
+void announce(const void* base, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride, int64_t size,
+              bool writable = false, int64_t element = 4) {
+    if (!base) return;
+    auto& memory = shim::Machine::get().memory;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++) {
+            auto& range = memory[reinterpret_cast<uintptr_t>(base) + element * (r * row_stride + c * column_stride)];
+            range.bytes = std::max(range.bytes, static_cast<size_t>(size * element));
+            range.writable = range.writable || writable;
+        }
+}
+
+void announce(const void* base, int64_t size, bool writable = false) { announce(base, 1, 0, 1, 0, size, writable); }
+
+void causal_conv1d(const CausalConv1dParams& p, int) {
+    shim::Machine::get().memory.clear();
+    announce(p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, p.channels / p.repeat);
+    const int64_t element = bytes_of(p.weight_dtype);
+    announce(p.weight, p.channels, p.weight_channel_stride, p.width, p.weight_tap_stride, 1, false, element);
+    announce(p.bias, p.channels);
+    announce(p.start_slot, p.batch);
+    announce(p.null_columns, p.batch);
+    announce(p.y, p.batch * p.tokens * p.channels, true);
+    const int64_t history = p.width - 1;
+    for (int64_t row = 0; row < p.batch; row++) {
+        float* window = p.window + row * p.window_batch_stride;
+        auto rows = [&](int64_t first, int64_t count, bool writable) {
+            announce(window + first * p.window_row_stride, count, p.window_row_stride, 1, 0, p.channels, writable);
+        };
+        rows(p.start_slot[row] + 1, history, false);
+        if (p.keep_last) rows(1, history, true);
+        if (!p.keep_last && p.write_slot == 0) rows(0, history, true);
+        if (!p.keep_last) rows(history + p.write_slot, p.tokens, true);
+    }
+    cuda::causal_conv1d(p, DType::float32, nullptr);
+}
+
+void gated_silu(const GatedSiluParams& p, int) {
+    shim::Machine::get().memory.clear();
+    announce(p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
+    announce(p.up, p.rows, p.up_row_stride, 1, 0, p.features);
+    announce(p.y, p.rows * p.features, true);
+    cuda::gated_silu(p, DType::float32, nullptr);
+}
+
+void rms_norm(const RmsNormParams& p, int) {
+    shim::Machine::get().memory.clear();
+    announce(p.x, p.rows, p.x_row_stride, 1, 0, p.features);
+    announce(p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
+    announce(p.residual, p.rows * p.features);
+    announce(p.weight, 1, 0, 1, 0, p.features, false, bytes_of(p.weight_dtype));
+    announce(p.residual_out, p.rows * p.features, true);
+    announce(p.y, p.rows * p.features, true);
+    cuda::rms_norm(p, DType::float32, nullptr);
+}
+
+void skinny_linear(const SkinnyLinearParams& p, int) {
+    shim::Machine::get().memory.clear();
+    announce(p.x, p.rows, p.x_row_stride, 1, 0, p.in_features);
+    const int64_t element = bytes_of(p.weight_dtype);
+    announce(p.weight, p.out_features, p.weight_row_stride, 1, 0, p.in_features, false, element);
+    announce(p.weight_scale, p.out_features);
+    announce(p.bias, p.out_features);
+    announce(p.y, p.rows * p.out_features, true);
+    cuda::skinny_linear(p, DType::float32, nullptr);
+}
+
+void selective_scan(const SelectiveScanParams& p, int) {
+    shim::Machine::get().memory.clear();
+    for (const auto& [base, row, token] :
+         {std::tuple(p.x, p.x_batch_stride, p.x_token_stride), std::tuple(p.dt, p.dt_batch_stride, p.dt_token_stride),
+          std::tuple(p.z, p.z_batch_stride, p.z_token_stride)})
+        announce(base, p.batch, row, p.tokens, token, p.channels);
+    announce(p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, p.b_groups * p.state_size);
+    announce(p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
+    announce(p.A, p.channels * p.state_size);
+    announce(p.D, p.channels);
+    announce(p.dt_bias, p.channels);
+    announce(p.start_slot, p.batch);
+    announce(p.null_columns, p.batch);
+    announce(p.y, p.batch * p.tokens * p.channels, true);
+    const int64_t state = p.channels * p.state_size;
+    for (int64_t row = 0; row < p.batch; row++) {  // the slot it starts from, and those it may write
+        auto slot = [&](int64_t number, bool writable) {
+            const int64_t element = bytes_of(p.state_dtype);
+            const int64_t offset = row * p.states_batch_stride + number * p.states_slot_stride;
+            announce(static_cast<char*>(p.states) + element * offset, 1, 0, 1, 0, state, writable, element);
+        };
+        slot(p.input_dt ? 0 : p.start_slot[row], p.input_dt && (p.keep_last || p.write_slot == 0));
+        if (p.keep_last) slot(0, true);
+        if (!p.keep_last && !p.input_dt)
+            for (int64_t t = 0; t < p.tokens; t++) slot(p.write_slot + t, true);
+    }
+    if (p.input_dt) {
+        const int64_t rows = p.batch * p.input_slots;
+        announce(p.input_x, rows * p.channels, true);
+        announce(p.input_dt, rows * p.channels, true);
+        announce(p.input_B, rows * p.b_groups * p.state_size, true);
+    }
+    cuda::selective_scan(p, DType::float32, nullptr);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    static const Kernels table = [] {
+        Kernels made{};
+        made.isa = "cuda";
+        made.causal_conv1d = causal_conv1d;
+        made.gated_silu = gated_silu;
+        made.rms_norm = rms_norm;
+        made.selective_scan = selective_scan;
+        made.skinny_linear = skinny_linear;
+        return made;
+    }();
+    return table;
+}
+
+std::vector<std::string> available_isas() { return {"cuda"}; }
+void select_isa(const std::string&) {}
+void throw_unknown_dtype(DType dtype) {
+    throw std::invalid_argument("unknown dtype code " + std::to_string(static_cast<int>(dtype)));
+}
+
+}  // namespace speculative_mamba

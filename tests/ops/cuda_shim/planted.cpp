@@ -1,0 +1,67 @@
+// Kernels with planted faults, each of which the shim must find; and the same without.
+#include "device.cuh"
+
+namespace speculative_mamba {
+
+void throw_unknown_dtype(DType) { throw std::invalid_argument("dtype"); }
+
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 64;
+
+struct Arguments {
+    const float* in;  // (blocks, 64)
+    float* out;       // (blocks)
+    int fault;
+};
+
+enum Fault { none, no_barrier, load_beyond, store_beyond, store_to_input, two_blocks, lost_lane, different_barriers };
+
+// Sums a row of 64: lane by lane through memory of the block.
+__global__ void block_sum(Arguments a) {
+    static shim::Shared<float, kThreads> shared;
+    float* values = shared.data;
+    const int i = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+    store(values + i, load(a.in + block * kThreads + (a.fault == load_beyond ? i + 1 : i)));
+    for (int width = kThreads / 2; width > 0; width /= 2) {
+        if (a.fault != no_barrier || width != 16) __syncthreads();
+        float sum = 0.f;
+        if (i < width) sum = load(values + i) + load(values + i + width);
+        __syncthreads();
+        if (i < width) store(values + i, sum);
+    }
+    if (a.fault == store_to_input && i == 0) store(const_cast<float*>(a.in), 0.f);
+    if (i == 0) store(a.out + (a.fault == store_beyond ? block + 1 : a.fault == two_blocks ? 0 : block), load(values));
+}
+
+// The same within warps, by shuffles.
+__global__ void warp_sum(Arguments a) {
+    const int i = static_cast<int>(threadIdx.x);
+    if (a.fault == lost_lane && i == 7) return;
+    if (a.fault == different_barriers && i % 2) __syncthreads();
+    const float sum = sum_of_lanes<32>(load(a.in + blockIdx.x * kThreads + i));
+    if (i == 0) store(a.out + blockIdx.x, sum);
+}
+
+}  // namespace
+
+// Runs a kernel on `blocks` rows. What went wrong, or nothing.
+extern "C" __attribute__((visibility("default"))) const char* run(const char* kernel, int fault, const float* in,
+                                                                  float* out, int blocks, unsigned seed) {
+    static std::string message;
+    auto& machine = shim::Machine::get();
+    machine.random.seed(seed);
+    machine.memory.clear();
+    machine.memory[reinterpret_cast<uintptr_t>(in)] = {blocks * kThreads * sizeof(float), false};
+    machine.memory[reinterpret_cast<uintptr_t>(out)] = {blocks * sizeof(float), true};
+    message.clear();
+    try {
+        auto function = std::string(kernel) == "block_sum" ? block_sum : warp_sum;
+        launch(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), nullptr, Arguments{in, out, fault});
+    } catch (const shim::Failure& failure) { message = failure.what(); }
+    return message.c_str();
+}
+
+}  // namespace cuda
+}  // namespace speculative_mamba

@@ -1,0 +1,54 @@
+"""Builds the CUDA kernels for the CPU: a module with the functions of ``_C`` that runs them through cuda_shim/."""
+
+import functools
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHIM = Path(__file__).parent / "cuda_shim"
+CUDA = ROOT / "csrc" / "cuda"
+
+
+@functools.cache
+def built_shim() -> ModuleType:
+    """The module, built once."""
+    folder = Path(tempfile.mkdtemp(prefix="cuda-on-cpu-"))
+    target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    pybind11 = pytest.importorskip("pybind11")
+    # Another namespace: the bindings of the CPU kernels are loaded in the same process.
+    options = ["-Dspeculative_mamba=speculative_mamba_on_shim", "-fvisibility=hidden"]
+    options += [f"-I{include}" for include in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+    compile_on_shim([ROOT / "csrc" / "bindings.cpp", SHIM / "kernels.cpp", *sorted(CUDA.glob("*.cu"))], target, options)
+    spec = importlib.util.spec_from_file_location("_C", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shutil.rmtree(folder)
+    return module
+
+
+def compile_on_shim(sources: list[Path], target: Path, options: list[str]) -> None:
+    """A shared library of CUDA sources for the CPU; the test is skipped where there is no C++ compiler."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-U_FORTIFY_SOURCE",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
+    command += ["-shared", "-fPIC", f"-I{SHIM}", f"-I{CUDA}", *options, "-x", "c++", *map(str, sources)]
+    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,59 @@
+"""The stand-in for a GPU finds what it is there to find: planted faults, each in a kernel that is right without it."""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from shim import SHIM, compile_on_shim
+
+BLOCKS = 3
+FAULTS = ("none", "no_barrier", "load_beyond", "store_beyond", "store_to_input", "two_blocks", "lost_lane",
+          "different_barriers")  # fmt: skip
+Run = Callable[[str, str, int], tuple[str, torch.Tensor, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """run(kernel, fault, seed): what went wrong, the rows, their sums."""
+    library = tmp_path_factory.mktemp("planted") / "planted.so"
+    compile_on_shim([SHIM / "planted.cpp"], Path(library), [])
+    function = ctypes.CDLL(str(library)).run
+    function.restype = ctypes.c_char_p
+
+    def call(kernel: str, fault: str, seed: int) -> tuple[str, torch.Tensor, torch.Tensor]:
+        rows, sums = torch.randn(BLOCKS, 64), torch.zeros(BLOCKS)
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (rows, sums))
+        message = function(kernel.encode(), FAULTS.index(fault), *pointers, BLOCKS, seed)
+        return message.decode(), rows, sums
+
+    return call
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kernels_without_a_fault(run: Run, seed: int) -> None:
+    message, rows, sums = run("block_sum", "none", seed)
+    assert message == ""
+    torch.testing.assert_close(sums, rows.sum(1))
+    message, rows, sums = run("warp_sum", "none", seed)
+    assert message == ""
+    torch.testing.assert_close(sums, rows[:, :32].sum(1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("kernel", "fault", "found"),
+    [
+        ("block_sum", "no_barrier", "race"),
+        ("block_sum", "load_beyond", "load out of bounds"),
+        ("block_sum", "store_beyond", "store out of bounds"),
+        ("block_sum", "store_to_input", "read only"),
+        ("block_sum", "two_blocks", "race: two stores"),
+        ("warp_sum", "lost_lane", "lanes that have ended"),
+        ("warp_sum", "different_barriers", "deadlock"),
+    ],
+)
+def test_planted_faults(run: Run, kernel: str, fault: str, found: str, seed: int) -> None:
+    """Whatever the order in which blocks and threads run."""
+    assert found in run(kernel, fault, seed)[0]
