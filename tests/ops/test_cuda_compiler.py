@@ -13,6 +13,7 @@ from shim import CUDA
 # blocks fit on a multiprocessor.
 REGISTERS = {
     "causal_conv1d_verify": 64, "gated_silu": 32, "rms_norm": 40, "selective_scan_verify": 64, "skinny_linear": 64,
+    "ssd_verify": 72,
 }  # fmt: skip
 OLDEST = 80
 FILES = sorted(CUDA.glob("*.cu"), key=lambda path: path.name)

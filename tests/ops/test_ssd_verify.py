@@ -53,6 +53,7 @@ CHANGES = [
 ]
 rows = pytest.mark.parametrize("change", CHANGES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "base")
 dtypes = pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
+STATES = {torch.float32: 130, torch.bfloat16: 40, torch.float16: 128}  # more than registers hold in a pass, and fewer
 
 
 def make(change: dict | None = None, seed: int = 0, start: int = 0) -> dict:
@@ -227,7 +228,7 @@ def test_null_columns_leave_the_state_as_it_was(
 @pytest.mark.parametrize("pieces", [[100], [64, 36], [1, 47, 16, 36], [17] * 5 + [15]], ids=str)
 @dtypes
 def test_prefill_equals_verify_wherever_it_is_cut(dtype: torch.dtype, pieces: list[int], backend: str) -> None:
-    inputs = make({"tokens": 100, "slots": 3, "batch": 1, "dtype": dtype, "state_size": 130, "head_size": 3})
+    inputs = make({"tokens": 100, "slots": 3, "batch": 1, "dtype": dtype, "state_size": STATES[dtype], "head_size": 3})
     y_plain, states = steps(inputs, backend)
     y = [run(part, backend, keep_last=True) for part in split(inputs, pieces)]
     assert_bitwise_equal(torch.cat(y, 1), y_plain, "y")
@@ -392,7 +393,7 @@ def test_replay_of_a_draft(dtype: torch.dtype, tokens: int, write_slots: list[in
 @dtypes
 def test_replay_after_prefill(dtype: torch.dtype, pieces: list[int], backend: str) -> None:
     """Also after rounds: what was accepted last is fed before the prompt goes on."""
-    prompt = make({"tokens": 40, "dtype": dtype, "state_size": 130, "head_size": 3})
+    prompt = make({"tokens": 40, "dtype": dtype, "state_size": STATES[dtype], "head_size": 3})
     both = Replay(prompt, backend)
     for accepted in ([0, 3, 4], [2, 0, 1]):
         for part in split(prompt, pieces):

@@ -13,6 +13,7 @@ void gated_silu(const GatedSiluParams&, DType activations, cudaStream_t);
 void rms_norm(const RmsNormParams&, DType activations, cudaStream_t);
 void selective_scan(const SelectiveScanParams&, DType activations, cudaStream_t);
 void skinny_linear(const SkinnyLinearParams&, DType activations, cudaStream_t);
+void ssd(const SsdParams&, DType activations, cudaStream_t);
 }  // namespace cuda
 
 namespace {
@@ -33,6 +34,22 @@ void announce(const void* base, int64_t rows, int64_t row_stride, int64_t column
 }
 
 void announce(const void* base, int64_t size, bool writable = false) { announce(base, 1, 0, 1, 0, size, writable); }
+
+// Of each row the slot it starts from, and those it may write.
+template <typename Params>
+void announce_states(const Params& p, int64_t size) {
+    for (int64_t row = 0; row < p.batch; row++) {
+        auto slot = [&](int64_t number, bool writable) {
+            const int64_t element = bytes_of(p.state_dtype);
+            const int64_t offset = row * p.states_batch_stride + number * p.states_slot_stride;
+            announce(static_cast<char*>(p.states) + element * offset, 1, 0, 1, 0, size, writable, element);
+        };
+        slot(p.input_dt ? 0 : p.start_slot[row], p.input_dt && (p.keep_last || p.write_slot == 0));
+        if (p.keep_last) slot(0, true);
+        if (!p.keep_last && !p.input_dt)
+            for (int64_t t = 0; t < p.tokens; t++) slot(p.write_slot + t, true);
+    }
+}
 
 void causal_conv1d(const CausalConv1dParams& p, int) {
     shim::Machine::get().memory.clear();
@@ -101,18 +118,7 @@ void selective_scan(const SelectiveScanParams& p, int) {
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
     announce(p.y, p.batch * p.tokens * p.channels, true);
-    const int64_t state = p.channels * p.state_size;
-    for (int64_t row = 0; row < p.batch; row++) {  // the slot it starts from, and those it may write
-        auto slot = [&](int64_t number, bool writable) {
-            const int64_t element = bytes_of(p.state_dtype);
-            const int64_t offset = row * p.states_batch_stride + number * p.states_slot_stride;
-            announce(static_cast<char*>(p.states) + element * offset, 1, 0, 1, 0, state, writable, element);
-        };
-        slot(p.input_dt ? 0 : p.start_slot[row], p.input_dt && (p.keep_last || p.write_slot == 0));
-        if (p.keep_last) slot(0, true);
-        if (!p.keep_last && !p.input_dt)
-            for (int64_t t = 0; t < p.tokens; t++) slot(p.write_slot + t, true);
-    }
+    announce_states(p, p.channels * p.state_size);
     if (p.input_dt) {
         const int64_t rows = p.batch * p.input_slots;
         announce(p.input_x, rows * p.channels, true);
@@ -120,6 +126,31 @@ void selective_scan(const SelectiveScanParams& p, int) {
         announce(p.input_B, rows * p.b_groups * p.state_size, true);
     }
     cuda::selective_scan(p, DType::float32, nullptr);
+}
+
+void ssd(const SsdParams& p, int) {
+    shim::Machine::get().memory.clear();
+    const int64_t channels = p.heads * p.head_size, x_size = p.x_heads * p.head_size,
+                  b_size = p.b_groups * p.state_size;
+    announce(p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, x_size);
+    announce(p.dt, p.batch, p.dt_batch_stride, p.tokens, p.dt_token_stride, p.heads);
+    announce(p.z, p.batch, p.z_batch_stride, p.tokens, p.z_token_stride, channels);
+    announce(p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, b_size);
+    announce(p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
+    announce(p.A, p.heads);
+    announce(p.D, p.d_per_channel ? channels : p.heads);
+    announce(p.dt_bias, p.heads);
+    announce(p.start_slot, p.batch);
+    announce(p.null_columns, p.batch);
+    announce(p.y, p.batch * p.tokens * channels, true);
+    announce_states(p, channels * p.state_size);
+    if (p.input_dt) {
+        const int64_t rows = p.batch * p.input_slots;
+        announce(p.input_x, rows * x_size, true);
+        announce(p.input_dt, rows * p.heads, true);
+        announce(p.input_b, rows * b_size, true);
+    }
+    cuda::ssd(p, DType::float32, nullptr);
 }
 
 }  // namespace
@@ -133,6 +164,7 @@ const Kernels& kernels() {
         made.rms_norm = rms_norm;
         made.selective_scan = selective_scan;
         made.skinny_linear = skinny_linear;
+        made.ssd = ssd;
         return made;
     }();
     return table;
