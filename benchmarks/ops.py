@@ -143,7 +143,7 @@ def bench_scan(report: Report, config: ModelConfig) -> None:
             }
         )
         moved = 4 * (D * N * (tokens + 2) + 4 * D * tokens)
-        _add(report, "selective_scan_verify", f"{D}x{N}", times, moved, "reference", tokens=tokens)
+        _add(report, "selective_scan_verify", f"{D}x{N}", times, moved, "reference", "float32", tokens=tokens)
 
 
 def bench_ssd(report: Report, config: ModelConfig) -> None:
@@ -170,7 +170,7 @@ def bench_ssd(report: Report, config: ModelConfig) -> None:
             rounds=9,
         )
         moved = 4 * (H * P * N * (tokens + 1) + 2 * H * P * tokens)
-        _add(report, "ssd_verify", f"{H}x{P}x{N}", times, moved, "reference", tokens=tokens)
+        _add(report, "ssd_verify", f"{H}x{P}x{N}", times, moved, "reference", "float32", tokens=tokens)
 
 
 def bench_attention(report: Report, heads: int, kv_heads: int, dims: int) -> None:
@@ -203,7 +203,7 @@ def bench_attention(report: Report, heads: int, kv_heads: int, dims: int) -> Non
             )
             moved = 8 * kv_heads * dims * (context + tokens)
             shape = f"{heads}/{kv_heads}x{dims}@{context}"
-            _add(report, "attention_verify", shape, times, moved, "torch", tokens=tokens)
+            _add(report, "attention_verify", shape, times, moved, "torch", "float32", tokens=tokens)
 
 
 def torch_law(logits: torch.Tensor, f: Filters) -> torch.Tensor:

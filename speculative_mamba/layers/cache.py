@@ -33,11 +33,9 @@ class CacheSizes:
     dtype: torch.dtype = torch.float32
     checkpoint: str = "auto"
 
-    def replay(self, from_batch: int, from_slots: int) -> bool:
-        """Whether to keep inputs; with "auto" from that many rows and slots on, where it is measured to be faster."""
-        if self.checkpoint == "auto":
-            return self.batch >= from_batch and self.slots >= from_slots
-        return self.checkpoint == "inputs"
+    def replay(self, faster: bool) -> bool:
+        """Whether to keep inputs; with "auto" where that is measured to be faster and there is a slot to go back to."""
+        return self.checkpoint == "inputs" or (self.checkpoint == "auto" and faster and self.slots > 1)
 
 
 @dataclass

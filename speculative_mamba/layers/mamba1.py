@@ -10,9 +10,8 @@ from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
 from .settle import settle_scan
 
-# Rows and slots from which replay is faster: on two cores, by 1.1 to 1.5 times at 4 to 16 rows, and about equal at 64,
-# where it takes a third of the memory (python -m benchmarks.checkpoints).
-REPLAY_FROM = (4, 3)
+# Replay takes a third of the memory; which is faster differs from run to run (python -m benchmarks.checkpoints).
+REPLAY_IS_FASTER = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Mamba1Mixer:
         channels, state_size = self.A.shape
         conv, inputs = (channels, self.conv_weight.shape[1]), ((channels,), (channels,), (1, state_size))
         settle = settle_scan(self.A, 1, self.backend)
-        replay = sizes.replay(*REPLAY_FROM)
+        replay = sizes.replay(REPLAY_IS_FASTER)
         return new_mamba_cache(sizes, replay, (channels, state_size), conv, inputs, self.A.device, settle)
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from ..ops import causal_conv1d_verify, selective_scan_verify, skinny_linear
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
-from .mamba1 import REPLAY_FROM
+from .mamba1 import REPLAY_IS_FASTER
 from .settle import settle_scan
 
 
@@ -48,7 +48,7 @@ class GroupedMamba1Mixer:
         channels, state_size = self.A.shape
         conv, inputs = (channels, self.conv_weight.shape[1]), ((channels,), (channels,), (self._groups, state_size))
         settle = settle_scan(self.A, self._groups, self.backend)
-        replay = sizes.replay(*REPLAY_FROM)
+        replay = sizes.replay(REPLAY_IS_FASTER)
         return new_mamba_cache(sizes, replay, (channels, state_size), conv, inputs, self.A.device, settle)
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:

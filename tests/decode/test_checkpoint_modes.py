@@ -383,13 +383,13 @@ def test_any_calls_are_their_single_steps(family, prompt, case, state_dtype, cal
 
 
 def test_what_auto_chooses(family):
-    """As measured: inputs for Mamba-2 wherever there is a draft, for Mamba-1 from four rows and three slots on."""
+    """As measured: inputs for Mamba-2 wherever there is a draft, a state per slot for Mamba-1."""
 
     def replays(kind, batch, count):
         return {layer.inputs is not None for layer in family(kind, mode="auto")[0].new_cache(batch, count)}
 
-    assert replays("mamba1", 3, 5) == replays("mamba1", 4, 2) == replays("mamba2", 4, 1) == {False}
-    assert replays("mamba1", 4, 3) == replays("mamba2", 1, 2) == {True}
+    assert replays("mamba1", 1, 5) == replays("mamba1", 64, 5) == replays("mamba2", 4, 1) == {False}
+    assert replays("mamba2", 1, 2) == replays("mamba2", 64, 5) == {True}
 
 
 @pytest.mark.parametrize(("kind", "per_slot"), [("mamba1", 2 * 48 + 5), ("mamba2", 48 + 6 + 18)])
