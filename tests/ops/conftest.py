@@ -33,7 +33,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("op, backend", pairs, indirect=["backend"])
         return
     found = _kernels_of(OP_OF.get(metafunc.module.__name__, metafunc.module.__name__.removeprefix("test_")))
-    for name, params in (("cpu", ISAS), ("kernels", found), ("backend", ["reference", *found])):
+    of_gpu = [name for name in found if name not in ISAS]
+    fixtures = (("cpu", ISAS), ("kernels", found), ("gpu_kernels", of_gpu), ("backend", ["reference", *found]))
+    for name, params in fixtures:
         if name in names:
             metafunc.parametrize(name, params, indirect=True)
 
@@ -87,6 +89,12 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     backends.resolve.cache_clear()
     yield name
     backends.resolve.cache_clear()
+
+
+@pytest.fixture
+def gpu_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``kernels``, without those of the CPU."""
+    yield from kernels.__wrapped__(request)
 
 
 @pytest.fixture
