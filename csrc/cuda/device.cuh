@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #if !defined(SM_HOST_SHIM)
 #include <cuda_bf16.h>
@@ -25,7 +26,7 @@ constexpr int kWarp = 32;
 #if defined(SM_HOST_SHIM)
 #define SM_SHARED(type, name, count)                 \
     static ::shim::Shared<type, count> name##_array; \
-    type* const name = name##_array.data
+    type* const name = name##_array.of_this_block()
 #else
 #define SM_SHARED(type, name, count) __shared__ type name[count]
 #endif
@@ -84,18 +85,18 @@ __device__ __forceinline__ float rounded(float a) {
     return widen(narrow<T>(a));
 }
 
-// Memory is touched only by the next five, so that a build for the CPU can check every access.
+// Memory is touched only by the next six, so that a build for the CPU can check every access.
 template <typename T>
 __device__ __forceinline__ T load_raw(const T* p) {
 #if defined(SM_HOST_SHIM)
-    shim::Machine::get().check(p, sizeof(T), false);
+    shim::Machine::get().check(p, sizeof(T), shim::Kind::load);
 #endif
     return *p;
 }
 template <typename T>
 __device__ __forceinline__ void store_raw(T* p, T value) {
 #if defined(SM_HOST_SHIM)
-    shim::Machine::get().check(p, sizeof(T), true);
+    shim::Machine::get().check(p, sizeof(T), shim::Kind::store);
 #endif
     *p = value;
 }
@@ -106,6 +107,15 @@ __device__ __forceinline__ float load(const T* p) {
 template <typename T>
 __device__ __forceinline__ void store(T* p, float value) {
     store_raw(p, narrow<T>(value));
+}
+// Adds to what lies there and gives what lay there before. Other threads may do the same at the same time.
+__device__ __forceinline__ unsigned add_atomically(unsigned* p, unsigned value) {
+#if defined(SM_HOST_SHIM)
+    shim::Machine::get().check(p, sizeof *p, shim::Kind::atomic);
+    return std::exchange(*p, *p + value);
+#else
+    return atomicAdd(p, value);
+#endif
 }
 // Four values of which the first `count` exist; in one access where all do and the address allows it.
 template <typename T>
