@@ -119,6 +119,8 @@ struct AttentionParams {
     int64_t pairs;          // R: dimensions i and i+R are rotated together
     float scale;
     float* y;  // (B, T, H, P) contiguous
+    int64_t capacity = 0;      // L
+    float* scratch = nullptr;  // of the CUDA kernel: see cuda/attention_verify.cu
 };
 
 // y = x Wᵀ + bias for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n] times.

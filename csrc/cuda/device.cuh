@@ -167,6 +167,14 @@ __device__ __forceinline__ float sum_of_lanes(float value) {
     return value;
 }
 
+// The greatest that is not NaN.
+template <int Lanes>
+__device__ __forceinline__ float max_of_lanes(float value) {
+#pragma unroll
+    for (int mask = Lanes / 2; mask > 0; mask /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, mask));
+    return value;
+}
+
 inline unsigned blocks_for(int64_t items, int64_t per_block) {
     return static_cast<unsigned>((items + per_block - 1) / per_block);
 }

@@ -317,3 +317,6 @@ template <typename T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return shim::shuffle(value, (shim::Machine::get().running->id % shim::kWarp) ^ mask);
 }
+
+inline float sinpif(float x) { return static_cast<float>(std::sin(3.14159265358979323846 * x)); }
+inline float cospif(float x) { return static_cast<float>(std::cos(3.14159265358979323846 * x)); }

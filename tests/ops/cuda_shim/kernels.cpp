@@ -8,6 +8,7 @@
 namespace speculative_mamba {
 
 namespace cuda {
+void attention(const AttentionParams&, DType activations, cudaStream_t);
 void causal_conv1d(const CausalConv1dParams&, DType activations, cudaStream_t);
 void gated_silu(const GatedSiluParams&, DType activations, cudaStream_t);
 void rms_norm(const RmsNormParams&, DType activations, cudaStream_t);
@@ -49,6 +50,49 @@ void announce_states(const Params& p, int64_t size) {
         if (!p.keep_last && !p.input_dt)
             for (int64_t t = 0; t < p.tokens; t++) slot(p.write_slot + t, true);
     }
+}
+
+// Of each row the entries before the window, and those of the window.
+void announce_entries(const AttentionParams& p, void* base, int64_t batch_stride, int64_t head_stride) {
+    const int64_t element = bytes_of(p.cache_dtype);
+    for (int64_t row = 0; row < p.batch; row++) {
+        const int64_t length = p.lengths[row * p.slots + p.start_slot[row]];
+        const int64_t nulls = p.null_columns ? std::min<int64_t>(p.null_columns[row], p.tokens) : 0;
+        auto entries = [&](int64_t first, int64_t count, bool writable) {
+            char* at = static_cast<char*>(base) + element * (row * batch_stride + first * p.dims);
+            announce(at, 1, 0, p.kv_heads, head_stride, count * p.dims, writable, element);
+        };
+        entries(0, length, false);
+        entries(length, p.tokens - nulls, true);
+    }
+}
+
+void attention(const AttentionParams& given, int) {
+    AttentionParams p = given;
+    for (int64_t row = 0; row < p.batch; row++)
+        p.capacity = std::max<int64_t>(p.capacity, p.lengths[row * p.slots + p.start_slot[row]] + p.tokens);
+    const int64_t chunks = (p.capacity + 255) / 256;
+    const int64_t size =
+        p.batch * (p.tokens * p.heads * p.dims + std::min<int64_t>(p.tokens, 64) * p.heads * chunks * (p.dims + 2) + 1);
+    std::vector<float> scratch(size, std::nanf(""));
+    p.scratch = scratch.data();
+    shim::Machine::get().memory.clear();
+    announce(p.q, p.batch, p.q_batch_stride, p.tokens, p.q_token_stride, p.heads * p.dims);
+    announce(p.k, p.batch, p.k_batch_stride, p.tokens, p.k_token_stride, p.kv_heads * p.dims);
+    announce(p.v, p.batch, p.v_batch_stride, p.tokens, p.v_token_stride, p.kv_heads * p.dims);
+    announce_entries(p, p.keys, p.keys_batch_stride, p.keys_head_stride);
+    announce_entries(p, p.values, p.values_batch_stride, p.values_head_stride);
+    for (int64_t row = 0; row < p.batch; row++) {
+        int32_t* lengths = p.lengths + row * p.slots;
+        announce(lengths + p.start_slot[row], 1);
+        announce(lengths + p.write_slot, 1, 1, p.keep_last ? 1 : p.tokens, 1, 1, true);
+    }
+    announce(p.start_slot, p.batch);
+    announce(p.null_columns, p.batch);
+    announce(p.inv_freq, p.pairs);
+    announce(p.scratch, size, true);
+    announce(p.y, p.batch * p.tokens * p.heads * p.dims, true);
+    cuda::attention(p, DType::float32, nullptr);
 }
 
 void causal_conv1d(const CausalConv1dParams& p, int) {
@@ -159,6 +203,7 @@ const Kernels& kernels() {
     static const Kernels table = [] {
         Kernels made{};
         made.isa = "cuda";
+        made.attention = attention;
         made.causal_conv1d = causal_conv1d;
         made.gated_silu = gated_silu;
         made.rms_norm = rms_norm;
