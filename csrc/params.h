@@ -118,7 +118,7 @@ struct AttentionParams {
     const float* inv_freq;  // (R): radians per position; may be null with R = 0
     int64_t pairs;          // R: dimensions i and i+R are rotated together
     float scale;
-    float* y;  // (B, T, H, P) contiguous
+    float* y;                  // (B, T, H, P) contiguous
     int64_t capacity = 0;      // L
     float* scratch = nullptr;  // of the CUDA kernel: see cuda/attention_verify.cu
 };
@@ -210,13 +210,14 @@ struct SpeculativeAcceptParams {
     int64_t laws_batch_stride, laws_token_stride;
     Filters filters;
     bool coupled;
-    const bool* seen;          // (B, V): tokens of the text before the window; read only with a penalty
-    const int64_t* keys;       // (B, 2): seed, stream
-    const int64_t* positions;  // (B): of the first token that is chosen
-    const bool* active;        // (B), may be null: rows to decide
-    int32_t* accepted;         // (B); the position, where the verdict is not ok
-    int64_t* next;             // (B)
-    int32_t* verdicts;         // (B)
+    const bool* seen;              // (B, V): tokens of the text before the window; read only with a penalty
+    const int64_t* keys;           // (B, 2): seed, stream
+    const int64_t* positions;      // (B): of the first token that is chosen
+    const bool* active;            // (B), may be null: rows to decide
+    int32_t* accepted;             // (B); the position, where the verdict is not ok
+    int64_t* next;                 // (B)
+    int32_t* verdicts;             // (B)
+    int64_t* decisions = nullptr;  // (B, K+1): scratch memory of the CUDA kernel
 };
 
 }  // namespace speculative_mamba

@@ -12,8 +12,10 @@ void attention(const AttentionParams&, DType activations, cudaStream_t);
 void causal_conv1d(const CausalConv1dParams&, DType activations, cudaStream_t);
 void gated_silu(const GatedSiluParams&, DType activations, cudaStream_t);
 void rms_norm(const RmsNormParams&, DType activations, cudaStream_t);
+void sample_tokens(const SampleTokensParams&, cudaStream_t);
 void selective_scan(const SelectiveScanParams&, DType activations, cudaStream_t);
 void skinny_linear(const SkinnyLinearParams&, DType activations, cudaStream_t);
+void speculative_accept(const SpeculativeAcceptParams&, cudaStream_t);
 void ssd(const SsdParams&, DType activations, cudaStream_t);
 }  // namespace cuda
 
@@ -35,6 +37,10 @@ void announce(const void* base, int64_t rows, int64_t row_stride, int64_t column
 }
 
 void announce(const void* base, int64_t size, bool writable = false) { announce(base, 1, 0, 1, 0, size, writable); }
+
+void announce_bytes(const void* base, int64_t bytes, bool writable = false) {
+    announce(base, 1, 0, 1, 0, bytes, writable, 1);
+}
 
 // Of each row the slot it starts from, and those it may write.
 template <typename Params>
@@ -172,6 +178,39 @@ void selective_scan(const SelectiveScanParams& p, int) {
     cuda::selective_scan(p, DType::float32, nullptr);
 }
 
+void sample_tokens(const SampleTokensParams& p, int) {
+    shim::Machine::get().memory.clear();
+    announce(p.logits, p.batch, p.logits_batch_stride, 1, 0, p.vocabulary);
+    announce(p.laws, p.batch, p.laws_batch_stride, 1, 0, p.vocabulary, true);
+    announce_bytes(p.seen, p.batch * p.vocabulary);
+    announce_bytes(p.active, p.batch);
+    announce_bytes(p.recent, p.batch * p.recent_tokens * 8);
+    announce_bytes(p.keys, p.batch * 2 * 8);
+    announce_bytes(p.positions, p.batch * 8);
+    announce_bytes(p.tokens, p.batch * 8, true);
+    announce(p.verdicts, p.batch, true);
+    cuda::sample_tokens(p, nullptr);
+}
+
+void speculative_accept(const SpeculativeAcceptParams& given, int) {
+    SpeculativeAcceptParams p = given;
+    std::vector<int64_t> decisions(p.batch * p.tokens);
+    p.decisions = decisions.data();
+    shim::Machine::get().memory.clear();
+    announce(p.logits, p.batch, p.logits_batch_stride, p.tokens, p.logits_token_stride, p.vocabulary);
+    announce(p.laws, p.batch, p.laws_batch_stride, p.tokens - 1, p.laws_token_stride, p.vocabulary);
+    announce_bytes(p.drafted, p.batch * (p.tokens - 1) * 8);
+    announce_bytes(p.seen, p.batch * p.vocabulary);
+    announce_bytes(p.active, p.batch);
+    announce_bytes(p.keys, p.batch * 2 * 8);
+    announce_bytes(p.positions, p.batch * 8);
+    announce_bytes(p.decisions, p.batch * p.tokens * 8, true);
+    announce_bytes(p.next, p.batch * 8, true);
+    announce(p.accepted, p.batch, true);
+    announce(p.verdicts, p.batch, true);
+    cuda::speculative_accept(p, nullptr);
+}
+
 void ssd(const SsdParams& p, int) {
     shim::Machine::get().memory.clear();
     const int64_t channels = p.heads * p.head_size, x_size = p.x_heads * p.head_size,
@@ -207,8 +246,10 @@ const Kernels& kernels() {
         made.causal_conv1d = causal_conv1d;
         made.gated_silu = gated_silu;
         made.rms_norm = rms_norm;
+        made.sample_tokens = sample_tokens;
         made.selective_scan = selective_scan;
         made.skinny_linear = skinny_linear;
+        made.speculative_accept = speculative_accept;
         made.ssd = ssd;
         return made;
     }();
