@@ -1,4 +1,6 @@
 // One plain struct per op: pointers, sizes, strides in elements. No framework types, no ownership.
+//
+// Activations are float32 on the CPU. On a GPU they are of dtype `activations`, whatever their pointers' type says.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +12,7 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };  //
 // y = causal depthwise convolution of x, or silu of it; the inputs are kept in `window` so that a later call can start
 // after any of them. Channel d convolves channel d / (block·repeat) · block + d % block of x.
 struct CausalConv1dParams {
+    DType activations;  // of x and y
     int64_t batch, tokens, channels, width;
     int64_t repeat, block;  // block·repeat divides D
     bool silu;
@@ -31,6 +34,7 @@ struct CausalConv1dParams {
 // Mamba-1 selective scan of T tokens per row, with the state after every token rounded to its dtype and written to its
 // slot. With inputs there is one state, and in place of the others the inputs that lead from it to them.
 struct SelectiveScanParams {
+    DType activations;  // of x, dt, B, C, z and y
     int64_t batch, tokens, channels, state_size;
     int64_t b_groups, c_groups;  // Gb, Gc divide D: channel d uses group d·G / D
     const float* x;              // (B, T, D), channels contiguous
@@ -64,6 +68,7 @@ struct SelectiveScanParams {
 // of x, Gb groups of B and Gc of C each serve as many neighbouring heads. The state after every token is rounded to its
 // dtype and written to its slot, or, with `input_dt`, the inputs are kept from which the next call computes it again.
 struct SsdParams {
+    DType activations;  // of x, dt, B, C, z and y
     int64_t batch, tokens, heads, head_size, state_size;
     int64_t x_heads, b_groups, c_groups;
     const float* x;  // (B, T, X, P), (X, P) contiguous
@@ -98,8 +103,9 @@ struct SsdParams {
 // Causal grouped-query attention of T tokens per row over a cache of rotated keys and of values, of which a slot holds
 // the length.
 struct AttentionParams {
-    int64_t batch, tokens, heads, kv_heads, dims, slots;  // query head h reads kv head h · kv_heads / heads
-    const float* q;                                       // (B, T, H, P), heads contiguous
+    DType activations;                                              // of q, k, v and y
+    int64_t batch, tokens, heads, kv_heads, dims, slots, capacity;  // query head h reads kv head h · kv_heads / heads
+    const float* q;                                                 // (B, T, H, P), heads contiguous
     int64_t q_batch_stride, q_token_stride;
     const float* k;  // (B, T, G, P), heads contiguous
     int64_t k_batch_stride, k_token_stride;
@@ -118,13 +124,15 @@ struct AttentionParams {
     const float* inv_freq;  // (R): radians per position; may be null with R = 0
     int64_t pairs;          // R: dimensions i and i+R are rotated together
     float scale;
-    float* y;                  // (B, T, H, P) contiguous
-    int64_t capacity = 0;      // L
-    float* scratch = nullptr;  // of the CUDA kernel: see cuda/attention_verify.cu
+    float* y;              // (B, T, H, P) contiguous
+    float* scratch;        // (scratch_size): memory of the CUDA kernel, laid out there
+    int64_t scratch_size;  // B·T·H·P + B·min(T, 64)·H·C·(P+2) + B, where C chunks of 256 entries hold L
 };
 
 // y = x Wᵀ + bias for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n] times.
 struct SkinnyLinearParams {
+    DType activations;  // of x
+    DType y_dtype;
     int64_t rows, in_features, out_features;
     const float* x;  // (M, K), features contiguous
     int64_t x_row_stride;
@@ -138,6 +146,7 @@ struct SkinnyLinearParams {
 
 // y = silu(gate) · up
 struct GatedSiluParams {
+    DType activations;  // of gate, up and y
     int64_t rows, features;
     const float* gate;  // (M, I), features contiguous
     int64_t gate_row_stride;
@@ -149,6 +158,7 @@ struct GatedSiluParams {
 // residual_out = x + residual, or x · silu(gate); y = residual_out / sqrt(mean(residual_out²) + eps) · weight, with a
 // mean for each of `groups` equal parts of the features.
 struct RmsNormParams {
+    DType activations;  // of x, gate and y; the residual stream is float32
     int64_t rows, features, groups;
     const float* x;  // (M, D), features contiguous
     int64_t x_row_stride;
@@ -210,14 +220,14 @@ struct SpeculativeAcceptParams {
     int64_t laws_batch_stride, laws_token_stride;
     Filters filters;
     bool coupled;
-    const bool* seen;              // (B, V): tokens of the text before the window; read only with a penalty
-    const int64_t* keys;           // (B, 2): seed, stream
-    const int64_t* positions;      // (B): of the first token that is chosen
-    const bool* active;            // (B), may be null: rows to decide
-    int32_t* accepted;             // (B); the position, where the verdict is not ok
-    int64_t* next;                 // (B)
-    int32_t* verdicts;             // (B)
-    int64_t* decisions = nullptr;  // (B, K+1): scratch memory of the CUDA kernel
+    const bool* seen;          // (B, V): tokens of the text before the window; read only with a penalty
+    const int64_t* keys;       // (B, 2): seed, stream
+    const int64_t* positions;  // (B): of the first token that is chosen
+    const bool* active;        // (B), may be null: rows to decide
+    int32_t* accepted;         // (B); the position, where the verdict is not ok
+    int64_t* next;             // (B)
+    int32_t* verdicts;         // (B)
+    int64_t* decisions;        // (B, K+1): scratch memory of the CUDA kernel
 };
 
 }  // namespace speculative_mamba

@@ -256,9 +256,8 @@ void with_activations(const AttentionParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-// Activations (q, k, v, y) are of the given dtype, whatever the pointers' type says; all else as in params.h.
-void attention(const AttentionParams& p, DType activations, cudaStream_t stream) {
-    SM_DISPATCH_DTYPE(activations, with_activations<scalar_t>(p, stream));
+void attention(const AttentionParams& p, cudaStream_t stream) {
+    SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }
 
 }  // namespace speculative_mamba::cuda
