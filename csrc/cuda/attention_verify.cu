@@ -92,7 +92,7 @@ struct Tile {
 };
 
 template <typename Cache, int Q>
-__global__ void __launch_bounds__(kThreads) attend(AttentionParams p, Scratch s, int64_t token, int64_t tokens) {
+__global__ void __launch_bounds__(kThreads, 2) attend(AttentionParams p, Scratch s, int64_t token, int64_t tokens) {
     SM_SHARED(Float4, queries, Q * kMaxParts);
     SM_SHARED(float, weights, kChunk* Q);
     SM_SHARED(Float4, sums, Q * kThreads);

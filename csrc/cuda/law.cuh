@@ -8,7 +8,7 @@
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarp;
+constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / kWarp;
 constexpr int kDigit = 11, kBins = 1 << kDigit;  // bits of a place that are looked at together
 constexpr int kMaxVocabulary = kBins * kBins;
 constexpr float kUnits = 0x1p42f;     // of fixed point in a weight of 1
@@ -95,7 +95,7 @@ struct Logits {
 // Calls act(token, logit) for tokens 0 … end-1, each by one thread.
 template <typename Act>
 __device__ __forceinline__ void for_each_logit(const Logits& logits, int end, Act act) {
-    constexpr int kAhead = 4;  // loads that are under way at a time
+    constexpr int kAhead = 8;  // loads that are under way at a time
     const int threads = static_cast<int>(blockDim.x);
     for (int first = static_cast<int>(threadIdx.x); first < end; first += kAhead * threads) {
         float values[kAhead];
@@ -317,7 +317,8 @@ struct Law {
             keep(m, static_cast<uint64_t>(f.top_k), [](float) { return uint64_t{1}; });
         if (f.top_p < 1.f) {
             const double enough = (static_cast<double>(f.top_p) - kRounding) * static_cast<double>(total(m));
-            keep(m, enough > 1 ? static_cast<uint64_t>(ceil(enough)) : 1, to_units);
+            keep(m, enough > 1 ? static_cast<uint64_t>(ceil(enough)) : 1,
+                 [](float weight) { return to_units(weight); });
         }
         lightest = static_cast<float>(f.min_p * (1 - kRounding));
         return Verdict::ok;

@@ -4,7 +4,7 @@
 namespace speculative_mamba::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kMaxThreads) sample(SampleTokensParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) sample(SampleTokensParams p) {
     SM_LAW_MEMORY(memory);
     const int64_t row = blockIdx.x;
     const int vocabulary = static_cast<int>(p.vocabulary);

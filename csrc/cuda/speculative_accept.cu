@@ -53,7 +53,7 @@ __device__ __forceinline__ int64_t position(const SpeculativeAcceptParams& p, co
     return choice == drafted_here ? kStands : choice;
 }
 
-__global__ void __launch_bounds__(kMaxThreads) decide(SpeculativeAcceptParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) decide(SpeculativeAcceptParams p) {
     SM_LAW_MEMORY(memory);
     const int64_t t = blockIdx.x, row = blockIdx.y;
     if (p.active && !load_raw(p.active + row)) return;
