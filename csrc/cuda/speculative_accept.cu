@@ -1,5 +1,5 @@
 // A block decides a position of a row as if all tokens before it stood; a second launch takes a row's first refusal.
-#include "law.cuh"
+#include "draw.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
@@ -20,9 +20,7 @@ __device__ __forceinline__ int64_t position(const SpeculativeAcceptParams& p, co
                   t};
     const Verdict verdict = law.make(m, p.filters);
     if (verdict != Verdict::ok) return decision(verdict);
-    Noise noise{static_cast<uint64_t>(load_raw(p.keys + 2 * row)),
-                static_cast<uint32_t>(load_raw(p.keys + 2 * row + 1)),
-                static_cast<uint32_t>(load_raw(p.positions + row) + t), Purpose::token};
+    Noise noise = noise_of(p.keys + 2 * row, load_raw(p.positions + row) + t, Purpose::token);
     const bool last = t + 1 == p.tokens;
     int drafted_here = last ? -1 : static_cast<int>(load_raw(drafted + t));
     if (!last && law.temperature != 0.f && !p.coupled) {
@@ -49,12 +47,12 @@ __device__ __forceinline__ int64_t position(const SpeculativeAcceptParams& p, co
         if (met != 0 || q - target >= kRounding) return decision(Verdict::bad_residual);
         drafted_here = -1;
     }
-    const int choice = law.choose(m, noise).token;
+    const int choice = choose(m, law, noise).token;
     return choice == drafted_here ? kStands : choice;
 }
 
 __global__ void __launch_bounds__(kMaxThreads, 1) decide(SpeculativeAcceptParams p) {
-    SM_LAW_MEMORY(memory);
+    SM_BLOCK_MEMORY(memory);
     const int64_t t = blockIdx.x, row = blockIdx.y;
     if (p.active && !load_raw(p.active + row)) return;
     const int64_t decided = position(p, memory, row, t);
