@@ -69,6 +69,7 @@ __device__ __forceinline__ void rotate(const AttentionParams& p, const Act* in, 
 // A block for each head of q, then for each of k and v.
 template <typename Act, typename Cache>
 __global__ void __launch_bounds__(kHeadThreads) prepare(AttentionParams p, Scratch s) {
+    wait_for_previous();
     const int64_t t = blockIdx.x, head = blockIdx.y, row = blockIdx.z, nulls = null_columns(p, row);
     const int64_t begin = load_raw(p.lengths + row * p.slots + load_raw(p.start_slot + row)) - nulls;
     if (t == 0 && head == 0 && threadIdx.x == 0) store_raw(s.begin + row, static_cast<int32_t>(begin));
@@ -94,6 +95,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend(AttentionParams p, Scratch
     SM_SHARED(Float4, queries, Q * kMaxParts);
     SM_SHARED(float, weights, kChunk* Q);  // (entries, queries); at first the scores
     SM_SHARED(Float4, sums, Q * kThreads);
+    wait_for_previous();
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
     const int64_t chunk = blockIdx.x, kv = blockIdx.y % p.kv_heads, row = blockIdx.z, group = p.heads / p.kv_heads;
     const int64_t first = blockIdx.y / p.kv_heads * Q, last = tokens * group - 1;
@@ -195,6 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend(AttentionParams p, Scratch
 // A block for each query.
 template <typename Act>
 __global__ void __launch_bounds__(kHeadThreads) combine(AttentionParams p, Scratch s, int64_t token) {
+    wait_for_previous();
     const int64_t head = blockIdx.x, t = token + blockIdx.y, row = blockIdx.z, nulls = null_columns(p, row);
     const int64_t length = load_raw(s.begin + row) + (t < nulls ? nulls : t + 1);
     if (head == 0 && threadIdx.x == 0 && (!p.keep_last || t + 1 == p.tokens)) {

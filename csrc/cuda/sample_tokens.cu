@@ -23,6 +23,7 @@ __device__ __forceinline__ Verdict take(const SampleTokensParams& p, const Memor
 
 __global__ void __launch_bounds__(kMaxThreads, 1) sample(SampleTokensParams p) {
     SM_BLOCK_MEMORY(memory);
+    wait_for_previous();
     const int64_t row = blockIdx.x;
     int token = 0;
     const bool active = !p.active || load_raw(p.active + row);
@@ -35,7 +36,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sample(SampleTokensParams p) {
 }  // namespace
 
 void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
-    if (p.batch == 0) return;
     launch(sample, dim3(static_cast<unsigned>(p.batch)), threads_for(p.vocabulary), stream, p);
 }
 

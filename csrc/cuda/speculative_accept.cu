@@ -53,6 +53,7 @@ __device__ __forceinline__ int64_t position(const SpeculativeAcceptParams& p, co
 
 __global__ void __launch_bounds__(kMaxThreads, 1) decide(SpeculativeAcceptParams p) {
     SM_BLOCK_MEMORY(memory);
+    wait_for_previous();
     const int64_t t = blockIdx.x, row = blockIdx.y;
     if (p.active && !load_raw(p.active + row)) return;
     const int64_t decided = position(p, memory, row, t);
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) decide(SpeculativeAcceptParams
 constexpr int kRows = 128;
 
 __global__ void __launch_bounds__(kRows) settle(SpeculativeAcceptParams p) {
+    wait_for_previous();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x;
     if (row >= p.batch) return;
     int64_t accepted = 0, decided = 0;
@@ -77,7 +79,6 @@ __global__ void __launch_bounds__(kRows) settle(SpeculativeAcceptParams p) {
 }  // namespace
 
 void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
-    if (p.batch == 0) return;
     const dim3 positions(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
     launch(decide, positions, threads_for(p.vocabulary), stream, p);
     launch(settle, dim3(blocks_for(p.batch, kRows)), dim3(kRows), stream, p);

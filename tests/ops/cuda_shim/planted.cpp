@@ -25,12 +25,14 @@ enum Fault {
     different_barriers,
     early_load,
     plain_add,
-    wide_store
+    wide_store,
+    no_wait
 };
 
 // Sums a row of 64: lane by lane through memory of the block.
 __global__ void block_sum(Arguments a) {
     SM_SHARED(float, values, kThreads);
+    if (a.fault != no_wait) wait_for_previous();
     const int i = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
     store(values + i, load(a.in + block * kThreads + (a.fault == load_beyond ? i + 1 : i)));
     for (int width = kThreads / 2; width > 0; width /= 2) {
@@ -47,6 +49,7 @@ __global__ void block_sum(Arguments a) {
 // The same within warps, by shuffles.
 __global__ void warp_sum(Arguments a) {
     const int i = static_cast<int>(threadIdx.x);
+    wait_for_previous();
     if (a.fault == lost_lane && i == 7) return;
     if (a.fault == different_barriers && i % 2) __syncthreads();
     const float sum = sum_of_lanes<32>(load(a.in + blockIdx.x * kThreads + i));
@@ -56,6 +59,7 @@ __global__ void warp_sum(Arguments a) {
 // How many values of a row are positive: all threads count in one place.
 __global__ void count_positive(Arguments a) {
     SM_SHARED(unsigned, counts, 4);
+    wait_for_previous();
     const int i = static_cast<int>(threadIdx.x);
     if (i < 4) store_raw(counts + i, 0u);
     if (a.fault != no_barrier) __syncthreads();
