@@ -5,10 +5,12 @@ namespace speculative_mamba::cuda {
 namespace {
 
 __device__ __forceinline__ Verdict take(const SampleTokensParams& p, const Memory& m, int64_t row, int& token) {
+    const float* logits = p.logits + row * p.logits_batch_stride;
+    const bool* seen = p.seen + row * p.vocabulary;
+    const int64_t* recent = p.recent + row * p.recent_tokens;
+    const int vocabulary = static_cast<int>(p.vocabulary);
     Law law;
-    law.logits = {p.logits + row * p.logits_batch_stride, static_cast<int>(p.vocabulary),
-                  p.filters.repetition_penalty,           p.seen + row * p.vocabulary,
-                  p.recent + row * p.recent_tokens,       p.recent_tokens};
+    law.logits = {logits, vocabulary, p.filters.repetition_penalty, seen, recent, p.recent_tokens};
     const Verdict verdict = law.make(m, p.filters);
     if (verdict != Verdict::ok) return verdict;
     const Noise noise = noise_of(p.keys + 2 * row, load_raw(p.positions + row), static_cast<Purpose>(p.purpose));
@@ -16,7 +18,7 @@ __device__ __forceinline__ Verdict take(const SampleTokensParams& p, const Memor
     token = choice.token;
     if (!p.laws) return verdict;
     float* out = p.laws + row * p.laws_batch_stride;
-    for_each_logit(law.logits, law.logits.vocabulary,
+    for_each_logit(law.logits, vocabulary,
                    [&](int i, float logit) { store(out + i, law.weight(i, logit) * choice.scale); });
     return verdict;
 }

@@ -8,16 +8,14 @@ namespace {
 constexpr int64_t kStands = -1;
 __device__ __forceinline__ int64_t decision(Verdict verdict) { return kStands - static_cast<int64_t>(verdict); }
 
-__device__ __forceinline__ int64_t position(const SpeculativeAcceptParams& p, const Memory& m, int64_t row, int64_t t) {
+__device__ __forceinline__ int64_t decide_at(const SpeculativeAcceptParams& p, const Memory& m, int64_t row,
+                                             int64_t t) {
+    const float* logits = p.logits + row * p.logits_batch_stride + t * p.logits_token_stride;
+    const bool* seen = p.seen + row * p.vocabulary;
     const int64_t* drafted = p.drafted + row * (p.tokens - 1);
     const int vocabulary = static_cast<int>(p.vocabulary);
     Law law;
-    law.logits = {p.logits + row * p.logits_batch_stride + t * p.logits_token_stride,
-                  vocabulary,
-                  p.filters.repetition_penalty,
-                  p.seen + row * p.vocabulary,
-                  drafted,
-                  t};
+    law.logits = {logits, vocabulary, p.filters.repetition_penalty, seen, drafted, t};
     const Verdict verdict = law.make(m, p.filters);
     if (verdict != Verdict::ok) return decision(verdict);
     Noise noise = noise_of(p.keys + 2 * row, load_raw(p.positions + row) + t, Purpose::token);
@@ -56,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) decide(SpeculativeAcceptParams
     wait_for_previous();
     const int64_t t = blockIdx.x, row = blockIdx.y;
     if (p.active && !load_raw(p.active + row)) return;
-    const int64_t decided = position(p, memory, row, t);
+    const int64_t decided = decide_at(p, memory, row, t);
     if (threadIdx.x == 0) store_raw(p.decisions + row * p.tokens + t, decided);
 }
 
