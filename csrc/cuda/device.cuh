@@ -281,7 +281,7 @@ inline bool overlaps_kernels() {
 template <typename... Parameters, typename... Arguments>
 inline void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, cudaStream_t stream,
                    Arguments... arguments) {
-    if (blocks.x == 0 || blocks.y == 0) return;
+    if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
     if (blocks.y > 65535) throw std::invalid_argument("a CUDA kernel takes at most 65535 rows");
 #if defined(SM_HOST_SHIM)
     (void)stream;

@@ -116,10 +116,11 @@ struct Law {
             left = left > kDigit ? left - kDigit : 0;
             histogram.clear();
             for_each_logit(logits, logits.vocabulary, [&](int token, float logit) {
-                const float weight = weight_of(logit);
                 const uint64_t place = place_of(logit);
-                if (weight == 0.f || place >> known != found || !holds(static_cast<uint32_t>(place), token)) return;
-                histogram.add(static_cast<int>(place >> left & ((1u << (known - left)) - 1)), measure(weight));
+                if (place >> known != found || !holds(static_cast<uint32_t>(place), token)) return;
+                const float weight = weight_of(logit);
+                const auto bin = static_cast<int>(place >> left & ((1u << (known - left)) - 1));
+                if (weight > 0.f) histogram.add(bin, measure(weight));
             });
             const Histogram::Found digit = histogram.find(target);
             if (digit.bin == kBins) return;

@@ -89,7 +89,20 @@ def test_every_combination_of_filters_equals_the_hand_computation(vocabulary: in
 
 @pytest.mark.parametrize(
     ("top_p", "expected"),
-    [(1e-9, 1), (0.4, 1), (0.401, 2), (0.5, 2), (0.7, 2), (0.701, 3), (0.8, 3), (0.9, 3), (0.999, 4), (1, 4)],
+    [
+        (1e-9, 1),
+        (0.4, 1),
+        (0.4000005, 1),
+        (0.400003, 2),
+        (0.401, 2),
+        (0.5, 2),
+        (0.7, 2),
+        (0.701, 3),
+        (0.8, 3),
+        (0.9, 3),
+        (0.999, 4),
+        (1, 4),
+    ],
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, expected: int, backend: str) -> None:
     assert kept(LAW, backend, top_p=top_p) == list(range(expected))
