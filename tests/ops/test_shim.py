@@ -10,7 +10,7 @@ from shim import SHIM, compile_on_shim
 
 BLOCKS = 3
 FAULTS = ("none", "no_barrier", "load_beyond", "store_beyond", "store_to_input", "two_blocks", "lost_lane",
-          "different_barriers")  # fmt: skip
+          "different_barriers", "no_wait")  # fmt: skip
 Run = Callable[[str, str, int], tuple[str, torch.Tensor, torch.Tensor]]
 
 
@@ -46,6 +46,7 @@ def test_kernels_without_a_fault(run: Run, seed: int) -> None:
     ("kernel", "fault", "found"),
     [
         ("block_sum", "no_barrier", "race"),
+        ("block_sum", "no_wait", "before the kernel before has ended"),
         ("block_sum", "load_beyond", "load out of bounds"),
         ("block_sum", "store_beyond", "store out of bounds"),
         ("block_sum", "store_to_input", "read only"),

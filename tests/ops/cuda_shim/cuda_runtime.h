@@ -56,7 +56,9 @@ struct Fiber {
     Wait wait = Wait::nothing;
     int64_t block_epoch = 0, warp_epoch = 0;  // barriers passed
     int64_t shuffles = 0;
-    uint64_t lane_values[2] = {};  // of this shuffle and the one before
+    uint64_t lane_values[2] = {};   // of this shuffle and the one before
+    uint32_t fragments[2][6] = {};  // the same of products of tensor cores: a, b
+    bool waited = false;            // for the kernel before
 };
 
 // Who touched an address last.
@@ -116,6 +118,7 @@ struct Machine {
     }
 
     void check(const void* address, size_t bytes, bool write) {
+        if (!running->waited) fail("memory touched before the kernel before has ended");
         const uintptr_t at = reinterpret_cast<uintptr_t>(address);
         const Range* in_shared = range_of(shared, at, bytes);
         const Range* range = in_shared ? in_shared : range_of(memory, at, bytes);
@@ -206,7 +209,8 @@ struct Machine {
         for (unsigned i = 0; i < count; i++) {
             Fiber& f = fibers[i];
             if (f.wait != Wait::ended) f.begun = false;  // a fault left it in the middle of a kernel
-            f.id = static_cast<int>(i), f.wait = Wait::nothing, f.block_epoch = f.warp_epoch = f.shuffles = 0;
+            f.id = static_cast<int>(i), f.wait = Wait::nothing, f.waited = false,
+            f.block_epoch = f.warp_epoch = f.shuffles = 0;
         }
         std::vector<int> order(count);
         for (;;) {
@@ -257,6 +261,29 @@ inline T shuffle(T value, int from_lane) {
     T out;
     std::memcpy(&out, &other.lane_values[turn], sizeof out);
     return out;
+}
+
+// The tensor cores' product of a warp, for lane values as PTX's mma.m16n8k16 lays them out; `widen` makes a float of 16
+// bits.
+template <typename Widen>
+inline void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen) {
+    Machine& m = Machine::get();
+    Fiber& self = *m.running;
+    const int64_t turn = self.shuffles++ % 2;
+    std::copy(a, a + 4, self.fragments[turn]);
+    std::copy(b, b + 2, self.fragments[turn] + 4);
+    m.yield(Wait::warp);
+    const Fiber* warp = &m.fibers[self.id / kWarp * kWarp];
+    const int lane = self.id % kWarp;
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            const int quarter = k % 8 / 2, half = k / 8, shift = k % 2 * 16;
+            const uint32_t left = warp[row * 4 + quarter].fragments[turn][half * 2 + i / 2];
+            const uint32_t right = warp[column * 4 + quarter].fragments[turn][4 + half];
+            c[i] = std::fma(widen(left >> shift), widen(right >> shift), c[i]);
+        }
+    }
 }
 
 // Memory of a block: all its threads see one array, whose accesses are checked like all others.

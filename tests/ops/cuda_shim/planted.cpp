@@ -14,11 +14,22 @@ struct Arguments {
     int fault;
 };
 
-enum Fault { none, no_barrier, load_beyond, store_beyond, store_to_input, two_blocks, lost_lane, different_barriers };
+enum Fault {
+    none,
+    no_barrier,
+    load_beyond,
+    store_beyond,
+    store_to_input,
+    two_blocks,
+    lost_lane,
+    different_barriers,
+    no_wait
+};
 
 // Sums a row of 64: lane by lane through memory of the block.
 __global__ void block_sum(Arguments a) {
     static shim::Shared<float, kThreads> shared;
+    if (a.fault != no_wait) wait_for_previous();
     float* values = shared.data;
     const int i = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
     store(values + i, load(a.in + block * kThreads + (a.fault == load_beyond ? i + 1 : i)));
@@ -36,6 +47,7 @@ __global__ void block_sum(Arguments a) {
 // The same within warps, by shuffles.
 __global__ void warp_sum(Arguments a) {
     const int i = static_cast<int>(threadIdx.x);
+    wait_for_previous();
     if (a.fault == lost_lane && i == 7) return;
     if (a.fault == different_barriers && i % 2) __syncthreads();
     const float sum = sum_of_lanes<32>(load(a.in + blockIdx.x * kThreads + i));
