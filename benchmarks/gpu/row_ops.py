@@ -12,8 +12,6 @@ from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 from .work import Work, activations, assert_near, nbytes
 
-LAUNCH_ROWS = 8  # of skinny_linear
-
 
 class RowWork(Work):
     @abstractmethod
@@ -45,7 +43,6 @@ class Linear(RowWork):
             values = torch.randint(-127, 128, self.wide.shape, dtype=torch.int8, device=device)
             self.weight = Int8Weight(values, torch.rand(out_features, device=device) * in_features**-0.5 / 64)
         self.moved = nbytes(self.x, self.weight) + rows * out_features * out_dtype.itemsize
-        self.launches = -(-rows // LAUNCH_ROWS)
 
     def of_rows(self, rows: slice, backend: str) -> torch.Tensor:
         return skinny_linear(self.x[rows], self.weight, out_dtype=self.out_dtype, backend=backend)
