@@ -59,7 +59,7 @@ def tiny_case(name: str) -> Case:
 
 @pytest.fixture(autouse=True)
 def _few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_MOST", 15)
+    monkeypatch.setattr(measure, "_MOST", 10)
 
 
 class FakeTimer:
@@ -173,9 +173,9 @@ def test_a_right_result_is_timed(name: str, capsys: pytest.CaptureFixture[str]) 
     assert (row["ratio"], row["ratio_triton"]) == (pytest.approx(2), None)
     in_turn = isinstance(work, WindowWork) and work.tokens > 1
     assert row["ratio_one_by_one"] == (pytest.approx(2) if in_turn else None)
-    assert timer.calls["reference"] == 15
+    assert timer.calls["reference"] == 10
     if in_turn:
-        assert timer.calls["torch"] == timer.calls["reference one by one"] == 15 // work.tokens
+        assert timer.calls["torch"] == timer.calls["reference one by one"] == 10 // work.tokens
     assert "1.00 us" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -310,13 +310,3 @@ def test_predictions_need_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert {line.split()[0] for line in lines if line.split()[0] in OPS} == set(OPS)
     passes = [line.split() for line in lines if "one pass of 2.8b" in line]
     assert [cells[-3:] for cells in passes] and float(passes[0][-1]) > 1900
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_graph_is_timed() -> None:
-    x = torch.ones(2**20, device="cuda")
-    timer = command.GraphTimer(rounds=3)
-    times = timer({"one": [x.sum] * 8, "four": [lambda: [x.sum() for _ in range(4)]] * 8})
-    assert 0 < times["one"] < times["four"] < 1e-3
-    assert timer.copy_bandwidth_gb_per_s(2**26) > 10

@@ -1,5 +1,5 @@
-"""The ops that choose tokens. Their public functions also wait for the device, to learn whether a row has a law: this is
-not timed."""
+"""The ops that choose tokens. Their public functions also wait for the device, to learn whether a row has a law; that
+wait is not timed."""
 
 from abc import abstractmethod
 from collections.abc import Callable
