@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #if !defined(SM_HOST_SHIM)
 #include <cuda_bf16.h>
@@ -26,7 +27,7 @@ constexpr int kWarp = 32;
 #if defined(SM_HOST_SHIM)
 #define SM_SHARED(type, name, count)                 \
     static ::shim::Shared<type, count> name##_array; \
-    type* const name = name##_array.data
+    type* const name = name##_array.of_this_block()
 #else
 #define SM_SHARED(type, name, count) __shared__ type name[count]
 #endif
@@ -94,18 +95,18 @@ __device__ __forceinline__ float rounded(float a) {
     return widen(narrow<T>(a));
 }
 
-// Memory is touched only by the next five, so that a build for the CPU can check every access.
+// Memory is touched only by the next six, so that a build for the CPU can check every access.
 template <typename T>
 __device__ __forceinline__ T load_raw(const T* p) {
 #if defined(SM_HOST_SHIM)
-    shim::Machine::get().check(p, sizeof(T), false);
+    shim::Machine::get().check(p, sizeof(T), shim::Kind::load);
 #endif
     return *p;
 }
 template <typename T>
 __device__ __forceinline__ void store_raw(T* p, T value) {
 #if defined(SM_HOST_SHIM)
-    shim::Machine::get().check(p, sizeof(T), true);
+    shim::Machine::get().check(p, sizeof(T), shim::Kind::store);
 #endif
     *p = value;
 }
@@ -116,6 +117,15 @@ __device__ __forceinline__ float load(const T* p) {
 template <typename T>
 __device__ __forceinline__ void store(T* p, float value) {
     store_raw(p, narrow<T>(value));
+}
+// Adds to what lies there and gives what lay there before. Other threads may do the same at the same time.
+__device__ __forceinline__ unsigned add_atomically(unsigned* p, unsigned value) {
+#if defined(SM_HOST_SHIM)
+    shim::Machine::get().check(p, sizeof *p, shim::Kind::atomic);
+    return std::exchange(*p, *p + value);
+#else
+    return atomicAdd(p, value);
+#endif
 }
 // Four values of which the first `count` exist; in one access where all do and the address allows it.
 template <typename T>
@@ -237,6 +247,14 @@ template <int Lanes>
 __device__ __forceinline__ float sum_of_lanes(float value) {
 #pragma unroll
     for (int mask = Lanes / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(kAllLanes, value, mask);
+    return value;
+}
+
+// The greatest that is not NaN.
+template <int Lanes>
+__device__ __forceinline__ float max_of_lanes(float value) {
+#pragma unroll
+    for (int mask = Lanes / 2; mask > 0; mask /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, mask));
     return value;
 }
 

@@ -23,14 +23,16 @@ enum Fault {
     two_blocks,
     lost_lane,
     different_barriers,
+    early_load,
+    plain_add,
+    wide_store,
     no_wait
 };
 
 // Sums a row of 64: lane by lane through memory of the block.
 __global__ void block_sum(Arguments a) {
-    static shim::Shared<float, kThreads> shared;
+    SM_SHARED(float, values, kThreads);
     if (a.fault != no_wait) wait_for_previous();
-    float* values = shared.data;
     const int i = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
     store(values + i, load(a.in + block * kThreads + (a.fault == load_beyond ? i + 1 : i)));
     for (int width = kThreads / 2; width > 0; width /= 2) {
@@ -54,6 +56,25 @@ __global__ void warp_sum(Arguments a) {
     if (i == 0) store(a.out + blockIdx.x, sum);
 }
 
+// How many values of a row are positive: all threads count in one place.
+__global__ void count_positive(Arguments a) {
+    SM_SHARED(unsigned, counts, 4);
+    wait_for_previous();
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < 4) store_raw(counts + i, 0u);
+    if (a.fault != no_barrier) __syncthreads();
+    if (a.fault == wide_store && i == 5) store_raw(reinterpret_cast<Float4*>(counts), Float4{});
+    if (load(a.in + blockIdx.x * kThreads + i) > 0) {
+        if (a.fault == plain_add && i % 2) {
+            store_raw(counts + 2, load_raw(counts + 2) + 1);
+        } else {
+            add_atomically(counts + 2, 1u);
+        }
+    }
+    if (a.fault != early_load) __syncthreads();
+    if (i == 0) store(a.out + blockIdx.x, static_cast<float>(load_raw(counts + 2)));
+}
+
 }  // namespace
 
 // Runs a kernel on `blocks` rows. What went wrong, or nothing.
@@ -67,7 +88,8 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
     machine.memory[reinterpret_cast<uintptr_t>(out)] = {blocks * sizeof(float), true};
     message.clear();
     try {
-        auto function = std::string(kernel) == "block_sum" ? block_sum : warp_sum;
+        const std::string name = kernel;
+        auto function = name == "block_sum" ? block_sum : name == "warp_sum" ? warp_sum : count_positive;
         launch(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), nullptr, Arguments{in, out, fault});
     } catch (const shim::Failure& failure) { message = failure.what(); }
     return message.c_str();
