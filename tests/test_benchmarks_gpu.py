@@ -153,10 +153,11 @@ def test_every_draft_is_right(filters) -> None:
 
 
 def test_pytorch_refuses_what_the_target_lacks() -> None:
+    """Token 1 stands, as the draft was less sure of it, 4 does not; the law of another position would leave nothing."""
     logits = torch.full((1, 3, 5), -torch.inf)
     logits[0, 0, 1] = logits[0, 1, 2] = logits[0, 2, 3] = 0
     laws = torch.zeros(1, 2, 5)
-    laws[0, 0, 1] = laws[0, 1, 4] = 1
+    laws[0, 0, 2] = laws[0, 1, 4] = 1
     accepted, token = updates.accept(logits, torch.tensor([[1, 4]]), laws, FILTERS["no filter"])
     assert (accepted.tolist(), token.tolist()) == ([1], [2])
 
@@ -310,3 +311,8 @@ def test_predictions_need_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert {line.split()[0] for line in lines if line.split()[0] in OPS} == set(OPS)
     passes = [line.split() for line in lines if "one pass of 2.8b" in line]
     assert [cells[-3:] for cells in passes] and float(passes[0][-1]) > 1900
+
+
+def test_the_readme_quotes_the_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["--predict"])
+    assert capsys.readouterr().out in (command.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")

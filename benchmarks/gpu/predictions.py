@@ -17,7 +17,7 @@ MODEL, TOKENS, FILTERED = "2.8b", 5, "top-k+top-p"
 WINDOWS = ("causal_conv1d_verify", "selective_scan_verify", "ssd_verify", "attention_verify")
 
 _LETTERS = {"rows": "M", "tokens": "T", "batch": "B"}
-_WIDTHS = (22, 15, 9, 12, 10, 9, 9, 9, 9, 9, 8, 8)
+_WIDTHS = (21, 15, 8, 11, 8, 7, 8, 8, 7, 7, 4, 5)
 _HEADER = ("op", "shape", "dtype", "mode", "size", "MB", "launches", "bytes us", "us", "us PDL", "x", "x PDL")
 _EXPLANATION = """\
 Predictions for an H100, none of them measured. bytes us: bytes moved once at {bandwidth} TB/s. us: that and {plain} us
@@ -113,4 +113,4 @@ def _print_line(cells: tuple[str, ...], cost: Cost | None = None, baseline: Cost
         cells += f"{cost.moved / 1e6:.2f}", str(cost.launches), *(f"{value:.2f}" for value in microseconds)
         if baseline is not None:
             cells += tuple(f"{baseline.seconds(launch) / cost.seconds(launch):.1f}" for launch in PER_LAUNCH)
-    print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=False)))
+    print(" ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=False)))
