@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import measure, updates
+from benchmarks.gpu import measure, recurrences, updates
 from benchmarks.gpu.attention import Attention
 from benchmarks.gpu.cases import OPS, Case, cases
 from benchmarks.gpu.choices import FILTERS, Accept, Sample
@@ -20,6 +20,7 @@ from benchmarks.gpu.recurrences import Conv, Recurrence, Scan, Ssd
 from benchmarks.gpu.row_ops import GatedSilu, Linear, Norm
 from benchmarks.gpu.work import WindowWork, Work
 from speculative_mamba.ops import backend as backends
+from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 KEYS = {
@@ -132,6 +133,29 @@ def test_the_updates_of_pytorch_are_those_of_the_op(name: str) -> None:
     tolerance = {"atol": 0.02 * float(expected.abs().max()), "rtol": 0}
     torch.testing.assert_close(actual, expected.view_as(actual), **tolerance)
     torch.testing.assert_close(after, state, atol=0.02 * float(state.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if issubclass(TINY[name].func, (Conv, Recurrence))])
+def test_mamba_ssm_is_called_as_documented(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def conv(x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str) -> None:
+        assert state.shape == (*x.shape, weight.shape[1]) and weight.shape == (len(bias), 4) and activation == "silu"
+        assert {part.dtype for part in (x, state, weight, bias)} == {torch.bfloat16}
+        calls.append(x)
+
+    def scan(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False) -> None:
+        assert A.shape == state.shape[1:] and x.shape == dt.shape == state.shape[:-1] and dt_softplus
+        assert B.shape == C.shape == (len(x), *[1] * (x.ndim - 2), state.shape[-1])
+        assert D.shape == dt_bias.shape == x.shape[1:] and (z is None or z.shape == x.shape)
+        calls.append(x)
+
+    functions = {"causal_conv1d_update": conv, "selective_state_update": scan}
+    monkeypatch.setattr(recurrences, "optional", lambda module, function: functions[function])
+    work = TINY[name](CPU)
+    work.baselines()["mamba_ssm"]()
+    x = work.x if isinstance(work, Conv) else work.window["x"]
+    assert_bitwise_equal(torch.stack(calls, 1), x)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from .predictions import print_predictions
 from .timing import GraphTimer
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def device_tests_pass(ops: Sequence[str]) -> bool:
@@ -81,13 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--quick", action="store_true", help="only cases that differ from an op's first in one factor")
     flags.add_argument("--no-tests", dest="tests", action="store_false", help="do not run the device tests first")
     flags.add_argument("--minutes", type=float, default=7.5, help="begin no case after so many, tests included")
-    flags.add_argument(
-        "--results",
-        type=Path,
-        default=ROOT / "benchmarks" / "results",
-        metavar="FOLDER",
-        help="of the table, <card>.csv",
-    )
+    flags.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="of the table, <card>.csv")
     flags.add_argument("--predict", action="store_true", help="print what is expected of an H100; needs no GPU")
     options = flags.parse_args(arguments)
     if options.predict:
