@@ -25,6 +25,7 @@ CHANGES = [
     {"lengths": (63,)},
     {"lengths": (31, 32, 33), "tokens": 1},
     {"lengths": (500, 257), "capacity": 600, "dims": 64, "pairs": 32},
+    {"lengths": (253, 511), "capacity": 516},
     {"tokens": 2},
     {"tokens": 16, "slots": 17},
     {"tokens": 64, "slots": 64, "capacity": 104},

@@ -116,6 +116,12 @@ def test_ties_at_rank_k_keep_the_lowest_ids(top_k: int, backend: str) -> None:
     assert kept(tied.half().float(), backend, top_k=top_k) == expected
 
 
+@pytest.mark.parametrize("top_k", [2999, 6006, 6007])
+def test_ties_keep_the_lowest_ids_up_to_the_end_of_the_vocabulary(top_k: int, backend: str) -> None:
+    _, laws = sample(torch.zeros(1, 6008), Filters(temperature=1.0, top_k=top_k), backend)
+    assert laws[0].nonzero().flatten().tolist() == list(range(top_k))
+
+
 def test_zeros_of_both_signs_are_tied(backend: str) -> None:
     for few in (3, 1500):
         logits = torch.full((1, 2000), -0.0)
