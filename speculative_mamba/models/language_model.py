@@ -144,7 +144,7 @@ class MambaLM:
             raise ValueError(f"the cache has {len(cache)} layers, the model {stateful}; use model.new_cache")
         self._reserve(cache, tokens.shape[1])
         window = Window(start_slot, write_slot, null_columns)
-        if self.backend == "cpu" and isinstance(cache, ModelCache) and null_columns is None:
+        if self.backend in ("cpu", "cuda") and isinstance(cache, ModelCache) and null_columns is None:
             logits = self._run_recorded(tokens, cache, window)
         else:
             logits = self._logits(self._embed(tokens), len(tokens), cache, window)
@@ -195,7 +195,7 @@ class MambaLM:
             step.start_slot.copy_(window.start_slot)
             step.recording.run()
             return step.results.copy(step.logits)
-        hidden, start_slot, recording = self._embed(tokens), window.start_slot.clone(), Recording()
+        hidden, start_slot, recording = self._embed(tokens), window.start_slot.clone(), Recording(self.norm_weight)
         with recording.record():
             logits = self._logits(hidden, len(tokens), cache, Window(start_slot, window.write_slot))
         cache.steps[key] = _RecordedStep(addressed, hidden, start_slot, recording, logits)

@@ -12,7 +12,6 @@ from device import on_device
 from shim import CUDA, built_shim
 
 from speculative_mamba.ops import backend as backends
-from speculative_mamba.ops import recording
 
 OPS = Path(backends.__file__).parent
 MODULE = backends.extension()[0]
@@ -85,8 +84,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     monkeypatch = request.getfixturevalue("monkeypatch")
     monkeypatch.setitem(backends.BACKENDS, name, (("cpu",), lambda: (True, "for a test")))
     if place == "shim":
-        for module in (backends, recording):
-            monkeypatch.setattr(module, "extension", lambda: (built_shim(), "CUDA kernels on the CPU"))
+        monkeypatch.setattr(backends, "extension", lambda: (built_shim(), "CUDA kernels on the CPU"))
     if place == "gpu":
         found = backends._implementation
         monkeypatch.setattr(backends, "_implementation", lambda op, backend: on_device(found(op, backend), "cuda"))

@@ -370,7 +370,7 @@ def test_one_key_may_outweigh_all_others(at: int, backend: str) -> None:
 def test_a_recorded_call_follows_the_lengths(cpu: str) -> None:
     inputs = make()
     plain = copy(inputs)
-    recording = Recording()
+    recording = Recording(torch.empty(0))
     with recording.record():
         y = run(inputs, cpu)
     run(plain, cpu)
