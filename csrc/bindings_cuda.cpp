@@ -5,4 +5,12 @@
 PYBIND11_MODULE(_C_cuda, m) {
     define_ops(m);
     m.attr("architectures") = kernels().name;
+    m.def(
+        "problem",
+        [] {
+            int count = 0;
+            const cudaError_t error = cudaGetDeviceCount(&count);
+            return error == cudaSuccess ? "" : cudaGetErrorString(error);
+        },
+        "Why the kernels cannot run here, such as a driver that is too old for them; empty if they can.");
 }

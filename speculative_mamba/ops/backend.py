@@ -44,6 +44,8 @@ def cuda_extension() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         first_line = str(error).splitlines()[0]
         return None, f"speculative_mamba._C_cuda cannot be loaded ({first_line}); with nvcc, build it with: {_REBUILD}"
+    if module.problem():
+        return None, f"the CUDA kernels cannot run: {module.problem()}"
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         if not runs_on(module.architectures, capability):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,58 @@ for pause in (0, 0, 0.0001, 0.0002, 0.01):
 def test_a_forked_child_works_on() -> None:
     result = python(FORK)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "expected"),
+    [
+        ("80 90 120+PTX", (8, 0), True),
+        ("80 90 120+PTX", (8, 9), True),  # machine code of the same generation
+        ("80 90 120+PTX", (7, 5), False),
+        ("80 90 120+PTX", (10, 0), False),  # PTX is not for what is older
+        ("80 90 120+PTX", (12, 1), True),
+        ("80 90 120+PTX", (13, 0), True),  # PTX is for what comes
+        ("86 90+PTX", (8, 0), False),
+        ("90", (10, 0), False),
+    ],
+)
+def test_which_cards_the_cuda_kernels_run_on(built: str, capability: tuple[int, int], expected: bool) -> None:
+    assert backends.runs_on(built, capability) is expected
+
+
+class FakeCuda:
+    """A torch.cuda with one card, and a module of kernels, as far as the probe looks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, problem: str = "", capability: tuple[int, int] = (9, 0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        module = types.SimpleNamespace(architectures="80 90+PTX", problem=lambda: problem)
+        monkeypatch.setitem(sys.modules, "speculative_mamba._C_cuda", module)
+
+    def reason(self) -> tuple[bool, str]:
+        module, reason = backends.cuda_extension.__wrapped__()
+        return module is not None, reason
+
+
+def test_why_the_cuda_kernels_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        assert backends.cuda_extension.__wrapped__() == (None, "torch sees no CUDA device")
+    assert FakeCuda(monkeypatch).reason() == (True, "CUDA kernels for 80 90+PTX")
+    assert FakeCuda(monkeypatch, problem="driver too old").reason() == (
+        False,
+        "the CUDA kernels cannot run: driver too old",
+    )
+    on, reason = FakeCuda(monkeypatch, capability=(7, 5)).reason()
+    assert not on and reason.startswith("the CUDA kernels are built for 80 90+PTX, not for a card (sm_75); ")
+    monkeypatch.setitem(sys.modules, "speculative_mamba._C_cuda", None)
+    module, reason = backends.cuda_extension.__wrapped__()
+    assert module is None and "_C_cuda cannot be loaded" in reason and reason.endswith("CUDA=on pip install -e .")
+
+
+def test_an_op_on_tensors_that_are_not_aligned_is_refused() -> None:
+    memory = bytearray(4 * 8 + 1)
+    x = torch.frombuffer(memory, dtype=torch.float32, offset=1).view(2, 4)
+    with pytest.raises(ValueError, match=r"^x must lie at a multiple of its 4 bytes per element; copy it"):
+        rms_norm(x, torch.ones(4))
