@@ -106,7 +106,8 @@ struct Law {
     }
 
     // Keeps the tokens that have less than `target` before them, in order of place, of equal ones by id. A token counts
-    // measure(weight).
+    // measure(weight). Those that an earlier cut dropped are counted too, after all that can matter: `target` is at
+    // most what the others count.
     template <typename Measure>
     __device__ void keep(const Memory& m, uint64_t target, Measure measure) {
         const Histogram histogram{m};
@@ -115,9 +116,9 @@ struct Law {
             const int known = left;
             left = left > kDigit ? left - kDigit : 0;
             histogram.clear();
-            for_each_logit(logits, logits.vocabulary, [&](int token, float logit) {
+            for_each_logit(logits, logits.vocabulary, [&](int, float logit) {
                 const uint64_t place = place_of(logit);
-                if (place >> known != found || !holds(static_cast<uint32_t>(place), token)) return;
+                if (place >> known != found) return;
                 const float weight = weight_of(logit);
                 const auto bin = static_cast<int>(place >> left & ((1u << (known - left)) - 1));
                 if (weight > 0.f) histogram.add(bin, measure(weight));
@@ -128,9 +129,8 @@ struct Law {
         }
         const auto place = static_cast<uint32_t>(found);
         const uint64_t each = measure(weight_of(logit_at(place)));
-        if (place < last_place) last_id = logits.vocabulary;
         last_place = place;
-        if (target + each <= inside) last_id = id_of(m, place, (target + each - 1) / each);
+        last_id = target + each <= inside ? id_of(m, place, (target + each - 1) / each) : logits.vocabulary;
     }
 
     // The id of the n-th token at a place.
