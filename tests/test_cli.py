@@ -229,7 +229,7 @@ def test_a_draft_of_ngrams_loads_no_model(run):
 def test_info(run):
     code, out, err = run("info")
     assert code == 0 and err == ""
-    for word in ("speculative-mamba", "torch", "backend cpu", "backend reference", "instruction sets", "CUDA archs"):
+    for word in ("speculative-mamba", "torch", "backend cpu", "backend cuda", "backend triton", "backend reference", "instruction sets"):
         assert word in out
 
 

@@ -24,6 +24,7 @@ __device__ __forceinline__ void step(LaneState& s, float dt, float dt_x, const A
 
 template <typename Act, typename State, int Lanes>
 __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
+    wait_for_previous();
     const int lane = static_cast<int>(threadIdx.x) % Lanes;
     const int64_t row = blockIdx.y,
                   wanted = static_cast<int64_t>(blockIdx.x) * (kThreads / Lanes) + threadIdx.x / Lanes;
@@ -88,6 +89,7 @@ __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
 // All channels read the inputs B, so their new values are written by a launch of its own.
 template <typename Act>
 __global__ void __launch_bounds__(kThreads) keep_B(SelectiveScanParams p) {
+    wait_for_previous();
     const int64_t size = p.b_groups * p.state_size, row = blockIdx.y, t = blockIdx.x;
     const Act* B = reinterpret_cast<const Act*>(p.B) + row * p.b_batch_stride + t * p.b_token_stride;
     float* kept = p.input_B + (row * p.input_slots + p.write_slot + t) * size;

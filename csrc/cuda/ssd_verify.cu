@@ -23,6 +23,7 @@ __device__ __forceinline__ void step(Float4& h, float dt, float A, float x, cons
 
 template <typename Act, typename State, int Lanes>
 __global__ void __launch_bounds__(kThreads) scan(SsdParams p) {
+    wait_for_previous();
     const int lane = static_cast<int>(threadIdx.x) % Lanes;
     const int64_t row = blockIdx.y, channels = p.heads * p.head_size;
     const int64_t wanted = static_cast<int64_t>(blockIdx.x) * (kThreads / Lanes) + threadIdx.x / Lanes;
@@ -75,6 +76,7 @@ __global__ void __launch_bounds__(kThreads) scan(SsdParams p) {
 // Leaves a token as the input of its slot. After prefill the kept state holds all tokens: input 0 counts as nothing.
 template <typename Act>
 __global__ void __launch_bounds__(kThreads) keep_inputs(SsdParams p) {
+    wait_for_previous();
     const int64_t row = blockIdx.y, t = blockIdx.x, input = row * p.input_slots + p.write_slot + t;
     const int64_t x_size = p.x_heads * p.head_size, b_size = p.b_groups * p.state_size;
     const Act* x = reinterpret_cast<const Act*>(p.x) + row * p.x_batch_stride + t * p.x_token_stride;
