@@ -145,7 +145,7 @@ def scan(
     state_size = states.shape[-1]
     y = x.new_empty(batch, tokens, heads, head_size)
     block_n = triton.next_power_of_2(state_size)
-    block = max(1, STATES // block_n)
+    block = min(max(1, STATES // block_n), triton.next_power_of_2(heads * head_size))
     shared = {
         "x": _strided(x), "dt": _strided(dt), "B": _strided(B), "dt_bias": dt_bias, "dt_limit": dt_limit,
         "null_columns": null_columns, "tokens": tokens, "heads": heads, "write_slot": write_slot,
