@@ -12,6 +12,7 @@ from .replay import ReplayInputs
 from .triton_math import ALL, exp, launch, narrow, row_sums, silu, softplus, widen
 
 STATES = 256  # of a program, four for each of 64 threads: 320 programs for a row of 5120 channels with 16 states
+REGISTERS = 64  # of a thread of such a program at most; left alone, ptxas spills some to get by with 40
 INPUTS = 1024  # of a program that keeps inputs
 
 
@@ -106,7 +107,9 @@ def _scan(
 
 
 @triton.jit(do_not_specialize=["tokens", "write_slot"])
-def _keep_inputs(x, dt, B, dt_bias, dt_limit, null_columns, inputs, tokens, heads, x_size, b_size, write_slot, BLOCK: tl.constexpr):
+def _keep_inputs(
+    x, dt, B, dt_bias, dt_limit, null_columns, inputs, tokens, heads, x_size, b_size, write_slot, BLOCK: tl.constexpr
+):
     """Leaves a token as the input of its slot."""
     blocks = tl.cdiv(tl.maximum(x_size, tl.maximum(heads, b_size)), BLOCK)
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -114,7 +117,9 @@ def _keep_inputs(x, dt, B, dt_bias, dt_limit, null_columns, inputs, tokens, head
     row = (tl.program_id(0) // blocks // tokens).to(tl.int64)
     x_old, dt_old, b_old, slots = inputs
     slot = row * slots + write_slot + t
-    step = _step_size(tl.load(dt[0] + row * dt[1] + t * dt[2] + i, i < heads), tl.load(dt_bias + i, i < heads), dt_limit)
+    step = _step_size(
+        tl.load(dt[0] + row * dt[1] + t * dt[2] + i, i < heads), tl.load(dt_bias + i, i < heads), dt_limit
+    )
     if null_columns is not None:
         step = tl.where(t < tl.load(null_columns + row), 0.0, step)
     tl.store(dt_old + slot * heads + i, step, i < heads)
@@ -156,7 +161,7 @@ def scan(
         A=A, C=_strided(C), D=D, z=None if z is None else _strided(z), states=_strided(states), y=y,
         start_slot=start_slot, head_size=head_size, x_heads=x_heads, b_groups=B.shape[2], c_groups=C.shape[2],
         keep_last=keep_last, STATE_SIZE=state_size, BLOCK=block, BLOCK_N=block_n, A_PER_STATE=A.ndim == 2,
-        D_PER_CHANNEL=D.ndim == 2,
+        D_PER_CHANNEL=D.ndim == 2, maxnreg=REGISTERS,
     )  # fmt: skip
     if inputs is not None and keep_last:
         inputs.dt[:, 0] = 0

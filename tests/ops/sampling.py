@@ -41,7 +41,10 @@ def _tables(cases: list[pytest.Item]) -> dict[str, list[str]]:
     """Rows of each long table, in order."""
     if "kernels" in cases[0].callspec.params:
         return {}
-    rows = {name: list(dict.fromkeys(str(case.callspec.params[name]) for case in cases)) for name in cases[0].callspec.params}
+    rows = {
+        name: list(dict.fromkeys(str(case.callspec.params[name]) for case in cases))
+        for name in cases[0].callspec.params
+    }
     return {name: values for name, values in rows.items() if len(values) >= TABLE}
 
 
