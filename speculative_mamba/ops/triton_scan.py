@@ -51,10 +51,7 @@ def _scan(
     c_at = (head // (heads // c_groups))[:, None] * STATE_SIZE + n
     h_at = channel[:, None] * STATE_SIZE + n
 
-    if A_PER_STATE:
-        rate = tl.load(A + h_at, exists, 0.0)
-    else:
-        rate = tl.load(A + head, in_row, 0.0)[:, None]
+    rate = tl.load(A + h_at, exists, 0.0) if A_PER_STATE else tl.load(A + head, in_row, 0.0)[:, None]
     skip = tl.load(D + (channel if D_PER_CHANNEL else head), in_row, 0.0)
     bias = tl.load(dt_bias + head, in_row, 0.0)
     nulls = 0 if null_columns is None else tl.load(null_columns + row)
@@ -144,7 +141,7 @@ def scan(
     keep_last: bool,
     inputs: ReplayInputs | None,
 ) -> torch.Tensor:
-    """``ssd_verify``, where A may also be (H, N): one for every state of a head's channels. All arguments are checked."""
+    """``ssd_verify``, where A may also be (H, N): one for every state of a head's channels."""
     batch, tokens, heads = dt.shape
     x_heads, head_size = x.shape[2:]
     state_size = states.shape[-1]

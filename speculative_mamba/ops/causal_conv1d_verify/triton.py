@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_math import launch, narrow, silu as silu_of, widen
+from ..triton_math import launch, narrow, widen
+from ..triton_math import silu as silu_of
 
 CHANNELS = 128  # of a program
 
@@ -24,20 +25,20 @@ def _convolve(
     start = tl.load(start_slot + row).to(tl.int64)
     nulls = 0 if null_columns is None else tl.load(null_columns + row)
     first = tl.zeros((BLOCK,), tl.float32) if bias is None else tl.load(bias + channel, exists, 0.0)
-    window_row = window[0] + row * window[1]
+    window_row, row_stride = window[0] + row * window[1], tl.cast(window[2], tl.int64)
 
     taps, inputs = (), ()
     for k in tl.static_range(WIDTH):
         taps += (widen(tl.load(weight[0] + channel.to(tl.int64) * weight[1] + k * weight[2], exists, 0.0)),)
     for k in tl.static_range(WIDTH - 1):
-        inputs += (tl.load(window_row + (start + 1 + k) * window[2] + channel, exists, 0.0),)
+        inputs += (tl.load(window_row + (start + 1 + k) * row_stride + channel, exists, 0.0),)
     tl.debug_barrier()  # all threads have read what others may overwrite
     if write_slot == 0 and not keep_last:
         for k in tl.static_range(WIDTH - 1):
-            tl.store(window_row + k * window[2] + channel, inputs[k], exists)
+            tl.store(window_row + k * row_stride + channel, inputs[k], exists)
     x_row = x[0] + row * x[1]
     y += row * tokens * channels
-    kept = window_row + (tl.cast(write_slot, tl.int64) + (WIDTH - 1)) * window[2]
+    kept = window_row + (write_slot + (WIDTH - 1)) * row_stride
     for t in range(tokens):
         current = tl.where(t < nulls, 0.0, widen(tl.load(x_row + source, exists, 0.0)))
         if not keep_last:
@@ -51,10 +52,10 @@ def _convolve(
         tl.store(y + channel, narrow(total, y.dtype.element_ty), exists)
         x_row += x[2]
         y += channels
-        kept += window[2]
+        kept += row_stride
     if keep_last:
         for k in tl.static_range(WIDTH - 1):
-            tl.store(window_row + (1 + k) * window[2] + channel, inputs[k], exists)
+            tl.store(window_row + (1 + k) * row_stride + channel, inputs[k], exists)
 
 
 def causal_conv1d_verify(
