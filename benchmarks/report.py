@@ -1,10 +1,12 @@
 """One line per case, with the machine and the commit above, and the same rows as JSON."""
 
 import argparse
+import csv
 import json
 import platform
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,21 +15,37 @@ from speculative_mamba.ops import backend as backends
 from speculative_mamba.testing.timing import read_bandwidth_gb_per_s
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What is measured on: the lines above the table. bandwidth: 10⁹ bytes per second."""
+
+    name: str
+    kernels: str
+    bandwidth: float
+
+
+def this_processor() -> Machine:
+    bandwidth = read_bandwidth_gb_per_s()
+    module, reason = backends.extension()
+    name = f"{_processor()}, {torch.get_num_threads()} threads; reads {bandwidth:.1f} GB/s at best"
+    return Machine(name, reason if module else f"reference only: {reason}", bandwidth)
+
+
 class Report:
     """Prints rows as they come; ``columns`` maps a row's key to a format for its cell."""
 
-    def __init__(self, columns: dict[str, Callable[[object], str]]) -> None:
+    def __init__(self, columns: dict[str, Callable[[object], str]], machine: Machine | None = None) -> None:
+        machine = machine or this_processor()
         self._columns = columns
         self.rows: list[dict] = []
-        self.bandwidth = read_bandwidth_gb_per_s()
-        module, reason = backends.extension()
-        print(f"machine: {_processor()}, {torch.get_num_threads()} threads; reads {self.bandwidth:.1f} GB/s at best")
-        print(f"commit {_commit()}, torch {torch.__version__}, {reason if module else 'reference only: ' + reason}")
+        self.bandwidth = machine.bandwidth
+        print(f"machine: {machine.name}")
+        print(f"commit {_commit()}, torch {torch.__version__}, {machine.kernels}")
         print("  ".join(f"{name:>{self._width(name)}}" for name in columns))
 
     @staticmethod
     def _width(name: str) -> int:
-        return max(len(name), 22 if name in ("op", "case") else 11)
+        return max(len(name), {"op": 22, "case": 22, "shape": 14}.get(name, 11))
 
     def add(self, **row: object) -> None:
         self.rows.append(row)
@@ -38,6 +56,15 @@ class Report:
         if path is not None:
             path.write_text(json.dumps(self.rows, indent=1) + "\n")
             print(f"wrote {len(self.rows)} rows to {path}")
+
+    def write_csv(self, path: Path) -> None:
+        """A line for each row, empty where it lacks a column that another has."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            lines = csv.DictWriter(file, list(dict.fromkeys(key for row in self.rows for key in row)))
+            lines.writeheader()
+            lines.writerows(self.rows)
+        print(f"wrote {len(self.rows)} rows to {path}")
 
 
 def parser(description: str) -> argparse.ArgumentParser:

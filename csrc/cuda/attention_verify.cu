@@ -9,25 +9,31 @@ namespace speculative_mamba::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kChunk = kThreads;  // entries: a thread for each score
-constexpr int kQueries = kWarps;  // that share a block: a warp for each softmax
+constexpr int kHeadThreads = 128;  // where the threads of a block share the dimensions of a head
+constexpr int kChunk = kThreads;   // entries: a thread for each score
+constexpr int kQueries = kWarps;   // at most, that share a block: a warp for each softmax
 constexpr int kMaxDims = 256, kMaxParts = kMaxDims / 4;
-constexpr int64_t kSegment = 64;  // tokens that share the second and the third launch, which bounds the scratch memory
+constexpr int64_t kSegment = 64;  // tokens at most that share the second and the third launch; bounds the memory
 
 // Memory between the launches, in this order. C chunks hold the whole cache.
 struct Scratch {
-    int64_t chunks;
-    float* queries;  // (B, T, H, P): rotated and scaled
-    float* sums;     // (B, min(T, kSegment), H, C, P): of the weighted values of a chunk
-    float* softmax;  // (B, min(T, kSegment), H, C, 2): greatest score of a chunk, sum of its weights
-    int32_t* begin;  // (B): token t of the window is at position begin + t
+    int64_t segment, chunks;  // S = min(T, kSegment), C
+    float* queries;           // (B, T, H, P): rotated and scaled
+    float* sums;              // (B, S, H, C, P): weighted values of a chunk
+    float* softmax;           // (B, S, H, C, 2): greatest score of a chunk, and the sum of its weights
+    int32_t* begin;           // (B): token t of the window is at position begin + t
 
-    explicit Scratch(const AttentionParams& p) : chunks((p.capacity + kChunk - 1) / kChunk) {
-        const int64_t heads = p.batch * (p.tokens < kSegment ? p.tokens : kSegment) * p.heads;
+    explicit Scratch(const AttentionParams& p)
+        : segment(p.tokens < kSegment ? p.tokens : kSegment), chunks((p.capacity + kChunk - 1) / kChunk) {
+        const int64_t results = p.batch * segment * p.heads * chunks;
         queries = p.scratch;
         sums = queries + p.batch * p.tokens * p.heads * p.dims;
-        softmax = sums + heads * chunks * p.dims;
-        begin = reinterpret_cast<int32_t*>(softmax + heads * chunks * 2);
+        softmax = sums + results * p.dims;
+        begin = reinterpret_cast<int32_t*>(softmax + results * 2);
+    }
+    // Which of the results a query's first chunk is, t counted from the start of the segment.
+    __device__ int64_t result(const AttentionParams& p, int64_t row, int64_t t, int64_t head) const {
+        return ((row * segment + t) * p.heads + head) * chunks;
     }
 };
 
@@ -50,21 +56,21 @@ __device__ __forceinline__ void sin_cos(float angle, float& sin, float& cos) {
 // Entry i+R of a head is the partner of entry i.
 template <typename Act, typename Out>
 __device__ __forceinline__ void rotate(const AttentionParams& p, const Act* in, float position, float scale, Out* out) {
-    for (int64_t i = threadIdx.x; i < p.pairs; i += kThreads) {
-        const float angle = position * load(p.inv_freq + i), a = load(in + i), b = load(in + i + p.pairs);
+    for (int64_t i = threadIdx.x; i < p.pairs; i += kHeadThreads) {
+        const float a = load(in + i), b = load(in + i + p.pairs);
         float sin, cos;
-        sin_cos(angle, sin, cos);
+        sin_cos(position * load(p.inv_freq + i), sin, cos);
         store(out + i, (a * cos - b * sin) * scale);
         store(out + i + p.pairs, (b * cos + a * sin) * scale);
     }
-    for (int64_t i = 2 * p.pairs + threadIdx.x; i < p.dims; i += kThreads) store(out + i, load(in + i) * scale);
+    for (int64_t i = 2 * p.pairs + threadIdx.x; i < p.dims; i += kHeadThreads) store(out + i, load(in + i) * scale);
 }
 
 // A block for each head of q, then for each of k and v.
 template <typename Act, typename Cache>
-__global__ void __launch_bounds__(kThreads) prepare(AttentionParams p, Scratch s) {
+__global__ void __launch_bounds__(kHeadThreads) prepare(AttentionParams p, Scratch s) {
     wait_for_previous();
-    const int64_t t = blockIdx.x, row = blockIdx.z, head = blockIdx.y, nulls = null_columns(p, row);
+    const int64_t t = blockIdx.x, head = blockIdx.y, row = blockIdx.z, nulls = null_columns(p, row);
     const int64_t begin = load_raw(p.lengths + row * p.slots + load_raw(p.start_slot + row)) - nulls;
     if (t == 0 && head == 0 && threadIdx.x == 0) store_raw(s.begin + row, static_cast<int32_t>(begin));
     if (t < nulls) return;
@@ -80,58 +86,51 @@ __global__ void __launch_bounds__(kThreads) prepare(AttentionParams p, Scratch s
     Cache* key = static_cast<Cache*>(p.keys) + row * p.keys_batch_stride + kv * p.keys_head_stride + entry;
     Cache* value = static_cast<Cache*>(p.values) + row * p.values_batch_stride + kv * p.values_head_stride + entry;
     rotate(p, k, position, 1.f, key);
-    for (int64_t i = threadIdx.x; i < p.dims; i += kThreads) store(value + i, load(v + i));
+    for (int64_t i = threadIdx.x; i < p.dims; i += kHeadThreads) store(value + i, load(v + i));
 }
 
-// The queries that a block has of a kv head: from `first` on of those of tokens [token, token + tokens).
-struct Tile {
-    int64_t row, kv, group, token, first, last;
-
-    __device__ int64_t query(int i) const { return first + i < last ? first + i : last; }
-    __device__ int64_t token_of(int i) const { return token + query(i) / group; }
-    __device__ int64_t head_of(int i) const { return kv * group + query(i) % group; }
-};
-
+// A block takes Q of the queries that tokens [token, token + tokens) have for a kv head.
 template <typename Cache, int Q>
-__global__ void __launch_bounds__(kThreads) attend(AttentionParams p, Scratch s, int64_t token, int64_t tokens) {
+__global__ void __launch_bounds__(kThreads, 2) attend(AttentionParams p, Scratch s, int64_t token, int64_t tokens) {
     SM_SHARED(Float4, queries, Q * kMaxParts);
-    SM_SHARED(float, weights, kChunk* Q);
+    SM_SHARED(float, weights, kChunk* Q);  // (entries, queries); at first the scores
     SM_SHARED(Float4, sums, Q * kThreads);
     wait_for_previous();
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-    const int64_t chunk = blockIdx.x, row = blockIdx.z, group = p.heads / p.kv_heads;
-    const Tile tile{row, blockIdx.y % p.kv_heads, group, token, blockIdx.y / p.kv_heads * Q, tokens * group - 1};
-    // How many entries of the chunk a query sees.
+    const int64_t chunk = blockIdx.x, kv = blockIdx.y % p.kv_heads, row = blockIdx.z, group = p.heads / p.kv_heads;
+    const int64_t first = blockIdx.y / p.kv_heads * Q, last = tokens * group - 1;
+    auto exists = [&](int i) { return first + i <= last; };
+    auto t_of = [&](int i) { return token + (exists(i) ? first + i : last) / group; };
+    auto head_of = [&](int i) { return kv * group + (exists(i) ? first + i : last) % group; };
     const int64_t before = load_raw(s.begin + row) + 1 - chunk * kChunk;
-    auto seen_by = [&](int i) {
-        const int64_t count = before + tile.token_of(i);
-        return static_cast<int>(count < kChunk ? count : kChunk);
+    auto seen_by = [&](int i) {  // entries of the chunk
+        const int64_t count = before + t_of(i);
+        return static_cast<int>(count < 0 ? 0 : count < kChunk ? count : kChunk);
     };
+    auto result_of = [&](int i) { return s.result(p, row, t_of(i) - token, head_of(i)) + chunk; };
     const int present = seen_by(Q - 1);
-    if (present <= 0) return;
-    const int64_t first_entry = chunk * kChunk * p.dims;
-    const Cache* keys = static_cast<const Cache*>(p.keys) + row * p.keys_batch_stride + tile.kv * p.keys_head_stride;
-    const Cache* values =
-        static_cast<const Cache*>(p.values) + row * p.values_batch_stride + tile.kv * p.values_head_stride;
+    if (present == 0) return;
     const int dims = static_cast<int>(p.dims), parts = (dims + 3) / 4;
     auto width = [&](int part) { return dims - 4 * part < 4 ? dims - 4 * part : 4; };
+    const int64_t entry = chunk * kChunk * p.dims;
+    const Cache* keys = static_cast<const Cache*>(p.keys) + row * p.keys_batch_stride + kv * p.keys_head_stride + entry;
+    const Cache* values =
+        static_cast<const Cache*>(p.values) + row * p.values_batch_stride + kv * p.values_head_stride + entry;
 
     for (int at = thread; at < Q * parts; at += kThreads) {
         const int i = at / parts, part = at % parts;
-        const int64_t head = (row * p.tokens + tile.token_of(i)) * p.heads + tile.head_of(i);
-        const float* query = s.queries + head * p.dims + 4 * part;
-        store_raw(queries + i * kMaxParts + part, load4(query, width(part)));
+        const float* query = s.queries + ((row * p.tokens + t_of(i)) * p.heads + head_of(i)) * p.dims;
+        store_raw(queries + i * kMaxParts + part, load4(query + 4 * part, width(part)));
     }
     __syncthreads();
 
     if (thread < present) {
-        const Cache* key = keys + first_entry + thread * p.dims;
         Float4 scores[Q] = {};
         for (int part = 0; part < parts; part++) {
-            const Float4 k = load4(key + 4 * part, width(part));
+            const Float4 k = load4(keys + thread * p.dims + 4 * part, width(part));
 #pragma unroll
             for (int i = 0; i < Q; i++) {
-                const Float4 q = load_raw(static_cast<const Float4*>(queries + i * kMaxParts + part));
+                const Float4 q = load_raw(queries + i * kMaxParts + part);
 #pragma unroll
                 for (int j = 0; j < 4; j++) scores[i].v[j] = fmaf(q.v[j], k.v[j], scores[i].v[j]);
             }
@@ -144,8 +143,6 @@ __global__ void __launch_bounds__(kThreads) attend(AttentionParams p, Scratch s,
     }
     __syncthreads();
 
-    const int64_t results = (row * (p.tokens < kSegment ? p.tokens : kSegment) - token) * p.heads;
-    auto result_of = [&](int i) { return (results + tile.token_of(i) * p.heads + tile.head_of(i)) * s.chunks + chunk; };
     if (warp < Q) {
         const int seen = seen_by(warp);
         float greatest = -HUGE_VALF, total = 0.f;
@@ -157,67 +154,63 @@ __global__ void __launch_bounds__(kThreads) attend(AttentionParams p, Scratch s,
             total += weight;
         }
         total = sum_of_lanes<kWarp>(total);
-        if (lane == 0 && tile.query(warp) == tile.first + warp && seen > 0) {
+        if (lane == 0 && exists(warp)) {
             store(s.softmax + result_of(warp) * 2, greatest);
             store(s.softmax + result_of(warp) * 2 + 1, total);
         }
     }
     __syncthreads();
 
-    int lanes = 8;  // that share an entry's value
+    int lanes = 8;  // that share an entry's value, four dimensions each
     while (lanes < parts) lanes *= 2;
-    const int rows = kThreads / lanes, part = thread % lanes;
+    const int entries = kThreads / lanes, part = thread % lanes;  // entries at a time
     Float4 mine[Q] = {};
     int seen[Q];
 #pragma unroll
     for (int i = 0; i < Q; i++) seen[i] = seen_by(i);
-    if (part < parts) {
-        for (int e = thread / lanes; e < present; e += rows) {
-            const Float4 value = load4(values + first_entry + e * p.dims + 4 * part, width(part));
+    for (int e = thread / lanes; e < present && part < parts; e += entries) {
+        const Float4 value = load4(values + e * p.dims + 4 * part, width(part));
 #pragma unroll
-            for (int i = 0; i < Q; i++) {
-                if (e >= seen[i]) continue;
-                const float weight = load(weights + e * Q + i);
+        for (int i = 0; i < Q; i++) {
+            if (e >= seen[i]) continue;
+            const float weight = load(weights + e * Q + i);
 #pragma unroll
-                for (int j = 0; j < 4; j++) mine[i].v[j] = fmaf(weight, value.v[j], mine[i].v[j]);
-            }
+            for (int j = 0; j < 4; j++) mine[i].v[j] = fmaf(weight, value.v[j], mine[i].v[j]);
         }
     }
 #pragma unroll
     for (int i = 0; i < Q; i++) store_raw(sums + i * kThreads + thread, mine[i]);
     __syncthreads();
     for (int at = thread; at < Q * lanes; at += kThreads) {
-        const int i = at / lanes, of = at % lanes;
-        if (of >= parts || tile.query(i) != tile.first + i || seen_by(i) <= 0) continue;
+        const int i = at / lanes, part_of_sum = at % lanes;
+        if (part_of_sum >= parts || !exists(i)) continue;
         Float4 sum = {};
-        for (int r = 0; r < rows; r++) {
-            const Float4 next = load_raw(static_cast<const Float4*>(sums + i * kThreads + r * lanes + of));
+        for (int e = 0; e < entries; e++) {
+            const Float4 next = load_raw(sums + i * kThreads + e * lanes + part_of_sum);
 #pragma unroll
             for (int j = 0; j < 4; j++) sum.v[j] += next.v[j];
         }
-        store4(s.sums + result_of(i) * p.dims + 4 * of, sum, width(of));
+        store4(s.sums + result_of(i) * p.dims + 4 * part_of_sum, sum, width(part_of_sum));
     }
 }
 
 // A block for each query.
 template <typename Act>
-__global__ void __launch_bounds__(kThreads) combine(AttentionParams p, Scratch s, int64_t token) {
+__global__ void __launch_bounds__(kHeadThreads) combine(AttentionParams p, Scratch s, int64_t token) {
     wait_for_previous();
     const int64_t head = blockIdx.x, t = token + blockIdx.y, row = blockIdx.z, nulls = null_columns(p, row);
-    const int64_t begin = load_raw(s.begin + row), length = begin + (t < nulls ? nulls : t + 1);
-    if (head == 0 && threadIdx.x == 0) {
+    const int64_t length = load_raw(s.begin + row) + (t < nulls ? nulls : t + 1);
+    if (head == 0 && threadIdx.x == 0 && (!p.keep_last || t + 1 == p.tokens)) {
         const int64_t slot = p.keep_last ? 0 : p.write_slot + t;
-        if (!p.keep_last || t + 1 == p.tokens)
-            store_raw(p.lengths + row * p.slots + slot, static_cast<int32_t>(length));
+        store_raw(p.lengths + row * p.slots + slot, static_cast<int32_t>(length));
     }
     const int64_t chunks = t < nulls ? 0 : (length + kChunk - 1) / kChunk;
-    const int64_t segment = p.tokens < kSegment ? p.tokens : kSegment;
-    const int64_t result = ((row * segment + t - token) * p.heads + head) * s.chunks;
-    const float *softmax = s.softmax + result * 2, *sums = s.sums + result * p.dims;
+    const float* softmax = s.softmax + s.result(p, row, t - token, head) * 2;
+    const float* sums = s.sums + s.result(p, row, t - token, head) * p.dims;
     Act* y = reinterpret_cast<Act*>(p.y) + ((row * p.tokens + t) * p.heads + head) * p.dims;
     float greatest = -HUGE_VALF;
     for (int64_t c = 0; c < chunks; c++) greatest = fmaxf(greatest, load(softmax + 2 * c));
-    for (int64_t d = threadIdx.x; d < p.dims; d += kThreads) {
+    for (int64_t d = threadIdx.x; d < p.dims; d += kHeadThreads) {
         float sum = 0.f, total = 0.f;
         for (int64_t c = 0; c < chunks; c++) {
             const float scale = expf(load(softmax + 2 * c) - greatest);
@@ -229,7 +222,7 @@ __global__ void __launch_bounds__(kThreads) combine(AttentionParams p, Scratch s
 }
 
 template <typename Cache, int Q>
-void tiles(const AttentionParams& p, const Scratch& s, int64_t token, int64_t tokens, cudaStream_t stream) {
+void attend_all(const AttentionParams& p, const Scratch& s, int64_t token, int64_t tokens, cudaStream_t stream) {
     const unsigned tiles = blocks_for(tokens * (p.heads / p.kv_heads), Q) * static_cast<unsigned>(p.kv_heads);
     const dim3 blocks(static_cast<unsigned>(s.chunks), tiles, static_cast<unsigned>(p.batch));
     launch(attend<Cache, Q>, blocks, dim3(kThreads), stream, p, s, token, tokens);
@@ -239,16 +232,17 @@ template <typename Act, typename Cache>
 void run(const AttentionParams& p, cudaStream_t stream) {
     if (p.dims > kMaxDims) throw std::invalid_argument("the CUDA kernel takes up to 256 dimensions a head");
     const Scratch s(p);
-    const auto rows = static_cast<unsigned>(p.batch);
-    const dim3 all(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.heads + p.kv_heads), rows);
-    launch(prepare<Act, Cache>, all, dim3(kThreads), stream, p, s);
+    const auto rows = static_cast<unsigned>(p.batch), heads = static_cast<unsigned>(p.heads);
+    const dim3 all(static_cast<unsigned>(p.tokens), heads + static_cast<unsigned>(p.kv_heads), rows);
+    launch(prepare<Act, Cache>, all, dim3(kHeadThreads), stream, p, s);
     for (int64_t token = 0; token < p.tokens; token += kSegment) {
         const int64_t tokens = p.tokens - token < kSegment ? p.tokens - token : kSegment;
         const int64_t queries = tokens * (p.heads / p.kv_heads);
-        auto kernel = queries == 1 ? tiles<Cache, 1> : queries <= 4 ? tiles<Cache, 4> : tiles<Cache, kQueries>;
-        kernel(p, s, token, tokens, stream);
-        const dim3 results(static_cast<unsigned>(p.heads), static_cast<unsigned>(tokens), rows);
-        launch(combine<Act>, results, dim3(kThreads), stream, p, s, token);
+        auto attend = queries == 1   ? attend_all<Cache, 1>
+                      : queries <= 4 ? attend_all<Cache, 4>
+                                     : attend_all<Cache, kQueries>;
+        attend(p, s, token, tokens, stream);
+        launch(combine<Act>, dim3(heads, static_cast<unsigned>(tokens), rows), dim3(kHeadThreads), stream, p, s, token);
     }
 }
 

@@ -95,7 +95,7 @@ __device__ __forceinline__ float rounded(float a) {
     return widen(narrow<T>(a));
 }
 
-// Memory is touched only by the next six, so that a build for the CPU can check every access.
+// Memory is touched only here and by groups below, so that a build for the CPU can check every access.
 template <typename T>
 __device__ __forceinline__ T load_raw(const T* p) {
 #if defined(SM_HOST_SHIM)
@@ -127,39 +127,52 @@ __device__ __forceinline__ unsigned add_atomically(unsigned* p, unsigned value) 
     return atomicAdd(p, value);
 #endif
 }
+// N values side by side, in one access.
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Group {
+    T v[N];
+};
+template <int N, typename T>
+__device__ __forceinline__ bool allows_group(const T* p) {
+    return reinterpret_cast<uintptr_t>(p) % sizeof(Group<T, N>) == 0;
+}
+template <int N, typename T>
+__device__ __forceinline__ Group<T, N> load_group(const T* p) {
+#if defined(SM_HOST_SHIM)
+    shim::Machine::get().check(p, sizeof(Group<T, N>), shim::Kind::load, sizeof(T));
+#endif
+    return *reinterpret_cast<const Group<T, N>*>(p);
+}
+template <int N, typename T>
+__device__ __forceinline__ void store_group(T* p, const Group<T, N>& group) {
+#if defined(SM_HOST_SHIM)
+    shim::Machine::get().check(p, sizeof group, shim::Kind::store, sizeof(T));
+#endif
+    *reinterpret_cast<Group<T, N>*>(p) = group;
+}
+
 // Four values of which the first `count` exist; in one access where all do and the address allows it.
 template <typename T>
 __device__ __forceinline__ Float4 load4(const T* p, int count) {
     Float4 out;
-#if !defined(SM_HOST_SHIM)
-    struct alignas(4 * sizeof(T)) Four {
-        T v[4];
-    };
-    if (count == 4 && reinterpret_cast<uintptr_t>(p) % sizeof(Four) == 0) {
-        const Four four = *reinterpret_cast<const Four*>(p);
+    if (count == 4 && allows_group<4>(p)) {
+        const Group<T, 4> group = load_group<4>(p);
 #pragma unroll
-        for (int i = 0; i < 4; i++) out.v[i] = widen(four.v[i]);
+        for (int i = 0; i < 4; i++) out.v[i] = widen(group.v[i]);
         return out;
     }
-#endif
 #pragma unroll
     for (int i = 0; i < 4; i++) out.v[i] = i < count ? load(p + i) : 0.f;
     return out;
 }
 template <typename T>
 __device__ __forceinline__ void store4(T* p, const Float4& value, int count) {
-#if !defined(SM_HOST_SHIM)
-    struct alignas(4 * sizeof(T)) Four {
-        T v[4];
-    };
-    if (count == 4 && reinterpret_cast<uintptr_t>(p) % sizeof(Four) == 0) {
-        Four four;
+    if (count == 4 && allows_group<4>(p)) {
+        Group<T, 4> group;
 #pragma unroll
-        for (int i = 0; i < 4; i++) four.v[i] = narrow<T>(value.v[i]);
-        *reinterpret_cast<Four*>(p) = four;
-        return;
+        for (int i = 0; i < 4; i++) group.v[i] = narrow<T>(value.v[i]);
+        return store_group<4>(p, group);
     }
-#endif
 #pragma unroll
     for (int i = 0; i < 4; i++)
         if (i < count) store(p + i, value.v[i]);
@@ -174,23 +187,18 @@ struct alignas(16) Packed8 {
 template <typename T, typename Stored>
 __device__ __forceinline__ Packed8 load8(const Stored* p, int count) {
     Packed8 out{};
-    if (count <= 0) return out;
-#if !defined(SM_HOST_SHIM)
-    if (std::is_same<T, Stored>::value && count == 8 && reinterpret_cast<uintptr_t>(p) % sizeof(Packed8) == 0) {
-        return *reinterpret_cast<const Packed8*>(p);
-    }
-    if (sizeof(Stored) == 1 && count == 8 && reinterpret_cast<uintptr_t>(p) % 8 == 0) {
-        struct alignas(8) Eight {
-            Stored v[8];
-        };
-        const Eight eight = *reinterpret_cast<const Eight*>(p);
+    if (count == 8 && allows_group<8>(p)) {
+        const Group<Stored, 8> group = load_group<8>(p);
+        if constexpr (std::is_same<T, Stored>::value) {
+            memcpy(&out, &group, sizeof out);
+            return out;
+        }
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(widen(eight.v[i])).bits) << (i % 2 * 16);
+            out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(widen(group.v[i])).bits) << (i % 2 * 16);
         }
         return out;
     }
-#endif
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         if (i < count) out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(load(p + i)).bits) << (i % 2 * 16);
@@ -281,7 +289,7 @@ inline bool overlaps_kernels() {
 template <typename... Parameters, typename... Arguments>
 inline void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, cudaStream_t stream,
                    Arguments... arguments) {
-    if (blocks.x == 0 || blocks.y == 0) return;
+    if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
     if (blocks.y > 65535) throw std::invalid_argument("a CUDA kernel takes at most 65535 rows");
 #if defined(SM_HOST_SHIM)
     (void)stream;

@@ -1,5 +1,5 @@
 // A block decides a position of a row as if all tokens before it stood; a second launch takes a row's first refusal.
-#include "law.cuh"
+#include "draw.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
@@ -8,21 +8,17 @@ namespace {
 constexpr int64_t kStands = -1;
 __device__ __forceinline__ int64_t decision(Verdict verdict) { return kStands - static_cast<int64_t>(verdict); }
 
-__device__ __forceinline__ int64_t position(const SpeculativeAcceptParams& p, const Memory& m, int64_t row, int64_t t) {
+__device__ __forceinline__ int64_t decide_at(const SpeculativeAcceptParams& p, const Memory& m, int64_t row,
+                                             int64_t t) {
+    const float* logits = p.logits + row * p.logits_batch_stride + t * p.logits_token_stride;
+    const bool* seen = p.seen + row * p.vocabulary;
     const int64_t* drafted = p.drafted + row * (p.tokens - 1);
     const int vocabulary = static_cast<int>(p.vocabulary);
     Law law;
-    law.logits = {p.logits + row * p.logits_batch_stride + t * p.logits_token_stride,
-                  vocabulary,
-                  p.filters.repetition_penalty,
-                  p.seen + row * p.vocabulary,
-                  drafted,
-                  t};
+    law.logits = {logits, vocabulary, p.filters.repetition_penalty, seen, drafted, t};
     const Verdict verdict = law.make(m, p.filters);
     if (verdict != Verdict::ok) return decision(verdict);
-    Noise noise{static_cast<uint64_t>(load_raw(p.keys + 2 * row)),
-                static_cast<uint32_t>(load_raw(p.keys + 2 * row + 1)),
-                static_cast<uint32_t>(load_raw(p.positions + row) + t), Purpose::token};
+    Noise noise = noise_of(p.keys + 2 * row, load_raw(p.positions + row) + t, Purpose::token);
     const bool last = t + 1 == p.tokens;
     int drafted_here = last ? -1 : static_cast<int>(load_raw(drafted + t));
     if (!last && law.temperature != 0.f && !p.coupled) {
@@ -49,16 +45,16 @@ __device__ __forceinline__ int64_t position(const SpeculativeAcceptParams& p, co
         if (met != 0 || q - target >= kRounding) return decision(Verdict::bad_residual);
         drafted_here = -1;
     }
-    const int choice = law.choose(m, noise).token;
+    const int choice = choose(m, law, noise).token;
     return choice == drafted_here ? kStands : choice;
 }
 
-__global__ void __launch_bounds__(kMaxThreads) decide(SpeculativeAcceptParams p) {
-    SM_LAW_MEMORY(memory);
+__global__ void __launch_bounds__(kMaxThreads, 1) decide(SpeculativeAcceptParams p) {
+    SM_BLOCK_MEMORY(memory);
     wait_for_previous();
     const int64_t t = blockIdx.x, row = blockIdx.y;
     if (p.active && !load_raw(p.active + row)) return;
-    const int64_t decided = position(p, memory, row, t);
+    const int64_t decided = decide_at(p, memory, row, t);
     if (threadIdx.x == 0) store_raw(p.decisions + row * p.tokens + t, decided);
 }
 
@@ -81,7 +77,6 @@ __global__ void __launch_bounds__(kRows) settle(SpeculativeAcceptParams p) {
 }  // namespace
 
 void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
-    if (p.batch == 0) return;
     const dim3 positions(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch));
     launch(decide, positions, threads_for(p.vocabulary), stream, p);
     launch(settle, dim3(blocks_for(p.batch, kRows)), dim3(kRows), stream, p);

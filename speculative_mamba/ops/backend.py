@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -138,9 +139,9 @@ def compiled(like: torch.Tensor) -> tuple[ModuleType, int]:
     return extension()[0], torch.get_num_threads()
 
 
-def scratch(kernels: ModuleType, like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory that only CUDA kernels need; empty for the others."""
-    return like.new_empty(size if hasattr(kernels, "architectures") else 0, dtype=dtype)
+def current_device(like: torch.Tensor) -> AbstractContextManager:
+    """Within it kernels are launched on a tensor's device."""
+    return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
 
 
 @functools.cache
@@ -151,7 +152,5 @@ def _implementation(op: str, backend: str) -> Callable:
 def run(op: str, backend: str, first: torch.Tensor, *arguments: object) -> object:
     """Calls an op's implementation, which takes these arguments, on the first one's device."""
     implementation = _implementation(op, resolve(backend, first.device.type))
-    if not first.is_cuda:
-        return implementation(first, *arguments)
-    with torch.cuda.device(first.device):
+    with current_device(first):
         return implementation(first, *arguments)

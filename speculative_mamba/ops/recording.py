@@ -4,26 +4,28 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 import torch
 
-from .backend import extension
+from .backend import compiled, current_device
 
 _SHARED_FROM = 32768  # elements from which PyTorch shares a copy among threads
 _this_thread = threading.local()
 
 
 class Recording:
-    """The calls of ops on backend ``cpu`` made inside ``record()``.
+    """The calls of ops on backends ``cpu`` and ``cuda`` made inside ``record()``, on the device of ``like``.
 
     ``run()`` makes them again on the same memory: what lies in the tensors may have changed, their addresses and shapes
     may not. Results of ops are kept alive, and shared as ``next_stage`` says; the caller keeps what it passed.
     PyTorch's own operations are not recorded.
     """
 
-    def __init__(self) -> None:
-        self._program = extension()[0].Program()
+    def __init__(self, like: torch.Tensor) -> None:
+        self._like = like.new_empty(0)
+        self._program = compiled(like)[0].Program()
         self._stages: tuple[list[torch.Tensor], ...] = ([], [])
         self._used = 0  # results of the current stage so far
 
@@ -38,16 +40,17 @@ class Recording:
             _this_thread.recording = None
 
     def run(self) -> None:
-        self._program.run(torch.get_num_threads())
+        with current_device(self._like):
+            self._program.run(compiled(self._like)[1])
 
     def next_stage(self) -> None:
         self._stages, self._used = self._stages[::-1], 0
 
-    def new_result(self, shape: tuple[int, ...]) -> torch.Tensor:
+    def new_result(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         results, at = self._stages[0], self._used
         self._used += 1
-        if at == len(results) or results[at].shape != shape:
-            results.insert(at, torch.empty(shape))
+        if at == len(results) or results[at].shape != shape or results[at].dtype != dtype:
+            results.insert(at, like.new_empty(shape, dtype=dtype))
         return results[at]
 
 
@@ -63,7 +66,7 @@ class ResultPool:
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """tensor: contiguous float32, of the same shape at every call."""
-        if tensor.numel() < _SHARED_FROM:
+        if tensor.is_cuda or tensor.numel() < _SHARED_FROM:
             return tensor.clone()
         memory = self._free.pop() if self._free else np.empty(tensor.shape, np.float32)
         lent = memory.view()  # lives as long as the tensor's storage, whatever views of it there are
@@ -84,4 +87,10 @@ def next_stage() -> None:
 def new_result(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised tensor for an op's result, of the device and, unless told otherwise, the dtype of ``like``."""
     recording = getattr(_this_thread, "recording", None)
-    return like.new_empty(shape, dtype=dtype) if recording is None else recording.new_result(shape)
+    dtype = dtype or like.dtype
+    return like.new_empty(shape, dtype=dtype) if recording is None else recording.new_result(like, shape, dtype)
+
+
+def scratch(kernels: ModuleType, like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that only CUDA kernels need; empty for the others."""
+    return new_result(like, size if hasattr(kernels, "architectures") else 0, dtype=dtype)

@@ -14,13 +14,16 @@ from sampling import INTERPRETED, without_most_interpreted
 from shim import CUDA, built_shim
 
 from speculative_mamba.ops import backend as backends
-from speculative_mamba.ops import recording
 
 OPS = Path(backends.__file__).parent
 MODULE = backends.extension()[0]
 ISAS = MODULE.available_isas() if MODULE else []
 # Test files of an op that are not named after it.
-OP_OF = {"test_scan_replay": "selective_scan_verify"}
+OP_OF = {
+    "test_scan_replay": "selective_scan_verify",
+    "test_whole_models": "skinny_linear",
+    "test_offsets": "skinny_linear",
+}
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, which is when a test first runs it
@@ -29,9 +32,9 @@ if not HAS_GPU:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The kernels of the file's op; where a test asks for ``op``, those of every op that take any activations."""
     names = metafunc.fixturenames
-    if "op" in names:
-        kernels_of = {op: [name for name in _kernels_of(op) if name not in ISAS] for op in metafunc.module.CASES}
-        pairs = [(op, name) for op, found in kernels_of.items() for name in ["reference", *found]]
+    if "op" in names and hasattr(metafunc.module, "CASES"):
+        pairs = [(op, name) for op in metafunc.module.CASES for name in ["reference", *_kernels_of(op)]]
+        pairs = [(op, name) for op, name in pairs if name not in ISAS]
         metafunc.parametrize("op, backend", pairs, indirect=["backend"])
         return
     found = _kernels_of(OP_OF.get(metafunc.module.__name__, metafunc.module.__name__.removeprefix("test_")))
@@ -91,8 +94,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     monkeypatch = request.getfixturevalue("monkeypatch")
     monkeypatch.setitem(backends.BACKENDS, name, (("cpu",), lambda: (True, "for a test")))
     if place == "shim":
-        for module in (backends, recording):
-            monkeypatch.setattr(module, "extension", lambda: (built_shim(), "CUDA kernels on the CPU"))
+        monkeypatch.setattr(backends, "extension", lambda: (built_shim(), "CUDA kernels on the CPU"))
     if request.param == INTERPRETED:
         repair(monkeypatch)
         monkeypatch.setattr("speculative_mamba.ops.triton_scan.STATES", 1 << 14)  # it is programs that cost

@@ -25,6 +25,7 @@ CHANGES = [
     {"lengths": (63,)},
     {"lengths": (31, 32, 33), "tokens": 1},
     {"lengths": (500, 257), "capacity": 600, "dims": 64, "pairs": 32},
+    {"lengths": (253, 511), "capacity": 516},
     {"tokens": 2},
     {"tokens": 16, "slots": 17},
     {"tokens": 64, "slots": 64, "capacity": 104},
@@ -369,7 +370,7 @@ def test_one_key_may_outweigh_all_others(at: int, backend: str) -> None:
 def test_a_recorded_call_follows_the_lengths(cpu: str) -> None:
     inputs = make()
     plain = copy(inputs)
-    recording = Recording()
+    recording = Recording(torch.empty(0))
     with recording.record():
         y = run(inputs, cpu)
     run(plain, cpu)

@@ -18,7 +18,7 @@ def chain(x, weight, norm):
 
 def test_run_follows_the_tensors(cpu):
     x, weight, norm = torch.randn(3, 20), torch.randn(9, 20), torch.randn(9)
-    recording = Recording()
+    recording = Recording(torch.empty(0))
     with recording.record():
         results = chain(x, weight, norm)
     for recorded, direct in zip(results, chain(x, weight, norm), strict=True):
@@ -42,7 +42,7 @@ def test_a_recorded_scan_reads_start_slots_and_inputs_at_every_run(cpu):
     )
     slots, start = torch.randn(2, 3, 4, 5, 7), torch.zeros(2, dtype=torch.int32)
     inputs = ReplayInputs(torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4), torch.zeros(2, 3, 1, 7))
-    kept, recording = slots[:, :1].clone(), Recording()
+    kept, recording = slots[:, :1].clone(), Recording(torch.empty(0))
     for step in range(4):
         if step == 0:
             with recording.record():
@@ -57,7 +57,7 @@ def test_a_recorded_scan_reads_start_slots_and_inputs_at_every_run(cpu):
 
 def test_nothing_is_recorded_outside_or_after_an_error():
     x, weight = torch.randn(1, 4), torch.randn(2, 4)
-    recording = Recording()
+    recording = Recording(torch.empty(0))
     with pytest.raises(RuntimeError, match="stop"), recording.record():
         y = skinny_linear(x, weight, backend="cpu")
         raise RuntimeError("stop")

@@ -89,7 +89,20 @@ def test_every_combination_of_filters_equals_the_hand_computation(vocabulary: in
 
 @pytest.mark.parametrize(
     ("top_p", "expected"),
-    [(1e-9, 1), (0.4, 1), (0.401, 2), (0.5, 2), (0.7, 2), (0.701, 3), (0.8, 3), (0.9, 3), (0.999, 4), (1, 4)],
+    [
+        (1e-9, 1),
+        (0.4, 1),
+        (0.4000005, 1),
+        (0.400003, 2),
+        (0.401, 2),
+        (0.5, 2),
+        (0.7, 2),
+        (0.701, 3),
+        (0.8, 3),
+        (0.9, 3),
+        (0.999, 4),
+        (1, 4),
+    ],
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, expected: int, backend: str) -> None:
     assert kept(LAW, backend, top_p=top_p) == list(range(expected))
@@ -114,6 +127,12 @@ def test_ties_at_rank_k_keep_the_lowest_ids(top_k: int, backend: str) -> None:
     expected = sorted([1, 3, 4, 5, 0, 2][:top_k])
     assert kept(tied, backend, top_k=top_k) == expected
     assert kept(tied.half().float(), backend, top_k=top_k) == expected
+
+
+@pytest.mark.parametrize("top_k", [2999, 6006, 6007])
+def test_ties_keep_the_lowest_ids_up_to_the_end_of_the_vocabulary(top_k: int, backend: str) -> None:
+    _, laws = sample(torch.zeros(1, 6008), Filters(temperature=1.0, top_k=top_k), backend)
+    assert laws[0].nonzero().flatten().tolist() == list(range(top_k))
 
 
 def test_zeros_of_both_signs_are_tied(backend: str) -> None:

@@ -257,7 +257,7 @@ def test_a_recorded_call_follows_start_slot(cpu: str) -> None:
     twins, recorded = Twins(), Twins()
     window = twins.window(4, 0)
     arguments = {**window, "states": recorded.kept, "start_slot": recorded.start_slot, "inputs": recorded.inputs}
-    recording = Recording()
+    recording = Recording(torch.empty(0))
     with recording.record():
         y = selective_scan_verify(**arguments, backend=cpu)
     for seed in range(4):

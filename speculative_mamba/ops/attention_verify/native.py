@@ -2,8 +2,8 @@
 
 import torch
 
-from ..backend import DTYPE_CODE, address, compiled, scratch
-from ..recording import new_result
+from ..backend import DTYPE_CODE, address, compiled
+from ..recording import new_result, scratch
 
 CHUNK, SEGMENT = 256, 64  # entries, tokens: as in csrc/cuda/attention_verify.cu
 

@@ -2,8 +2,9 @@
 
 import torch
 
-from ..backend import address, compiled, scratch
+from ..backend import address, compiled
 from ..filters import Filters
+from ..recording import scratch
 
 
 def speculative_accept(

@@ -147,10 +147,12 @@ struct Machine {
         last = now;
     }
 
-    void check(const void* address, size_t bytes, Kind kind) {
+    // An access of so many bytes, which races element by element.
+    void check(const void* address, size_t bytes, Kind kind, size_t element = 4) {
         if (!running->waited) fail("memory touched before the kernel before has ended");
         const uintptr_t at = reinterpret_cast<uintptr_t>(address);
-        const size_t word = std::min(bytes, size_t{4});
+        if (at % bytes) fail("misaligned access");
+        const size_t word = std::min(bytes, element);
         for (BlockMemory* memory : block_memory) {
             if (at - memory->begin >= memory->bytes || at + bytes > memory->begin + memory->bytes) continue;
             for (size_t offset = at - memory->begin; offset < at - memory->begin + bytes; offset += word) {

@@ -26,7 +26,8 @@ enum Fault {
     early_load,
     plain_add,
     wide_store,
-    no_wait
+    no_wait,
+    misaligned
 };
 
 // Sums a row of 64: lane by lane through memory of the block.
@@ -34,6 +35,7 @@ __global__ void block_sum(Arguments a) {
     SM_SHARED(float, values, kThreads);
     if (a.fault != no_wait) wait_for_previous();
     const int i = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+    if (a.fault == misaligned && i == 9) load_group<4>(a.in + 1);
     store(values + i, load(a.in + block * kThreads + (a.fault == load_beyond ? i + 1 : i)));
     for (int width = kThreads / 2; width > 0; width /= 2) {
         if (a.fault != no_barrier || width != 16) __syncthreads();

@@ -1,0 +1,1 @@
+"""Times every op on a GPU: see ``python -m benchmarks.gpu --help``."""

@@ -1,0 +1,87 @@
+"""The ops that choose tokens. Their public functions also wait for the device, to learn whether a row has a law; that
+wait is not timed."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from speculative_mamba.ops.backend import run
+from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.noise import Purpose
+
+from . import updates
+from .work import Work, nbytes, outer_rows
+
+FILTERS = {
+    "top-k+top-p": Filters(0.8, 50, 0.8),
+    "greedy": Filters(),
+    "top-p": Filters(0.8, 0, 0.9),
+    "no filter": Filters(1.0),
+}
+
+
+class Choice(Work):
+    """Logits, and the noise's keys and positions: a stream of its own for every row."""
+
+    def __init__(self, logits: torch.Tensor, filters: Filters) -> None:
+        batch, device = len(logits), logits.device
+        self.logits, self.filters = logits, filters
+        self.keys = torch.stack([torch.zeros(batch, device=device), torch.arange(batch, device=device)], 1).long()
+        self.positions = torch.full((batch,), 100, device=device)
+
+    def check(self, backend: str) -> None:
+        """The first and the last row choose among all what the reference chooses for them alone."""
+        chosen = self.run(backend)
+        assert not chosen[-1].any(), f"verdicts {chosen[-1].tolist()}"
+        for row in outer_rows(len(self.logits)):
+            alone = slice(row, row + 1)
+            found = [part[alone].tolist() for part in chosen]
+            expected = [part.tolist() for part in self.of_rows(alone, "reference")]
+            assert found == expected, f"row {row}: chose {found}, the reference {expected}"
+
+    def run(self, backend: str) -> tuple[torch.Tensor, ...]:
+        return self.of_rows(slice(None), backend)
+
+    @abstractmethod
+    def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
+        """What is chosen, and last the verdicts."""
+
+
+class Sample(Choice):
+    """sample_tokens, which leaves the law for a later test unless the choice is greedy."""
+
+    def __init__(self, vocabulary: int, filters: Filters, batch: int, device: torch.device) -> None:
+        super().__init__(3 * torch.randn(batch, vocabulary, device=device), filters)
+        self.laws = None if filters.greedy else torch.empty_like(self.logits)
+        self.recent = torch.empty(batch, 0, dtype=torch.int64, device=device)
+        self.moved = nbytes(self.logits, self.laws)
+
+    def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
+        laws = None if self.laws is None else self.laws[rows]
+        parts = self.keys[rows], self.positions[rows], int(Purpose.DRAFT), laws, None, self.recent[rows], None
+        return run("sample_tokens", backend, self.logits[rows], self.filters, *parts)
+
+    def baselines(self) -> dict[str, Callable[[], object]]:
+        return {"torch": lambda: updates.sample(self.logits, self.filters)}
+
+
+class Accept(Choice):
+    """speculative_accept of drafts that are all right, so that every position is looked at."""
+
+    launches = 2
+
+    def __init__(self, vocabulary: int, filters: Filters, batch: int, tokens: int, device: torch.device) -> None:
+        super().__init__(3 * torch.randn(batch, tokens, vocabulary, device=device), filters)
+        drafting = self.logits[:, :-1]
+        self.laws = None if filters.greedy else updates.law(drafting, filters)
+        self.drafted = drafting.argmax(-1) if filters.greedy else updates.draw(self.laws)
+        self.moved = self.logits.nbytes
+
+    def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
+        laws = None if self.laws is None else self.laws[rows]
+        parts = self.drafted[rows], laws, self.filters, self.keys[rows], self.positions[rows], False, None, None
+        return run("speculative_accept", backend, self.logits[rows], *parts)
+
+    def baselines(self) -> dict[str, Callable[[], object]]:
+        return {"torch": lambda: updates.accept(self.logits, self.drafted, self.laws, self.filters)}

@@ -1,0 +1,84 @@
+"""The ops whose rows know nothing of each other."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from speculative_mamba.ops import gated_silu, rms_norm, skinny_linear
+from speculative_mamba.ops.int8 import Int8Weight
+from speculative_mamba.testing.tolerance import assert_bitwise_equal
+
+from .work import Work, activations, assert_near, nbytes
+
+
+class RowWork(Work):
+    @abstractmethod
+    def of_rows(self, rows: slice, backend: str) -> torch.Tensor: ...
+
+    def run(self, backend: str) -> torch.Tensor:
+        return self.of_rows(slice(None), backend)
+
+    def check(self, backend: str) -> None:
+        """Some rows alone have the bits that they have among all, and the values of the reference."""
+        y = self.run(backend)
+        for row in sorted({0, len(y) // 2, len(y) - 1}):
+            alone = slice(row, row + 1)
+            assert_bitwise_equal(self.of_rows(alone, backend), y[alone], f"row {row} alone")
+            assert_near(y[alone], self.of_rows(alone, "reference"), f"row {row}")
+
+
+class Linear(RowWork):
+    """skinny_linear; PyTorch multiplies by the same weight in bfloat16."""
+
+    def __init__(
+        self, in_features: int, out_features: int, rows: int, dtype: torch.dtype, out_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.x, self.out_dtype = activations(device, rows, in_features), out_dtype
+        self.wide = activations(device, out_features, in_features) * in_features**-0.5
+        self.weight: torch.Tensor | Int8Weight = self.wide
+        if dtype is torch.int8:
+            values = torch.randint(-127, 128, self.wide.shape, dtype=torch.int8, device=device)
+            self.weight = Int8Weight(values, torch.rand(out_features, device=device) * in_features**-0.5 / 64)
+        self.moved = nbytes(self.x, self.weight) + rows * out_features * out_dtype.itemsize
+
+    def of_rows(self, rows: slice, backend: str) -> torch.Tensor:
+        return skinny_linear(self.x[rows], self.weight, out_dtype=self.out_dtype, backend=backend)
+
+    def baselines(self) -> dict[str, Callable[[], object]]:
+        return {"torch": lambda: F.linear(self.x, self.wide)}
+
+
+class Norm(RowWork):
+    """rms_norm with a residual stream."""
+
+    def __init__(self, features: int, rows: int, device: torch.device) -> None:
+        self.x, self.weight = activations(device, rows, features), 1 + 0.1 * activations(device, features)
+        self.residual = torch.randn(rows, features, device=device)
+        self.moved = 2 * nbytes(self.x, self.residual) + self.weight.nbytes
+
+    def of_rows(self, rows: slice, backend: str) -> torch.Tensor:
+        return rms_norm(self.x[rows], self.weight, self.residual[rows], backend=backend)[0]
+
+    def baselines(self) -> dict[str, Callable[[], object]]:
+        weight = self.weight.float()
+
+        def normed() -> tuple[torch.Tensor, torch.Tensor]:
+            residual = self.residual + self.x
+            return F.rms_norm(residual, weight.shape, weight, 1e-5).to(self.x.dtype), residual
+
+        return {"torch": normed}
+
+
+class GatedSilu(RowWork):
+    def __init__(self, features: int, rows: int, device: torch.device) -> None:
+        self.gate, self.up = (activations(device, rows, features) for _ in range(2))
+        self.moved = 3 * self.gate.nbytes
+
+    def of_rows(self, rows: slice, backend: str) -> torch.Tensor:
+        return gated_silu(self.gate[rows], self.up[rows], backend=backend)
+
+    def baselines(self) -> dict[str, Callable[[], object]]:
+        return {"torch": lambda: F.silu(self.gate) * self.up}
