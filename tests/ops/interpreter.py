@@ -1,5 +1,7 @@
 """Triton's interpreter, as far as it does not compute what a GPU does, or does it slowly."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,8 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
     _patch_once(interpreter, monkeypatch)
+    builder = interpreter.interpreter_builder  # which checks every sum of integers, in 64 bits
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
 
 
 def _dot(self: object, a: object, b: object, d: object, *precision: object) -> object:
