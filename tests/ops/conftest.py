@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from device import on_device
+from interpreter import repair
+from sampling import INTERPRETED, without_most_interpreted
 from shim import CUDA, built_shim
 
 from speculative_mamba.ops import backend as backends
@@ -36,11 +38,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("op, backend", pairs, indirect=["backend"])
         return
     found = _kernels_of(OP_OF.get(metafunc.module.__name__, metafunc.module.__name__.removeprefix("test_")))
+    if "threads" in metafunc.function.__name__:
+        found = [name for name in found if name != INTERPRETED]  # it has one
     of_gpu = [name for name in found if name not in ISAS]
     fixtures = (("cpu", ISAS), ("kernels", found), ("gpu_kernels", of_gpu), ("backend", ["reference", *found]))
     for name, params in fixtures:
         if name in names:
             metafunc.parametrize(name, params, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = without_most_interpreted(items)
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+    items[:] = kept
 
 
 def _kernels_of(op: str) -> list:
@@ -49,7 +59,7 @@ def _kernels_of(op: str) -> list:
     if (CUDA / f"{op}.cu").is_file():
         params += ["cuda on shim", *_on_gpu("cuda on gpu")]
     if importlib.util.find_spec("triton") and (OPS / op / "triton.py").is_file():
-        params += _on_gpu("triton on gpu") or ["triton interpreted"]
+        params += _on_gpu("triton on gpu") or [INTERPRETED]
     return params
 
 
@@ -85,6 +95,9 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     monkeypatch.setitem(backends.BACKENDS, name, (("cpu",), lambda: (True, "for a test")))
     if place == "shim":
         monkeypatch.setattr(backends, "extension", lambda: (built_shim(), "CUDA kernels on the CPU"))
+    if request.param == INTERPRETED:
+        repair(monkeypatch)
+        monkeypatch.setattr("speculative_mamba.ops.triton_scan.STATES", 1 << 14)  # it is programs that cost
     if place == "gpu":
         found = backends._implementation
         monkeypatch.setattr(backends, "_implementation", lambda op, backend: on_device(found(op, backend), "cuda"))

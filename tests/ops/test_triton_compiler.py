@@ -1,0 +1,43 @@
+"""What Triton makes of every kernel, for several architectures and without a GPU: no spill or stack frame, no more
+registers than stated here, and no multiply-add that the source does not ask for."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton", allow_module_level=True)
+
+import triton_launches
+
+# The most that any call of ``triton_launches`` uses, on any architecture.
+REGISTERS = {
+    "causal_conv1d_verify": 56, "gated_silu": 40, "rms_norm": 64, "selective_scan_verify": 64, "ssd_verify": 64,
+}  # fmt: skip
+ARCHITECTURES = (80, 90, 100, 120)
+OPS = Path(__file__).parents[2] / "speculative_mamba" / "ops"
+
+
+def test_every_kernel_is_compiled() -> None:
+    assert {path.parent.name for path in OPS.glob("*/triton.py")} == set(REGISTERS) == set(triton_launches.CALLS)
+
+
+@pytest.mark.parametrize("name", REGISTERS)
+def test_registers_and_spills(name: str, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, triton_launches.__file__, name, *map(str, ARCHITECTURES)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads(done.stdout)
+    assert len(kernels) >= len(ARCHITECTURES) * len(triton_launches.CALLS[name])
+    for kernel in kernels:
+        what = f"{kernel['kernel']} of {kernel['call']} for sm_{kernel['architecture']}"
+        assert (kernel["STACK"], kernel["LOCAL"]) == (0, 0), f"{what}: stack frame or spills"
+        assert kernel["REG"] <= REGISTERS[name], what
+        assert not kernel["contractible"], f"{what}: multiply-adds may be fused"

@@ -1,0 +1,122 @@
+"""Calls of ops whose kernels are compiled as for a launch, with no GPU to launch them on.
+
+As a program, prints what became of the kernels of one op: python triton_launches.py OP ARCHITECTURE …
+"""
+
+import functools
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from speculative_mamba.ops.replay import ReplayInputs
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+ROW = torch.zeros(1, dtype=torch.int32)
+# Dtype of activations and of states, size of states, whether inputs are replayed.
+STATES = (
+    (FLOAT32, FLOAT32, 16, False), (FLOAT32, FLOAT32, 16, True), (FLOAT32, FLOAT32, 128, False),
+    (BFLOAT16, BFLOAT16, 16, False), (BFLOAT16, BFLOAT16, 128, True), (BFLOAT16, FLOAT32, 16, True),
+)  # fmt: skip
+
+
+def conv(dtype: torch.dtype, width: int) -> tuple:
+    x, weight, window = torch.zeros(1, 5, 5120, dtype=dtype), torch.zeros(5120, width), torch.zeros(1, width + 5, 5120)
+    return x, weight.to(dtype), torch.zeros(5120), window, ROW, 0, None, False, True, 1, 1
+
+
+def scan(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tuple:
+    x, B = torch.zeros(1, 5, 5120, dtype=dtype), torch.zeros(1, 5, size, dtype=dtype)
+    slots = torch.zeros(1, 1 if replay else 8, 5120, size, dtype=states)
+    inputs = ReplayInputs(torch.zeros(1, 8, 5120), torch.zeros(1, 8, 5120), torch.zeros(1, 8, 1, size))
+    A, D = torch.zeros(5120, size), torch.zeros(5120)
+    return x, x, A, B, B, D, x, D, slots, ROW, 0, ROW, False, inputs if replay else None
+
+
+def ssd(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tuple:
+    x, dt, B = (torch.zeros(1, 5, *shape, dtype=dtype) for shape in ((80, 64), (80,), (1, size)))
+    slots = torch.zeros(1, 1 if replay else 8, 80, 64, size, dtype=states)
+    inputs = ReplayInputs(torch.zeros(1, 8, 80, 64), torch.zeros(1, 8, 80), torch.zeros(1, 8, 1, size))
+    A, limits = torch.zeros(80), (0.0, math.inf)
+    return x, dt, A, B, B, A, A, slots, ROW, 0, x, limits, inputs if replay else None, ROW, False
+
+
+def norm(dtype: torch.dtype, gate: bool) -> tuple:
+    x, residual = torch.zeros(5, 2560, dtype=dtype), torch.zeros(5, 2560)
+    return x, torch.zeros(2560, dtype=dtype), None if gate else residual, x if gate else None, 1, 1e-5
+
+
+def silu(dtype: torch.dtype) -> tuple:
+    return torch.zeros(5, 14336, dtype=dtype), torch.zeros(5, 14336, dtype=dtype)
+
+
+# op -> the arguments of calls, by function
+CALLS = {
+    "causal_conv1d_verify": [(conv, (FLOAT32, 4)), (conv, (BFLOAT16, 4)), (conv, (BFLOAT16, 8))],
+    "gated_silu": [(silu, (FLOAT32,)), (silu, (BFLOAT16,))],
+    "rms_norm": [(norm, (FLOAT32, False)), (norm, (BFLOAT16, False)), (norm, (BFLOAT16, True))],
+    "selective_scan_verify": [(scan, states) for states in STATES],
+    "ssd_verify": [(ssd, states) for states in STATES],
+}
+
+
+def compiled(call: Callable[[], object], architecture: int) -> list:
+    """The kernels that a call would launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_device(self) -> int:
+            return architecture
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", architecture, 32)
+
+    run, kernels = triton.JITFunction.run, []
+
+    def compile_only(self: triton.JITFunction, *arguments: object, **options: object) -> None:
+        kernels.append(run(self, *arguments, **{**options, "warmup": True}))
+
+    triton.runtime.driver.set_active(Driver())
+    triton.JITFunction.run = compile_only
+    try:
+        call()
+    finally:
+        triton.JITFunction.run = run
+    return kernels
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL, SHARED."""
+    from triton.knobs import nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", listed)}
+
+
+def main(op: str, architectures: list[int]) -> None:
+    function, report = getattr(import_module(f"speculative_mamba.ops.{op}.triton"), op), []
+    for architecture, (arguments, choice) in itertools.product(architectures, CALLS[op]):
+        for kernel in compiled(functools.partial(function, *arguments(*choice)), architecture):
+            about = {"kernel": kernel.metadata.name, "call": str(choice), "architecture": architecture}
+            contractible = re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32", kernel.asm["ptx"])
+            report.append({**about, "contractible": contractible, **resources(kernel.asm["cubin"])})
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], [int(number) for number in sys.argv[2:]])
