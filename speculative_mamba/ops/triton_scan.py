@@ -58,10 +58,10 @@ def _scan(
     start = tl.load(start_slot + row).to(tl.int64)
     dtype: tl.constexpr = states[0].dtype.element_ty
     slot = states[0] + row * states[1]
-    if inputs is None:
-        h = widen(tl.load(slot + start * states[2] + h_at, exists, 0.0))
-    else:
-        h = widen(tl.load(slot + h_at, exists, 0.0))
+    begin = slot + start * states[2] if inputs is None else slot
+    h = widen(tl.load(begin + h_at, exists, 0.0))
+    tl.debug_barrier()  # all threads have read what others may overwrite
+    if inputs is not None:
         x_old, dt_old, b_old, slots = inputs
         x_old += row * slots * (x_heads * head_size)
         dt_old += row * slots * heads
@@ -157,7 +157,7 @@ def scan(
         _scan, batch * triton.cdiv(heads * head_size, block), y, 2, **shared,
         A=A, C=_strided(C), D=D, z=None if z is None else _strided(z), states=_strided(states), y=y,
         start_slot=start_slot, head_size=head_size, x_heads=x_heads, b_groups=B.shape[2], c_groups=C.shape[2],
-        keep_last=keep_last, STATE_SIZE=state_size, BLOCK=block, BLOCK_N=block_n, A_PER_STATE=A.ndim == 2,
+        keep_last=int(keep_last), STATE_SIZE=state_size, BLOCK=block, BLOCK_N=block_n, A_PER_STATE=A.ndim == 2,
         D_PER_CHANNEL=D.ndim == 2, maxnreg=REGISTERS,
     )  # fmt: skip
     if inputs is not None and keep_last:

@@ -78,6 +78,6 @@ def causal_conv1d_verify(
         _convolve, batch * triton.cdiv(channels, CHANNELS), y, 4, x=(x, x.stride(0), x.stride(1)),
         weight=(weight, *weight.stride()), bias=bias, window=(window, window.stride(0), window.stride(1)), y=y,
         start_slot=start_slot, null_columns=null_columns, tokens=tokens, channels=channels, repeat=repeat, block=block,
-        write_slot=write_slot, keep_last=keep_last, WIDTH=width, SILU=silu, BLOCK=CHANNELS,
+        write_slot=write_slot, keep_last=int(keep_last), WIDTH=width, SILU=silu, BLOCK=CHANNELS,
     )  # fmt: skip
     return y
