@@ -1,4 +1,6 @@
 // One plain struct per op: pointers, sizes, strides in elements. No framework types, no ownership.
+//
+// Activations are float32 on the CPU. On a GPU they are of dtype `activations`, whatever their pointers' type says.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +12,7 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };  //
 // y = causal depthwise convolution of x, or silu of it; the inputs are kept in `window` so that a later call can start
 // after any of them. Channel d convolves channel d / (block·repeat) · block + d % block of x.
 struct CausalConv1dParams {
+    DType activations;  // of x and y
     int64_t batch, tokens, channels, width;
     int64_t repeat, block;  // block·repeat divides D
     bool silu;
@@ -31,6 +34,7 @@ struct CausalConv1dParams {
 // Mamba-1 selective scan of T tokens per row, with the state after every token rounded to its dtype and written to its
 // slot. With inputs there is one state, and in place of the others the inputs that lead from it to them.
 struct SelectiveScanParams {
+    DType activations;  // of x, dt, B, C, z and y
     int64_t batch, tokens, channels, state_size;
     int64_t b_groups, c_groups;  // Gb, Gc divide D: channel d uses group d·G / D
     const float* x;              // (B, T, D), channels contiguous
@@ -64,6 +68,7 @@ struct SelectiveScanParams {
 // of x, Gb groups of B and Gc of C each serve as many neighbouring heads. The state after every token is rounded to its
 // dtype and written to its slot, or, with `input_dt`, the inputs are kept from which the next call computes it again.
 struct SsdParams {
+    DType activations;  // of x, dt, B, C, z and y
     int64_t batch, tokens, heads, head_size, state_size;
     int64_t x_heads, b_groups, c_groups;
     const float* x;  // (B, T, X, P), (X, P) contiguous
@@ -98,6 +103,7 @@ struct SsdParams {
 // Causal grouped-query attention of T tokens per row over a cache of rotated keys and of values, of which a slot holds
 // the length.
 struct AttentionParams {
+    DType activations;                                    // of q, k, v and y
     int64_t batch, tokens, heads, kv_heads, dims, slots;  // query head h reads kv head h · kv_heads / heads
     const float* q;                                       // (B, T, H, P), heads contiguous
     int64_t q_batch_stride, q_token_stride;
@@ -123,6 +129,8 @@ struct AttentionParams {
 
 // y = x Wᵀ + bias for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n] times.
 struct SkinnyLinearParams {
+    DType activations;  // of x
+    DType y_dtype;
     int64_t rows, in_features, out_features;
     const float* x;  // (M, K), features contiguous
     int64_t x_row_stride;
@@ -136,6 +144,7 @@ struct SkinnyLinearParams {
 
 // y = silu(gate) · up
 struct GatedSiluParams {
+    DType activations;  // of gate, up and y
     int64_t rows, features;
     const float* gate;  // (M, I), features contiguous
     int64_t gate_row_stride;
@@ -147,6 +156,7 @@ struct GatedSiluParams {
 // residual_out = x + residual, or x · silu(gate); y = residual_out / sqrt(mean(residual_out²) + eps) · weight, with a
 // mean for each of `groups` equal parts of the features.
 struct RmsNormParams {
+    DType activations;  // of x, gate and y; the residual stream is float32
     int64_t rows, features, groups;
     const float* x;  // (M, D), features contiguous
     int64_t x_row_stride;

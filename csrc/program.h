@@ -2,26 +2,27 @@
 // is allocated, no other language is involved. The pointers must still be valid, and what lies behind them may differ.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <utility>
 #include <vector>
 
 namespace speculative_mamba {
 
-using Call = std::function<void(int threads)>;
+using Call = std::function<void(intptr_t where)>;
 
 class Program {
  public:
-    void run(int threads) const {
-        for (const Call& call : calls_) call(threads);
+    void run(intptr_t where) const {
+        for (const Call& call : calls_) call(where);
     }
 
     // Calls submitted by this thread are added to `program` from now on; with null no more.
     static void record(Program* program) { recording() = program; }
 
     // Runs a call, and records it if that was asked for.
-    static void submit(Call call, int threads) {
-        call(threads);
+    static void submit(Call call, intptr_t where) {
+        call(where);
         if (recording()) recording()->calls_.push_back(std::move(call));
     }
 

@@ -25,4 +25,3 @@ def print_info() -> None:
         print(f"instruction sets  {', '.join(module.available_isas())} (in use: {module.isa()})")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"CUDA devices      {', '.join(devices) or 'none'}")
-    print("CUDA archs        none: this version has no CUDA kernels")

@@ -2,7 +2,6 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "../dtype.h"
 #include "kernels.h"
 
 namespace speculative_mamba {
@@ -57,7 +56,7 @@ std::atomic<const Kernels*>& selected() {
 
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
-    for (const Kernels* table : runnable()) names.push_back(table->isa);
+    for (const Kernels* table : runnable()) names.push_back(table->name);
     return names;
 }
 
@@ -66,17 +65,13 @@ const Kernels& kernels() { return *selected().load(std::memory_order_relaxed); }
 void select_isa(const std::string& name) {
     std::string known;
     for (const Kernels* table : runnable()) {
-        if (name == table->isa) {
+        if (name == table->name) {
             selected().store(table, std::memory_order_relaxed);
             return;
         }
-        known += (known.empty() ? "" : ", ") + std::string(table->isa);
+        known += (known.empty() ? "" : ", ") + std::string(table->name);
     }
     throw std::invalid_argument("instruction set '" + name + "' is not available here; choose from: " + known);
-}
-
-void throw_unknown_dtype(DType dtype) {
-    throw std::invalid_argument("unknown dtype code " + std::to_string(static_cast<int>(dtype)));
 }
 
 }  // namespace speculative_mamba

@@ -1,25 +1,16 @@
-// The table of CPU kernels: one per instruction set, the best of which is picked at run time.
+// The CPU kernels: a table for each instruction set, the best of which is picked at run time.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "../params.h"
+#include "../kernels.h"
 
 namespace speculative_mamba {
 
-struct Kernels {
-    const char* isa;
-    void (*attention)(const AttentionParams&, int threads);
-    void (*causal_conv1d)(const CausalConv1dParams&, int threads);
-    void (*selective_scan)(const SelectiveScanParams&, int threads);
-    void (*ssd)(const SsdParams&, int threads);
-    void (*skinny_linear)(const SkinnyLinearParams&, int threads);
-    void (*rms_norm)(const RmsNormParams&, int threads);
-    void (*gated_silu)(const GatedSiluParams&, int threads);
-    void (*sample_tokens)(const SampleTokensParams&, int threads);
-    void (*speculative_accept)(const SpeculativeAcceptParams&, int threads);
-};
+using Where = int;  // threads
+inline Where where_of(intptr_t threads) { return static_cast<int>(threads); }
+using Kernels = KernelTable<Where>;
 
 // Names of the instruction sets that this machine can run and this build contains, best first.
 std::vector<std::string> available_isas();

@@ -64,9 +64,8 @@ void with_activations(const CausalConv1dParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-// Activations (x, y) are of the given dtype, whatever the pointers' type says; all else as in params.h.
-void causal_conv1d(const CausalConv1dParams& p, DType activations, cudaStream_t stream) {
-    SM_DISPATCH_DTYPE(activations, with_activations<scalar_t>(p, stream));
+void causal_conv1d(const CausalConv1dParams& p, cudaStream_t stream) {
+    SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }
 
 }  // namespace speculative_mamba::cuda

@@ -27,9 +27,8 @@ void run(const GatedSiluParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-// gate, up and y are of the given dtype, whatever the pointers' type says.
-void gated_silu(const GatedSiluParams& p, DType activations, cudaStream_t stream) {
-    SM_DISPATCH_DTYPE(activations, run<scalar_t>(p, stream));
+void gated_silu(const GatedSiluParams& p, cudaStream_t stream) {
+    SM_DISPATCH_DTYPE(p.activations, run<scalar_t>(p, stream));
 }
 
 }  // namespace speculative_mamba::cuda

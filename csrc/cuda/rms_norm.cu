@@ -66,9 +66,8 @@ void with_activations(const RmsNormParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-// x, gate and y are of the given dtype, whatever the pointers' type says; the residual stream is float32.
-void rms_norm(const RmsNormParams& p, DType activations, cudaStream_t stream) {
-    SM_DISPATCH_DTYPE(activations, with_activations<scalar_t>(p, stream));
+void rms_norm(const RmsNormParams& p, cudaStream_t stream) {
+    SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }
 
 }  // namespace speculative_mamba::cuda

@@ -58,9 +58,8 @@ void with_activations(const SkinnyLinearParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-// x and y are of the given dtype, whatever the pointers' type says.
-void skinny_linear(const SkinnyLinearParams& p, DType activations, cudaStream_t stream) {
-    SM_DISPATCH_DTYPE(activations, with_activations<scalar_t>(p, stream));
+void skinny_linear(const SkinnyLinearParams& p, cudaStream_t stream) {
+    SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }
 
 }  // namespace speculative_mamba::cuda

@@ -114,9 +114,8 @@ void with_activations(const SsdParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-// Activations (x, dt, B, C, z, y) are of the given dtype, whatever the pointers' type says; all else as in params.h.
-void ssd(const SsdParams& p, DType activations, cudaStream_t stream) {
-    SM_DISPATCH_DTYPE(activations, with_activations<scalar_t>(p, stream));
+void ssd(const SsdParams& p, cudaStream_t stream) {
+    SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }
 
 }  // namespace speculative_mamba::cuda

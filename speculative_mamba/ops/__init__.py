@@ -1,4 +1,8 @@
-"""The fused operations of the decode path; each is a function with one implementation per backend."""
+"""The fused operations of the decode path; each is a function with one implementation per backend.
+
+"Activations" are what flows between layers. All of one call have one dtype: float32, or on backends other than ``cpu``
+also bfloat16 or float16. Arithmetic is float32 always.
+"""
 
 from .attention_verify import attention_verify
 from .causal_conv1d_verify import causal_conv1d_verify

@@ -9,7 +9,11 @@ from types import ModuleType
 
 import torch
 
+_REBUILD = "SPECULATIVE_MAMBA_CUDA=on pip install -e ."
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as in csrc/params.h
+
+
+_SOURCE = {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"}  # file of each op
 
 
 @functools.cache
@@ -29,9 +33,56 @@ def extension() -> tuple[ModuleType | None, str]:
     return module, f"C++ kernels, instruction set {module.isa()}"
 
 
+@functools.cache
+def cuda_extension() -> tuple[ModuleType | None, str]:
+    """The compiled CUDA kernels, or None, and the reason."""
+    if not torch.cuda.is_available():
+        return None, "torch sees no CUDA device"
+    try:
+        module = importlib.import_module("speculative_mamba._C_cuda")
+    except ImportError as error:
+        first_line = str(error).splitlines()[0]
+        return None, f"speculative_mamba._C_cuda cannot be loaded ({first_line}); with nvcc, build it with: {_REBUILD}"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not runs_on(module.architectures, capability):
+            card = f"{torch.cuda.get_device_name(index)} (sm_{capability[0]}{capability[1]})"
+            return None, f"the CUDA kernels are built for {module.architectures}, not for {card}; {_REBUILD}"
+    return module, f"CUDA kernels for {module.architectures}"
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for architectures such as "80 90 120+PTX" runs on a device.
+
+    Machine code runs on devices of the same major version from its minor version on, PTX on all that are not older.
+    """
+    for built in architectures.split():
+        major, minor = divmod(int(built.removesuffix("+PTX")), 10)
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if built.endswith("+PTX") and (major, minor) <= capability:
+            return True
+    return False
+
+
 def _probe_cpu() -> tuple[bool, str]:
     module, reason = extension()
     return module is not None, reason
+
+
+def _probe_cuda() -> tuple[bool, str]:
+    module, reason = cuda_extension()
+    return module is not None, reason
+
+
+def _probe_triton() -> tuple[bool, str]:
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device"
+    try:
+        version = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return False, f"triton cannot be loaded ({str(error).splitlines()[0]}); install it with: pip install triton"
+    return True, f"Triton {version}"
 
 
 def _probe_reference() -> tuple[bool, str]:
@@ -41,6 +92,8 @@ def _probe_reference() -> tuple[bool, str]:
 # name -> (device types it serves, probe), in the order in which "auto" tries them.
 BACKENDS: dict[str, tuple[tuple[str, ...], Callable[[], tuple[bool, str]]]] = {
     "cpu": (("cpu",), _probe_cpu),
+    "cuda": (("cuda",), _probe_cuda),
+    "triton": (("cuda",), _probe_triton),
     "reference": (("cpu", "cuda"), _probe_reference),
 }
 
@@ -78,6 +131,22 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def run(implementations: dict[str, Callable], backend: str, tensor: torch.Tensor) -> Callable:
-    """The implementation of one op for a tensor's device."""
-    return implementations[resolve(backend, tensor.device.type)]
+def compiled(like: torch.Tensor) -> tuple[ModuleType, int]:
+    """The compiled kernels for a tensor's device, and their last argument: the number of threads, or the stream."""
+    if like.is_cuda:
+        return cuda_extension()[0], torch.cuda.current_stream(like.device).cuda_stream
+    return extension()[0], torch.get_num_threads()
+
+
+@functools.cache
+def _implementation(op: str, backend: str) -> Callable:
+    return getattr(importlib.import_module(f"speculative_mamba.ops.{op}.{_SOURCE[backend]}"), op)
+
+
+def run(op: str, backend: str, first: torch.Tensor, *arguments: object) -> object:
+    """Calls an op's implementation, which takes these arguments, on the first one's device."""
+    implementation = _implementation(op, resolve(backend, first.device.type))
+    if not first.is_cuda:
+        return implementation(first, *arguments)
+    with torch.cuda.device(first.device):
+        return implementation(first, *arguments)

@@ -2,6 +2,7 @@
 
 import torch
 
+from .backend import resolve
 from .filters import Filters
 from .replay import ReplayInputs
 
@@ -26,6 +27,14 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.T
         raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
     if not tensor.is_contiguous() and tensor.stride(-1) != 1 and shape[-1] > 1:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+    if tensor.data_ptr() % tensor.element_size():
+        raise ValueError(f"{name} must lie at a multiple of its {tensor.element_size()} bytes per element; copy it")
+
+
+def check_activations(name: str, x: torch.Tensor, backend: str) -> None:
+    """What flows between layers: float32, bfloat16 or float16; on backend ``cpu`` float32."""
+    allowed = (torch.float32,) if resolve(backend, x.device.type) == "cpu" else WEIGHT_DTYPES
+    check(name, x, x.shape, x, allowed)
 
 
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:

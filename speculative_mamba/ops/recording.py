@@ -81,7 +81,7 @@ def next_stage() -> None:
         recording.next_stage()
 
 
-def new_result(*shape: int) -> torch.Tensor:
-    """An uninitialised float32 tensor for an op's result."""
+def new_result(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised tensor for an op's result, of the device and, unless told otherwise, the dtype of ``like``."""
     recording = getattr(_this_thread, "recording", None)
-    return torch.empty(shape) if recording is None else recording.new_result(shape)
+    return like.new_empty(shape, dtype=dtype) if recording is None else recording.new_result(shape)

@@ -1,28 +1,44 @@
-"""Every op on every backend; the CPU kernels on every instruction set of the machine, the CUDA kernels on the CPU."""
+"""Every op on every backend: the CPU kernels on every instruction set of the machine, the CUDA kernels and Triton's on
+the CPU, and on the GPU if there is one."""
 
-import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from device import on_device
 from shim import CUDA, built_shim
 
+from speculative_mamba.ops import backend as backends
 from speculative_mamba.ops import recording
-from speculative_mamba.ops.backend import extension
 
-MODULE = extension()[0]
+OPS = Path(backends.__file__).parent
+MODULE = backends.extension()[0]
 ISAS = MODULE.available_isas() if MODULE else []
 # Test files of an op that are not named after it.
 OP_OF = {"test_scan_replay": "selective_scan_verify"}
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, which is when a test first runs it
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The compiled kernels, once for each instruction set, and the CUDA kernel of the file's op if it has one."""
+    """The kernels of the file's op: C++ once for each instruction set, CUDA and Triton where it has them."""
     op = OP_OF.get(metafunc.module.__name__, metafunc.module.__name__.removeprefix("test_"))
-    compiled = [*ISAS, *([f"cuda {op}"] if (CUDA / f"{op}.cu").is_file() else [])]
-    for name, params in (("cpu", compiled), ("backend", ["reference", *compiled])):
+    params = list(ISAS)
+    if (CUDA / f"{op}.cu").is_file():
+        params += ["cuda on shim", *_on_gpu("cuda on gpu")]
+    if importlib.util.find_spec("triton") and (OPS / op / "triton.py").is_file():
+        params += _on_gpu("triton on gpu") or ["triton interpreted"]
+    for name, values in (("cpu", ISAS), ("kernels", params), ("backend", ["reference", *params])):
         if name in metafunc.fixturenames:
-            metafunc.parametrize(name, params, indirect=True)
+            metafunc.parametrize(name, values, indirect=True)
+
+
+def _on_gpu(name: str) -> list:
+    return [pytest.param(name, marks=pytest.mark.gpu)] if HAS_GPU else []
 
 
 @pytest.fixture
@@ -34,22 +50,41 @@ def select_isa() -> Iterator[Callable[[str], None]]:
 
 
 @pytest.fixture
-def cpu(request: pytest.FixtureRequest) -> str:
-    """The backend of the compiled kernels: C++ once for each instruction set, CUDA on the CPU."""
-    _, _, op = request.param.partition("cuda ")
-    if op:
-        shim, monkeypatch = built_shim(), request.getfixturevalue("monkeypatch")
-        for module in (importlib.import_module(f"speculative_mamba.ops.{op}.native"), recording):
-            monkeypatch.setattr(module, "extension", lambda: (shim, "CUDA kernels on the CPU"))
-    else:
-        request.getfixturevalue("select_isa")(request.param)
+def cpu(request: pytest.FixtureRequest, select_isa: Callable[[str], None]) -> str:
+    """The backend of the C++ kernels, once for each instruction set."""
+    select_isa(request.param)
     return "cpu"
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend: PyTorch, and the compiled kernels as in ``cpu``."""
-    return "reference" if request.param == "reference" else cpu.__wrapped__(request)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend of the kernels that the parameter names; for tensors on the CPU, whatever it is."""
+    name, _, place = request.param.partition(" on ")
+    if request.param in ISAS:
+        request.getfixturevalue("select_isa")(request.param)
+        yield "cpu"
+        return
+    name = name.split()[0]
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    monkeypatch.setitem(backends.BACKENDS, name, (("cpu",), lambda: (True, "for a test")))
+    if place == "shim":
+        for module in (backends, recording):
+            monkeypatch.setattr(module, "extension", lambda: (built_shim(), "CUDA kernels on the CPU"))
+    if place == "gpu":
+        found = backends._implementation
+        monkeypatch.setattr(backends, "_implementation", lambda op, backend: on_device(found(op, backend), "cuda"))
+    backends.resolve.cache_clear()
+    yield name
+    backends.resolve.cache_clear()
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend: PyTorch, and the kernels as in ``kernels``."""
+    if request.param == "reference":
+        yield "reference"
+    else:
+        yield from kernels.__wrapped__(request)
 
 
 @pytest.fixture

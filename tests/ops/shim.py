@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU: a module with the functions of ``_C`` that runs them through cuda_shim/."""
+"""Builds the CUDA kernels for the CPU: a module like ``_C_cuda`` that runs them through cuda_shim/."""
 
 import functools
 import importlib.util
@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHIM = Path(__file__).parent / "cuda_shim"
+DTYPE = ROOT / "csrc" / "dtype.cpp"
 CUDA = ROOT / "csrc" / "cuda"
 
 
@@ -21,13 +22,13 @@ CUDA = ROOT / "csrc" / "cuda"
 def built_shim() -> ModuleType:
     """The module, built once."""
     folder = Path(tempfile.mkdtemp(prefix="cuda-on-cpu-"))
-    target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     pybind11 = pytest.importorskip("pybind11")
-    # Another namespace: the bindings of the CPU kernels are loaded in the same process.
-    options = ["-Dspeculative_mamba=speculative_mamba_on_shim", "-fvisibility=hidden"]
+    options = ["-fvisibility=hidden"]
     options += [f"-I{include}" for include in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-    compile_on_shim([ROOT / "csrc" / "bindings.cpp", SHIM / "kernels.cpp", *sorted(CUDA.glob("*.cu"))], target, options)
-    spec = importlib.util.spec_from_file_location("_C", target)
+    sources = [ROOT / "csrc" / "bindings_cuda.cpp", SHIM / "kernels.cpp", *sorted(CUDA.glob("*.cu"))]
+    compile_on_shim(sources, target, options)
+    spec = importlib.util.spec_from_file_location("_C_cuda", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     shutil.rmtree(folder)
@@ -67,6 +68,6 @@ def compile_on_shim(sources: list[Path], target: Path, options: list[str]) -> No
         "-Werror",
         "-Wno-unknown-pragmas",
     ]
-    command += ["-shared", "-fPIC", f"-I{SHIM}", f"-I{CUDA}", *options, "-x", "c++", *map(str, sources)]
+    command += ["-shared", "-fPIC", f"-I{SHIM}", f"-I{CUDA}", *options, "-x", "c++", *map(str, [DTYPE, *sources])]
     done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

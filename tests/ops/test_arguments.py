@@ -126,4 +126,4 @@ def test_conv_width(width: int, backend: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_backend(op: str) -> None:
-    refused(op, "unknown backend 'gpu'; choose from: auto, cpu, reference", backend="gpu")
+    refused(op, "unknown backend 'gpu'; choose from: auto, cpu, cuda, triton, reference", backend="gpu")

@@ -125,10 +125,10 @@ def double(inputs: dict) -> dict:
 
 
 @rows
-def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
+def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> None:
     inputs = make(change)
     actual, single, exact = copy(inputs), copy(inputs), double(inputs)
-    y, y_single = run(actual, cpu), run(single, "reference")
+    y, y_single = run(actual, kernels), run(single, "reference")
     exact |= {"write_slot": 0, "scale": inputs["q"].shape[-1] ** -0.5}
     y_exact = reference.attention_verify(*[exact[k] for k in ORDER], None, False)
     assert_accurate(y, y_single, y_exact, what="y")

@@ -72,8 +72,11 @@ def test_a_broken_extension_costs_one_line_and_the_reference_runs(how: str, tmp_
 
 
 def test_a_named_backend_runs_or_raises() -> None:
-    with pytest.raises(ValueError, match="unknown backend 'triton'; choose from: auto, cpu, reference"):
-        backends.resolve("triton", "cpu")
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; choose from: auto, cpu, cuda, triton, reference"):
+        backends.resolve("gpu", "cpu")
+    for name in ("cuda", "triton"):
+        with pytest.raises(ValueError, match=f"backend '{name}' does not run on device 'cpu'; it runs on cuda"):
+            backends.resolve(name, "cpu")
     with pytest.raises(ValueError, match="backend 'cpu' does not run on device 'cuda'; it runs on cpu"):
         backends.resolve("cpu", "cuda")
     with pytest.raises(ValueError, match="no backend for device 'meta'"):
@@ -99,10 +102,10 @@ spec.loader.exec_module(module)
 pair = ctypes.c_float * 2
 x, weight, y, residual = pair(3, 4), pair(1, 2), pair(), pair()
 at = ctypes.addressof
-module.rms_norm(1, 2, 1, at(x), 2, 0, 0, 0, at(weight), 0, 0.0, at(residual), at(y), 1)
+module.rms_norm(0, 1, 2, 1, at(x), 2, 0, 0, 0, at(weight), 0, 0.0, at(residual), at(y), 1)
 print(list(residual), [round(v * 12.5 ** 0.5, 4) for v in y])
 try:
-    module.rms_norm(1, 2, 1, at(x), 2, 0, 0, 0, at(weight), 9, 0.0, at(residual), at(y), 1)
+    module.rms_norm(0, 1, 2, 1, at(x), 2, 0, 0, 0, at(weight), 9, 0.0, at(residual), at(y), 1)
 except ValueError as error:
     print(error)
 """
@@ -121,7 +124,7 @@ def scan_inputs(channels: int = 256) -> list:
     return [x, dt, A, B, C, D, z, bias, torch.randn(1, 3, channels, 16, generator=g), torch.tensor([2]).int()]
 
 
-def test_several_python_threads_at_once(cpu: str) -> None:
+def test_several_python_threads_at_once(kernels: str) -> None:
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 200, generator=g), torch.randn(150, 200, generator=g)
     inputs, norm = scan_inputs(), torch.randn(64, 600, generator=g)
@@ -129,8 +132,8 @@ def test_several_python_threads_at_once(cpu: str) -> None:
 
     def once() -> list[torch.Tensor]:
         mine = [*inputs[:8], inputs[8].clone(), inputs[9]]
-        y = selective_scan_verify(*mine, backend=cpu)
-        return [skinny_linear(x, weight, backend=cpu), y, mine[8], *rms_norm(norm, ones, backend=cpu)]
+        y = selective_scan_verify(*mine, backend=kernels)
+        return [skinny_linear(x, weight, backend=kernels), y, mine[8], *rms_norm(norm, ones, backend=kernels)]
 
     expected, failures = once(), []
 

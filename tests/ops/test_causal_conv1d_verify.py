@@ -107,7 +107,7 @@ def steps(inputs: dict, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @rows
-def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
+def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> None:
     inputs = make(change)
     x, weight, bias, window, start_slot, silu, repeat, block = copy(inputs).values()
     y_single = run(copy(inputs), "reference")
@@ -115,7 +115,7 @@ def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
     y_double = reference.causal_conv1d_verify(
         x.double(), weight.double(), bias, window.double(), start_slot, 0, None, False, silu, repeat, block or 1
     )
-    assert_accurate(run(inputs, cpu), y_single, y_double, what="y")
+    assert_accurate(run(inputs, kernels), y_single, y_double, what="y")
 
 
 @rows

@@ -37,11 +37,11 @@ def make(change: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @table
-def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
+def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> None:
     gate, up = make(change)
     exact = reference.gated_silu(gate.double(), up.double())
     torch.testing.assert_close(exact, F.silu(gate.double()) * up.double())
-    assert_accurate(gated_silu(gate, up, backend=cpu), gated_silu(gate, up, backend="reference"), exact)
+    assert_accurate(gated_silu(gate, up, backend=kernels), gated_silu(gate, up, backend="reference"), exact)
 
 
 @table
@@ -56,9 +56,9 @@ def test_a_row_alone_has_the_same_bits(change: dict, backend: str) -> None:
     assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
 
 
-def test_a_value_has_the_same_bits_wherever_it_lies(cpu: str) -> None:
+def test_a_value_has_the_same_bits_wherever_it_lies(kernels: str) -> None:
     gate, up = (torch.full((3, 37), value) for value in (0.3, 1.7))
-    y = gated_silu(gate, up, backend=cpu)
+    y = gated_silu(gate, up, backend=kernels)
     assert_bitwise_equal(y, y[:1, :1].expand_as(y))
 
 
@@ -90,7 +90,7 @@ def test_no_rows(backend: str) -> None:
         (torch.zeros(4), torch.zeros(4), "gate"),
         (torch.zeros(2, 4), torch.zeros(2, 5), "up"),
         (torch.zeros(2, 4), torch.zeros(2, 4).double(), "up"),
-        (torch.zeros(2, 4).bfloat16(), torch.zeros(2, 4), "gate"),
+        (torch.zeros(2, 4).double(), torch.zeros(2, 4), "gate"),
         (torch.zeros(2, 8)[:, ::2], torch.zeros(2, 4), "gate"),
         (torch.zeros(2, 4), torch.zeros(2, 4, device="meta"), "up"),
     ],

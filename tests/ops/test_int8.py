@@ -117,5 +117,5 @@ def test_the_kernels_of_other_ops_refuse_the_code_of_int8(cpu: str) -> None:
     code = DTYPE_CODE[torch.int8]
     with pytest.raises(ValueError, match="unknown dtype code 3"):
         extension()[0].rms_norm(
-            1, 33, 1, x.data_ptr(), 33, 0, 0, 0, weight.data_ptr(), code, 1e-5, y[0].data_ptr(), y[1].data_ptr(), 1
+            0, 1, 33, 1, x.data_ptr(), 33, 0, 0, 0, weight.data_ptr(), code, 1e-5, y[0].data_ptr(), y[1].data_ptr(), 1
         )

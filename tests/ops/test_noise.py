@@ -72,24 +72,24 @@ def specified(vocabulary: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("vocabulary", [1, 5, 63, 64, 65, 129, 1000])
-def test_the_kernels_draw_the_tokens_of_the_specification(vocabulary: int, cpu: str) -> None:
+def test_the_kernels_draw_the_tokens_of_the_specification(vocabulary: int, kernels: str) -> None:
     keys, positions = keys_and_positions()
     logits, tokens = specified(vocabulary)
     for purpose, expected in zip(Purpose, tokens, strict=True):
-        assert torch.equal(sample_tokens(logits, NATURAL, keys, positions, purpose, backend=cpu), expected)
+        assert torch.equal(sample_tokens(logits, NATURAL, keys, positions, purpose, backend=kernels), expected)
         assert vocabulary == 1 or len(expected.unique()) > min(vocabulary, 50) / 2
 
 
-def test_a_large_vocabulary(cpu: str) -> None:
+def test_a_large_vocabulary(kernels: str) -> None:
     keys, positions = keys_and_positions()
     keys, positions = keys[::8].contiguous(), positions[::8].contiguous()
     for spread in (0.0, 3.0):
         logits = torch.randn(1, 50280, generator=torch.Generator().manual_seed(1)).mul(spread).expand(len(keys), -1)
         expected = sample_tokens(logits, NATURAL, keys, positions, backend="reference")
-        assert torch.equal(sample_tokens(logits, NATURAL, keys, positions, backend=cpu), expected)
+        assert torch.equal(sample_tokens(logits, NATURAL, keys, positions, backend=kernels), expected)
 
 
-def test_the_kernels_exponentials_to_five_digits(cpu: str) -> None:
+def test_the_kernels_exponentials_to_five_digits(kernels: str) -> None:
     """Of two tokens whose odds are those of their numbers, up to 1e-5, the favoured one is drawn."""
     vocabulary, key, position = 517, [2**62 + 3, 7], 2**31 + 1
     numbers = exponentials(vocabulary, key, position, Purpose.DRAFT)
@@ -100,7 +100,7 @@ def test_the_kernels_exponentials_to_five_digits(cpu: str) -> None:
         logits = torch.full((rows, vocabulary), -torch.inf)
         logits[:, 0] = 0
         logits[torch.arange(rows), others] = ((numbers[1:] / numbers[0]).log() + slant).float()
-        assert torch.equal(sample_tokens(logits, NATURAL, keys, positions, Purpose.DRAFT, backend=cpu), expected)
+        assert torch.equal(sample_tokens(logits, NATURAL, keys, positions, Purpose.DRAFT, backend=kernels), expected)
 
 
 def test_the_kernels_uniform_numbers_to_five_digits(backend: str) -> None:
@@ -167,7 +167,7 @@ def test_numbers_of_different_tokens_are_uncorrelated(distance: int) -> None:
     assert abs(correlation) < 5 / 20_000**0.5
 
 
-def test_drawn_tokens_of_neighbouring_rows_and_positions_are_independent(cpu: str) -> None:
+def test_drawn_tokens_of_neighbouring_rows_and_positions_are_independent(kernels: str) -> None:
     """Pairs of tokens of a flat law of four, by chi-square on the sixteen pairs."""
     rows = 16_000
     logits = torch.zeros(1, 4).expand(rows, 4)
@@ -179,9 +179,9 @@ def test_drawn_tokens_of_neighbouring_rows_and_positions_are_independent(cpu: st
         "next seed": (torch.stack([zeros + 1, streams], 1), zeros, Purpose.TOKEN),
         "draft": (base[0], zeros, Purpose.DRAFT),
     }
-    first = sample_tokens(logits, NATURAL, *base, backend=cpu)
+    first = sample_tokens(logits, NATURAL, *base, backend=kernels)
     for name, variant in variants.items():
-        pairs = torch.bincount(first * 4 + sample_tokens(logits, NATURAL, *variant, backend=cpu), minlength=16)
+        pairs = torch.bincount(first * 4 + sample_tokens(logits, NATURAL, *variant, backend=kernels), minlength=16)
         statistic = ((pairs - rows / 16) ** 2 / (rows / 16)).sum().item()
         assert chi_square_tail(statistic, 15) > 1e-6, name
 

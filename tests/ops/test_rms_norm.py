@@ -68,12 +68,12 @@ def row(inputs: dict, m: int) -> dict:
 
 
 @table
-def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
+def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> None:
     inputs = make(change)
     double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     y_double, residual_double = reference.rms_norm(**double, eps=1e-5)
     y_single, residual_single = rms_norm(**inputs, backend="reference")
-    y, residual_out = rms_norm(**inputs, backend=cpu)
+    y, residual_out = rms_norm(**inputs, backend=kernels)
     assert_accurate(y, y_single, y_double, what="y")
     assert_accurate(residual_out, residual_single, residual_double, what="residual")
     if inputs["gate"] is None:

@@ -57,11 +57,11 @@ def steps(inputs: dict, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @rows
-def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
+def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> None:
     inputs = make(change)
     actual, single = copy(inputs), copy(inputs)
     double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    y = run(actual, cpu)
+    y = run(actual, kernels)
     y_single = run(single, "reference")
     y_double = reference.selective_scan_verify(*[{**double, "write_slot": 0}[k] for k in ORDER], None, False)
     tokens = inputs["x"].shape[1]
@@ -104,16 +104,16 @@ def test_a_group_serves_its_channels(b_groups: int | None, c_groups: int | None,
 
 
 @groups
-def test_a_group_is_a_scan_of_its_channels(b_groups: int | None, c_groups: int | None, cpu: str) -> None:
+def test_a_group_is_a_scan_of_its_channels(b_groups: int | None, c_groups: int | None, kernels: str) -> None:
     inputs = make({"channels": 36, "b_groups": b_groups, "c_groups": c_groups})
     alone = copy(inputs)
-    y = run(inputs, cpu)
+    y = run(inputs, kernels)
     for d in range(36):
         channel = {name: alone[name][..., d : d + 1] for name in ("x", "dt", "z", "D", "dt_bias")}
         channel |= {"A": alone["A"][d : d + 1], "states": alone["states"][:, :, d : d + 1].clone()}
         for name, count in (("B", b_groups), ("C", c_groups)):
             channel[name] = alone[name] if count is None else alone[name][:, :, d * count // 36]
-        assert_bitwise_equal(run(alone | channel, cpu), y[..., d : d + 1], f"y of channel {d}")
+        assert_bitwise_equal(run(alone | channel, kernels), y[..., d : d + 1], f"y of channel {d}")
         assert_bitwise_equal(channel["states"], inputs["states"][:, :, d : d + 1], f"slots of channel {d}")
 
 

@@ -66,10 +66,10 @@ def make(change: dict | None = None, seed: int = 0) -> tuple[torch.Tensor, torch
 
 
 @table
-def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
+def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> None:
     x, weight = make(change)
     y_single = skinny_linear(x, weight, backend="reference")
-    assert_accurate(skinny_linear(x, weight, backend=cpu), y_single, reference.skinny_linear(x.double(), weight))
+    assert_accurate(skinny_linear(x, weight, backend=kernels), y_single, reference.skinny_linear(x.double(), weight))
 
 
 @table
@@ -82,21 +82,21 @@ def test_a_row_alone_has_the_same_bits(change: dict, backend: str) -> None:
 
 
 @dtypes
-def test_a_row_is_the_same_for_every_number_of_rows(dtype: torch.dtype, cpu: str) -> None:
+def test_a_row_is_the_same_for_every_number_of_rows(dtype: torch.dtype, kernels: str) -> None:
     x, weight = make({"rows": 64, "in_features": 203, "out_features": 37, "dtype": dtype})
-    whole = skinny_linear(x, weight, backend=cpu)
+    whole = skinny_linear(x, weight, backend=kernels)
     for count in range(1, 65):
-        assert_bitwise_equal(skinny_linear(x[:count], weight, backend=cpu), whole[:count], f"first {count} rows")
-        assert_bitwise_equal(skinny_linear(x[-count:], weight, backend=cpu), whole[-count:], f"last {count} rows")
+        assert_bitwise_equal(skinny_linear(x[:count], weight, backend=kernels), whole[:count], f"first {count} rows")
+        assert_bitwise_equal(skinny_linear(x[-count:], weight, backend=kernels), whole[-count:], f"last {count} rows")
 
 
-def test_a_row_does_not_see_its_neighbours(cpu: str) -> None:
+def test_a_row_does_not_see_its_neighbours(kernels: str) -> None:
     x, weight = make({"rows": 16})
-    expected = skinny_linear(x, weight, backend=cpu)
+    expected = skinny_linear(x, weight, backend=kernels)
     for m in range(16):
         others = torch.full((16, 77), torch.nan)
         others[m] = x[m]
-        y = skinny_linear(others, weight, backend=cpu)
+        y = skinny_linear(others, weight, backend=kernels)
         assert_bitwise_equal(y[m], expected[m], f"row {m} among NaN")
         assert y[torch.arange(16) != m].isnan().all(), "NaN goes in, NaN comes out"
 
@@ -126,21 +126,21 @@ def test_a_nan_weight_reaches_its_output_only(dtype: torch.dtype, backend: str) 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_value_of_a_narrow_dtype_is_read_exactly(dtype: torch.dtype, cpu: str) -> None:
+def test_every_value_of_a_narrow_dtype_is_read_exactly(dtype: torch.dtype, kernels: str) -> None:
     weight = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)[:, None]
     weight = weight[weight[:, 0].isfinite()]  # subnormals and both zeros included
-    y = skinny_linear(torch.ones(1, 1), weight, backend=cpu)
+    y = skinny_linear(torch.ones(1, 1), weight, backend=kernels)
     assert_bitwise_equal(y[0], weight[:, 0].float(), "weights")
 
 
-def test_every_value_of_int8_is_read_exactly(cpu: str) -> None:
+def test_every_value_of_int8_is_read_exactly(kernels: str) -> None:
     """Each of them in each of the sixteen lanes, and in the rest after them."""
     numbers = torch.arange(-128, 128, dtype=torch.int8)
     scale = torch.rand(len(numbers)) + 0.5
     for k in range(17):
         values = torch.zeros(len(numbers), 17, dtype=torch.int8)
         values[:, k] = numbers
-        y = skinny_linear(torch.eye(17), Int8Weight(values, scale), backend=cpu)
+        y = skinny_linear(torch.eye(17), Int8Weight(values, scale), backend=kernels)
         assert_bitwise_equal(y[k], numbers * scale, f"feature {k}")
 
 

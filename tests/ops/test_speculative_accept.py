@@ -79,24 +79,24 @@ def p_value(tokens: torch.Tensor, law: torch.Tensor) -> float:
 
 @every_filter
 @pytest.mark.parametrize("coupled", [False, True])
-def test_the_kernels_decide_as_the_specification(filters: Filters, coupled: bool, cpu: str) -> None:
+def test_the_kernels_decide_as_the_specification(filters: Filters, coupled: bool, kernels: str) -> None:
     arguments = make(filters, rows=30)
     if coupled:
         arguments["drafted"][:, :2] = choices(arguments, "reference")[:, :2]
     for options in ({}, {"laws": None}, {"active": torch.arange(30) % 3 > 0}):
         expected = speculative_accept(**{**arguments, **options}, coupled=coupled, backend="reference")
-        actual = speculative_accept(**{**arguments, **options}, coupled=coupled, backend=cpu)
+        actual = speculative_accept(**{**arguments, **options}, coupled=coupled, backend=kernels)
         assert_bitwise_equal(actual[0], expected[0], "accepted")
         assert_bitwise_equal(actual[1], expected[1], "next token")
     assert len(expected[0].unique()) > 1, "windows of several lengths"
 
 
 @pytest.mark.parametrize("vocabulary", [1, 16, 65, 3001])
-def test_sizes(vocabulary: int, cpu: str) -> None:
+def test_sizes(vocabulary: int, kernels: str) -> None:
     for filters in (NATURAL, Filters(temperature=1.0, top_p=0.99), Filters(temperature=1.0, top_k=1500)):
         arguments = make(filters, rows=10, vocabulary=vocabulary)
         expected = speculative_accept(**arguments, backend="reference")
-        assert all(map(torch.equal, speculative_accept(**arguments, backend=cpu), expected))
+        assert all(map(torch.equal, speculative_accept(**arguments, backend=kernels), expected))
 
 
 @every_filter
@@ -267,13 +267,13 @@ def test_a_shorter_window_decides_the_same(filters: Filters, coupled: bool, back
 
 
 @pytest.mark.parametrize("coupled", [False, True])
-def test_threads_change_nothing(coupled: bool, cpu: str) -> None:
+def test_threads_change_nothing(coupled: bool, kernels: str) -> None:
     for filters in FILTERS.values():
         arguments = make(filters, rows=9, vocabulary=12_011)
         torch.set_num_threads(1)
-        expected = speculative_accept(**arguments, coupled=coupled, backend=cpu)
+        expected = speculative_accept(**arguments, coupled=coupled, backend=kernels)
         torch.set_num_threads(2)
-        again = speculative_accept(**arguments, coupled=coupled, backend=cpu)
+        again = speculative_accept(**arguments, coupled=coupled, backend=kernels)
         assert all(map(torch.equal, again, expected))
 
 
@@ -427,7 +427,7 @@ def test_a_penalty_needs_the_text(backend: str) -> None:
     refused("penalty needs seen", backend, filters=Filters(temperature=1.0, repetition_penalty=1.1), seen=None)
 
 
-def test_a_law_that_another_softmax_rounded_is_no_error(cpu):
+def test_a_law_that_another_softmax_rounded_is_no_error(kernels):
     logits = torch.full((1, 50280), -16.6)
     logits[0, 0] = 0
     q, rows = torch.softmax(logits.double(), -1).float(), 500
@@ -435,7 +435,7 @@ def test_a_law_that_another_softmax_rounded_is_no_error(cpu):
         zeros = torch.zeros(rows, dtype=torch.int64)
         speculative_accept(
             logits.expand(rows, 2, -1), zeros[:, None], q.expand(rows, 1, -1), NATURAL, keys_of(rows, seed), zeros,
-            backend=cpu,
+            backend=kernels,
         )  # fmt: skip
 
 

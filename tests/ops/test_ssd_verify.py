@@ -122,11 +122,11 @@ def steps(inputs: dict, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @rows
-def test_error_is_within_twice_that_of_pytorch(change: dict, cpu: str) -> None:
+def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> None:
     inputs = make(change)
     actual, single = copy(inputs), copy(inputs)
     double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    y = run(actual, cpu)
+    y = run(actual, kernels)
     y_single = run(single, "reference")
     y_double = reference.ssd_verify(*[{**double, "write_slot": 0}[k] for k in ORDER], None, None, False)
     tokens = inputs["x"].shape[1]

@@ -2,11 +2,8 @@
 
 import torch
 
-from .. import backend as backends
-from ..checks import WEIGHT_DTYPES, check, check_contiguous, check_null_columns, check_slots
-from . import native, reference
-
-_IMPLEMENTATIONS = {"cpu": native.attention_verify, "reference": reference.attention_verify}
+from ..backend import run
+from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous, check_null_columns, check_slots
 
 
 def attention_verify(
@@ -29,8 +26,8 @@ def attention_verify(
 
     | argument     | shape        | dtype         | notes |
     |--------------|--------------|---------------|-------|
-    | q            | (B, T, H, P) | float32       | heads contiguous |
-    | k, v         | (B, T, G, P) | float32       | heads contiguous; G divides H, query head h reads head h·G // H |
+    | q            | (B, T, H, P) | activations   | heads contiguous |
+    | k, v         | (B, T, G, P) | as q          | heads contiguous; G divides H, query head h reads head h·G // H |
     | keys, values | (B, G, L, P) | any of three  | **written**; (L, P) contiguous; float32, bfloat16 or float16 |
     | lengths      | (B, S)       | int32         | **written**; contiguous; entries that are slot j's text |
     | start_slot   | (B)          | int32         | slot of the last committed token |
@@ -39,7 +36,7 @@ def attention_verify(
     | scale        | float        |               | of q·k; None: P**-0.5 |
     | null_columns | (B)          | int32, None   | that many leading tokens of a row count as nothing: y is 0 |
     | keep_last    | bool         |               | prefill: only the last length is written, to slot 0 |
-    | returns      | (B, T, H, P) | float32       | |
+    | returns      | (B, T, H, P) | as q          | |
 
     With n = ``lengths[b, start_slot[b]]``, token t is at position n + t: its key and its value become entry n + t, it
     attends to entries 0 … n + t, and ``lengths[b, write_slot + t]`` becomes n + t + 1. Going back to any token is
@@ -65,8 +62,9 @@ def attention_verify(
     kv_heads, capacity, slots = k.shape[2], keys.shape[2], lengths.shape[1]
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(f"the heads of k must divide those of q, got {kv_heads} and {heads}")
+    check_activations("q", q, backend)
     for name, tensor, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads)):
-        check(name, tensor, (batch, tokens, count, dims), q)
+        check(name, tensor, (batch, tokens, count, dims), q, q.dtype)
         if count > 1 and tensor.stride(2) != dims:
             raise ValueError(f"{name} must be contiguous in its last two dimensions, got strides {tensor.stride()}")
     check("keys", keys, (batch, kv_heads, capacity, dims), q, WEIGHT_DTYPES)
@@ -84,11 +82,11 @@ def attention_verify(
     check_null_columns(null_columns, batch, q)
     if q.device.type == "cpu":
         _check_room(tokens, capacity, lengths, start_slot, null_columns)
-    implementation = backends.run(_IMPLEMENTATIONS, backend, q)
     scale = dims**-0.5 if scale is None else scale
-    return implementation(
-        q, k, v, keys, values, lengths, start_slot, write_slot, inv_freq, scale, null_columns, keep_last
-    )
+    return run(
+        "attention_verify", backend,
+        q, k, v, keys, values, lengths, start_slot, write_slot, inv_freq, scale, null_columns, keep_last,
+    )  # fmt: skip
 
 
 def _check_room(

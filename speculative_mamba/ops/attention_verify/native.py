@@ -1,8 +1,8 @@
-"""Binding to csrc/cpu/attention_verify.cpp."""
+"""Binding to csrc/cpu/attention_verify.cpp and csrc/cuda/attention_verify.cu."""
 
 import torch
 
-from ..backend import DTYPE_CODE, address, extension
+from ..backend import DTYPE_CODE, address, compiled
 from ..recording import new_result
 
 
@@ -21,12 +21,13 @@ def attention_verify(
     keep_last: bool,
 ) -> torch.Tensor:
     batch, tokens, heads, dims = q.shape
-    y = new_result(batch, tokens, heads, dims)
-    extension()[0].attention(
-        batch, tokens, heads, k.shape[2], dims, lengths.shape[1], q.data_ptr(), q.stride()[:2], k.data_ptr(),
-        k.stride()[:2], v.data_ptr(), v.stride()[:2], keys.data_ptr(), keys.stride()[:2], values.data_ptr(),
-        values.stride()[:2], DTYPE_CODE[keys.dtype], lengths.data_ptr(), start_slot.data_ptr(), address(null_columns),
-        write_slot, keep_last, address(inv_freq), 0 if inv_freq is None else len(inv_freq), scale, y.data_ptr(),
-        torch.get_num_threads(),
+    y = new_result(q, batch, tokens, heads, dims)
+    kernels, where = compiled(q)
+    kernels.attention(
+        DTYPE_CODE[q.dtype], batch, tokens, heads, k.shape[2], dims, lengths.shape[1], q.data_ptr(), q.stride()[:2],
+        k.data_ptr(), k.stride()[:2], v.data_ptr(), v.stride()[:2], keys.data_ptr(), keys.stride()[:2],
+        values.data_ptr(), values.stride()[:2], DTYPE_CODE[keys.dtype], lengths.data_ptr(), start_slot.data_ptr(),
+        address(null_columns), write_slot, keep_last, address(inv_freq), 0 if inv_freq is None else len(inv_freq),
+        scale, y.data_ptr(), where,
     )  # fmt: skip
     return y

@@ -1,5 +1,5 @@
-"""The specification in PyTorch, in the dtype of q: float32, or float64 to measure the kernels' error. Keys and values
-are rounded to the dtype of the cache.
+"""The specification in PyTorch, in the dtype of q: float32, in which 16 bits are computed too, or float64 to
+measure the kernels' error. Keys and values are rounded to the dtype of the cache.
 
 Token by token and without matrix products, because PyTorch rounds sums by the shapes of their tensors.
 """
@@ -21,6 +21,10 @@ def attention_verify(
     null_columns: torch.Tensor | None,
     keep_last: bool,
 ) -> torch.Tensor:
+    if q.dtype in (torch.bfloat16, torch.float16):
+        wide = q.float(), k.float(), v.float()
+        rest = lengths, start_slot, write_slot, inv_freq, scale, null_columns, keep_last
+        return attention_verify(*wide, keys, values, *rest).to(q.dtype)
     batch, tokens, heads, _ = q.shape
     kv_heads = k.shape[2]
     y = torch.zeros_like(q, memory_format=torch.contiguous_format)

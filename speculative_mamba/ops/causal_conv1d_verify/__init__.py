@@ -2,11 +2,8 @@
 
 import torch
 
-from .. import backend as backends
-from ..checks import MAX_CONV_WIDTH, WEIGHT_DTYPES, check, check_null_columns, check_slots
-from . import native, reference
-
-_IMPLEMENTATIONS = {"cpu": native.causal_conv1d_verify, "reference": reference.causal_conv1d_verify}
+from ..backend import run
+from ..checks import MAX_CONV_WIDTH, WEIGHT_DTYPES, check, check_activations, check_null_columns, check_slots
 
 
 def causal_conv1d_verify(
@@ -28,7 +25,7 @@ def causal_conv1d_verify(
 
     | argument     | shape            | dtype                      | notes |
     |--------------|------------------|----------------------------|-------|
-    | x            | (B, T, D/repeat) | float32                    | channels contiguous |
+    | x            | (B, T, D/repeat) | activations                | channels contiguous |
     | weight       | (D, W)           | float32, bfloat16, float16 | any strides; W from 2 to 8 |
     | bias         | (D)              | float32 or None            | |
     | window       | (B, W-1+S, D)    | float32                    | **written** |
@@ -39,7 +36,7 @@ def causal_conv1d_verify(
     | silu         | bool             |                            | False: the convolution without activation |
     | repeat       | int              |                            | channels of y for each channel of x |
     | block        | int or None      |                            | channels of x that repeat together |
-    | returns      | (B, T, D)        | float32                    | silu(conv(x) + bias) |
+    | returns      | (B, T, D)        | as x                       | silu(conv(x) + bias) |
 
     Row W-1+j of ``window`` holds the input of slot j; rows s+1 … s+W-1 are what precedes the token after slot s. The
     call reads those of ``start_slot``, writes rows W-1+write_slot …, and with ``write_slot`` 0 moves the history it
@@ -65,7 +62,7 @@ def causal_conv1d_verify(
     slots = window.shape[1] - width + 1
     if not 2 <= width <= MAX_CONV_WIDTH:
         raise ValueError(f"weight must have 2 to {MAX_CONV_WIDTH} taps, got {width}")
-    check("x", x, x.shape, x)
+    check_activations("x", x, backend)
     if x.shape[2] % block:
         raise ValueError(f"block {block} times repeat {repeat} does not divide the {channels} channels")
     if weight.shape[0] != channels or weight.dtype not in WEIGHT_DTYPES or weight.device != x.device:
@@ -76,7 +73,7 @@ def causal_conv1d_verify(
     check("window", window, (batch, window.shape[1], channels), x)
     check_slots(x, slots, start_slot, write_slot, keep_last)
     check_null_columns(null_columns, batch, x)
-    implementation = backends.run(_IMPLEMENTATIONS, backend, x)
-    return implementation(
-        x, weight, bias, window, start_slot, write_slot, null_columns, keep_last, silu, repeat, block
+    return run(
+        "causal_conv1d_verify", backend,
+        x, weight, bias, window, start_slot, write_slot, null_columns, keep_last, silu, repeat, block,
     )  # fmt: skip

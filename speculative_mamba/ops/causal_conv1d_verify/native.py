@@ -1,8 +1,8 @@
-"""Binding to csrc/cpu/causal_conv1d_verify.cpp."""
+"""Binding to csrc/cpu/causal_conv1d_verify.cpp and csrc/cuda/causal_conv1d_verify.cu."""
 
 import torch
 
-from ..backend import DTYPE_CODE, address, extension
+from ..backend import DTYPE_CODE, address, compiled
 from ..recording import new_result
 
 
@@ -21,10 +21,11 @@ def causal_conv1d_verify(
 ) -> torch.Tensor:
     batch, tokens, _ = x.shape
     channels, width = weight.shape
-    y = new_result(batch, tokens, channels)
-    extension()[0].causal_conv1d(
-        batch, tokens, channels, width, repeat, block, silu, x.data_ptr(), x.stride()[:2], weight.data_ptr(),
-        weight.stride(), DTYPE_CODE[weight.dtype], address(bias), window.data_ptr(), window.stride()[:2],
-        start_slot.data_ptr(), address(null_columns), write_slot, keep_last, y.data_ptr(), torch.get_num_threads(),
+    y = new_result(x, batch, tokens, channels)
+    kernels, where = compiled(x)
+    kernels.causal_conv1d(
+        DTYPE_CODE[x.dtype], batch, tokens, channels, width, repeat, block, silu, x.data_ptr(), x.stride()[:2],
+        weight.data_ptr(), weight.stride(), DTYPE_CODE[weight.dtype], address(bias), window.data_ptr(),
+        window.stride()[:2], start_slot.data_ptr(), address(null_columns), write_slot, keep_last, y.data_ptr(), where,
     )  # fmt: skip
     return y

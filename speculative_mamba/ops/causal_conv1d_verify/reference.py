@@ -17,6 +17,9 @@ def causal_conv1d_verify(
     repeat: int = 1,
     block: int = 1,
 ) -> torch.Tensor:
+    if x.dtype in (torch.bfloat16, torch.float16):
+        rest = weight, bias, window, start_slot, write_slot, null_columns, keep_last, silu, repeat, block
+        return causal_conv1d_verify(x.float(), *rest).to(x.dtype)
     batch, tokens, _ = x.shape
     channels, width = weight.shape
     x = x.unflatten(2, (-1, 1, block)).expand(-1, -1, -1, repeat, -1).flatten(2)

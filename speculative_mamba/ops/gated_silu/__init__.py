@@ -2,11 +2,8 @@
 
 import torch
 
-from .. import backend as backends
-from ..checks import check
-from . import native, reference
-
-_IMPLEMENTATIONS = {"cpu": native.gated_silu, "reference": reference.gated_silu}
+from ..backend import run
+from ..checks import check, check_activations
 
 
 def gated_silu(gate: torch.Tensor, up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -14,8 +11,8 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor, *, backend: str = "auto") -
 
     | argument | shape  | dtype                                    |
     |----------|--------|------------------------------------------|
-    | gate, up | (M, I) | float32, contiguous in their last dimension |
-    | returns  | (M, I) | float32                                  |
+    | gate, up | (M, I) | activations, contiguous in their last dimension |
+    | returns  | (M, I) | as gate                                  |
 
     Equivalent to ``torch.nn.functional.silu(gate) * up``; a value has the same bits wherever it lies, which PyTorch
     does not promise. No argument is written.
@@ -25,6 +22,6 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor, *, backend: str = "auto") -
     """
     if gate.ndim != 2:
         raise ValueError(f"gate must be a matrix, got shape {tuple(gate.shape)}")
-    check("gate", gate, gate.shape, gate)
-    check("up", up, gate.shape, gate)
-    return backends.run(_IMPLEMENTATIONS, backend, gate)(gate, up)
+    check_activations("gate", gate, backend)
+    check("up", up, gate.shape, gate, gate.dtype)
+    return run("gated_silu", backend, gate, up)

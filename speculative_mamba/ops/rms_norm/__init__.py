@@ -2,11 +2,8 @@
 
 import torch
 
-from .. import backend as backends
-from ..checks import WEIGHT_DTYPES, check, check_contiguous
-from . import native, reference
-
-_IMPLEMENTATIONS = {"cpu": native.rms_norm, "reference": reference.rms_norm}
+from ..backend import run
+from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous
 
 
 def rms_norm(
@@ -24,12 +21,12 @@ def rms_norm(
 
     | argument | shape  | dtype                       |
     |----------|--------|-----------------------------|
-    | x        | (M, D) | float32                     |
+    | x        | (M, D) | activations                 |
     | weight   | (D)    | float32, bfloat16, float16  |
     | residual | (M, D) | float32, contiguous, or None for zero |
-    | gate     | (M, D) | float32, or None; not together with residual |
+    | gate     | (M, D) | as x, or None; not together with residual |
     | groups   | int    | divides D: each of so many equal parts of D has its own mean |
-    | returns  | normed (M, D), what was normalised (M, D) | float32 |
+    | returns  | normed (M, D), what was normalised (M, D) | as x, float32 |
 
     Equivalent to ``r = x + residual; r / sqrt(mean(r²) + eps) * weight, r``, with a gate to the same for
     ``r = x * silu(gate)``: first the gate, then the norm. No argument is written.
@@ -39,7 +36,7 @@ def rms_norm(
     """
     if x.ndim != 2:
         raise ValueError(f"x must be a matrix, got shape {tuple(x.shape)}")
-    check("x", x, x.shape, x)
+    check_activations("x", x, backend)
     check("weight", weight, x.shape[1:], x, WEIGHT_DTYPES)
     if residual is not None:
         check("residual", residual, x.shape, x)
@@ -47,7 +44,7 @@ def rms_norm(
     if gate is not None:
         if residual is not None:
             raise ValueError("gate and residual cannot be given together: a gated norm has no residual")
-        check("gate", gate, x.shape, x)
+        check("gate", gate, x.shape, x, x.dtype)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} features, got {groups}")
-    return backends.run(_IMPLEMENTATIONS, backend, x)(x, weight, residual, gate, groups, eps)
+    return run("rms_norm", backend, x, weight, residual, gate, groups, eps)

@@ -12,6 +12,9 @@ def rms_norm(
     groups: int,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if x.dtype in (torch.bfloat16, torch.float16):
+        y, value = rms_norm(x.float(), weight, residual, None if gate is None else gate.float(), groups, eps)
+        return y.to(x.dtype), value
     value = x.clone(memory_format=torch.contiguous_format) if residual is None else x + residual
     if gate is not None:
         for m in range(len(x)):  # PyTorch rounds SiLU by where a value lies in its tensor

@@ -2,14 +2,11 @@
 
 import torch
 
-from .. import backend as backends
+from ..backend import run
 from ..checks import check, check_active, check_keys, check_seen, check_tokens
 from ..filters import Filters
 from ..law import raise_for
 from ..noise import Purpose
-from . import native, reference
-
-_IMPLEMENTATIONS = {"cpu": native.sample_tokens, "reference": reference.sample_tokens}
 
 
 def sample_tokens(
@@ -56,7 +53,8 @@ def sample_tokens(
     recent = logits.new_empty(batch, 0, dtype=torch.int64) if recent is None else recent
     check_tokens("recent", recent, (batch, recent.shape[-1]), vocabulary, logits)
     check_seen(filters, seen, batch, vocabulary, logits)
-    implementation = backends.run(_IMPLEMENTATIONS, backend, logits)
-    tokens, verdicts = implementation(logits, filters, keys, positions, int(purpose), laws, seen, recent, active)
+    tokens, verdicts = run(
+        "sample_tokens", backend, logits, filters, keys, positions, int(purpose), laws, seen, recent, active
+    )
     raise_for(verdicts, [f"row {row}" for row in range(batch)])
     return tokens

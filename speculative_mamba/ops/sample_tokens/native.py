@@ -1,8 +1,8 @@
-"""Binding to csrc/cpu/sample_tokens.cpp."""
+"""Binding to csrc/cpu/sample_tokens.cpp and csrc/cuda/sample_tokens.cu."""
 
 import torch
 
-from ..backend import address, extension
+from ..backend import address, compiled
 from ..filters import Filters
 
 
@@ -18,10 +18,11 @@ def sample_tokens(
     active: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, vocabulary = logits.shape
-    tokens, verdicts = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.int32)
-    extension()[0].sample_tokens(
+    tokens, verdicts = (logits.new_empty(batch, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    kernels, where = compiled(logits)
+    kernels.sample_tokens(
         batch, vocabulary, logits.data_ptr(), logits.stride(0), filters.values(), address(seen), recent.data_ptr(),
         recent.shape[1], keys.data_ptr(), positions.data_ptr(), purpose, address(active), address(laws),
-        0 if laws is None else laws.stride(0), tokens.data_ptr(), verdicts.data_ptr(), torch.get_num_threads(),
+        0 if laws is None else laws.stride(0), tokens.data_ptr(), verdicts.data_ptr(), where,
     )  # fmt: skip
     return tokens, verdicts

@@ -2,12 +2,17 @@
 
 import torch
 
-from .. import backend as backends
-from ..checks import WEIGHT_DTYPES, check, check_follows, check_inputs, check_null_columns, check_slots
+from ..backend import run
+from ..checks import (
+    WEIGHT_DTYPES,
+    check,
+    check_activations,
+    check_follows,
+    check_inputs,
+    check_null_columns,
+    check_slots,
+)
 from ..replay import ReplayInputs
-from . import native, reference
-
-_IMPLEMENTATIONS = {"cpu": native.selective_scan_verify, "reference": reference.selective_scan_verify}
 
 
 def selective_scan_verify(
@@ -32,18 +37,18 @@ def selective_scan_verify(
 
     | argument     | shape        | dtype         | notes |
     |--------------|--------------|---------------|-------|
-    | x, dt        | (B, T, D)    | float32       | channels contiguous; dt before bias and softplus |
+    | x, dt        | (B, T, D)    | activations   | channels contiguous; dt before bias and softplus |
     | A            | (D, N)       | float32       | negative, contiguous |
-    | B, C         | (B, T, G, N) | float32       | (G, N) contiguous; (B, T, N) means G = 1 |
+    | B, C         | (B, T, G, N) | as x          | (G, N) contiguous; (B, T, N) means G = 1 |
     | D, dt_bias   | (D)          | float32       | |
-    | z            | (B, T, D)    | float32, None | gate: y is multiplied by silu(z) |
+    | z            | (B, T, D)    | as x, None    | gate: y is multiplied by silu(z) |
     | states       | (B, S, D, N) | any of three  | **written**; (D, N) contiguous; float32, bfloat16 or float16 |
     | start_slot   | (B)          | int32         | slot of the last committed state |
     | write_slot   | int          |               | slot of the state after the first token |
     | null_columns | (B)          | int32, None   | that many leading tokens of a row leave its state as it was |
     | keep_last    | bool         |               | prefill: only the last state is written, to slot 0 |
     | inputs       | S slots      | float32, None | **written**; then states is (B, 1, D, N), the one kept state |
-    | returns      | (B, T, D)    | float32       | |
+    | returns      | (B, T, D)    | as x          | |
 
     With Δ = softplus(dt + dt_bias): state ← exp(Δ A) state + Δ x B, y = C·state + D x. The state after token t goes to
     slot ``write_slot + t``, so going back to any token is choosing its slot. A row's start state is read before
@@ -72,8 +77,8 @@ def selective_scan_verify(
         )
     batch, _, channels = x.shape
     state_size, slots = A.shape[1], states.shape[1]
-    check("x", x, x.shape, x)
-    check("dt", dt, x.shape, x)
+    check_activations("x", x, backend)
+    check("dt", dt, x.shape, x, x.dtype)
     check("A", A, (channels, state_size), x)
     _check_groups("B", B, x, state_size)
     _check_groups("C", C, x, state_size)
@@ -81,7 +86,7 @@ def selective_scan_verify(
     check("dt_bias", dt_bias, (channels,), x)
     check("states", states, (batch, slots if inputs is None else 1, channels, state_size), x, WEIGHT_DTYPES)
     if z is not None:
-        check("z", z, x.shape, x)
+        check("z", z, x.shape, x, x.dtype)
     if not A.is_contiguous() or states.stride(2) != state_size:
         raise ValueError("A must be contiguous, and states in its last two dimensions")
     if inputs is not None:
@@ -91,16 +96,16 @@ def selective_scan_verify(
     if inputs is not None:
         check_follows(start_slot, write_slot)
     check_null_columns(null_columns, batch, x)
-    implementation = backends.run(_IMPLEMENTATIONS, backend, x)
-    return implementation(
-        x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, null_columns, keep_last, inputs
+    return run(
+        "selective_scan_verify", backend,
+        x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, null_columns, keep_last, inputs,
     )  # fmt: skip
 
 
 def _check_groups(name: str, tensor: torch.Tensor, x: torch.Tensor, state_size: int) -> None:
     batch, tokens, channels = x.shape
     groups = tensor.shape[2:-1] if tensor.ndim == 4 else ()
-    check(name, tensor, (batch, tokens, *groups, state_size), x)
+    check(name, tensor, (batch, tokens, *groups, state_size), x, x.dtype)
     if groups and (groups[0] == 0 or channels % groups[0]):
         raise ValueError(f"{name} has {groups[0]} groups, which do not divide {channels} channels")
     if groups and groups[0] > 1 and tensor.stride(2) != state_size:

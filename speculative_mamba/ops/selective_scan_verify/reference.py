@@ -1,5 +1,5 @@
-"""The specification in PyTorch, in the dtype of x: float32, or float64 to measure the kernels' error. Every state is
-rounded to the dtype of ``states``.
+"""The specification in PyTorch, in the dtype of x: float32, in which 16 bits are computed too, or float64 to
+measure the kernels' error. Every state is rounded to the dtype of ``states``.
 
 Token by token, because PyTorch rounds softplus, SiLU and sums by where a value lies in its tensor.
 """
@@ -26,6 +26,10 @@ def selective_scan_verify(
     keep_last: bool,
     inputs: ReplayInputs | None = None,
 ) -> torch.Tensor:
+    if x.dtype in (torch.bfloat16, torch.float16):
+        wide_x, dt, B, C, z = (None if part is None else part.float() for part in (x, dt, B, C, z))
+        rest = dt_bias, states, start_slot, write_slot, null_columns, keep_last, inputs
+        return selective_scan_verify(wide_x, dt, A, B, C, D, z, *rest).to(x.dtype)
     batch, tokens, channels = x.shape
 
     def of_channels(groups: torch.Tensor) -> torch.Tensor:

@@ -2,30 +2,33 @@
 
 import torch
 
-from .. import backend as backends
-from ..checks import WEIGHT_DTYPES, check, check_contiguous
+from ..backend import run
+from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous
 from ..int8 import Int8Weight
-from . import native, reference
-
-_IMPLEMENTATIONS = {"cpu": native.skinny_linear, "reference": reference.skinny_linear}
 
 
 def skinny_linear(
-    x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tensor | None = None, *, backend: str = "auto"
+    x: torch.Tensor,
+    weight: torch.Tensor | Int8Weight,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Linear layer for the few rows of a decode step.
 
-    | argument | shape  | dtype                                    |
-    |----------|--------|------------------------------------------|
-    | x        | (M, K) | float32                                  |
-    | weight   | (N, K) | float32, bfloat16, float16, `Int8Weight` |
-    | bias     | (N)    | float32, None                            |
-    | returns  | (M, N) | float32                                  |
+    | argument  | shape  | dtype                                    |
+    |-----------|--------|------------------------------------------|
+    | x         | (M, K) | activations                              |
+    | weight    | (N, K) | float32, bfloat16, float16, `Int8Weight` |
+    | bias      | (N)    | float32, None                            |
+    | out_dtype |        | float32, or None: as x                   |
+    | returns   | (M, N) | out_dtype                                |
 
     Equivalent to ``torch.nn.functional.linear(x, weight.float(), bias)`` with float32 accumulation; for an
     ``Int8Weight``, with ``weight.values``, and the sums times ``weight.scale``: x is not rounded. The bias is added to
-    the finished sum. The weight is used as stored, row-major, with no copy. On backend ``cpu`` row m of the result has
-    the same bits for every M, every neighbour and every number of threads, which ``torch.nn.functional.linear`` does
+    the finished sum. The weight is used as stored, row-major, with no copy. Row m of the result has the same bits
+    for every M, every neighbour and every number of threads, which ``torch.nn.functional.linear`` does
     not promise; this is what makes verifying T tokens in one call equal to T calls of one token.
 
     Any M works; the time grows slowly up to M ≈ 8, while reading the weight dominates.
@@ -35,7 +38,7 @@ def skinny_linear(
     """
     if x.ndim != 2 or len(weight.shape) != 2:
         raise ValueError(f"x and weight must be matrices, got shapes {tuple(x.shape)} and {tuple(weight.shape)}")
-    check("x", x, x.shape, x)
+    check_activations("x", x, backend)
     shape = weight.shape[0], x.shape[1]
     if isinstance(weight, Int8Weight):
         check("weight.values", weight.values, shape, x, torch.int8)
@@ -45,4 +48,6 @@ def skinny_linear(
     if bias is not None:
         check("bias", bias, shape[:1], x)
         check_contiguous("bias", bias)
-    return backends.run(_IMPLEMENTATIONS, backend, x)(x, weight, bias)
+    if out_dtype not in (None, x.dtype, torch.float32):
+        raise ValueError(f"out_dtype must be torch.float32 or that of x, {x.dtype}, got {out_dtype}")
+    return run("skinny_linear", backend, x, weight, bias, out_dtype or x.dtype)

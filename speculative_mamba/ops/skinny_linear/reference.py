@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from ..int8 import Int8Weight
 
 
-def skinny_linear(x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def skinny_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | Int8Weight,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return skinny_linear(x.float(), weight, bias).to(out_dtype or x.dtype)
     if bias is not None:
         return skinny_linear(x, weight) + bias.to(x.dtype)
     if isinstance(weight, Int8Weight):

@@ -2,13 +2,10 @@
 
 import torch
 
-from .. import backend as backends
+from ..backend import run
 from ..checks import check, check_active, check_keys, check_seen, check_tokens
 from ..filters import Filters
 from ..law import raise_for
-from . import native, reference
-
-_IMPLEMENTATIONS = {"cpu": native.speculative_accept, "reference": reference.speculative_accept}
 
 
 def speculative_accept(
@@ -59,9 +56,8 @@ def speculative_accept(
     if laws is not None:
         check("laws", laws, (batch, tokens - 1, vocabulary), logits)
     check_seen(filters, seen, batch, vocabulary, logits)
-    implementation = backends.run(_IMPLEMENTATIONS, backend, logits)
-    accepted, following, verdicts = implementation(
-        logits, drafted, laws, filters, keys, positions, coupled, seen, active
+    accepted, following, verdicts = run(
+        "speculative_accept", backend, logits, drafted, laws, filters, keys, positions, coupled, seen, active
     )
     raise_for(verdicts, [f"row {row}, position {at} of the window" for row, at in enumerate(accepted.tolist())])
     return accepted, following

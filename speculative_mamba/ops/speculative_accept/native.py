@@ -1,8 +1,8 @@
-"""Binding to csrc/cpu/speculative_accept.cpp."""
+"""Binding to csrc/cpu/speculative_accept.cpp and csrc/cuda/speculative_accept.cu."""
 
 import torch
 
-from ..backend import address, extension
+from ..backend import address, compiled
 from ..filters import Filters
 
 
@@ -18,12 +18,12 @@ def speculative_accept(
     active: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, tokens, vocabulary = logits.shape
-    accepted, verdicts = torch.empty(batch, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
-    following = torch.empty(batch, dtype=torch.int64)
-    extension()[0].speculative_accept(
+    accepted, verdicts = (logits.new_empty(batch, dtype=torch.int32) for _ in range(2))
+    following = logits.new_empty(batch, dtype=torch.int64)
+    kernels, where = compiled(logits)
+    kernels.speculative_accept(
         batch, tokens, vocabulary, logits.data_ptr(), logits.stride()[:2], drafted.data_ptr(), address(laws),
         (0, 0) if laws is None else laws.stride()[:2], filters.values(), coupled, address(seen), keys.data_ptr(),
-        positions.data_ptr(), address(active), accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(),
-        torch.get_num_threads(),
+        positions.data_ptr(), address(active), accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(), where,
     )  # fmt: skip
     return accepted, following, verdicts

@@ -4,10 +4,11 @@ import math
 
 import torch
 
-from .. import backend as backends
+from ..backend import run
 from ..checks import (
     WEIGHT_DTYPES,
     check,
+    check_activations,
     check_contiguous,
     check_follows,
     check_inputs,
@@ -15,9 +16,6 @@ from ..checks import (
     check_slots,
 )
 from ..replay import ReplayInputs
-from . import native, reference
-
-_IMPLEMENTATIONS = {"cpu": native.ssd_verify, "reference": reference.ssd_verify}
 
 
 def ssd_verify(
@@ -43,12 +41,12 @@ def ssd_verify(
 
     | argument     | shape           | dtype         | notes |
     |--------------|-----------------|---------------|-------|
-    | x            | (B, T, X, P)    | float32       | (X, P) contiguous; X divides H |
-    | dt           | (B, T, H)       | float32       | heads contiguous; before bias, softplus and limits |
+    | x            | (B, T, X, P)    | activations   | (X, P) contiguous; X divides H |
+    | dt           | (B, T, H)       | as x          | heads contiguous; before bias, softplus and limits |
     | A, dt_bias   | (H)             | float32       | A negative |
-    | B, C         | (B, T, G, N)    | float32       | (G, N) contiguous; G divides H and may differ between the two |
+    | B, C         | (B, T, G, N)    | as x          | (G, N) contiguous; G divides H and may differ between the two |
     | D            | (H) or (H, P)   | float32       | contiguous |
-    | z            | (B, T, H, P)    | float32, None | gate: y is multiplied by silu(z); (H, P) contiguous |
+    | z            | (B, T, H, P)    | as x, None    | gate: y is multiplied by silu(z); (H, P) contiguous |
     | states       | (B, S, H, P, N) | any of three  | **written**; (H, P, N) contiguous; float32, bfloat16 or float16 |
     | start_slot   | (B)             | int32         | slot of the last committed state |
     | write_slot   | int             |               | slot of the state after the first token |
@@ -56,7 +54,7 @@ def ssd_verify(
     | inputs       | ReplayInputs    | None          | **written**; with it states has one slot, see ``ReplayInputs`` |
     | null_columns | (B)             | int32, None   | that many leading tokens of a row leave its state as it was |
     | keep_last    | bool            |               | prefill: only the last state is written, to slot 0 |
-    | returns      | (B, T, H, P)    | float32       | |
+    | returns      | (B, T, H, P)    | as x          | |
 
     With Δ = softplus(dt + dt_bias), clamped to ``dt_limit``: state[p] ← exp(Δ A) state[p] + (Δ x[p]) B and
     y[p] = C·state[p] + D x[p], for every head; a token whose Δ is 0 leaves the state as it was. Head h uses head
@@ -80,11 +78,11 @@ def ssd_verify(
         raise ValueError(f"x needs 4 dimensions, dt 3, B 4, C 4, states 5, got {shapes}")
     batch, tokens, x_heads, head_size = x.shape
     heads, state_size = dt.shape[2], B.shape[3]
-    check("x", x, x.shape, x)
-    check("dt", dt, (batch, tokens, heads), x)
+    check_activations("x", x, backend)
+    check("dt", dt, (batch, tokens, heads), x, x.dtype)
     check("A", A, (heads,), x)
-    check("B", B, (batch, tokens, B.shape[2], state_size), x)
-    check("C", C, (batch, tokens, C.shape[2], state_size), x)
+    check("B", B, (batch, tokens, B.shape[2], state_size), x, x.dtype)
+    check("C", C, (batch, tokens, C.shape[2], state_size), x, x.dtype)
     check("D", D, (heads, head_size) if D.ndim == 2 else (heads,), x)
     check_contiguous("D", D)
     check("dt_bias", dt_bias, (heads,), x)
@@ -94,7 +92,7 @@ def ssd_verify(
     if inputs is not None:
         slots = check_inputs(inputs, {"x": x.shape[2:], "dt": (heads,), "B": B.shape[2:]}, x)
     if z is not None:
-        check("z", z, (batch, tokens, heads, head_size), x)
+        check("z", z, (batch, tokens, heads, head_size), x, x.dtype)
         _check_packed("z", z, 2)
     for name, tensor, dims in (("x", x, 2), ("B", B, 2), ("C", C, 2), ("states", states, 3)):
         _check_packed(name, tensor, dims)
@@ -107,9 +105,10 @@ def ssd_verify(
     if inputs is not None:
         check_follows(start_slot, write_slot)
     check_null_columns(null_columns, batch, x)
-    return backends.run(_IMPLEMENTATIONS, backend, x)(
-        x, dt, A, B, C, D, dt_bias, states, start_slot, write_slot, z, dt_limit, inputs, null_columns, keep_last
-    )
+    return run(
+        "ssd_verify", backend,
+        x, dt, A, B, C, D, dt_bias, states, start_slot, write_slot, z, dt_limit, inputs, null_columns, keep_last,
+    )  # fmt: skip
 
 
 def _check_packed(name: str, tensor: torch.Tensor, dims: int) -> None:

@@ -1,5 +1,5 @@
-"""The specification in PyTorch, in the dtype of x: float32, or float64 to measure the kernels' error. Every state is
-rounded to the dtype of ``states``.
+"""The specification in PyTorch, in the dtype of x: float32, in which 16 bits are computed too, or float64 to
+measure the kernels' error. Every state is rounded to the dtype of ``states``.
 
 Token by token, because PyTorch rounds softplus, SiLU and sums by where a value lies in its tensor.
 """
@@ -27,6 +27,10 @@ def ssd_verify(
     null_columns: torch.Tensor | None,
     keep_last: bool,
 ) -> torch.Tensor:
+    if x.dtype in (torch.bfloat16, torch.float16):
+        wide_x, dt, B, C, z = (None if part is None else part.float() for part in (x, dt, B, C, z))
+        rest = dt_limit, inputs, null_columns, keep_last
+        return ssd_verify(wide_x, dt, A, B, C, D, dt_bias, states, start_slot, write_slot, z, *rest).to(x.dtype)
     batch, tokens, heads = dt.shape
     skip = D if D.ndim == 2 else D[:, None]
     y = x.new_empty(batch, tokens, heads, x.shape[3])

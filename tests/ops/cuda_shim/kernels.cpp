@@ -1,21 +1,11 @@
 // The table of kernels that the bindings call, filled with CUDA kernels that run on the CPU. Before each, the memory
 // that its arguments describe is announced, row by row: whatever lies between is out of bounds.
-#include "../../../csrc/cpu/kernels.h"
+#include "../../../csrc/cuda/kernels.h"
 
 #include "../../../csrc/dtype.h"
 #include "cuda_runtime.h"
 
 namespace speculative_mamba {
-
-namespace cuda {
-void causal_conv1d(const CausalConv1dParams&, DType activations, cudaStream_t);
-void gated_silu(const GatedSiluParams&, DType activations, cudaStream_t);
-void rms_norm(const RmsNormParams&, DType activations, cudaStream_t);
-void selective_scan(const SelectiveScanParams&, DType activations, cudaStream_t);
-void skinny_linear(const SkinnyLinearParams&, DType activations, cudaStream_t);
-void ssd(const SsdParams&, DType activations, cudaStream_t);
-}  // namespace cuda
-
 namespace {
 
 int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2; }
@@ -35,6 +25,17 @@ void announce(const void* base, int64_t rows, int64_t row_stride, int64_t column
 
 void announce(const void* base, int64_t size, bool writable = false) { announce(base, 1, 0, 1, 0, size, writable); }
 
+template <typename Params>
+void announce_activations(const Params& p, const void* base, int64_t rows, int64_t row_stride, int64_t columns,
+                          int64_t column_stride, int64_t size) {
+    announce(base, rows, row_stride, columns, column_stride, size, false, bytes_of(p.activations));
+}
+
+template <typename Params>
+void announce_result(const Params& p, int64_t size) {
+    announce(p.y, 1, 0, 1, 0, size, true, bytes_of(p.activations));
+}
+
 // Of each row the slot it starts from, and those it may write.
 template <typename Params>
 void announce_states(const Params& p, int64_t size) {
@@ -51,15 +52,15 @@ void announce_states(const Params& p, int64_t size) {
     }
 }
 
-void causal_conv1d(const CausalConv1dParams& p, int) {
+void causal_conv1d(const CausalConv1dParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
-    announce(p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, p.channels / p.repeat);
+    announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, p.channels / p.repeat);
     const int64_t element = bytes_of(p.weight_dtype);
     announce(p.weight, p.channels, p.weight_channel_stride, p.width, p.weight_tap_stride, 1, false, element);
     announce(p.bias, p.channels);
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
-    announce(p.y, p.batch * p.tokens * p.channels, true);
+    announce_result(p, p.batch * p.tokens * p.channels);
     const int64_t history = p.width - 1;
     for (int64_t row = 0; row < p.batch; row++) {
         float* window = p.window + row * p.window_batch_stride;
@@ -71,53 +72,53 @@ void causal_conv1d(const CausalConv1dParams& p, int) {
         if (!p.keep_last && p.write_slot == 0) rows(0, history, true);
         if (!p.keep_last) rows(history + p.write_slot, p.tokens, true);
     }
-    cuda::causal_conv1d(p, DType::float32, nullptr);
+    cuda::causal_conv1d(p, stream);
 }
 
-void gated_silu(const GatedSiluParams& p, int) {
+void gated_silu(const GatedSiluParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
-    announce(p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
-    announce(p.up, p.rows, p.up_row_stride, 1, 0, p.features);
-    announce(p.y, p.rows * p.features, true);
-    cuda::gated_silu(p, DType::float32, nullptr);
+    announce_activations(p, p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
+    announce_activations(p, p.up, p.rows, p.up_row_stride, 1, 0, p.features);
+    announce_result(p, p.rows * p.features);
+    cuda::gated_silu(p, stream);
 }
 
-void rms_norm(const RmsNormParams& p, int) {
+void rms_norm(const RmsNormParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
-    announce(p.x, p.rows, p.x_row_stride, 1, 0, p.features);
-    announce(p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
+    announce_activations(p, p.x, p.rows, p.x_row_stride, 1, 0, p.features);
+    announce_activations(p, p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
     announce(p.residual, p.rows * p.features);
     announce(p.weight, 1, 0, 1, 0, p.features, false, bytes_of(p.weight_dtype));
     announce(p.residual_out, p.rows * p.features, true);
-    announce(p.y, p.rows * p.features, true);
-    cuda::rms_norm(p, DType::float32, nullptr);
+    announce_result(p, p.rows * p.features);
+    cuda::rms_norm(p, stream);
 }
 
-void skinny_linear(const SkinnyLinearParams& p, int) {
+void skinny_linear(const SkinnyLinearParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
-    announce(p.x, p.rows, p.x_row_stride, 1, 0, p.in_features);
+    announce_activations(p, p.x, p.rows, p.x_row_stride, 1, 0, p.in_features);
     const int64_t element = bytes_of(p.weight_dtype);
     announce(p.weight, p.out_features, p.weight_row_stride, 1, 0, p.in_features, false, element);
     announce(p.weight_scale, p.out_features);
     announce(p.bias, p.out_features);
-    announce(p.y, p.rows * p.out_features, true);
-    cuda::skinny_linear(p, DType::float32, nullptr);
+    announce(p.y, 1, 0, 1, 0, p.rows * p.out_features, true, bytes_of(p.y_dtype));
+    cuda::skinny_linear(p, stream);
 }
 
-void selective_scan(const SelectiveScanParams& p, int) {
+void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     for (const auto& [base, row, token] :
          {std::tuple(p.x, p.x_batch_stride, p.x_token_stride), std::tuple(p.dt, p.dt_batch_stride, p.dt_token_stride),
           std::tuple(p.z, p.z_batch_stride, p.z_token_stride)})
-        announce(base, p.batch, row, p.tokens, token, p.channels);
-    announce(p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, p.b_groups * p.state_size);
-    announce(p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
+        announce_activations(p, base, p.batch, row, p.tokens, token, p.channels);
+    announce_activations(p, p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, p.b_groups * p.state_size);
+    announce_activations(p, p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
     announce(p.A, p.channels * p.state_size);
     announce(p.D, p.channels);
     announce(p.dt_bias, p.channels);
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
-    announce(p.y, p.batch * p.tokens * p.channels, true);
+    announce_result(p, p.batch * p.tokens * p.channels);
     announce_states(p, p.channels * p.state_size);
     if (p.input_dt) {
         const int64_t rows = p.batch * p.input_slots;
@@ -125,24 +126,24 @@ void selective_scan(const SelectiveScanParams& p, int) {
         announce(p.input_dt, rows * p.channels, true);
         announce(p.input_B, rows * p.b_groups * p.state_size, true);
     }
-    cuda::selective_scan(p, DType::float32, nullptr);
+    cuda::selective_scan(p, stream);
 }
 
-void ssd(const SsdParams& p, int) {
+void ssd(const SsdParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     const int64_t channels = p.heads * p.head_size, x_size = p.x_heads * p.head_size,
                   b_size = p.b_groups * p.state_size;
-    announce(p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, x_size);
-    announce(p.dt, p.batch, p.dt_batch_stride, p.tokens, p.dt_token_stride, p.heads);
-    announce(p.z, p.batch, p.z_batch_stride, p.tokens, p.z_token_stride, channels);
-    announce(p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, b_size);
-    announce(p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
+    announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, x_size);
+    announce_activations(p, p.dt, p.batch, p.dt_batch_stride, p.tokens, p.dt_token_stride, p.heads);
+    announce_activations(p, p.z, p.batch, p.z_batch_stride, p.tokens, p.z_token_stride, channels);
+    announce_activations(p, p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, b_size);
+    announce_activations(p, p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
     announce(p.A, p.heads);
     announce(p.D, p.d_per_channel ? channels : p.heads);
     announce(p.dt_bias, p.heads);
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
-    announce(p.y, p.batch * p.tokens * channels, true);
+    announce_result(p, p.batch * p.tokens * channels);
     announce_states(p, channels * p.state_size);
     if (p.input_dt) {
         const int64_t rows = p.batch * p.input_slots;
@@ -150,7 +151,7 @@ void ssd(const SsdParams& p, int) {
         announce(p.input_dt, rows * p.heads, true);
         announce(p.input_b, rows * b_size, true);
     }
-    cuda::ssd(p, DType::float32, nullptr);
+    cuda::ssd(p, stream);
 }
 
 }  // namespace
@@ -158,7 +159,7 @@ void ssd(const SsdParams& p, int) {
 const Kernels& kernels() {
     static const Kernels table = [] {
         Kernels made{};
-        made.isa = "cuda";
+        made.name = "none";
         made.causal_conv1d = causal_conv1d;
         made.gated_silu = gated_silu;
         made.rms_norm = rms_norm;
@@ -168,12 +169,6 @@ const Kernels& kernels() {
         return made;
     }();
     return table;
-}
-
-std::vector<std::string> available_isas() { return {"cuda"}; }
-void select_isa(const std::string&) {}
-void throw_unknown_dtype(DType dtype) {
-    throw std::invalid_argument("unknown dtype code " + std::to_string(static_cast<int>(dtype)));
 }
 
 }  // namespace speculative_mamba

@@ -3,8 +3,6 @@
 
 namespace speculative_mamba {
 
-void throw_unknown_dtype(DType) { throw std::invalid_argument("dtype"); }
-
 namespace cuda {
 namespace {
 

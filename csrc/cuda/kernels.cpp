@@ -1,0 +1,14 @@
+// The table of CUDA kernels.
+#include "kernels.h"
+
+namespace speculative_mamba {
+
+const Kernels& kernels() {
+    static const Kernels table = {
+        SM_CUDA_ARCHITECTURES, cuda::attention, cuda::causal_conv1d, cuda::selective_scan, cuda::ssd,
+        cuda::skinny_linear,   cuda::rms_norm,  cuda::gated_silu,    cuda::sample_tokens,  cuda::speculative_accept,
+    };
+    return table;
+}
+
+}  // namespace speculative_mamba
