@@ -70,8 +70,10 @@ def row_sums(values):
     return tl.reshape(values, (values.shape[0],))
 
 
-def launch(kernel: triton.JITFunction, programs: int, like: torch.Tensor, warps: int, **arguments: object) -> None:
+def launch(
+    kernel: triton.JITFunction, programs: int, like: torch.Tensor, warps: int, stages: int = 1, **arguments: object
+) -> None:
     """Runs a kernel on the device of ``like``."""
     if programs:
         with torch.cuda.device_of(like):
-            kernel[(programs,)](**arguments, num_warps=warps, num_stages=1, enable_fp_fusion=False)
+            kernel[(programs,)](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
