@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from device import on_device
+from interpreter import repair
 from shim import CUDA, built_shim
 
 from speculative_mamba.ops import backend as backends
@@ -70,6 +71,8 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     if place == "shim":
         for module in (backends, recording):
             monkeypatch.setattr(module, "extension", lambda: (built_shim(), "CUDA kernels on the CPU"))
+    if "interpreted" in request.param:
+        repair(monkeypatch)
     if place == "gpu":
         found = backends._implementation
         monkeypatch.setattr(backends, "_implementation", lambda op, backend: on_device(found(op, backend), "cuda"))
