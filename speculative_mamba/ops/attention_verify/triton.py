@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_math import exp, launch, narrow, row_sums, widen
+from ..triton_math import exp, lane_sums, launch, narrow, row_sums, widen
 from ..triton_rotary import rotated
 
 QUERIES = 16  # in a tile
-ENTRIES = 64  # in a block
+ENTRIES = 32  # in a block
+PART = 16  # dimensions that are multiplied at a time
 VARIES = ["tokens", "write_slot", "keep_last"]
 
 
@@ -53,50 +54,53 @@ def _write(
 @triton.jit(do_not_specialize=VARIES)
 def _attend(
     q, keys, values, lengths, start_slot, null_columns, inv_freq, y, tokens, heads, kv_heads, dims, slots, pairs, scale,
-    QUERIES: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    PART: tl.constexpr = BLOCK // PARTS
     group = heads // kv_heads
     tiles = tl.cdiv(tokens * group, QUERIES)
     b = (tl.program_id(0) // (tiles * kv_heads)).to(tl.int64)
     kv_head = tl.program_id(0) // tiles % kv_heads
-    i = tl.program_id(0) % tiles * QUERIES + tl.arange(0, QUERIES)
-    t, head = i // group, kv_head * group + i % group
-    d = tl.arange(0, BLOCK)
+    i = tl.program_id(0) % tiles * QUERIES
+    t, head = (i + tl.arange(0, QUERIES)) // group, kv_head * group + (i + tl.arange(0, QUERIES)) % group
     start, nulls = _window(lengths, start_slot, null_columns, b, tokens, slots)
-    exists = (t < tokens)[:, None] & (d < dims)[None, :]
-    attends = exists & (t >= nulls)[:, None]
-    at = q[0] + b * q[1] + t.to(tl.int64) * q[2] + head * dims
-    query = rotated(at, attends, start + t - nulls, inv_freq, pairs, BLOCK) * scale
-
-    keys = keys[0] + b * keys[1] + kv_head.to(tl.int64) * keys[2]
-    values = values[0] + b * values[1] + kv_head.to(tl.int64) * values[2]
-    first = tl.maximum(tl.program_id(0) % tiles * QUERIES // group, nulls)
-    last = tl.minimum(tl.cdiv((tl.program_id(0) % tiles + 1) * QUERIES, group), tokens)  # tokens of the tile
     begin = start - nulls  # token t is at position begin + t
+    first, last = tl.maximum(i // group, nulls), tl.minimum(tl.cdiv(i + QUERIES, group), tokens)  # tokens of the tile
+    attends = (t >= nulls) & (t < tokens)
+
+    d = tl.arange(0, BLOCK)
+    at = q[0] + b * q[1] + t.to(tl.int64) * q[2] + head * dims
+    query = rotated(at, attends[:, None] & (d < dims)[None, :], begin + t, inv_freq, pairs, BLOCK) * scale
+    # Dimensions are multiplied in parts, as one multiplication of all would need too many registers.
+    query = tl.permute(tl.reshape(query, (QUERIES, PARTS, PART)), (1, 0, 2))
+    d = tl.reshape(d, (PARTS, PART))[:, None, :]
+    keys = keys[0] + b * keys[1] + kv_head.to(tl.int64) * keys[2] + d
+    values = values[0] + b * values[1] + kv_head.to(tl.int64) * values[2] + d
     greatest = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
-    sums = tl.zeros((QUERIES, BLOCK), tl.float32)
+    sums = tl.zeros((PARTS, QUERIES, PART), tl.float32)
     for block in range(0, tl.where(first < last, begin + last, 0), ENTRIES):
         whole = block + ENTRIES <= begin + first + 1
         for token in range(first, tl.where(whole, first + 1, last)):
             entry = block + tl.arange(0, ENTRIES)
             seen = entry <= begin + token
-            at = entry.to(tl.int64)[:, None] * dims + d[None, :]
-            there = seen[:, None] & (d < dims)[None, :]
-            key, value = tl.load(keys + at, mask=there, other=0.0), tl.load(values + at, mask=there, other=0.0)
-            scores = tl.dot(query, tl.trans(widen(key)), input_precision="ieee")
+            place = entry.to(tl.int64)[None, :, None] * dims
+            there = seen[None, :, None] & (d < dims)
+            key = widen(tl.load(keys + place, mask=there, other=0.0))
+            value = widen(tl.load(values + place, mask=there, other=0.0))
+            scores = lane_sums(tl.dot(query, tl.permute(key, (0, 2, 1)), input_precision="ieee"))
             scores = tl.where(seen[None, :], scores, -float("inf"))
             most = tl.maximum(greatest, tl.max(scores, 1))
             weights = exp(scores - most[:, None])
             rescale = exp(greatest - most)
-            added = tl.dot(weights, widen(value), input_precision="ieee")
-            turn = whole | (t == token)
+            added = tl.dot(tl.broadcast_to(weights[None], (PARTS, QUERIES, ENTRIES)), value, input_precision="ieee")
+            turn = attends & (whole | (t == token))
             total = tl.where(turn, tl.fma(total, rescale, row_sums(weights)), total)
-            sums = tl.where(turn[:, None], tl.fma(sums, rescale[:, None], added), sums)
+            sums = tl.where(turn[None, :, None], tl.fma(sums, rescale[None, :, None], added), sums)
             greatest = tl.where(turn, most, greatest)
-    result = tl.where(attends, tl.div_rn(sums, total[:, None]), 0.0)
-    at = y + ((b * tokens + t) * heads + head)[:, None] * dims + d[None, :]
-    tl.store(at, narrow(result, y.dtype.element_ty), mask=exists)
+    total = tl.where(attends, total, 1.0)[None, :, None]
+    at = y + ((b * tokens + t) * heads + head)[None, :, None] * dims + d
+    tl.store(at, narrow(tl.div_rn(sums, total), y.dtype.element_ty), mask=(t < tokens)[None, :, None] & (d < dims))
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -129,8 +133,9 @@ def attention_verify(
     kv_heads = k.shape[2]
     window = {"lengths": lengths, "start_slot": start_slot, "null_columns": null_columns, "tokens": tokens,
               "slots": lengths.shape[1]}  # fmt: skip
+    block = max(PART, triton.next_power_of_2(dims))
     sizes = {"inv_freq": inv_freq, "pairs": 0 if inv_freq is None else len(inv_freq), "kv_heads": kv_heads,
-             "dims": dims, "QUERIES": QUERIES, "BLOCK": max(16, triton.next_power_of_2(dims))}  # fmt: skip
+             "dims": dims, "QUERIES": QUERIES, "BLOCK": block}  # fmt: skip
     q, k, v, keys, values = ((tensor, tensor.stride(0), tensor.stride(1)) for tensor in (q, k, v, keys, values))
     y = torch.empty(batch, tokens, heads, dims, dtype=q[0].dtype, device=lengths.device)
     launch(
@@ -138,8 +143,9 @@ def attention_verify(
         **window, **sizes,
     )  # fmt: skip
     launch(
-        _attend, batch * kv_heads * triton.cdiv(tokens * heads // kv_heads, QUERIES), lengths, 4, q=q, keys=keys,
-        values=values, y=y, heads=heads, scale=scale, ENTRIES=ENTRIES, **window, **sizes,
+        _attend, batch * kv_heads * triton.cdiv(tokens * heads // kv_heads, QUERIES), lengths,
+        min(max(block // PART, 4), 8), q=q, keys=keys, values=values, y=y, heads=heads, scale=scale, ENTRIES=ENTRIES,
+        PARTS=block // PART, **window, **sizes,
     )  # fmt: skip
     launch(_advance, batch, lengths, 1, **window, write_slot=write_slot, keep_last=keep_last)
     return y

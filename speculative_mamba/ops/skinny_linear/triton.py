@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..int8 import Int8Weight
-from ..triton_math import launch, narrow, row_sums, widen
+from ..triton_math import lane_sums, launch, narrow, widen
 
 ROWS = 16  # of x
 OUTPUTS = 16  # rows of W: a layer of 2560 outputs has 160 programs at batch 1
@@ -40,7 +40,7 @@ def _multiply(
             sums += tl.dot(a, b.to(a.dtype))
         else:
             sums += tl.dot(widen(a), widen(b), input_precision="ieee")
-    sums = tl.reshape(row_sums(tl.reshape(tl.permute(sums, (1, 2, 0)), (ROWS * OUTPUTS, LANES))), (ROWS, OUTPUTS))
+    sums = lane_sums(sums)
     if scale is not None:
         sums *= tl.load(scale + n, mask=n < outputs, other=0)[None, :]
     if bias is not None:
