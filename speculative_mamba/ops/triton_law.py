@@ -18,7 +18,7 @@ BLOCK = tl.constexpr(512)  # entries of a list that a program looks at together
 DIGITS = tl.constexpr(16)  # a key has eight
 EVERY_ID = tl.constexpr(2**31 - 1)
 LATEST = tl.constexpr(2.0**1000)  # every token arrives earlier
-WARPS = 8
+WARPS, REGISTERS = 8, 128
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def law_of(ids, keys, weights, count, least, total, top_k, nucleus, floor):
         if top_k > 0:
             total = _total(ids, keys, weights, count, least, last, 0.0)
         least, last = _fewest(ids, keys, weights, count, nucleus * total)
-    return least, last, (1 / _total(ids, keys, weights, count, least, last, floor)).to(tl.float32)
+    return least, last, tl.div_rn(1.0, _total(ids, keys, weights, count, least, last, floor).to(tl.float32))
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _words(group, seed, stream, position, purpose):
-    return tl.philox(seed, group.to(tl.uint32), position.to(tl.uint32), stream.to(tl.uint32), purpose.to(tl.uint32))
+    return tl.philox(seed, group.to(tl.uint32), position.to(tl.uint32), stream.to(tl.uint32), purpose)
 
 
 @triton.jit

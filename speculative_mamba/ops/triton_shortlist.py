@@ -89,15 +89,15 @@ def _shortlist(
         count = 0
         for start in range(0, groups, GROUPS):
             group = start + tl.arange(0, GROUPS)
-            greatest = tl.load(maxima + group, mask=group < groups, other=0)
-            if tl.max((greatest >= least).to(tl.int32), 0) == 1:
+            key = tl.load(maxima + group, mask=group < groups, other=0)
+            if tl.max((key >= least).to(tl.int32), 0) == 1:
                 token = start * GROUP + tl.arange(0, TILE)
                 x = tl.load(row + token, mask=token < vocabulary, other=-INFINITE)
-                key, weight = key_of(x), weight_of(x, peak, temperature)
-                lists = (token < vocabulary) & (key >= least) & (weight >= lightest)
+                weight = weight_of(x, peak, temperature)
+                lists = (token < vocabulary) & (key_of(x) >= least) & (weight >= lightest)
                 at = count + tl.cumsum(lists.to(tl.int32), 0) - 1
                 tl.store(ids + at, token, mask=lists)
-                tl.store(keys + at, key, mask=lists)
+                tl.store(keys + at, key_of(x), mask=lists)
                 tl.store(weights + at, weight, mask=lists)
                 count += tl.sum(lists.to(tl.int32), 0)
         tl.store(leasts + position, least)

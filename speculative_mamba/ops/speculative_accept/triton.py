@@ -7,7 +7,7 @@ import triton.language as tl
 from ..filters import Filters
 from ..law import ROUNDING as _ROUNDING
 from ..noise import Purpose
-from ..triton_law import BLOCK, INFINITE, LATEST, WARPS, enter_race, kept, key_of, law_of, listed, weight_of
+from ..triton_law import BLOCK, INFINITE, LATEST, REGISTERS, WARPS, enter_race, kept, key_of, law_of, listed, weight_of
 from ..triton_math import launch
 from ..triton_noise import uniform
 from ..triton_shortlist import shortlists, with_strides
@@ -128,7 +128,7 @@ def speculative_accept(
 
     choices, refused = new(torch.int32, batch, tokens), new(torch.int8, batch, tokens)
     launch(
-        _decide, batch * tokens, logits, WARPS, **lists.arguments(), drafted=drafted,
+        _decide, batch * tokens, logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), drafted=drafted,
         laws=None if laws is None else with_strides(laws), noise=keys, positions=positions, choices=choices,
         refused=refused, tokens=tokens, coupled=int(coupled or filters.greedy),
     )  # fmt: skip
