@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .law import SMALLEST as _SMALLEST
-from .triton_math import exp
+from .triton_math import exp, row_sums
 from .triton_noise import bits_of
 
 SMALLEST = tl.constexpr(_SMALLEST)
@@ -60,7 +60,7 @@ def _total(ids, keys, weights, count, least, last, floor):
     for start in range(0, count, BLOCK):
         _, weight = listed(ids, keys, weights, start, count, least, last, floor)
         sums += weight.to(tl.float64)
-    return tl.sum(sums, 0)
+    return tl.sum(row_sums(tl.reshape(sums, (1, BLOCK))), 0)
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def search(keys, weights, count, target):
 
 @triton.jit
 def _fewest(ids, keys, weights, count, target):
-    """(least, last) of the fewest entries that reach ``target``, from the greatest on, of equals the lowest ids first."""
+    """(least, last) of the fewest entries that reach ``target``, the greatest first, of equals the lowest id."""
     least, before, exactly = search(keys, weights, count, target)
     last = tl.full((), EVERY_ID, tl.int32)
     if exactly == 0:
@@ -119,7 +119,7 @@ def law_of(ids, keys, weights, count, least, total, top_k, nucleus, floor):
     top-k only.
     """
     last = tl.full((), EVERY_ID, tl.int32)
-    if (0 < top_k) & (top_k < count):
+    if (top_k > 0) & (top_k < count):
         least, last = _fewest(ids, keys, None, count, top_k.to(tl.float64))
     if nucleus < 1:
         if top_k > 0:

@@ -56,7 +56,7 @@ def sample_tokens(
     lists = shortlists(logits[:, None], filters, seen, recent, recent.shape[1])
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     launch(
-        _sample, len(logits), logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), noise=keys, positions=positions, active=active,
-        laws=None if laws is None else (laws, laws.stride(0)), tokens=tokens, purpose=purpose,
+        _sample, len(logits), logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), noise=keys, positions=positions,
+        active=active, laws=None if laws is None else (laws, laws.stride(0)), tokens=tokens, purpose=purpose,
     )  # fmt: skip
     return tokens, lists.verdicts[:, 0]

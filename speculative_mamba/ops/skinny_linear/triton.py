@@ -37,7 +37,7 @@ def _multiply(
         a = tl.load(x + m[None, :, None] * x_stride + k[:, None, :], mask=of_x, other=0)
         b = tl.load(weight + n[None, None, :] * weight_stride + k[:, :, None], mask=of_weight, other=0)
         if NARROW:
-            sums += tl.dot(a, b.to(a.dtype))
+            sums += tl.dot(a, b if b.dtype == a.dtype else widen(b).to(a.dtype))
         else:
             sums += tl.dot(widen(a), widen(b), input_precision="ieee")
     sums = lane_sums(sums)

@@ -20,10 +20,8 @@ WINDOW = tl.constexpr(32)  # positions that are looked up together
 @triton.jit
 def _residual(token, p, laws, row, drafted):
     """What the target has and the draft, of which a row of ``laws`` is given, lacks: max(p - q, 0)."""
-    if laws is None:
-        q = tl.where(token == drafted, 1.0, 0.0)
-    else:
-        q = tl.load(laws[0] + row + token, mask=p > 0, other=0.0)
+    certain = tl.where(token == drafted, 1.0, 0.0)
+    q = certain if laws is None else tl.load(laws[0] + row + token, mask=p > 0, other=0.0)
     rest = tl.where(p > 0, p - q, 0.0)
     return tl.where(rest < 0, 0.0, rest)
 
