@@ -29,10 +29,11 @@ void submit(void (*Kernels::*kernel)(const Params&, Where), const Params& params
 using Pair = std::pair<int64_t, int64_t>;  // strides of (batch, token), of a cache of entries (batch, head)
 
 void attention(int activations, int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dims,
-               int64_t slots, uintptr_t q, Pair q_strides, uintptr_t k, Pair k_strides, uintptr_t v, Pair v_strides,
-               uintptr_t keys, Pair keys_strides, uintptr_t values, Pair values_strides, int cache_dtype,
-               uintptr_t lengths, uintptr_t start_slot, uintptr_t null_columns, int64_t write_slot, bool keep_last,
-               uintptr_t inv_freq, int64_t pairs, float scale, uintptr_t y, intptr_t where) {
+               int64_t slots, int64_t capacity, uintptr_t q, Pair q_strides, uintptr_t k, Pair k_strides, uintptr_t v,
+               Pair v_strides, uintptr_t keys, Pair keys_strides, uintptr_t values, Pair values_strides,
+               int cache_dtype, uintptr_t lengths, uintptr_t start_slot, uintptr_t null_columns, int64_t write_slot,
+               bool keep_last, uintptr_t inv_freq, int64_t pairs, float scale, uintptr_t y, uintptr_t scratch,
+               int64_t scratch_size, intptr_t where) {
     submit<AttentionParams>(&Kernels::attention,
                             {dtype(activations),
                              batch,
@@ -41,6 +42,7 @@ void attention(int activations, int64_t batch, int64_t tokens, int64_t heads, in
                              kv_heads,
                              dims,
                              slots,
+                             capacity,
                              pointer<float>(q),
                              q_strides.first,
                              q_strides.second,
@@ -65,7 +67,9 @@ void attention(int activations, int64_t batch, int64_t tokens, int64_t heads, in
                              pointer<float>(inv_freq),
                              pairs,
                              scale,
-                             pointer<float>(y)},
+                             pointer<float>(y),
+                             pointer<float>(scratch),
+                             scratch_size},
                             where);
 }
 
@@ -253,14 +257,29 @@ void sample_tokens(int64_t batch, int64_t vocabulary, uintptr_t logits, int64_t 
 void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintptr_t logits, Pair logits_strides,
                         uintptr_t drafted, uintptr_t laws, Pair laws_strides, const FilterValues& values, bool coupled,
                         uintptr_t seen, uintptr_t keys, uintptr_t positions, uintptr_t active, uintptr_t accepted,
-                        uintptr_t next, uintptr_t verdicts, intptr_t where) {
-    submit<SpeculativeAcceptParams>(
-        &Kernels::speculative_accept,
-        {batch, tokens, vocabulary, pointer<float>(logits), logits_strides.first, logits_strides.second,
-         pointer<int64_t>(drafted), pointer<float>(laws), laws_strides.first, laws_strides.second, filters(values),
-         coupled, pointer<bool>(seen), pointer<int64_t>(keys), pointer<int64_t>(positions), pointer<bool>(active),
-         pointer<int32_t>(accepted), pointer<int64_t>(next), pointer<int32_t>(verdicts)},
-        where);
+                        uintptr_t next, uintptr_t verdicts, uintptr_t decisions, intptr_t where) {
+    submit<SpeculativeAcceptParams>(&Kernels::speculative_accept,
+                                    {batch,
+                                     tokens,
+                                     vocabulary,
+                                     pointer<float>(logits),
+                                     logits_strides.first,
+                                     logits_strides.second,
+                                     pointer<int64_t>(drafted),
+                                     pointer<float>(laws),
+                                     laws_strides.first,
+                                     laws_strides.second,
+                                     filters(values),
+                                     coupled,
+                                     pointer<bool>(seen),
+                                     pointer<int64_t>(keys),
+                                     pointer<int64_t>(positions),
+                                     pointer<bool>(active),
+                                     pointer<int32_t>(accepted),
+                                     pointer<int64_t>(next),
+                                     pointer<int32_t>(verdicts),
+                                     pointer<int64_t>(decisions)},
+                                    where);
 }
 
 // The functions of all ops, and Program.

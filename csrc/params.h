@@ -103,9 +103,9 @@ struct SsdParams {
 // Causal grouped-query attention of T tokens per row over a cache of rotated keys and of values, of which a slot holds
 // the length.
 struct AttentionParams {
-    DType activations;                                    // of q, k, v and y
-    int64_t batch, tokens, heads, kv_heads, dims, slots;  // query head h reads kv head h · kv_heads / heads
-    const float* q;                                       // (B, T, H, P), heads contiguous
+    DType activations;                                              // of q, k, v and y
+    int64_t batch, tokens, heads, kv_heads, dims, slots, capacity;  // query head h reads kv head h · kv_heads / heads
+    const float* q;                                                 // (B, T, H, P), heads contiguous
     int64_t q_batch_stride, q_token_stride;
     const float* k;  // (B, T, G, P), heads contiguous
     int64_t k_batch_stride, k_token_stride;
@@ -124,7 +124,9 @@ struct AttentionParams {
     const float* inv_freq;  // (R): radians per position; may be null with R = 0
     int64_t pairs;          // R: dimensions i and i+R are rotated together
     float scale;
-    float* y;  // (B, T, H, P) contiguous
+    float* y;              // (B, T, H, P) contiguous
+    float* scratch;        // (scratch_size): memory of the CUDA kernel, laid out there
+    int64_t scratch_size;  // B·T·H·P + B·min(T, 64)·H·C·(P+2) + B, where C chunks of 256 entries hold L
 };
 
 // y = x Wᵀ + bias for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n] times.
@@ -225,6 +227,7 @@ struct SpeculativeAcceptParams {
     int32_t* accepted;         // (B); the position, where the verdict is not ok
     int64_t* next;             // (B)
     int32_t* verdicts;         // (B)
+    int64_t* decisions;        // (B, K+1): scratch memory of the CUDA kernel
 };
 
 }  // namespace speculative_mamba

@@ -5,12 +5,18 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define SM_EVERYWHERE __host__ __device__
+#else
+#define SM_EVERYWHERE
+#endif
+
 namespace speculative_mamba {
 namespace {
 
 // Replaces L counters, of four words each, by their random words.
 template <int L>
-inline void philox(uint32_t (&words)[4][L], uint64_t key) {
+SM_EVERYWHERE inline void philox(uint32_t (&words)[4][L], uint64_t key) {
     constexpr uint32_t a = 0xD2511F53, b = 0xCD9E8D57;
     uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
     for (int round = 0; round < 10; round++) {
@@ -36,7 +42,7 @@ struct Noise {
     Purpose purpose;
 
     template <int L>
-    void fill(uint32_t (&words)[4][L], uint32_t first) const {
+    SM_EVERYWHERE void fill(uint32_t (&words)[4][L], uint32_t first) const {
         for (int l = 0; l < L; l++) {
             words[0][l] = first + l, words[1][l] = position;
             words[2][l] = stream, words[3][l] = static_cast<uint32_t>(purpose);
@@ -45,14 +51,14 @@ struct Noise {
     }
 
     // Token t's 32 bits. Sixteen counters serve sixty-four tokens, so that neighbours lie in neighbouring lanes.
-    uint32_t bits(uint32_t token) const {
+    SM_EVERYWHERE uint32_t bits(uint32_t token) const {
         uint32_t words[4][1];
         fill<1>(words, token / 64 * 16 + token % 16);
         return words[token / 16 % 4][0];
     }
 
     // In [0, 1), with 53 bits.
-    double uniform() const {
+    SM_EVERYWHERE double uniform() const {
         uint32_t words[4][1];
         fill<1>(words, 0);
         return static_cast<double>((uint64_t{words[0][0]} << 21) | (words[1][0] >> 11)) * 0x1p-53;

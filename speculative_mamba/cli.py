@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
     option("checkpoint", choices=CHECKPOINTS, default="auto", help="how to go back: states, or inputs to compute again")
     option("device", default="cpu", help="cpu or cuda")
-    option("backend", default="auto", help="auto, cpu (C++ kernels) or reference (PyTorch)")
+    option("backend", default="auto", help="auto, cpu (C++), cuda (CUDA C++), triton or reference (PyTorch)")
     option("threads", type=_positive, help="threads to use (default: one per core)", default=argparse.SUPPRESS)
     option("temperature", type=float, default=0.0, help="0 is greedy")
     option("top_k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")

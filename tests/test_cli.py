@@ -229,7 +229,8 @@ def test_a_draft_of_ngrams_loads_no_model(run):
 def test_info(run):
     code, out, err = run("info")
     assert code == 0 and err == ""
-    for word in ("speculative-mamba", "torch", "backend cpu", "backend reference", "instruction sets", "CUDA archs"):
+    backends = [f"backend {name}" for name in ("cpu", "cuda", "triton", "reference")]
+    for word in ("speculative-mamba", "torch", *backends, "instruction sets", "CUDA devices"):
         assert word in out
 
 

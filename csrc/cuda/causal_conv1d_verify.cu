@@ -9,6 +9,7 @@ constexpr int kMaxWidth = 8;  // taps lie at the end of as many registers
 
 template <typename Act, typename Weight>
 __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
+    wait_for_previous();
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, row = blockIdx.y;
     if (channel >= p.channels) return;
     const int first = kMaxWidth - static_cast<int>(p.width);

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 
 #if !defined(SM_HOST_SHIM)
 #include <cuda_bf16.h>
@@ -25,7 +27,7 @@ constexpr int kWarp = 32;
 #if defined(SM_HOST_SHIM)
 #define SM_SHARED(type, name, count)                 \
     static ::shim::Shared<type, count> name##_array; \
-    type* const name = name##_array.data
+    type* const name = name##_array.of_this_block()
 #else
 #define SM_SHARED(type, name, count) __shared__ type name[count]
 #endif
@@ -78,24 +80,33 @@ __device__ __forceinline__ f16_t narrow<f16_t>(float a) {
 }
 #endif
 
+// Narrows to a dtype known at run time.
+template <typename T>
+__device__ __forceinline__ void store(T* p, float value);
+__device__ __forceinline__ void store_as(DType dtype, void* base, int64_t at, float value) {
+    if (dtype == DType::float32) return store(static_cast<float*>(base) + at, value);
+    if (dtype == DType::bfloat16) return store(static_cast<bf16_t*>(base) + at, value);
+    store(static_cast<f16_t*>(base) + at, value);
+}
+
 // The value that storing as T and loading again gives.
 template <typename T>
 __device__ __forceinline__ float rounded(float a) {
     return widen(narrow<T>(a));
 }
 
-// Memory is touched only by the next five, so that a build for the CPU can check every access.
+// Memory is touched only by the next six, so that a build for the CPU can check every access.
 template <typename T>
 __device__ __forceinline__ T load_raw(const T* p) {
 #if defined(SM_HOST_SHIM)
-    shim::Machine::get().check(p, sizeof(T), false);
+    shim::Machine::get().check(p, sizeof(T), shim::Kind::load);
 #endif
     return *p;
 }
 template <typename T>
 __device__ __forceinline__ void store_raw(T* p, T value) {
 #if defined(SM_HOST_SHIM)
-    shim::Machine::get().check(p, sizeof(T), true);
+    shim::Machine::get().check(p, sizeof(T), shim::Kind::store);
 #endif
     *p = value;
 }
@@ -106,6 +117,15 @@ __device__ __forceinline__ float load(const T* p) {
 template <typename T>
 __device__ __forceinline__ void store(T* p, float value) {
     store_raw(p, narrow<T>(value));
+}
+// Adds to what lies there and gives what lay there before. Other threads may do the same at the same time.
+__device__ __forceinline__ unsigned add_atomically(unsigned* p, unsigned value) {
+#if defined(SM_HOST_SHIM)
+    shim::Machine::get().check(p, sizeof *p, shim::Kind::atomic);
+    return std::exchange(*p, *p + value);
+#else
+    return atomicAdd(p, value);
+#endif
 }
 // Four values of which the first `count` exist; in one access where all do and the address allows it.
 template <typename T>
@@ -145,6 +165,79 @@ __device__ __forceinline__ void store4(T* p, const Float4& value, int count) {
         if (i < count) store(p + i, value.v[i]);
 }
 
+// Eight values of 16 bits, in pairs of which the first has the lower bits.
+struct alignas(16) Packed8 {
+    uint32_t pairs[4];
+};
+
+// Eight values, of which the first `count` exist, as T; in one access where all do and the address allows it.
+template <typename T, typename Stored>
+__device__ __forceinline__ Packed8 load8(const Stored* p, int count) {
+    Packed8 out{};
+    if (count <= 0) return out;
+#if !defined(SM_HOST_SHIM)
+    if (std::is_same<T, Stored>::value && count == 8 && reinterpret_cast<uintptr_t>(p) % sizeof(Packed8) == 0) {
+        return *reinterpret_cast<const Packed8*>(p);
+    }
+    if (sizeof(Stored) == 1 && count == 8 && reinterpret_cast<uintptr_t>(p) % 8 == 0) {
+        struct alignas(8) Eight {
+            Stored v[8];
+        };
+        const Eight eight = *reinterpret_cast<const Eight*>(p);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(widen(eight.v[i])).bits) << (i % 2 * 16);
+        }
+        return out;
+    }
+#endif
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (i < count) out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(load(p + i)).bits) << (i % 2 * 16);
+    }
+    return out;
+}
+
+// c += a b on tensor cores: a (16, 16), b (16, 8), c (16, 8), spread over the lanes of a warp as PTX's mma.m16n8k16
+// says.
+template <typename T>
+__device__ __forceinline__ void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(SM_HOST_SHIM)
+    shim::multiply_tiles(c, a, b, [](uint32_t bits) { return widen(T{static_cast<uint16_t>(bits)}); });
+#else
+#define SM_MMA(type)                                                                    \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+    if (std::is_same<T, bf16_t>::value) {
+        SM_MMA("bf16");
+    } else {
+        SM_MMA("f16");
+    }
+#undef SM_MMA
+#endif
+}
+
+// Kernels of a stream overlap where the card can do it: one is loaded while the one before it ends. So each begins with
+// this, and touches no memory before: it waits until the results of the one before are there.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(SM_HOST_SHIM)
+    shim::Machine::get().running->waited = true;
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Asks for a line of memory to be brought closer; it is not read, so this is allowed before wait_for_previous().
+__device__ __forceinline__ void prefetch(const void* p) {
+#if defined(SM_HOST_SHIM)
+    (void)p;
+#else
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // log(1 + exp(x)), accurate for the smallest results too.
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
@@ -157,14 +250,39 @@ __device__ __forceinline__ float sum_of_lanes(float value) {
     return value;
 }
 
+// The greatest that is not NaN.
+template <int Lanes>
+__device__ __forceinline__ float max_of_lanes(float value) {
+#pragma unroll
+    for (int mask = Lanes / 2; mask > 0; mask /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, mask));
+    return value;
+}
+
 inline unsigned blocks_for(int64_t items, int64_t per_block) {
     return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
 
-// Starts a kernel. Through the runtime's function and not by launch syntax, which only nvcc knows.
+#if !defined(SM_HOST_SHIM)
+inline void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// Whether the current device can load a kernel while the one before it ends.
+inline bool overlaps_kernels() {
+    int device = 0, major = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    return major >= 9;
+}
+#endif
+
+// Starts a kernel, unless it has no blocks. Through the runtime's function and not by launch syntax, which only nvcc
+// knows.
 template <typename... Parameters, typename... Arguments>
 inline void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, cudaStream_t stream,
                    Arguments... arguments) {
+    if (blocks.x == 0 || blocks.y == 0) return;
+    if (blocks.y > 65535) throw std::invalid_argument("a CUDA kernel takes at most 65535 rows");
 #if defined(SM_HOST_SHIM)
     (void)stream;
     shim::Machine::get().launch(blocks, threads, [=] { kernel(arguments...); });
@@ -173,8 +291,12 @@ inline void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, cud
     config.gridDim = blocks;
     config.blockDim = threads;
     config.stream = stream;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
-    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = overlaps_kernels() ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, arguments...));
 #endif
 }
 

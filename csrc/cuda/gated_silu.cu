@@ -8,6 +8,7 @@ constexpr int kThreads = 128;
 
 template <typename Act>
 __global__ void __launch_bounds__(kThreads) multiply(GatedSiluParams p) {
+    wait_for_previous();
     const int64_t k = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x), row = blockIdx.y;
     if (k >= p.features) return;
     const int count = p.features - k < 4 ? static_cast<int>(p.features - k) : 4;

@@ -9,6 +9,7 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 template <typename Act, typename Weight>
 __global__ void __launch_bounds__(kThreads) normalise(RmsNormParams p) {
     SM_SHARED(float, of_warp, kWarps);
+    wait_for_previous();
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t size = p.features / p.groups, row = blockIdx.y, first = blockIdx.x * size;
     const Act* x = reinterpret_cast<const Act*>(p.x) + row * p.x_row_stride + first;

@@ -1,11 +1,13 @@
 // A few lanes share a channel, each with four of its states in registers from the first token to the last: the state is
-// read once, and every slot written once, in 16-byte accesses that lie side by side in a warp.
+// read once, and every slot written once, in 16-byte accesses that lie side by side in a warp. What tokens bring is
+// loaded a few tokens ahead, so that their latencies overlap.
 #include "device.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kAhead = 2;  // tokens
 
 // What a lane holds of a channel: states n to n + count, of at most four.
 struct LaneState {
@@ -13,17 +15,23 @@ struct LaneState {
     int n, count;
 };
 
-// One token. Δ = 0 leaves every bit alone, whatever x and B are.
-template <typename State, typename Act>
-__device__ __forceinline__ void step(LaneState& s, float dt, float dt_x, const Act* B) {
+// What a lane needs of a token.
+struct Token {
+    float x, dt, z;
+    Float4 B, C;
+};
+
+// Δ = 0 leaves every bit alone, whatever x and B are.
+template <typename State>
+__device__ __forceinline__ void step(LaneState& s, float dt, float dt_x, const Float4& b) {
     if (dt == 0.f) return;
-    const Float4 b = load4(B + s.n, s.count);
 #pragma unroll
     for (int i = 0; i < 4; i++) { s.h.v[i] = rounded<State>(fmaf(expf(dt * s.A.v[i]), s.h.v[i], dt_x * b.v[i])); }
 }
 
 template <typename Act, typename State, int Lanes>
 __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
+    wait_for_previous();
     const int lane = static_cast<int>(threadIdx.x) % Lanes;
     const int64_t row = blockIdx.y,
                   wanted = static_cast<int64_t>(blockIdx.x) * (kThreads / Lanes) + threadIdx.x / Lanes;
@@ -48,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
         const float* B = p.input_B + (row * p.input_slots * p.b_groups + b_group) * p.state_size;
         for (int64_t i = 0; i < replayed; i++) {
             const float dt = load(input_dt + i * p.channels), x = load(input_x + i * p.channels);
-            step<State>(s, dt, dt * x, B + i * p.b_groups * p.state_size);
+            step<State>(s, dt, dt * x, load4(B + i * p.b_groups * p.state_size + s.n, s.count));
         }
         if (p.write_slot == 0 && !p.keep_last) store4(states + s.n, s.h, s.count);
         __syncwarp();  // every lane has read the inputs that the first will overwrite
@@ -61,25 +69,41 @@ __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
     Act* y = reinterpret_cast<Act*>(p.y) + row * p.tokens * p.channels + channel;
     const float dt_bias = load(p.dt_bias + channel), skip = load(p.D + channel);
     const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    const bool to_slots = !p.input_dt && !p.keep_last;
 
-    for (int64_t t = 0; t < p.tokens; t++) {
-        const float input = load(x + t * p.x_token_stride);
-        const float dt = t < nulls ? 0.f : softplus(load(raw_dt + t * p.dt_token_stride) + dt_bias);
-        step<State>(s, dt, dt * input, B + t * p.b_token_stride);
-        const Float4 c = load4(C + t * p.c_token_stride + s.n, s.count);
-        float sum = 0.f;
+    for (int64_t first = 0; first < p.tokens; first += kAhead) {
+        Token tokens[kAhead];
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum = fmaf(s.h.v[i], c.v[i], sum);
-        sum = sum_of_lanes<Lanes>(sum) + skip * input;
-        if (first_lane) {
-            store(y + t * p.channels, z ? sum * silu(load(z + t * p.z_token_stride)) : sum);
-            if (p.input_dt && !p.keep_last) {
-                store(input_x + (p.write_slot + t) * p.channels, input);
-                store(input_dt + (p.write_slot + t) * p.channels, dt);
-            }
+        for (int i = 0; i < kAhead; i++) {
+            const int64_t t = first + i;
+            if (t >= p.tokens) break;
+            Token& token = tokens[i];
+            token.x = load(x + t * p.x_token_stride);
+            token.dt = load(raw_dt + t * p.dt_token_stride);
+            token.z = z ? load(z + t * p.z_token_stride) : 0.f;
+            token.B = load4(B + t * p.b_token_stride + s.n, s.count);
+            token.C = load4(C + t * p.c_token_stride + s.n, s.count);
         }
-        const bool written = !p.input_dt && !p.keep_last;
-        if (written) store4(states + (p.write_slot + t) * p.states_slot_stride + s.n, s.h, s.count);
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            const int64_t t = first + i;
+            if (t >= p.tokens) break;
+            const Token& token = tokens[i];
+            const float dt = t < nulls ? 0.f : softplus(token.dt + dt_bias);
+            step<State>(s, dt, dt * token.x, token.B);
+            float sum = 0.f;
+#pragma unroll
+            for (int n = 0; n < 4; n++) sum = fmaf(s.h.v[n], token.C.v[n], sum);
+            sum = sum_of_lanes<Lanes>(sum) + skip * token.x;
+            if (first_lane) {
+                store(y + t * p.channels, z ? sum * silu(token.z) : sum);
+                if (p.input_dt && !p.keep_last) {
+                    store(input_x + (p.write_slot + t) * p.channels, token.x);
+                    store(input_dt + (p.write_slot + t) * p.channels, dt);
+                }
+            }
+            if (to_slots) store4(states + (p.write_slot + t) * p.states_slot_stride + s.n, s.h, s.count);
+        }
     }
     if (p.keep_last) store4(states + s.n, s.h, s.count);
     if (first_lane && p.input_dt && p.keep_last) store(input_dt, 0.f);
@@ -88,6 +112,7 @@ __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
 // All channels read the inputs B, so their new values are written by a launch of its own.
 template <typename Act>
 __global__ void __launch_bounds__(kThreads) keep_B(SelectiveScanParams p) {
+    wait_for_previous();
     const int64_t size = p.b_groups * p.state_size, row = blockIdx.y, t = blockIdx.x;
     const Act* B = reinterpret_cast<const Act*>(p.B) + row * p.b_batch_stride + t * p.b_token_stride;
     float* kept = p.input_B + (row * p.input_slots + p.write_slot + t) * size;

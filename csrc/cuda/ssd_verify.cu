@@ -1,28 +1,36 @@
 // As selective_scan_verify: a few lanes share a channel of a head, each with four of its states in registers from the
-// first token to the last. Old inputs are read by many blocks, so a second launch replaces them.
+// first token to the last, and what tokens bring is loaded a few tokens ahead. Old inputs are read by many blocks, so a
+// second launch replaces them.
 #include "device.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kAhead = 2;  // tokens
+
+// What a lane needs of a token.
+struct Token {
+    float x, dt, z;
+    Float4 B, C;
+};
 
 __device__ __forceinline__ float step_size(const SsdParams& p, float dt, float bias) {
     return fmaxf(p.dt_min, fminf(p.dt_max, softplus(dt + bias)));
 }
 
-// One token. Δ = 0 leaves every bit alone, whatever x and B are.
-template <typename State, typename Act>
-__device__ __forceinline__ void step(Float4& h, float dt, float A, float x, const Act* B, int count) {
+// Δ = 0 leaves every bit alone, whatever x and B are.
+template <typename State>
+__device__ __forceinline__ void step(Float4& h, float dt, float A, float x, const Float4& b) {
     if (dt == 0.f) return;
     const float decay = expf(dt * A), dt_x = dt * x;
-    const Float4 b = load4(B, count);
 #pragma unroll
     for (int i = 0; i < 4; i++) h.v[i] = rounded<State>(fmaf(decay, h.v[i], dt_x * b.v[i]));
 }
 
 template <typename Act, typename State, int Lanes>
 __global__ void __launch_bounds__(kThreads) scan(SsdParams p) {
+    wait_for_previous();
     const int lane = static_cast<int>(threadIdx.x) % Lanes;
     const int64_t row = blockIdx.y, channels = p.heads * p.head_size;
     const int64_t wanted = static_cast<int64_t>(blockIdx.x) * (kThreads / Lanes) + threadIdx.x / Lanes;
@@ -44,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) scan(SsdParams p) {
         const int64_t first = row * p.input_slots, x_size = p.x_heads * p.head_size, b_size = p.b_groups * p.state_size;
         for (int64_t i = first; i < first + replayed; i++) {
             const float dt = load(p.input_dt + i * p.heads + head), x = load(p.input_x + i * x_size + x_at);
-            step<State>(h, dt, A, x, static_cast<const float*>(p.input_b + i * b_size + b_at), count);
+            step<State>(h, dt, A, x, load4(static_cast<const float*>(p.input_b) + i * b_size + b_at, count));
         }
         if (p.write_slot == 0 && !p.keep_last) store4(states, h, count);
     }
@@ -57,17 +65,33 @@ __global__ void __launch_bounds__(kThreads) scan(SsdParams p) {
     const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
     const bool to_slots = !p.input_dt && !p.keep_last;
 
-    for (int64_t t = 0; t < p.tokens; t++) {
-        const float input = load(x + t * p.x_token_stride);
-        const float dt = t < nulls ? 0.f : step_size(p, load(raw_dt + t * p.dt_token_stride), dt_bias);
-        step<State>(h, dt, A, input, B + t * p.b_token_stride, count);
-        const Float4 c = load4(C + t * p.c_token_stride, count);
-        float sum = 0.f;
+    for (int64_t first = 0; first < p.tokens; first += kAhead) {
+        Token tokens[kAhead];
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum = fmaf(h.v[i], c.v[i], sum);
-        sum = sum_of_lanes<Lanes>(sum) + skip * input;
-        if (exists && lane == 0) store(y + t * channels, z ? sum * silu(load(z + t * p.z_token_stride)) : sum);
-        if (to_slots) store4(states + (p.write_slot + t) * p.states_slot_stride, h, count);
+        for (int i = 0; i < kAhead; i++) {
+            const int64_t t = first + i;
+            if (t >= p.tokens) break;
+            Token& token = tokens[i];
+            token.x = load(x + t * p.x_token_stride);
+            token.dt = load(raw_dt + t * p.dt_token_stride);
+            token.z = z ? load(z + t * p.z_token_stride) : 0.f;
+            token.B = load4(B + t * p.b_token_stride, count);
+            token.C = load4(C + t * p.c_token_stride, count);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            const int64_t t = first + i;
+            if (t >= p.tokens) break;
+            const Token& token = tokens[i];
+            const float dt = t < nulls ? 0.f : step_size(p, token.dt, dt_bias);
+            step<State>(h, dt, A, token.x, token.B);
+            float sum = 0.f;
+#pragma unroll
+            for (int n = 0; n < 4; n++) sum = fmaf(h.v[n], token.C.v[n], sum);
+            sum = sum_of_lanes<Lanes>(sum) + skip * token.x;
+            if (exists && lane == 0) store(y + t * channels, z ? sum * silu(token.z) : sum);
+            if (to_slots) store4(states + (p.write_slot + t) * p.states_slot_stride, h, count);
+        }
     }
     if (p.keep_last) store4(states, h, count);
 }
@@ -75,6 +99,7 @@ __global__ void __launch_bounds__(kThreads) scan(SsdParams p) {
 // Leaves a token as the input of its slot. After prefill the kept state holds all tokens: input 0 counts as nothing.
 template <typename Act>
 __global__ void __launch_bounds__(kThreads) keep_inputs(SsdParams p) {
+    wait_for_previous();
     const int64_t row = blockIdx.y, t = blockIdx.x, input = row * p.input_slots + p.write_slot + t;
     const int64_t x_size = p.x_heads * p.head_size, b_size = p.b_groups * p.state_size;
     const Act* x = reinterpret_cast<const Act*>(p.x) + row * p.x_batch_stride + t * p.x_token_stride;

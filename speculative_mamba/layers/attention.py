@@ -50,7 +50,7 @@ class Attention:
         return AttentionCache(keys, values, lengths, window)
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: AttentionCache, window: Window) -> torch.Tensor:
-        """hidden (B·T, d) float32 → (B·T, d) float32; writes the cache."""
+        """hidden (B·T, d) → (B·T, d), activations; writes the cache."""
         parts = [
             skinny_linear(hidden, weight, bias, backend=self.backend).unflatten(0, (batch, -1))
             for weight, bias in zip(self.projections, self.biases, strict=True)

@@ -53,7 +53,7 @@ class Mamba1Mixer:
         return new_mamba_cache(sizes, replay, (channels, state_size), conv, inputs, self.A.device, settle)
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:
-        """hidden (B·T, d) float32 → (B·T, d) float32; writes the cache."""
+        """hidden (B·T, d) → (B·T, d), activations; writes the cache."""
         channels, state_size = self.A.shape
         rank = self.dt_proj.shape[1]
         xz = skinny_linear(hidden, self.in_proj, self.in_bias, backend=self.backend).view(batch, -1, 2 * channels)

@@ -52,7 +52,7 @@ class GroupedMamba1Mixer:
         return new_mamba_cache(sizes, replay, (channels, state_size), conv, inputs, self.A.device, settle)
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:
-        """hidden (B·T, d) float32 → (B·T, d) float32; writes the cache."""
+        """hidden (B·T, d) → (B·T, d), activations; writes the cache."""
         channels, state_size = self.A.shape
         z, x, B, C, dt = (
             skinny_linear(hidden, weight, backend=self.backend)

@@ -58,7 +58,7 @@ class Mamba2Mixer:
         return new_mamba_cache(sizes, sizes.replay(REPLAY_IS_FASTER), state, conv, inputs, self.A.device, settle)
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:
-        """hidden (B·T, d) float32 → (B·T, d) float32; writes the cache."""
+        """hidden (B·T, d) → (B·T, d), activations; writes the cache."""
         inner, N = len(self.A) * self.head_dim, self.state_size
         projected = skinny_linear(hidden, self.in_proj, self.in_bias, backend=self.backend)
         z, xBC, dt = projected.unflatten(0, (batch, -1)).split(

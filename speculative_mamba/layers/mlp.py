@@ -28,7 +28,7 @@ class GatedMlp:
         return None
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: None, window: Window) -> torch.Tensor:
-        """hidden (B·T, d) float32 → (B·T, d) float32."""
+        """hidden (B·T, d) → (B·T, d), activations."""
         gate = skinny_linear(hidden, self.gate_proj, self.gate_bias, backend=self.backend)
         up = skinny_linear(hidden, self.up_proj, self.up_bias, backend=self.backend)
         return skinny_linear(

@@ -49,7 +49,8 @@ def load_model(
             ``"inputs"`` one state and each token's inputs, and computes again what was accepted. Text and logits are
             the same bit for bit; ``"auto"`` takes what is faster for the model and the batch.
         device: ``"cpu"`` or ``"cuda"``.
-        backend: ``"auto"``, ``"cpu"`` (C++ kernels) or ``"reference"`` (PyTorch).
+        backend: ``"auto"``, ``"cpu"`` (C++ kernels), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch).
+            With the two for GPUs activations have the dtype of the weights, with the others they are float32.
 
     Raises:
         ValueError: anything in the list above is missing, broken, unknown, or does not fit the rest.

@@ -78,6 +78,13 @@ class MambaLM:
         return self.embedding.device
 
     @property
+    def activation_dtype(self) -> torch.dtype:
+        """What flows between layers: with the GPU's kernels as the weights, of int8 ones as the rest; else float32."""
+        if self.backend not in ("cuda", "triton"):
+            return torch.float32
+        return (self.norm_weight if isinstance(self.embedding, Int8Weight) else self.embedding).dtype
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
@@ -157,7 +164,8 @@ class MambaLM:
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         ids, table = tokens.reshape(-1), self.embedding
-        return table.rows(ids) if isinstance(table, Int8Weight) else F.embedding(ids, table).float()
+        rows = table.rows(ids) if isinstance(table, Int8Weight) else F.embedding(ids, table)
+        return rows.to(self.activation_dtype)
 
     def _blocks(
         self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window
@@ -172,7 +180,7 @@ class MambaLM:
     def _logits(self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window) -> torch.Tensor:
         hidden, residual = self._blocks(hidden, batch, cache, window)
         hidden, _ = rms_norm(hidden, self.norm_weight, residual, eps=self.config.eps, backend=self.backend)
-        return skinny_linear(hidden, self.head, backend=self.backend)
+        return skinny_linear(hidden, self.head, out_dtype=torch.float32, backend=self.backend)
 
     def _run_recorded(self, tokens: torch.Tensor, cache: ModelCache, window: Window) -> torch.Tensor:
         """``_logits``, without Python between the kernels from the second call of a shape on."""

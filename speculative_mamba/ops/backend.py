@@ -138,6 +138,11 @@ def compiled(like: torch.Tensor) -> tuple[ModuleType, int]:
     return extension()[0], torch.get_num_threads()
 
 
+def scratch(kernels: ModuleType, like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that only CUDA kernels need; empty for the others."""
+    return like.new_empty(size if hasattr(kernels, "architectures") else 0, dtype=dtype)
+
+
 @functools.cache
 def _implementation(op: str, backend: str) -> Callable:
     return getattr(importlib.import_module(f"speculative_mamba.ops.{op}.{_SOURCE[backend]}"), op)

@@ -19,23 +19,40 @@ OPS = Path(backends.__file__).parent
 MODULE = backends.extension()[0]
 ISAS = MODULE.available_isas() if MODULE else []
 # Test files of an op that are not named after it.
-OP_OF = {"test_scan_replay": "selective_scan_verify"}
+OP_OF = {
+    "test_scan_replay": "selective_scan_verify",
+    "test_whole_models": "skinny_linear",
+    "test_offsets": "skinny_linear",
+}
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, which is when a test first runs it
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The kernels of the file's op: C++ once for each instruction set, CUDA and Triton where it has them."""
-    op = OP_OF.get(metafunc.module.__name__, metafunc.module.__name__.removeprefix("test_"))
+    """The kernels of the file's op; where a test asks for ``op``, those of every op that take any activations."""
+    names = metafunc.fixturenames
+    if "op" in names:
+        pairs = [(op, name) for op in metafunc.module.CASES for name in ["reference", *_kernels_of(op)]]
+        pairs = [(op, name) for op, name in pairs if name not in ISAS]
+        metafunc.parametrize("op, backend", pairs, indirect=["backend"])
+        return
+    found = _kernels_of(OP_OF.get(metafunc.module.__name__, metafunc.module.__name__.removeprefix("test_")))
+    of_gpu = [name for name in found if name not in ISAS]
+    fixtures = (("cpu", ISAS), ("kernels", found), ("gpu_kernels", of_gpu), ("backend", ["reference", *found]))
+    for name, params in fixtures:
+        if name in names:
+            metafunc.parametrize(name, params, indirect=True)
+
+
+def _kernels_of(op: str) -> list:
+    """C++ once for each instruction set, CUDA and Triton where the op has them."""
     params = list(ISAS)
     if (CUDA / f"{op}.cu").is_file():
         params += ["cuda on shim", *_on_gpu("cuda on gpu")]
     if importlib.util.find_spec("triton") and (OPS / op / "triton.py").is_file():
         params += _on_gpu("triton on gpu") or ["triton interpreted"]
-    for name, values in (("cpu", ISAS), ("kernels", params), ("backend", ["reference", *params])):
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, values, indirect=True)
+    return params
 
 
 def _on_gpu(name: str) -> list:
@@ -79,6 +96,12 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     backends.resolve.cache_clear()
     yield name
     backends.resolve.cache_clear()
+
+
+@pytest.fixture
+def gpu_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``kernels``, without those of the CPU."""
+    yield from kernels.__wrapped__(request)
 
 
 @pytest.fixture

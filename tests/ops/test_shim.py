@@ -10,7 +10,8 @@ from shim import SHIM, compile_on_shim
 
 BLOCKS = 3
 FAULTS = ("none", "no_barrier", "load_beyond", "store_beyond", "store_to_input", "two_blocks", "lost_lane",
-          "different_barriers")  # fmt: skip
+          "different_barriers", "early_load", "plain_add", "wide_store",
+          "no_wait")  # fmt: skip
 Run = Callable[[str, str, int], tuple[str, torch.Tensor, torch.Tensor]]
 
 
@@ -39,6 +40,9 @@ def test_kernels_without_a_fault(run: Run, seed: int) -> None:
     message, rows, sums = run("warp_sum", "none", seed)
     assert message == ""
     torch.testing.assert_close(sums, rows[:, :32].sum(1))
+    message, rows, sums = run("count_positive", "none", seed)
+    assert message == ""
+    assert torch.equal(sums, (rows > 0).sum(1).float())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -46,12 +50,17 @@ def test_kernels_without_a_fault(run: Run, seed: int) -> None:
     ("kernel", "fault", "found"),
     [
         ("block_sum", "no_barrier", "race"),
+        ("block_sum", "no_wait", "before the kernel before has ended"),
         ("block_sum", "load_beyond", "load out of bounds"),
         ("block_sum", "store_beyond", "store out of bounds"),
         ("block_sum", "store_to_input", "read only"),
         ("block_sum", "two_blocks", "race: two stores"),
         ("warp_sum", "lost_lane", "lanes that have ended"),
         ("warp_sum", "different_barriers", "deadlock"),
+        ("count_positive", "no_barrier", "race"),
+        ("count_positive", "early_load", "race"),
+        ("count_positive", "plain_add", "race"),
+        ("count_positive", "wide_store", "race"),
     ],
 )
 def test_planted_faults(run: Run, kernel: str, fault: str, found: str, seed: int) -> None:

@@ -213,3 +213,28 @@ def test_a_bias_that_does_not_fit(bias: torch.Tensor, backend: str) -> None:
     x, weight = make()
     with pytest.raises(ValueError, match=r"^bias "):
         skinny_linear(x, weight, bias, backend=backend)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "features", "outputs"), [(1, 1, 1), (5, 333, 50), (9, 700, 20), (40, 65, 17)])
+def test_activations_of_16_bits(
+    rows: int, features: int, outputs: int, dtype: torch.dtype, weight_dtype: torch.dtype, gpu_kernels: str
+) -> None:
+    """The result may stay in float32, as logits do: then nothing is rounded. A row is the same with any others."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, features, generator=g).to(dtype)
+    weight, bias = torch.randn(outputs, features, generator=g), torch.randn(outputs, generator=g)
+    weight = quantised(weight) if weight_dtype is torch.int8 else weight.to(weight_dtype)
+    exact = reference.skinny_linear(x.double(), weight, bias)
+    y = skinny_linear(x, weight, bias, out_dtype=torch.float32, backend=gpu_kernels)
+    assert_accurate(y, reference.skinny_linear(x.float(), weight, bias), exact)
+    assert_bitwise_equal(skinny_linear(x, weight, bias, backend=gpu_kernels), y.to(dtype), "rounded")
+    for first in range(0, rows, 3):
+        alone = skinny_linear(x[first : first + 1], weight, bias, out_dtype=torch.float32, backend=gpu_kernels)
+        assert_bitwise_equal(alone, y[first : first + 1], f"row {first}")
+
+
+def test_out_dtype_is_that_of_x_or_float32(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"out_dtype must be torch.float32 or that of x"):
+        skinny_linear(torch.ones(1, 2), torch.ones(3, 2), out_dtype=torch.float64, backend=backend)

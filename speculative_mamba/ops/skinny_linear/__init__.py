@@ -27,9 +27,10 @@ def skinny_linear(
 
     Equivalent to ``torch.nn.functional.linear(x, weight.float(), bias)`` with float32 accumulation; for an
     ``Int8Weight``, with ``weight.values``, and the sums times ``weight.scale``: x is not rounded. The bias is added to
-    the finished sum. The weight is used as stored, row-major, with no copy. Row m of the result has the same bits
-    for every M, every neighbour and every number of threads, which ``torch.nn.functional.linear`` does
-    not promise; this is what makes verifying T tokens in one call equal to T calls of one token.
+    the finished sum. The weight is used as stored, row-major, with no copy. On all backends but ``reference`` row m of
+    the result has the same bits for every M, every neighbour and every number of threads, which
+    ``torch.nn.functional.linear`` does not promise; this is what makes verifying T tokens in one call equal to T calls
+    of one token.
 
     Any M works; the time grows slowly up to M ≈ 8, while reading the weight dominates.
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..backend import address, compiled
+from ..backend import address, compiled, scratch
 from ..filters import Filters
 
 
@@ -21,9 +21,11 @@ def speculative_accept(
     accepted, verdicts = (logits.new_empty(batch, dtype=torch.int32) for _ in range(2))
     following = logits.new_empty(batch, dtype=torch.int64)
     kernels, where = compiled(logits)
+    decisions = scratch(kernels, logits, batch * tokens, torch.int64)
     kernels.speculative_accept(
         batch, tokens, vocabulary, logits.data_ptr(), logits.stride()[:2], drafted.data_ptr(), address(laws),
         (0, 0) if laws is None else laws.stride()[:2], filters.values(), coupled, address(seen), keys.data_ptr(),
-        positions.data_ptr(), address(active), accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(), where,
+        positions.data_ptr(), address(active), accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(),
+        decisions.data_ptr(), where,
     )  # fmt: skip
     return accepted, following, verdicts

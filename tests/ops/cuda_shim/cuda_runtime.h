@@ -4,7 +4,8 @@
 // barrier opens when every thread of the block that has not ended waits there, a shuffle when all lanes of the warp do.
 // Every access to memory goes through check(): it must lie in memory that was announced, and must not race with another
 // thread's. Two accesses to one address, one of them a store, need __syncthreads between them, or within a warp
-// __syncwarp; a shuffle orders no memory, and between blocks of one launch nothing does.
+// __syncwarp; a shuffle orders no memory, and between blocks of one launch nothing does. An atomic access counts as a
+// store, but two of them do not race. A wide access is one to each of its words.
 #pragma once
 
 #include <setjmp.h>
@@ -20,6 +21,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -56,16 +58,21 @@ struct Fiber {
     Wait wait = Wait::nothing;
     int64_t block_epoch = 0, warp_epoch = 0;  // barriers passed
     int64_t shuffles = 0;
-    uint64_t lane_values[2] = {};  // of this shuffle and the one before
+    uint64_t lane_values[2] = {};   // of this shuffle and the one before
+    uint32_t fragments[2][6] = {};  // the same of products of tensor cores: a, b
+    bool waited = false;            // for the kernel before
 };
+
+enum class Kind { load, store, atomic };
 
 // Who touched an address last.
 struct Access {
-    int64_t block = -1, block_epoch, warp_epoch;
-    int thread;
+    int64_t block = -1, block_epoch = 0, warp_epoch = 0;
+    int thread = -1;
 };
 struct Cell {
-    Access write, read, other_read;  // two readers: different threads
+    Access store, load, other_load, atomic, other_atomic;  // what does not race with its like: by two threads
+    int64_t block = -1;
 };
 
 struct Range {
@@ -73,11 +80,19 @@ struct Range {
     bool writable = false;
 };
 using Memory = std::map<uintptr_t, Range>;  // by where each begins
-using Cells = std::unordered_map<uintptr_t, Cell>;
+
+// Memory of a block. Each begins with NaN.
+struct BlockMemory {
+    uintptr_t begin;
+    size_t bytes, granule;
+    int64_t block = -1;
+    std::vector<Cell> cells = std::vector<Cell>(bytes / granule);
+};
 
 struct Machine {
-    Memory memory, shared;  // of the call; of a block
-    Cells cells, shared_cells;
+    Memory memory;  // of the call
+    std::unordered_map<uintptr_t, Cell> cells;
+    std::vector<BlockMemory*> block_memory;  // that the running block has asked for
     std::mt19937 random{1};
     std::vector<Fiber> fibers;
     jmp_buf scheduler;
@@ -115,29 +130,44 @@ struct Machine {
         return at + bytes <= found->first + found->second.bytes ? &found->second : nullptr;
     }
 
-    void check(const void* address, size_t bytes, bool write) {
-        const uintptr_t at = reinterpret_cast<uintptr_t>(address);
-        const Range* in_shared = range_of(shared, at, bytes);
-        const Range* range = in_shared ? in_shared : range_of(memory, at, bytes);
-        if (!range) fail(write ? "store out of bounds" : "load out of bounds");
-        if (!range->writable) {
-            if (write) fail("store to memory that is read only");
-            return;  // nobody to race with
-        }
-        Cell& cell = (in_shared ? shared_cells : cells)[at];
+    // Two accesses that are alike may come in any order, others not.
+    void touch(Cell& cell, Kind kind) {
         const Access now{block, running->block_epoch, running->warp_epoch, running->id};
-        if (!ordered(cell.write, *running, block)) fail(write ? "race: two stores" : "race: load after a store");
-        if (!write) {
-            if (cell.read.block >= 0 && (cell.read.thread != now.thread || cell.read.block != now.block)) {
-                cell.other_read = cell.read;
-            }
-            cell.read = now;
+        auto after = [&](const Access& before) { return ordered(before, *running, block); };
+        if (!after(cell.store)) fail(kind == Kind::load ? "race: load after a store" : "race: two stores");
+        if (kind != Kind::load && !(after(cell.load) && after(cell.other_load))) fail("race: store after a load");
+        if (kind != Kind::atomic && !(after(cell.atomic) && after(cell.other_atomic))) fail("race: beside an atomic");
+        if (kind == Kind::store) {
+            cell.store = now;
             return;
         }
-        if (!ordered(cell.read, *running, block) || !ordered(cell.other_read, *running, block)) {
-            fail("race: store after a load");
+        auto [last, other] =
+            kind == Kind::load ? std::tie(cell.load, cell.other_load) : std::tie(cell.atomic, cell.other_atomic);
+        if (last.thread != now.thread || last.block != now.block) other = last;
+        last = now;
+    }
+
+    void check(const void* address, size_t bytes, Kind kind) {
+        if (!running->waited) fail("memory touched before the kernel before has ended");
+        const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+        const size_t word = std::min(bytes, size_t{4});
+        for (BlockMemory* memory : block_memory) {
+            if (at - memory->begin >= memory->bytes || at + bytes > memory->begin + memory->bytes) continue;
+            for (size_t offset = at - memory->begin; offset < at - memory->begin + bytes; offset += word) {
+                Cell& cell = memory->cells[offset / memory->granule];
+                if (cell.block != block) cell = {};
+                cell.block = block;
+                touch(cell, kind);
+            }
+            return;
         }
-        cell.write = now;
+        const Range* range = range_of(memory, at, bytes);
+        if (!range) fail(kind == Kind::load ? "load out of bounds" : "store out of bounds");
+        if (!range->writable) {
+            if (kind != Kind::load) fail("store to memory that is read only");
+            return;  // nobody to race with
+        }
+        for (size_t offset = 0; offset < bytes; offset += word) touch(cells[at + offset], kind);
     }
 
     void yield(Wait wait) {
@@ -196,17 +226,16 @@ struct Machine {
         return opened;
     }
 
-    void run_block(const dim3& index, int64_t number) {
-        block_index = index, block = number;
-        shared_cells.clear();
-        for (const auto& [begin, range] : shared)
-            std::memset(reinterpret_cast<void*>(begin), 0xff, range.bytes);  // NaN
+    void run_block(const dim3& index) {
+        block_index = index, block++;
+        block_memory.clear();
         const unsigned count = threads.x * threads.y * threads.z;
         if (fibers.size() != count) fibers = std::vector<Fiber>(count);
         for (unsigned i = 0; i < count; i++) {
             Fiber& f = fibers[i];
             if (f.wait != Wait::ended) f.begun = false;  // a fault left it in the middle of a kernel
-            f.id = static_cast<int>(i), f.wait = Wait::nothing, f.block_epoch = f.warp_epoch = f.shuffles = 0;
+            f.id = static_cast<int>(i), f.wait = Wait::nothing, f.waited = false,
+            f.block_epoch = f.warp_epoch = f.shuffles = 0;
         }
         std::vector<int> order(count);
         for (;;) {
@@ -234,7 +263,7 @@ struct Machine {
             for (unsigned y = 0; y < grid.y; y++)
                 for (unsigned x = 0; x < grid.x; x++) indices.emplace_back(x, y, z);
         std::shuffle(indices.begin(), indices.end(), random);
-        for (size_t i = 0; i < indices.size(); i++) run_block(indices[i], static_cast<int64_t>(i));
+        for (const dim3& index : indices) run_block(index);
     }
 };
 
@@ -259,13 +288,43 @@ inline T shuffle(T value, int from_lane) {
     return out;
 }
 
+// The tensor cores' product of a warp, for lane values as PTX's mma.m16n8k16 lays them out; `widen` makes a float of 16
+// bits.
+template <typename Widen>
+inline void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen) {
+    Machine& m = Machine::get();
+    Fiber& self = *m.running;
+    const int64_t turn = self.shuffles++ % 2;
+    std::copy(a, a + 4, self.fragments[turn]);
+    std::copy(b, b + 2, self.fragments[turn] + 4);
+    m.yield(Wait::warp);
+    const Fiber* warp = &m.fibers[self.id / kWarp * kWarp];
+    const int lane = self.id % kWarp;
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            const int quarter = k % 8 / 2, half = k / 8, shift = k % 2 * 16;
+            const uint32_t left = warp[row * 4 + quarter].fragments[turn][half * 2 + i / 2];
+            const uint32_t right = warp[column * 4 + quarter].fragments[turn][4 + half];
+            c[i] = std::fma(widen(left >> shift), widen(right >> shift), c[i]);
+        }
+    }
+}
+
 // Memory of a block: all its threads see one array, whose accesses are checked like all others.
 template <typename T, int N>
 struct Shared {
     T data[N];
-    Shared() {
-        std::memset(data, 0xff, sizeof data);
-        Machine::get().shared[reinterpret_cast<uintptr_t>(data)] = {sizeof data, true};
+    BlockMemory memory{reinterpret_cast<uintptr_t>(data), sizeof data, std::min(sizeof(T), size_t{4})};
+
+    T* of_this_block() {
+        Machine& m = Machine::get();
+        if (memory.block != m.block) {
+            memory.block = m.block;
+            std::memset(static_cast<void*>(data), 0xff, sizeof data);
+            m.block_memory.push_back(&memory);
+        }
+        return data;
     }
 };
 
@@ -285,3 +344,6 @@ template <typename T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return shim::shuffle(value, (shim::Machine::get().running->id % shim::kWarp) ^ mask);
 }
+
+inline float sinpif(float x) { return static_cast<float>(std::sin(3.14159265358979323846 * x)); }
+inline float cospif(float x) { return static_cast<float>(std::cos(3.14159265358979323846 * x)); }

@@ -25,6 +25,10 @@ void announce(const void* base, int64_t rows, int64_t row_stride, int64_t column
 
 void announce(const void* base, int64_t size, bool writable = false) { announce(base, 1, 0, 1, 0, size, writable); }
 
+void announce_bytes(const void* base, int64_t bytes, bool writable = false) {
+    announce(base, 1, 0, 1, 0, bytes, writable, 1);
+}
+
 template <typename Params>
 void announce_activations(const Params& p, const void* base, int64_t rows, int64_t row_stride, int64_t columns,
                           int64_t column_stride, int64_t size) {
@@ -50,6 +54,41 @@ void announce_states(const Params& p, int64_t size) {
         if (!p.keep_last && !p.input_dt)
             for (int64_t t = 0; t < p.tokens; t++) slot(p.write_slot + t, true);
     }
+}
+
+// Of each row the entries before the window, and those of the window.
+void announce_entries(const AttentionParams& p, void* base, int64_t batch_stride, int64_t head_stride) {
+    const int64_t element = bytes_of(p.cache_dtype);
+    for (int64_t row = 0; row < p.batch; row++) {
+        const int64_t length = p.lengths[row * p.slots + p.start_slot[row]];
+        const int64_t nulls = p.null_columns ? std::min<int64_t>(p.null_columns[row], p.tokens) : 0;
+        auto entries = [&](int64_t first, int64_t count, bool writable) {
+            char* at = static_cast<char*>(base) + element * (row * batch_stride + first * p.dims);
+            announce(at, 1, 0, p.kv_heads, head_stride, count * p.dims, writable, element);
+        };
+        entries(0, length, false);
+        entries(length, p.tokens - nulls, true);
+    }
+}
+
+void attention(const AttentionParams& p, cudaStream_t stream) {
+    shim::Machine::get().memory.clear();
+    announce_activations(p, p.q, p.batch, p.q_batch_stride, p.tokens, p.q_token_stride, p.heads * p.dims);
+    announce_activations(p, p.k, p.batch, p.k_batch_stride, p.tokens, p.k_token_stride, p.kv_heads * p.dims);
+    announce_activations(p, p.v, p.batch, p.v_batch_stride, p.tokens, p.v_token_stride, p.kv_heads * p.dims);
+    announce_entries(p, p.keys, p.keys_batch_stride, p.keys_head_stride);
+    announce_entries(p, p.values, p.values_batch_stride, p.values_head_stride);
+    for (int64_t row = 0; row < p.batch; row++) {
+        int32_t* lengths = p.lengths + row * p.slots;
+        announce(lengths + p.start_slot[row], 1);
+        announce(lengths + p.write_slot, 1, 1, p.keep_last ? 1 : p.tokens, 1, 1, true);
+    }
+    announce(p.start_slot, p.batch);
+    announce(p.null_columns, p.batch);
+    announce(p.inv_freq, p.pairs);
+    announce(p.scratch, p.scratch_size, true);
+    announce_result(p, p.batch * p.tokens * p.heads * p.dims);
+    cuda::attention(p, stream);
 }
 
 void causal_conv1d(const CausalConv1dParams& p, cudaStream_t stream) {
@@ -129,6 +168,36 @@ void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
     cuda::selective_scan(p, stream);
 }
 
+void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
+    shim::Machine::get().memory.clear();
+    announce(p.logits, p.batch, p.logits_batch_stride, 1, 0, p.vocabulary);
+    announce(p.laws, p.batch, p.laws_batch_stride, 1, 0, p.vocabulary, true);
+    announce_bytes(p.seen, p.batch * p.vocabulary);
+    announce_bytes(p.active, p.batch);
+    announce_bytes(p.recent, p.batch * p.recent_tokens * 8);
+    announce_bytes(p.keys, p.batch * 2 * 8);
+    announce_bytes(p.positions, p.batch * 8);
+    announce_bytes(p.tokens, p.batch * 8, true);
+    announce(p.verdicts, p.batch, true);
+    cuda::sample_tokens(p, stream);
+}
+
+void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
+    shim::Machine::get().memory.clear();
+    announce(p.logits, p.batch, p.logits_batch_stride, p.tokens, p.logits_token_stride, p.vocabulary);
+    announce(p.laws, p.batch, p.laws_batch_stride, p.tokens - 1, p.laws_token_stride, p.vocabulary);
+    announce_bytes(p.drafted, p.batch * (p.tokens - 1) * 8);
+    announce_bytes(p.seen, p.batch * p.vocabulary);
+    announce_bytes(p.active, p.batch);
+    announce_bytes(p.keys, p.batch * 2 * 8);
+    announce_bytes(p.positions, p.batch * 8);
+    announce_bytes(p.decisions, p.batch * p.tokens * 8, true);
+    announce_bytes(p.next, p.batch * 8, true);
+    announce(p.accepted, p.batch, true);
+    announce(p.verdicts, p.batch, true);
+    cuda::speculative_accept(p, stream);
+}
+
 void ssd(const SsdParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     const int64_t channels = p.heads * p.head_size, x_size = p.x_heads * p.head_size,
@@ -160,11 +229,14 @@ const Kernels& kernels() {
     static const Kernels table = [] {
         Kernels made{};
         made.name = "none";
+        made.attention = attention;
         made.causal_conv1d = causal_conv1d;
         made.gated_silu = gated_silu;
         made.rms_norm = rms_norm;
+        made.sample_tokens = sample_tokens;
         made.selective_scan = selective_scan;
         made.skinny_linear = skinny_linear;
+        made.speculative_accept = speculative_accept;
         made.ssd = ssd;
         return made;
     }();

@@ -14,12 +14,25 @@ struct Arguments {
     int fault;
 };
 
-enum Fault { none, no_barrier, load_beyond, store_beyond, store_to_input, two_blocks, lost_lane, different_barriers };
+enum Fault {
+    none,
+    no_barrier,
+    load_beyond,
+    store_beyond,
+    store_to_input,
+    two_blocks,
+    lost_lane,
+    different_barriers,
+    early_load,
+    plain_add,
+    wide_store,
+    no_wait
+};
 
 // Sums a row of 64: lane by lane through memory of the block.
 __global__ void block_sum(Arguments a) {
-    static shim::Shared<float, kThreads> shared;
-    float* values = shared.data;
+    SM_SHARED(float, values, kThreads);
+    if (a.fault != no_wait) wait_for_previous();
     const int i = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
     store(values + i, load(a.in + block * kThreads + (a.fault == load_beyond ? i + 1 : i)));
     for (int width = kThreads / 2; width > 0; width /= 2) {
@@ -36,10 +49,30 @@ __global__ void block_sum(Arguments a) {
 // The same within warps, by shuffles.
 __global__ void warp_sum(Arguments a) {
     const int i = static_cast<int>(threadIdx.x);
+    wait_for_previous();
     if (a.fault == lost_lane && i == 7) return;
     if (a.fault == different_barriers && i % 2) __syncthreads();
     const float sum = sum_of_lanes<32>(load(a.in + blockIdx.x * kThreads + i));
     if (i == 0) store(a.out + blockIdx.x, sum);
+}
+
+// How many values of a row are positive: all threads count in one place.
+__global__ void count_positive(Arguments a) {
+    SM_SHARED(unsigned, counts, 4);
+    wait_for_previous();
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < 4) store_raw(counts + i, 0u);
+    if (a.fault != no_barrier) __syncthreads();
+    if (a.fault == wide_store && i == 5) store_raw(reinterpret_cast<Float4*>(counts), Float4{});
+    if (load(a.in + blockIdx.x * kThreads + i) > 0) {
+        if (a.fault == plain_add && i % 2) {
+            store_raw(counts + 2, load_raw(counts + 2) + 1);
+        } else {
+            add_atomically(counts + 2, 1u);
+        }
+    }
+    if (a.fault != early_load) __syncthreads();
+    if (i == 0) store(a.out + blockIdx.x, static_cast<float>(load_raw(counts + 2)));
 }
 
 }  // namespace
@@ -55,7 +88,8 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
     machine.memory[reinterpret_cast<uintptr_t>(out)] = {blocks * sizeof(float), true};
     message.clear();
     try {
-        auto function = std::string(kernel) == "block_sum" ? block_sum : warp_sum;
+        const std::string name = kernel;
+        auto function = name == "block_sum" ? block_sum : name == "warp_sum" ? warp_sum : count_positive;
         launch(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), nullptr, Arguments{in, out, fault});
     } catch (const shim::Failure& failure) { message = failure.what(); }
     return message.c_str();
