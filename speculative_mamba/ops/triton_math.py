@@ -55,8 +55,8 @@ def softplus(x):
     """log(1 + e^x), accurate for the smallest results too: log(1 + u) is 2 artanh(u / (2 + u))."""
     u = exp(-tl.abs(x))
     v = tl.div_rn(u, 2.0 + u)
-    series = 1 / 17
-    for k in tl.static_range(7, -1, -1):
+    series = 1 / 13
+    for k in tl.static_range(5, -1, -1):
         series = tl.fma(v * v, series, 1 / (2 * k + 1))
     return tl.maximum(x, 0.0, propagate_nan=ALL) + 2.0 * v * series
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from device import on_device
 from interpreter import repair
+from sampling import INTERPRETED, without_most_interpreted
 from shim import CUDA, built_shim
 
 from speculative_mamba.ops import backend as backends
@@ -19,11 +20,7 @@ OPS = Path(backends.__file__).parent
 MODULE = backends.extension()[0]
 ISAS = MODULE.available_isas() if MODULE else []
 # Test files of an op that are not named after it.
-OP_OF = {
-    "test_scan_replay": "selective_scan_verify",
-    "test_whole_models": "skinny_linear",
-    "test_offsets": "skinny_linear",
-}
+OP_OF = {"test_scan_replay": "selective_scan_verify"}
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, which is when a test first runs it
@@ -33,16 +30,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The kernels of the file's op; where a test asks for ``op``, those of every op that take any activations."""
     names = metafunc.fixturenames
     if "op" in names:
-        pairs = [(op, name) for op in metafunc.module.CASES for name in ["reference", *_kernels_of(op)]]
-        pairs = [(op, name) for op, name in pairs if name not in ISAS]
+        kernels_of = {op: [name for name in _kernels_of(op) if name not in ISAS] for op in metafunc.module.CASES}
+        pairs = [(op, name) for op, found in kernels_of.items() for name in ["reference", *found]]
         metafunc.parametrize("op, backend", pairs, indirect=["backend"])
         return
     found = _kernels_of(OP_OF.get(metafunc.module.__name__, metafunc.module.__name__.removeprefix("test_")))
+    if "threads" in metafunc.function.__name__:
+        found = [name for name in found if name != INTERPRETED]  # it has one
     of_gpu = [name for name in found if name not in ISAS]
     fixtures = (("cpu", ISAS), ("kernels", found), ("gpu_kernels", of_gpu), ("backend", ["reference", *found]))
     for name, params in fixtures:
         if name in names:
             metafunc.parametrize(name, params, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = without_most_interpreted(items)
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+    items[:] = kept
 
 
 def _kernels_of(op: str) -> list:
@@ -51,7 +56,7 @@ def _kernels_of(op: str) -> list:
     if (CUDA / f"{op}.cu").is_file():
         params += ["cuda on shim", *_on_gpu("cuda on gpu")]
     if importlib.util.find_spec("triton") and (OPS / op / "triton.py").is_file():
-        params += _on_gpu("triton on gpu") or ["triton interpreted"]
+        params += _on_gpu("triton on gpu") or [INTERPRETED]
     return params
 
 
@@ -88,8 +93,9 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     if place == "shim":
         for module in (backends, recording):
             monkeypatch.setattr(module, "extension", lambda: (built_shim(), "CUDA kernels on the CPU"))
-    if "interpreted" in request.param:
+    if request.param == INTERPRETED:
         repair(monkeypatch)
+        monkeypatch.setattr("speculative_mamba.ops.triton_scan.STATES", 1 << 14)  # it is programs that cost
     if place == "gpu":
         found = backends._implementation
         monkeypatch.setattr(backends, "_implementation", lambda op, backend: on_device(found(op, backend), "cuda"))

@@ -1,0 +1,82 @@
+"""The convolution in Triton: a program takes a block of channels of a row through all tokens, the last inputs in
+registers."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_math import launch, narrow, silu as silu_of, widen
+
+CHANNELS = 128  # of a program
+
+
+@triton.jit(do_not_specialize=["tokens", "write_slot", "keep_last"])
+def _convolve(
+    x, weight, bias, window, y, start_slot, null_columns, tokens, channels, repeat, block, write_slot, keep_last,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x, window: (tensor, batch stride, token or row stride); weight: (tensor, channel stride, tap stride)."""
+    blocks = tl.cdiv(channels, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    source = channel // (block * repeat) * block + channel % block
+    exists = channel < channels
+    start = tl.load(start_slot + row).to(tl.int64)
+    nulls = 0 if null_columns is None else tl.load(null_columns + row)
+    first = tl.zeros((BLOCK,), tl.float32) if bias is None else tl.load(bias + channel, exists, 0.0)
+    window_row = window[0] + row * window[1]
+
+    taps, inputs = (), ()
+    for k in tl.static_range(WIDTH):
+        taps += (widen(tl.load(weight[0] + channel.to(tl.int64) * weight[1] + k * weight[2], exists, 0.0)),)
+    for k in tl.static_range(WIDTH - 1):
+        inputs += (tl.load(window_row + (start + 1 + k) * window[2] + channel, exists, 0.0),)
+    tl.debug_barrier()  # all threads have read what others may overwrite
+    if write_slot == 0 and not keep_last:
+        for k in tl.static_range(WIDTH - 1):
+            tl.store(window_row + k * window[2] + channel, inputs[k], exists)
+    x_row = x[0] + row * x[1]
+    y += row * tokens * channels
+    kept = window_row + (tl.cast(write_slot, tl.int64) + (WIDTH - 1)) * window[2]
+    for t in range(tokens):
+        current = tl.where(t < nulls, 0.0, widen(tl.load(x_row + source, exists, 0.0)))
+        if not keep_last:
+            tl.store(kept + channel, current, exists)
+        inputs += (current,)
+        total = first
+        for k in tl.static_range(WIDTH):
+            total = tl.fma(inputs[k], taps[k], total)
+        inputs = inputs[1:]
+        total = silu_of(total) if SILU else total
+        tl.store(y + channel, narrow(total, y.dtype.element_ty), exists)
+        x_row += x[2]
+        y += channels
+        kept += window[2]
+    if keep_last:
+        for k in tl.static_range(WIDTH - 1):
+            tl.store(window_row + (1 + k) * window[2] + channel, inputs[k], exists)
+
+
+def causal_conv1d_verify(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    window: torch.Tensor,
+    start_slot: torch.Tensor,
+    write_slot: int,
+    null_columns: torch.Tensor | None,
+    keep_last: bool,
+    silu: bool,
+    repeat: int,
+    block: int,
+) -> torch.Tensor:
+    batch, tokens, _ = x.shape
+    channels, width = weight.shape
+    y = x.new_empty(batch, tokens, channels)
+    launch(
+        _convolve, batch * triton.cdiv(channels, CHANNELS), y, 4, x=(x, x.stride(0), x.stride(1)),
+        weight=(weight, *weight.stride()), bias=bias, window=(window, window.stride(0), window.stride(1)), y=y,
+        start_slot=start_slot, null_columns=null_columns, tokens=tokens, channels=channels, repeat=repeat, block=block,
+        write_slot=write_slot, keep_last=keep_last, WIDTH=width, SILU=silu, BLOCK=CHANNELS,
+    )  # fmt: skip
+    return y
