@@ -60,6 +60,8 @@ def _shortlist(
     logits, maxima, verdicts, peaks, leasts, totals, counts, ids, keys, weights,
     tokens, vocabulary, temperature, top_k, nucleus, floor,
 ):  # fmt: skip
+    """With top-k all tokens from the k-th of the groups' greatest keys on; else all but tokens so light that together
+    they make no difference."""
     position = tl.program_id(0).to(tl.int64)
     row = logits[0] + position // tokens * logits[1] + position % tokens * logits[2]
     ids, keys, weights = ids + position * vocabulary, keys + position * vocabulary, weights + position * vocabulary
@@ -85,7 +87,7 @@ def _shortlist(
                 least, _, _ = search(maxima, None, groups, top_k.to(tl.float64))
         elif nucleus < 1:
             total = _total(row, vocabulary, peak, temperature)
-            lightest = ((1 - nucleus) * total / vocabulary).to(tl.float32)  # all below may miss in the nucleus
+            lightest = ((1 - nucleus) * total / vocabulary).to(tl.float32)  # the nucleus is reached without all below
         count = 0
         for start in range(0, groups, GROUPS):
             group = start + tl.arange(0, GROUPS)
