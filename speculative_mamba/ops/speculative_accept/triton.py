@@ -38,7 +38,8 @@ def _decide(
     at = tl.program_id(0).to(tl.int64)
     b, t = at // tokens, at % tokens
     verdict = tl.load(verdicts + at)
-    winner, refuses = 0, True
+    winner = 0
+    refuses = True
     if verdict == 0:
         ids, keys, weights = ids + at * vocabulary, keys + at * vocabulary, weights + at * vocabulary
         count = tl.load(counts + at)
