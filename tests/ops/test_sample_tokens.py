@@ -78,7 +78,7 @@ def test_every_combination_of_filters_equals_the_hand_computation(vocabulary: in
     logits[2, 1] = -torch.inf
     seen = torch.rand(3, vocabulary, generator=generator) < 0.4
     recent = torch.tensor([[0, 2], [1, 1], [4, 0]])
-    every = {"cpu": 1, "triton": 16}.get(backend, 4)
+    every = {"cpu": 1, "triton": 8}.get(backend, 4)
     combinations = COMBINATIONS[vocabulary % every :: every]
     for filters in combinations:
         tokens, laws = sample(logits, filters, backend, seen=seen, recent=recent)
