@@ -70,6 +70,15 @@ def row_sums(values):
     return tl.reshape(values, (values.shape[0],))
 
 
+@triton.jit
+def lane_sums(values):
+    """(L, M, N) → (M, N), in the order of ``row_sums``."""
+    m: tl.constexpr = values.shape[1]
+    n: tl.constexpr = values.shape[2]
+    values = tl.reshape(tl.permute(values, (1, 2, 0)), (m * n, values.shape[0]))
+    return tl.reshape(row_sums(values), (m, n))
+
+
 def launch(
     kernel: triton.JITFunction, programs: int, like: torch.Tensor, warps: int, stages: int = 1, **arguments: object
 ) -> None:

@@ -72,7 +72,7 @@ def _scan(
             x_old += x_heads * head_size
             dt_old += heads
             b_old += b_groups * STATE_SIZE
-        if write_slot == 0 and not keep_last:
+        if write_slot == 0 and keep_last == 0:
             tl.store(slot + h_at, narrow(h, dtype), exists)
 
     x_row, dt_row = x[0] + row * x[1], dt[0] + row * dt[1]
@@ -91,7 +91,7 @@ def _scan(
             z_row += z[2]
         tl.store(y + channel, narrow(total, y.dtype.element_ty), in_row)
         if inputs is None:
-            if not keep_last:
+            if keep_last == 0:
                 tl.store(slot + h_at, narrow(h, dtype), exists)
             slot += states[2]
         x_row += x[2]
@@ -99,7 +99,7 @@ def _scan(
         b_row += B[2]
         c_row += C[2]
         y += channels
-    if keep_last:
+    if keep_last != 0:
         tl.store(states[0] + row * states[1] + h_at, narrow(h, dtype), exists)
 
 

@@ -19,11 +19,7 @@ OPS = Path(backends.__file__).parent
 MODULE = backends.extension()[0]
 ISAS = MODULE.available_isas() if MODULE else []
 # Test files of an op that are not named after it.
-OP_OF = {
-    "test_scan_replay": "selective_scan_verify",
-    "test_whole_models": "skinny_linear",
-    "test_offsets": "skinny_linear",
-}
+OP_OF = {"test_scan_replay": "selective_scan_verify"}
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, which is when a test first runs it

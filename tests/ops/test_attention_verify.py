@@ -23,6 +23,7 @@ BASE = {
 CHANGES = [
     {},
     {"lengths": (63,)},
+    {"lengths": (30, 62, 59)},  # a token ends a block, or comes just before
     {"lengths": (31, 32, 33), "tokens": 1},
     {"lengths": (500, 257), "capacity": 600, "dims": 64, "pairs": 32},
     {"lengths": (253, 511), "capacity": 516},

@@ -16,6 +16,8 @@ from importlib import import_module
 
 import torch
 
+from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.int8 import Int8Weight
 from speculative_mamba.ops.replay import ReplayInputs
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -57,6 +59,35 @@ def silu(dtype: torch.dtype) -> tuple:
     return torch.zeros(5, 14336, dtype=dtype), torch.zeros(5, 14336, dtype=dtype)
 
 
+def linear(dtype: torch.dtype, weight: torch.dtype, out_dtype: torch.dtype) -> tuple:
+    matrix = torch.zeros(2560, 5120, dtype=weight)
+    matrix = Int8Weight(matrix, torch.zeros(2560)) if weight is torch.int8 else matrix
+    return torch.zeros(5, 5120, dtype=dtype), matrix, torch.zeros(2560), out_dtype
+
+
+def attention(dtype: torch.dtype, cache: torch.dtype, dims: int) -> tuple:
+    q, k = torch.zeros(1, 5, 32, dims, dtype=dtype), torch.zeros(1, 5, 8, dims, dtype=dtype)
+    keys, lengths = torch.zeros(1, 8, 64, dims, dtype=cache), torch.zeros(1, 8, dtype=torch.int32)
+    return q, k, k, keys, keys, lengths, ROW, 0, torch.zeros(dims // 2), 0.1, ROW, False
+
+
+def sampling(filters: Filters, laws: bool) -> tuple:
+    logits, row = torch.zeros(1, 50280), torch.zeros(1, dtype=torch.int64)
+    seen = torch.zeros(1, 50280, dtype=torch.bool)
+    keys = torch.zeros(1, 2, dtype=torch.int64)
+    return logits, filters, keys, row, 0, logits if laws else None, seen, row[:, None], seen[:, 0] if laws else None
+
+
+def accepting(filters: Filters, laws: bool) -> tuple:
+    logits, seen = torch.zeros(1, 5, 50280), torch.zeros(1, 50280, dtype=torch.bool)
+    row, keys = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64)
+    drafted = torch.zeros(1, 4, dtype=torch.int64)
+    q, active = (logits[:, 1:], seen[:, 0]) if laws else (None, None)
+    return logits, drafted, q, filters, keys, row, False, seen, active
+
+
+GREEDY, SAMPLED = Filters(), Filters(temperature=0.8, top_k=50, top_p=0.8, repetition_penalty=1.1)
+
 # op -> the arguments of calls, by function
 CALLS = {
     "causal_conv1d_verify": [(conv, (FLOAT32, 4)), (conv, (BFLOAT16, 4)), (conv, (BFLOAT16, 8))],
@@ -64,7 +95,17 @@ CALLS = {
     "rms_norm": [(norm, (FLOAT32, False)), (norm, (BFLOAT16, False)), (norm, (BFLOAT16, True))],
     "selective_scan_verify": [(scan, states) for states in STATES],
     "ssd_verify": [(ssd, states) for states in STATES],
-}
+    "attention_verify": [
+        (attention, (FLOAT32, FLOAT32, 64)), (attention, (BFLOAT16, BFLOAT16, 128)),
+        (attention, (BFLOAT16, FLOAT32, 256)),
+    ],
+    "sample_tokens": [(sampling, (GREEDY, False)), (sampling, (SAMPLED, True))],
+    "skinny_linear": [
+        (linear, (FLOAT32, FLOAT32, FLOAT32)), (linear, (BFLOAT16, BFLOAT16, BFLOAT16)),
+        (linear, (BFLOAT16, torch.int8, FLOAT32)), (linear, (FLOAT32, BFLOAT16, FLOAT32)),
+    ],
+    "speculative_accept": [(accepting, (GREEDY, False)), (accepting, (SAMPLED, True))],
+}  # fmt: skip
 
 
 def compiled(call: Callable[[], object], architecture: int) -> list:

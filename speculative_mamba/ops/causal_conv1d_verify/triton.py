@@ -33,7 +33,7 @@ def _convolve(
     for k in tl.static_range(WIDTH - 1):
         inputs += (tl.load(window_row + (start + 1 + k) * row_stride + channel, exists, 0.0),)
     tl.debug_barrier()  # all threads have read what others may overwrite
-    if write_slot == 0 and not keep_last:
+    if write_slot == 0 and keep_last == 0:
         for k in tl.static_range(WIDTH - 1):
             tl.store(window_row + k * row_stride + channel, inputs[k], exists)
     x_row = x[0] + row * x[1]
@@ -41,7 +41,7 @@ def _convolve(
     kept = window_row + (write_slot + (WIDTH - 1)) * row_stride
     for t in range(tokens):
         current = tl.where(t < nulls, 0.0, widen(tl.load(x_row + source, exists, 0.0)))
-        if not keep_last:
+        if keep_last == 0:
             tl.store(kept + channel, current, exists)
         inputs += (current,)
         total = first
@@ -53,7 +53,7 @@ def _convolve(
         x_row += x[2]
         y += channels
         kept += row_stride
-    if keep_last:
+    if keep_last != 0:
         for k in tl.static_range(WIDTH - 1):
             tl.store(window_row + (1 + k) * row_stride + channel, inputs[k], exists)
 
