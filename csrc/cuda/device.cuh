@@ -191,11 +191,11 @@ __device__ __forceinline__ Packed8 load8(const Stored* p, int count) {
         const Group<Stored, 8> group = load_group<8>(p);
         if constexpr (std::is_same<T, Stored>::value) {
             memcpy(&out, &group, sizeof out);
-            return out;
-        }
+        } else {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(widen(group.v[i])).bits) << (i % 2 * 16);
+            for (int i = 0; i < 8; i++) {
+                out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(widen(group.v[i])).bits) << (i % 2 * 16);
+            }
         }
         return out;
     }

@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) multiply_on_tensor_cores(Skinny
             const Act* of_tile = x + k;
 #pragma unroll
             for (int tile = 0; tile < Tiles; tile++, of_tile += next_tile) {
+                if (tile * kColumns >= rows) break;
                 const Packed8 v = load8<Act>(of_tile, tile * kColumns + row < rows ? left(k) : 0);
                 float products[4] = {};
                 const uint32_t (&low)[4] = w[a][0].pairs, (&high)[4] = w[a][1].pairs;
@@ -91,8 +92,6 @@ void on_tensor_cores(const SkinnyLinearParams& p, cudaStream_t stream) {
         const int64_t left = p.rows - m0;
         if (left <= kColumns) {
             launch_tiles<Act, Weight, 1>(p, m0, stream);
-        } else if (left <= 4 * kColumns) {
-            launch_tiles<Act, Weight, 4>(p, m0, stream);
         } else {
             launch_tiles<Act, Weight, 8>(p, m0, stream);
         }

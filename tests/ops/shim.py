@@ -1,6 +1,8 @@
 """Builds the CUDA kernels for the CPU: a module like ``_C_cuda`` that runs them through cuda_shim/."""
 
+import fcntl
 import functools
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -22,18 +24,24 @@ CUDA = ROOT / "csrc" / "cuda"
 
 @functools.cache
 def built_shim() -> ModuleType:
-    """The module, built once."""
-    folder = Path(tempfile.mkdtemp(prefix="cuda-on-cpu-"))
-    target = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    """The module, built once for all processes and until a source changes."""
     pybind11 = pytest.importorskip("pybind11")
     options = ["-fvisibility=hidden"]
     options += [f"-I{include}" for include in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     sources = [ROOT / "csrc" / "bindings_cuda.cpp", SHIM / "kernels.cpp", *sorted(CUDA.glob("*.cu"))]
-    compile_on_shim(sources, target, options)
+    read = sorted(path for folder in (SHIM, CUDA, CUDA.parent) for path in folder.iterdir() if path.is_file())
+    digest = hashlib.sha256("".join([*options, *(path.read_text() for path in read)]).encode()).hexdigest()
+    folder = Path(tempfile.gettempdir()) / f"cuda-on-cpu-{os.getuid()}-{digest[:16]}"
+    target = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            compile_on_shim(sources, folder / "new.so", options)
+            (folder / "new.so").rename(target)
     spec = importlib.util.spec_from_file_location("_C_cuda", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shutil.rmtree(folder)
     for name in ("selective_scan", "ssd"):
         setattr(module, name, skipping_large_states(getattr(module, name)))
     return module
