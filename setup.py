@@ -63,7 +63,10 @@ class CMakeBuild(build_ext):
             options = [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(targets)}"]
             self._build(ext, ROOT / "csrc" / "cuda", *options, f"-DSM_CUDA_ARCHITECTURES={names}")
         except (CompileError, subprocess.CalledProcessError, OSError) as error:
-            line = f"speculative_mamba: the CUDA kernels were not built: {error}"
+            reason = error
+            if isinstance(error, subprocess.CalledProcessError):
+                reason = f"{Path(error.cmd[0]).name} failed; its messages are above, with pip only after: pip install -v"
+            line = f"speculative_mamba: the CUDA kernels were not built: {reason}"
             if not ext.optional:
                 sys.exit(line)
             raise CompileError(f"{line}; the CPU kernels are not affected") from None
