@@ -65,7 +65,7 @@ class CMakeBuild(build_ext):
         except (CompileError, subprocess.CalledProcessError, OSError) as error:
             reason = error
             if isinstance(error, subprocess.CalledProcessError):
-                reason = f"{Path(error.cmd[0]).name} failed; its messages are above, with pip only after: pip install -v"
+                reason = f"{Path(error.cmd[0]).name} failed; its messages are above (pip shows them with -v)"
             line = f"speculative_mamba: the CUDA kernels were not built: {reason}"
             if not ext.optional:
                 sys.exit(line)
