@@ -65,6 +65,7 @@ class Recurrence(WindowWork):
     """A scan in one of the ways to go back: a state per slot, or one state and the inputs since, all of which are fed
     again. One by one there is a single slot, read and written in place."""
 
+    op: Callable[..., torch.Tensor]
     window: dict[str, torch.Tensor]  # what has tokens
     parameters: tuple[torch.Tensor, ...]
 
@@ -81,7 +82,6 @@ class Recurrence(WindowWork):
         self.moved = self.single.nbytes + self.states.nbytes + nbytes(*self.window.values(), *self.parameters)
         self.moved += self.window["x"].nbytes + (2 * nbytes(*vars(kept).values()) if self.inputs else 0)
 
-    @abstractmethod
     def scan(
         self,
         window: dict[str, torch.Tensor],
@@ -89,7 +89,11 @@ class Recurrence(WindowWork):
         start: torch.Tensor,
         inputs: ReplayInputs | None,
         backend: str,
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        A, D, dt_bias = self.parameters
+        return self.op(
+            **window, A=A, D=D, dt_bias=dt_bias, states=states, start_slot=start, inputs=inputs, backend=backend
+        )
 
     @abstractmethod
     def each_token(self) -> list[dict[str, torch.Tensor]]:
@@ -131,6 +135,8 @@ class Recurrence(WindowWork):
 class Scan(Recurrence):
     """selective_scan_verify, gated."""
 
+    op = staticmethod(selective_scan_verify)
+
     def __init__(
         self, channels: int, state_size: int, batch: int, tokens: int, dtype: torch.dtype, mode: str,
         device: torch.device,
@@ -143,19 +149,6 @@ class Scan(Recurrence):
         kept = ReplayInputs(*(0.1 * torch.rand(batch, tokens, *shape, device=device) for shape in shapes))
         super().__init__((channels, state_size), mode, dtype, kept)
 
-    def scan(
-        self,
-        window: dict[str, torch.Tensor],
-        states: torch.Tensor,
-        start: torch.Tensor,
-        inputs: ReplayInputs | None,
-        backend: str,
-    ) -> torch.Tensor:
-        A, D, dt_bias = self.parameters
-        return selective_scan_verify(
-            **window, A=A, D=D, dt_bias=dt_bias, states=states, start_slot=start, inputs=inputs, backend=backend
-        )
-
     def each_token(self) -> list[dict[str, torch.Tensor]]:
         rest = dict(zip(("A", "D", "dt_bias"), self.parameters, strict=True))
         return [{name: part[:, t] for name, part in self.window.items()} | rest for t in range(self.tokens)]
@@ -163,6 +156,8 @@ class Scan(Recurrence):
 
 class Ssd(Recurrence):
     """ssd_verify with one group; Mamba-2 gates outside of it."""
+
+    op = staticmethod(ssd_verify)
 
     def __init__(
         self, heads: int, head_size: int, state_size: int, batch: int, tokens: int, dtype: torch.dtype, mode: str,
@@ -176,19 +171,6 @@ class Ssd(Recurrence):
             *(0.1 * torch.rand(batch, tokens, *shapes[name], device=device) for name in ("x", "dt", "B"))
         )
         super().__init__((heads, head_size, state_size), mode, dtype, kept)
-
-    def scan(
-        self,
-        window: dict[str, torch.Tensor],
-        states: torch.Tensor,
-        start: torch.Tensor,
-        inputs: ReplayInputs | None,
-        backend: str,
-    ) -> torch.Tensor:
-        A, D, dt_bias = self.parameters
-        return ssd_verify(
-            **window, A=A, D=D, dt_bias=dt_bias, states=states, start_slot=start, inputs=inputs, backend=backend
-        )
 
     def each_token(self) -> list[dict[str, torch.Tensor]]:
         A, D, dt_bias = self.parameters

@@ -18,22 +18,22 @@ from speculative_mamba.ops import backend as backends
 OPS = Path(backends.__file__).parent
 MODULE = backends.extension()[0]
 ISAS = MODULE.available_isas() if MODULE else []
-# Test files of an op that are not named after it.
-OP_OF = {"test_scan_replay": "selective_scan_verify"}
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, which is when a test first runs it
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The kernels of the file's op; where a test asks for ``op``, those of every op that take any activations."""
+    """The kernels of the file's op, which is its ``OP`` or its name; where a test asks for ``op``, those of every op of
+    its ``CASES``."""
     names = metafunc.fixturenames
     if "op" in names and hasattr(metafunc.module, "CASES"):
         pairs = [(op, name) for op in metafunc.module.CASES for name in ["reference", *_kernels_of(op)]]
         pairs = [(op, name) for op, name in pairs if name not in ISAS]
         metafunc.parametrize("op, backend", pairs, indirect=["backend"])
         return
-    found = _kernels_of(OP_OF.get(metafunc.module.__name__, metafunc.module.__name__.removeprefix("test_")))
+    op = getattr(metafunc.module, "OP", metafunc.module.__name__.removeprefix("test_"))
+    found = _kernels_of(op)
     if "threads" in metafunc.function.__name__:
         found = [name for name in found if name != INTERPRETED]  # it has one
     of_gpu = [name for name in found if name not in ISAS]

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,9 +30,9 @@ def built_shim() -> ModuleType:
     sources = [ROOT / "csrc" / "bindings_cuda.cpp", SHIM / "kernels.cpp", *sorted(CUDA.glob("*.cu"))]
     read = sorted(path for folder in (SHIM, CUDA, CUDA.parent) for path in folder.iterdir() if path.is_file())
     digest = hashlib.sha256("".join([*options, *(path.read_text() for path in read)]).encode()).hexdigest()
-    folder = Path(tempfile.gettempdir()) / f"cuda-on-cpu-{os.getuid()}-{digest[:16]}"
+    folder = ROOT / ".pytest_cache" / f"cuda-on-cpu-{digest[:16]}"
     target = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():

@@ -15,6 +15,8 @@ from speculative_mamba.ops.replay import ReplayInputs
 from speculative_mamba.testing.scan import BASE, cut, make, split
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
+OP = "selective_scan_verify"
+
 FIXED = ("A", "D", "dt_bias")
 CHANGES = [
     {},

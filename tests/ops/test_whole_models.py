@@ -7,6 +7,8 @@ import speculative_mamba as sm
 from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
+OP = "skinny_linear"  # has every kind of kernel
+
 PROMPTS = [[1, 2, 3, 4, 5], [6]]
 SAMPLED = sm.SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=3)
 
@@ -20,7 +22,7 @@ def models(kind: str, dtype: torch.dtype, backend: str) -> tuple:
 def test_greedy_text_and_logits_are_those_without_a_draft(kind: str, gpu_kernels: str) -> None:
     target, draft = models(kind, torch.bfloat16, gpu_kernels)
     assert target.activation_dtype is torch.bfloat16 and target.backend == gpu_kernels
-    options = {"max_new_tokens": 6, "output_logits": True, "stop_token_ids": ()}
+    options = {"max_new_tokens": 5, "output_logits": True, "stop_token_ids": ()}
     result = sm.generate(target, PROMPTS, draft=draft, lookahead=3, **options)
     for row, prompt in enumerate(PROMPTS):
         alone = sm.generate(target, [prompt], **options)
@@ -34,9 +36,9 @@ def test_rejected_and_accepted_drafts_leave_the_same_text(checkpoint: str, gpu_k
     target, draft = models("mamba2", torch.float16, gpu_kernels)
     target.checkpoint = draft.checkpoint = checkpoint
     target.state_dtype = torch.bfloat16
-    plain = sm.generate(target, PROMPTS, max_new_tokens=8, stop_token_ids=())
+    plain = sm.generate(target, PROMPTS, max_new_tokens=6, stop_token_ids=())
     for other in (target, draft):
-        result = sm.generate(target, PROMPTS, draft=other, lookahead=4, max_new_tokens=8, stop_token_ids=())
+        result = sm.generate(target, PROMPTS, draft=other, lookahead=4, max_new_tokens=6, stop_token_ids=())
         for expected, sequence in zip(plain.sequences, result.sequences, strict=True):
             assert torch.equal(expected, sequence)
         assert other is draft or result.stats.acceptance_rate == 1
@@ -44,7 +46,7 @@ def test_rejected_and_accepted_drafts_leave_the_same_text(checkpoint: str, gpu_k
 
 def test_coupled_samples_are_those_without_a_draft(gpu_kernels: str) -> None:
     target, draft = models("mamba1", torch.bfloat16, gpu_kernels)
-    options = {"max_new_tokens": 8, "stop_token_ids": (), "sampling": SAMPLED}
+    options = {"max_new_tokens": 6, "stop_token_ids": (), "sampling": SAMPLED}
     plain = sm.generate(target, PROMPTS, **options)
     result = sm.generate(target, PROMPTS, draft=draft, lookahead=3, acceptance="coupled", **options)
     for expected, sequence in zip(plain.sequences, result.sequences, strict=True):
