@@ -96,10 +96,15 @@ __device__ __forceinline__ float rounded(float a) {
 }
 
 // Memory is touched only here and by groups below, so that a build for the CPU can check every access.
-template <typename T>
-__device__ __forceinline__ T load_raw(const T* p) {
+// Constants are what no kernel writes, such as weights: they may be read before wait_for_previous().
+enum class From { memory, constants };
 #if defined(SM_HOST_SHIM)
-    shim::Machine::get().check(p, sizeof(T), shim::Kind::load);
+inline shim::Kind kind_of(From from) { return from == From::memory ? shim::Kind::load : shim::Kind::load_constant; }
+#endif
+template <typename T>
+__device__ __forceinline__ T load_raw(const T* p, From from = From::memory) {
+#if defined(SM_HOST_SHIM)
+    shim::Machine::get().check(p, sizeof(T), kind_of(from));
 #endif
     return *p;
 }
@@ -111,8 +116,8 @@ __device__ __forceinline__ void store_raw(T* p, T value) {
     *p = value;
 }
 template <typename T>
-__device__ __forceinline__ float load(const T* p) {
-    return widen(load_raw(p));
+__device__ __forceinline__ float load(const T* p, From from = From::memory) {
+    return widen(load_raw(p, from));
 }
 template <typename T>
 __device__ __forceinline__ void store(T* p, float value) {
@@ -137,9 +142,9 @@ __device__ __forceinline__ bool allows_group(const T* p) {
     return reinterpret_cast<uintptr_t>(p) % sizeof(Group<T, N>) == 0;
 }
 template <int N, typename T>
-__device__ __forceinline__ Group<T, N> load_group(const T* p) {
+__device__ __forceinline__ Group<T, N> load_group(const T* p, From from = From::memory) {
 #if defined(SM_HOST_SHIM)
-    shim::Machine::get().check(p, sizeof(Group<T, N>), shim::Kind::load, sizeof(T));
+    shim::Machine::get().check(p, sizeof(Group<T, N>), kind_of(from), sizeof(T));
 #endif
     return *reinterpret_cast<const Group<T, N>*>(p);
 }
@@ -153,16 +158,16 @@ __device__ __forceinline__ void store_group(T* p, const Group<T, N>& group) {
 
 // Four values of which the first `count` exist; in one access where all do and the address allows it.
 template <typename T>
-__device__ __forceinline__ Float4 load4(const T* p, int count) {
+__device__ __forceinline__ Float4 load4(const T* p, int count, From from = From::memory) {
     Float4 out;
     if (count == 4 && allows_group<4>(p)) {
-        const Group<T, 4> group = load_group<4>(p);
+        const Group<T, 4> group = load_group<4>(p, from);
 #pragma unroll
         for (int i = 0; i < 4; i++) out.v[i] = widen(group.v[i]);
         return out;
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) out.v[i] = i < count ? load(p + i) : 0.f;
+    for (int i = 0; i < 4; i++) out.v[i] = i < count ? load(p + i, from) : 0.f;
     return out;
 }
 template <typename T>
@@ -185,10 +190,10 @@ struct alignas(16) Packed8 {
 
 // Eight values, of which the first `count` exist, as T; in one access where all do and the address allows it.
 template <typename T, typename Stored>
-__device__ __forceinline__ Packed8 load8(const Stored* p, int count) {
+__device__ __forceinline__ Packed8 load8(const Stored* p, int count, From from = From::memory) {
     Packed8 out{};
     if (count == 8 && allows_group<8>(p)) {
-        const Group<Stored, 8> group = load_group<8>(p);
+        const Group<Stored, 8> group = load_group<8>(p, from);
         if constexpr (std::is_same<T, Stored>::value) {
             memcpy(&out, &group, sizeof out);
         } else {
@@ -201,7 +206,7 @@ __device__ __forceinline__ Packed8 load8(const Stored* p, int count) {
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        if (i < count) out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(load(p + i)).bits) << (i % 2 * 16);
+        if (i < count) out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(load(p + i, from)).bits) << (i % 2 * 16);
     }
     return out;
 }
@@ -227,13 +232,20 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[4], const uint32_t (&a
 #endif
 }
 
-// Kernels of a stream overlap where the card can do it: one is loaded while the one before it ends. So each begins with
-// this, and touches no memory before: it waits until the results of the one before are there.
+// Kernels of a stream overlap where the card can do it: while one runs, those after it are loaded already. So each
+// reads constants at most before wait_for_previous(), which returns when all kernels before have ended, and writes
+// nothing; a kernel that does read constants first begins with start_next(), so that those after it can do the same.
+__device__ __forceinline__ void start_next() {
+#if !defined(SM_HOST_SHIM) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 __device__ __forceinline__ void wait_for_previous() {
+    start_next();
 #if defined(SM_HOST_SHIM)
     shim::Machine::get().running->waited = true;
 #elif __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

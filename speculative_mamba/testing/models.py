@@ -87,13 +87,11 @@ def as_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Int8Wei
 class _RandomTensors:
     """Random weights by name, scaled so that activations and state keep a useful size at any depth."""
 
-    device = torch.device("cpu")
-
-    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, dtype: torch.dtype, seed: int, device: torch.device) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.dtype, self.rest_dtype = dtype, torch.float32 if dtype is torch.int8 else dtype
+        self.dtype, self.rest_dtype, self.device = dtype, torch.float32 if dtype is torch.int8 else dtype, device
         # Values repeat within a large weight, memory does not: filling gigabytes with fresh numbers takes minutes.
-        self.pool = torch.randn(1 << 20, generator=self.generator)
+        self.pool = torch.randn(1 << 20, generator=self.generator).to(device)
 
     def has(self, name: str) -> bool:
         return False
@@ -124,11 +122,16 @@ class _RandomTensors:
         return values.repeat(-(-count // len(values)))[:count].view(shape)
 
     def _uniform(self, shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
-        return torch.rand(shape, generator=self.generator) * (high - low) + low
+        return (torch.rand(shape, generator=self.generator) * (high - low) + low).to(self.device)
 
 
 def random_model(
-    config: ModelConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0, backend: str = "auto"
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> MambaLM:
     """A model with random weights.
 
@@ -136,7 +139,8 @@ def random_model(
     """
     blocks = tuple((f"{i}.block_norm", f"{i}.") for i in range(len(config.blocks)))
     names = Names(("embedding",), "final_norm", "head", blocks)
-    model = build(config, names, _RandomTensors(dtype, seed), backends.resolve(backend, "cpu"))
+    device = torch.device(device)
+    model = build(config, names, _RandomTensors(dtype, seed, device), backends.resolve(backend, device.type))
     model.name = "random"
     return model
 

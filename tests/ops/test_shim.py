@@ -11,7 +11,7 @@ from shim import SHIM, compile_on_shim
 BLOCKS = 3
 FAULTS = ("none", "no_barrier", "load_beyond", "store_beyond", "store_to_input", "two_blocks", "lost_lane",
           "different_barriers", "early_load", "plain_add", "wide_store",
-          "no_wait", "misaligned")  # fmt: skip
+          "no_wait", "false_constant", "misaligned")  # fmt: skip
 Run = Callable[[str, str, int], tuple[str, torch.Tensor, torch.Tensor]]
 
 
@@ -52,6 +52,7 @@ def test_kernels_without_a_fault(run: Run, seed: int) -> None:
         ("block_sum", "no_barrier", "race"),
         ("block_sum", "misaligned", "misaligned access"),
         ("block_sum", "no_wait", "before the kernel before has ended"),
+        ("block_sum", "false_constant", "no constant"),
         ("block_sum", "load_beyond", "load out of bounds"),
         ("block_sum", "store_beyond", "store out of bounds"),
         ("block_sum", "store_to_input", "read only"),

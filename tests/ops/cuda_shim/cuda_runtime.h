@@ -69,7 +69,7 @@ struct Fiber {
     bool waited = false;            // for the kernel before
 };
 
-enum class Kind { load, store, atomic };
+enum class Kind { load, load_constant, store, atomic };
 
 // Who touched an address last.
 struct Access {
@@ -81,9 +81,10 @@ struct Cell {
     int64_t block = -1;
 };
 
+enum class Use { constant, read, write };  // constants may be read before the kernel before has ended
 struct Range {
     size_t bytes = 0;
-    bool writable = false;
+    Use use = Use::constant;
 };
 using Memory = std::map<uintptr_t, Range>;  // by where each begins
 
@@ -155,7 +156,7 @@ struct Machine {
 
     // An access of so many bytes, which races element by element.
     void check(const void* address, size_t bytes, Kind kind, size_t element = 4) {
-        if (!running->waited) fail("memory touched before the kernel before has ended");
+        if (!running->waited && kind != Kind::load_constant) fail("memory touched before the kernel before has ended");
         const uintptr_t at = reinterpret_cast<uintptr_t>(address);
         if (at % bytes) fail("misaligned access");
         const size_t word = std::min(bytes, element);
@@ -170,9 +171,11 @@ struct Machine {
             return;
         }
         const Range* range = range_of(memory, at, bytes);
-        if (!range) fail(kind == Kind::load ? "load out of bounds" : "store out of bounds");
-        if (!range->writable) {
-            if (kind != Kind::load) fail("store to memory that is read only");
+        const bool loads = kind == Kind::load || kind == Kind::load_constant;
+        if (!range) fail(loads ? "load out of bounds" : "store out of bounds");
+        if (kind == Kind::load_constant && range->use != Use::constant) fail("this is no constant");
+        if (range->use != Use::write) {
+            if (!loads) fail("store to memory that is read only");
             return;  // nobody to race with
         }
         for (size_t offset = 0; offset < bytes; offset += word) touch(cells[at + offset], kind);

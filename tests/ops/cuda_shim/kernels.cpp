@@ -8,51 +8,52 @@
 namespace speculative_mamba {
 namespace {
 
+using shim::Use;
+
 int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2; }
 
 // Memory of `rows` × `columns` runs of `size` elements each.
 void announce(const void* base, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride, int64_t size,
-              bool writable = false, int64_t element = 4) {
+              Use use = Use::read, int64_t element = 4) {
     if (!base) return;
     auto& memory = shim::Machine::get().memory;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < columns; c++) {
             auto& range = memory[reinterpret_cast<uintptr_t>(base) + element * (r * row_stride + c * column_stride)];
             range.bytes = std::max(range.bytes, static_cast<size_t>(size * element));
-            range.writable = range.writable || writable;
+            range.use = std::max(range.use, use);
         }
 }
 
-void announce(const void* base, int64_t size, bool writable = false) { announce(base, 1, 0, 1, 0, size, writable); }
+void announce(const void* base, int64_t size, Use use = Use::read) { announce(base, 1, 0, 1, 0, size, use); }
 
-void announce_bytes(const void* base, int64_t bytes, bool writable = false) {
-    announce(base, 1, 0, 1, 0, bytes, writable, 1);
-}
+void announce_bytes(const void* base, int64_t bytes, Use use = Use::read) { announce(base, 1, 0, 1, 0, bytes, use, 1); }
 
 template <typename Params>
 void announce_activations(const Params& p, const void* base, int64_t rows, int64_t row_stride, int64_t columns,
                           int64_t column_stride, int64_t size) {
-    announce(base, rows, row_stride, columns, column_stride, size, false, bytes_of(p.activations));
+    announce(base, rows, row_stride, columns, column_stride, size, Use::read, bytes_of(p.activations));
 }
 
 template <typename Params>
 void announce_result(const Params& p, int64_t size) {
-    announce(p.y, 1, 0, 1, 0, size, true, bytes_of(p.activations));
+    announce(p.y, 1, 0, 1, 0, size, Use::write, bytes_of(p.activations));
 }
 
 // Of each row the slot it starts from, and those it may write.
 template <typename Params>
 void announce_states(const Params& p, int64_t size) {
     for (int64_t row = 0; row < p.batch; row++) {
-        auto slot = [&](int64_t number, bool writable) {
+        auto slot = [&](int64_t number, Use use) {
             const int64_t element = bytes_of(p.state_dtype);
             const int64_t offset = row * p.states_batch_stride + number * p.states_slot_stride;
-            announce(static_cast<char*>(p.states) + element * offset, 1, 0, 1, 0, size, writable, element);
+            announce(static_cast<char*>(p.states) + element * offset, 1, 0, 1, 0, size, use, element);
         };
-        slot(p.input_dt ? 0 : p.start_slot[row], p.input_dt && (p.keep_last || p.write_slot == 0));
-        if (p.keep_last) slot(0, true);
+        const bool settles = p.input_dt && (p.keep_last || p.write_slot == 0);
+        slot(p.input_dt ? 0 : p.start_slot[row], settles ? Use::write : Use::read);
+        if (p.keep_last) slot(0, Use::write);
         if (!p.keep_last && !p.input_dt)
-            for (int64_t t = 0; t < p.tokens; t++) slot(p.write_slot + t, true);
+            for (int64_t t = 0; t < p.tokens; t++) slot(p.write_slot + t, Use::write);
     }
 }
 
@@ -62,12 +63,12 @@ void announce_entries(const AttentionParams& p, void* base, int64_t batch_stride
     for (int64_t row = 0; row < p.batch; row++) {
         const int64_t length = p.lengths[row * p.slots + p.start_slot[row]];
         const int64_t nulls = p.null_columns ? std::min<int64_t>(p.null_columns[row], p.tokens) : 0;
-        auto entries = [&](int64_t first, int64_t count, bool writable) {
+        auto entries = [&](int64_t first, int64_t count, Use use) {
             char* at = static_cast<char*>(base) + element * (row * batch_stride + first * p.dims);
-            announce(at, 1, 0, p.kv_heads, head_stride, count * p.dims, writable, element);
+            announce(at, 1, 0, p.kv_heads, head_stride, count * p.dims, use, element);
         };
-        entries(0, length, false);
-        entries(length, p.tokens - nulls, true);
+        entries(0, length, Use::read);
+        entries(length, p.tokens - nulls, Use::write);
     }
 }
 
@@ -81,12 +82,12 @@ void attention(const AttentionParams& p, cudaStream_t stream) {
     for (int64_t row = 0; row < p.batch; row++) {
         int32_t* lengths = p.lengths + row * p.slots;
         announce(lengths + p.start_slot[row], 1);
-        announce(lengths + p.write_slot, 1, 1, p.keep_last ? 1 : p.tokens, 1, 1, true);
+        announce(lengths + p.write_slot, 1, 1, p.keep_last ? 1 : p.tokens, 1, 1, Use::write);
     }
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
-    announce(p.inv_freq, p.pairs);
-    announce(p.scratch, p.scratch_size, true);
+    announce(p.inv_freq, p.pairs, Use::constant);
+    announce(p.scratch, p.scratch_size, Use::write);
     announce_result(p, p.batch * p.tokens * p.heads * p.dims);
     cuda::attention(p, stream);
 }
@@ -95,21 +96,21 @@ void causal_conv1d(const CausalConv1dParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, p.channels / p.repeat);
     const int64_t element = bytes_of(p.weight_dtype);
-    announce(p.weight, p.channels, p.weight_channel_stride, p.width, p.weight_tap_stride, 1, false, element);
-    announce(p.bias, p.channels);
+    announce(p.weight, p.channels, p.weight_channel_stride, p.width, p.weight_tap_stride, 1, Use::constant, element);
+    announce(p.bias, p.channels, Use::constant);
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
     announce_result(p, p.batch * p.tokens * p.channels);
     const int64_t history = p.width - 1;
     for (int64_t row = 0; row < p.batch; row++) {
         float* window = p.window + row * p.window_batch_stride;
-        auto rows = [&](int64_t first, int64_t count, bool writable) {
-            announce(window + first * p.window_row_stride, count, p.window_row_stride, 1, 0, p.channels, writable);
+        auto rows = [&](int64_t first, int64_t count, Use use) {
+            announce(window + first * p.window_row_stride, count, p.window_row_stride, 1, 0, p.channels, use);
         };
-        rows(p.start_slot[row] + 1, history, false);
-        if (p.keep_last) rows(1, history, true);
-        if (!p.keep_last && p.write_slot == 0) rows(0, history, true);
-        if (!p.keep_last) rows(history + p.write_slot, p.tokens, true);
+        rows(p.start_slot[row] + 1, history, Use::read);
+        if (p.keep_last) rows(1, history, Use::write);
+        if (!p.keep_last && p.write_slot == 0) rows(0, history, Use::write);
+        if (!p.keep_last) rows(history + p.write_slot, p.tokens, Use::write);
     }
     cuda::causal_conv1d(p, stream);
 }
@@ -127,8 +128,8 @@ void rms_norm(const RmsNormParams& p, cudaStream_t stream) {
     announce_activations(p, p.x, p.rows, p.x_row_stride, 1, 0, p.features);
     announce_activations(p, p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
     announce(p.residual, p.rows * p.features);
-    announce(p.weight, 1, 0, 1, 0, p.features, false, bytes_of(p.weight_dtype));
-    announce(p.residual_out, p.rows * p.features, true);
+    announce(p.weight, 1, 0, 1, 0, p.features, Use::constant, bytes_of(p.weight_dtype));
+    announce(p.residual_out, p.rows * p.features, Use::write);
     announce_result(p, p.rows * p.features);
     cuda::rms_norm(p, stream);
 }
@@ -137,10 +138,10 @@ void skinny_linear(const SkinnyLinearParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     announce_activations(p, p.x, p.rows, p.x_row_stride, 1, 0, p.in_features);
     const int64_t element = bytes_of(p.weight_dtype);
-    announce(p.weight, p.out_features, p.weight_row_stride, 1, 0, p.in_features, false, element);
-    announce(p.weight_scale, p.out_features);
-    announce(p.bias, p.out_features);
-    announce(p.y, 1, 0, 1, 0, p.rows * p.out_features, true, bytes_of(p.y_dtype));
+    announce(p.weight, p.out_features, p.weight_row_stride, 1, 0, p.in_features, Use::constant, element);
+    announce(p.weight_scale, p.out_features, Use::constant);
+    announce(p.bias, p.out_features, Use::constant);
+    announce(p.y, 1, 0, 1, 0, p.rows * p.out_features, Use::write, bytes_of(p.y_dtype));
     cuda::skinny_linear(p, stream);
 }
 
@@ -152,18 +153,18 @@ void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
         announce_activations(p, base, p.batch, row, p.tokens, token, p.channels);
     announce_activations(p, p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, p.b_groups * p.state_size);
     announce_activations(p, p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
-    announce(p.A, p.channels * p.state_size);
-    announce(p.D, p.channels);
-    announce(p.dt_bias, p.channels);
+    announce(p.A, p.channels * p.state_size, Use::constant);
+    announce(p.D, p.channels, Use::constant);
+    announce(p.dt_bias, p.channels, Use::constant);
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
     announce_result(p, p.batch * p.tokens * p.channels);
     announce_states(p, p.channels * p.state_size);
     if (p.input_dt) {
         const int64_t rows = p.batch * p.input_slots;
-        announce(p.input_x, rows * p.channels, true);
-        announce(p.input_dt, rows * p.channels, true);
-        announce(p.input_B, rows * p.b_groups * p.state_size, true);
+        announce(p.input_x, rows * p.channels, Use::write);
+        announce(p.input_dt, rows * p.channels, Use::write);
+        announce(p.input_B, rows * p.b_groups * p.state_size, Use::write);
     }
     cuda::selective_scan(p, stream);
 }
@@ -171,14 +172,14 @@ void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
 void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     announce(p.logits, p.batch, p.logits_batch_stride, 1, 0, p.vocabulary);
-    announce(p.laws, p.batch, p.laws_batch_stride, 1, 0, p.vocabulary, true);
+    announce(p.laws, p.batch, p.laws_batch_stride, 1, 0, p.vocabulary, Use::write);
     announce_bytes(p.seen, p.batch * p.vocabulary);
     announce_bytes(p.active, p.batch);
     announce_bytes(p.recent, p.batch * p.recent_tokens * 8);
     announce_bytes(p.keys, p.batch * 2 * 8);
     announce_bytes(p.positions, p.batch * 8);
-    announce_bytes(p.tokens, p.batch * 8, true);
-    announce(p.verdicts, p.batch, true);
+    announce_bytes(p.tokens, p.batch * 8, Use::write);
+    announce(p.verdicts, p.batch, Use::write);
     cuda::sample_tokens(p, stream);
 }
 
@@ -191,10 +192,10 @@ void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
     announce_bytes(p.active, p.batch);
     announce_bytes(p.keys, p.batch * 2 * 8);
     announce_bytes(p.positions, p.batch * 8);
-    announce_bytes(p.decisions, p.batch * p.tokens * 8, true);
-    announce_bytes(p.next, p.batch * 8, true);
-    announce(p.accepted, p.batch, true);
-    announce(p.verdicts, p.batch, true);
+    announce_bytes(p.decisions, p.batch * p.tokens * 8, Use::write);
+    announce_bytes(p.next, p.batch * 8, Use::write);
+    announce(p.accepted, p.batch, Use::write);
+    announce(p.verdicts, p.batch, Use::write);
     cuda::speculative_accept(p, stream);
 }
 
@@ -207,18 +208,18 @@ void ssd(const SsdParams& p, cudaStream_t stream) {
     announce_activations(p, p.z, p.batch, p.z_batch_stride, p.tokens, p.z_token_stride, channels);
     announce_activations(p, p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, b_size);
     announce_activations(p, p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
-    announce(p.A, p.heads);
-    announce(p.D, p.d_per_channel ? channels : p.heads);
-    announce(p.dt_bias, p.heads);
+    announce(p.A, p.heads, Use::constant);
+    announce(p.D, p.d_per_channel ? channels : p.heads, Use::constant);
+    announce(p.dt_bias, p.heads, Use::constant);
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
     announce_result(p, p.batch * p.tokens * channels);
     announce_states(p, channels * p.state_size);
     if (p.input_dt) {
         const int64_t rows = p.batch * p.input_slots;
-        announce(p.input_x, rows * x_size, true);
-        announce(p.input_dt, rows * p.heads, true);
-        announce(p.input_b, rows * b_size, true);
+        announce(p.input_x, rows * x_size, Use::write);
+        announce(p.input_dt, rows * p.heads, Use::write);
+        announce(p.input_b, rows * b_size, Use::write);
     }
     cuda::ssd(p, stream);
 }

@@ -27,14 +27,16 @@ enum Fault {
     plain_add,
     wide_store,
     no_wait,
+    false_constant,
     misaligned
 };
 
 // Sums a row of 64: lane by lane through memory of the block.
 __global__ void block_sum(Arguments a) {
     SM_SHARED(float, values, kThreads);
-    if (a.fault != no_wait) wait_for_previous();
     const int i = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+    if (a.fault == false_constant && i == 5) load(a.in + i, From::constants);
+    if (a.fault != no_wait) wait_for_previous();
     if (a.fault == misaligned && i == 9) load_group<4>(a.in + 1);
     store(values + i, load(a.in + block * kThreads + (a.fault == load_beyond ? i + 1 : i)));
     for (int width = kThreads / 2; width > 0; width /= 2) {
@@ -86,8 +88,8 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
     auto& machine = shim::Machine::get();
     machine.random.seed(seed);
     machine.memory.clear();
-    machine.memory[reinterpret_cast<uintptr_t>(in)] = {blocks * kThreads * sizeof(float), false};
-    machine.memory[reinterpret_cast<uintptr_t>(out)] = {blocks * sizeof(float), true};
+    machine.memory[reinterpret_cast<uintptr_t>(in)] = {blocks * kThreads * sizeof(float), shim::Use::read};
+    machine.memory[reinterpret_cast<uintptr_t>(out)] = {blocks * sizeof(float), shim::Use::write};
     message.clear();
     try {
         const std::string name = kernel;
