@@ -282,6 +282,19 @@ void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintp
                                     where);
 }
 
+void commit_tokens(int64_t batch, int64_t lookahead, int64_t vocabulary, int64_t steps, int64_t capacity,
+                   uintptr_t drafted, uintptr_t accepted, uintptr_t following, uintptr_t verdicts, uintptr_t is_stop,
+                   uintptr_t last, uintptr_t positions, uintptr_t room, uintptr_t active, uintptr_t slots,
+                   uintptr_t seen, uintptr_t text, uintptr_t record, intptr_t where) {
+    submit<CommitTokensParams>(
+        &Kernels::commit_tokens,
+        {batch, lookahead, vocabulary, steps, capacity, pointer<int64_t>(drafted), pointer<int32_t>(accepted),
+         pointer<int64_t>(following), pointer<int32_t>(verdicts), pointer<bool>(is_stop), pointer<int64_t>(last),
+         pointer<int64_t>(positions), pointer<int32_t>(room), pointer<bool>(active), pointer<int32_t>(slots),
+         pointer<bool>(seen), pointer<int64_t>(text), pointer<int64_t>(record)},
+        where);
+}
+
 // The functions of all ops, and Program.
 inline void define_ops(py::module_& m) {
     using release = py::call_guard<py::gil_scoped_release>;
@@ -294,6 +307,7 @@ inline void define_ops(py::module_& m) {
     m.def("gated_silu", &gated_silu, release());
     m.def("sample_tokens", &sample_tokens, release());
     m.def("speculative_accept", &speculative_accept, release());
+    m.def("commit_tokens", &commit_tokens, release());
     py::class_<Program>(m, "Program", py::module_local(), "A recorded sequence of kernel calls.")
         .def(py::init<>())
         .def("run", &Program::run, release())

@@ -17,6 +17,7 @@ struct KernelTable {
     void (*gated_silu)(const GatedSiluParams&, Place);
     void (*sample_tokens)(const SampleTokensParams&, Place);
     void (*speculative_accept)(const SpeculativeAcceptParams&, Place);
+    void (*commit_tokens)(const CommitTokensParams&, Place);
 };
 
 }  // namespace speculative_mamba

@@ -230,4 +230,23 @@ struct SpeculativeAcceptParams {
     int64_t* decisions;        // (B, K+1): scratch memory of the CUDA kernel
 };
 
+// Ends a round: accepted tokens and the one after them become text, up to a stop token or the end of the budget.
+struct CommitTokensParams {
+    int64_t batch, lookahead, vocabulary;  // lookahead = K
+    int64_t steps, capacity;               // S, L
+    const int64_t* drafted;                // (B, K)
+    const int32_t* accepted;               // (B)
+    const int64_t* following;              // (B)
+    const int32_t* verdicts;               // (B): a row whose verdict is not ok gains nothing and ends
+    const bool* is_stop;                   // (V)
+    int64_t* last;                         // (B, 2): the last two tokens of each text
+    int64_t* positions;                    // (B): the length of each text
+    int32_t* room;                         // (B): tokens that may still come, less one
+    bool* active;                          // (B)
+    int32_t* slots;                        // (S, B): where step s of the next round starts; -1: the row has ended
+    bool* seen;                            // (B, V), may be null: tokens of the text
+    int64_t* text;                         // (B, L), may be null
+    int64_t* record;  // (B, K+4): tokens committed, accepted, verdict, the K+1 tokens of the window; else 0
+};
+
 }  // namespace speculative_mamba

@@ -24,6 +24,7 @@ void rms_norm(const RmsNormParams&, cudaStream_t);
 void gated_silu(const GatedSiluParams&, cudaStream_t);
 void sample_tokens(const SampleTokensParams&, cudaStream_t);
 void speculative_accept(const SpeculativeAcceptParams&, cudaStream_t);
+void commit_tokens(const CommitTokensParams&, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace speculative_mamba

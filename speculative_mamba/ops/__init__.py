@@ -6,6 +6,7 @@ also bfloat16 or float16. Arithmetic is float32 always.
 
 from .attention_verify import attention_verify
 from .causal_conv1d_verify import causal_conv1d_verify
+from .commit_tokens import commit_tokens
 from .gated_silu import gated_silu
 from .rms_norm import rms_norm
 from .sample_tokens import sample_tokens
@@ -17,6 +18,7 @@ from .ssd_verify import ssd_verify
 __all__ = [
     "attention_verify",
     "causal_conv1d_verify",
+    "commit_tokens",
     "gated_silu",
     "rms_norm",
     "sample_tokens",

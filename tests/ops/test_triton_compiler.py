@@ -18,7 +18,8 @@ import triton_launches
 # The most that any call of ``triton_launches`` uses, on any architecture.
 REGISTERS = {
     "attention_verify": 255, "sample_tokens": 186, "skinny_linear": 128, "speculative_accept": 186,
-    "causal_conv1d_verify": 56, "gated_silu": 40, "rms_norm": 64, "selective_scan_verify": 64, "ssd_verify": 64,
+    "causal_conv1d_verify": 56, "commit_tokens": 40, "gated_silu": 40, "rms_norm": 64, "selective_scan_verify": 64,
+    "ssd_verify": 64,
 }  # fmt: skip
 ARCHITECTURES = (80, 90, 100, 120)
 OPS = Path(__file__).parents[2] / "speculative_mamba" / "ops"

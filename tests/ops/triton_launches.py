@@ -16,6 +16,7 @@ from importlib import import_module
 
 import torch
 
+from speculative_mamba.ops.commit_tokens import RowPlaces
 from speculative_mamba.ops.filters import Filters
 from speculative_mamba.ops.int8 import Int8Weight
 from speculative_mamba.ops.replay import ReplayInputs
@@ -86,11 +87,19 @@ def accepting(filters: Filters, laws: bool) -> tuple:
     return logits, drafted, q, filters, keys, row, False, seen, active
 
 
+def committing(everything: bool) -> tuple:
+    drafted, row = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    seen = torch.zeros(1, 50280, dtype=torch.bool)
+    rows = RowPlaces(drafted[:, :2], row, ROW, seen[:, 0], torch.zeros(5, 1, dtype=torch.int32))
+    return drafted, ROW, row, ROW, seen[0], rows, seen if everything else None, drafted if everything else None
+
+
 GREEDY, SAMPLED = Filters(), Filters(temperature=0.8, top_k=50, top_p=0.8, repetition_penalty=1.1)
 
 # op -> the arguments of calls, by function
 CALLS = {
     "causal_conv1d_verify": [(conv, (FLOAT32, 4)), (conv, (BFLOAT16, 4)), (conv, (BFLOAT16, 8))],
+    "commit_tokens": [(committing, (False,)), (committing, (True,))],
     "gated_silu": [(silu, (FLOAT32,)), (silu, (BFLOAT16,))],
     "rms_norm": [(norm, (FLOAT32, False)), (norm, (BFLOAT16, False)), (norm, (BFLOAT16, True))],
     "selective_scan_verify": [(scan, states) for states in STATES],

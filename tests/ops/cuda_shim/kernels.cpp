@@ -199,6 +199,24 @@ void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
     cuda::speculative_accept(p, stream);
 }
 
+void commit_tokens(const CommitTokensParams& p, cudaStream_t stream) {
+    shim::Machine::get().memory.clear();
+    announce_bytes(p.drafted, p.batch * p.lookahead * 8);
+    announce(p.accepted, p.batch);
+    announce_bytes(p.following, p.batch * 8);
+    announce(p.verdicts, p.batch);
+    announce_bytes(p.is_stop, p.vocabulary, Use::constant);
+    announce_bytes(p.last, p.batch * 2 * 8, Use::write);
+    announce_bytes(p.positions, p.batch * 8, Use::write);
+    announce(p.room, p.batch, Use::write);
+    announce_bytes(p.active, p.batch, Use::write);
+    announce(p.slots, p.steps * p.batch, Use::write);
+    announce_bytes(p.seen, p.batch * p.vocabulary, Use::write);
+    announce_bytes(p.text, p.batch * p.capacity * 8, Use::write);
+    announce_bytes(p.record, p.batch * (p.lookahead + 4) * 8, Use::write);
+    cuda::commit_tokens(p, stream);
+}
+
 void ssd(const SsdParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     const int64_t channels = p.heads * p.head_size, x_size = p.x_heads * p.head_size,
@@ -232,6 +250,7 @@ const Kernels& kernels() {
         made.name = "none";
         made.attention = attention;
         made.causal_conv1d = causal_conv1d;
+        made.commit_tokens = commit_tokens;
         made.gated_silu = gated_silu;
         made.rms_norm = rms_norm;
         made.sample_tokens = sample_tokens;

@@ -1,0 +1,46 @@
+"""The specification in PyTorch."""
+
+import torch
+
+from .rows import RowPlaces
+
+
+def commit_tokens(
+    drafted: torch.Tensor,
+    accepted: torch.Tensor,
+    following: torch.Tensor,
+    verdicts: torch.Tensor,
+    is_stop: torch.Tensor,
+    rows: RowPlaces,
+    seen: torch.Tensor | None,
+    text: torch.Tensor | None,
+) -> torch.Tensor:
+    batch, lookahead = drafted.shape
+    record = drafted.new_zeros(batch, lookahead + 4)
+    for row in range(batch):
+        if rows.active[row]:
+            window = torch.cat([drafted[row, : accepted[row]], following[row, None]])
+            tokens, stops = _committed(window, is_stop, 0 if verdicts[row] else int(rows.room[row]) + 1)
+            count, position = len(tokens), int(rows.positions[row])
+            record[row, 0], record[row, 1], record[row, 2] = count, accepted[row], verdicts[row]
+            record[row, 3 : 3 + len(window)] = window
+            rows.last[row] = torch.cat([rows.last[row], tokens])[-2:]
+            rows.positions[row] += count
+            rows.room[row] -= count
+            rows.active[row] = not stops and not verdicts[row] and rows.room[row] >= 0
+            if seen is not None:
+                seen[row, tokens] = True
+            if text is not None:
+                into = text[row, position : position + count]
+                into[:] = tokens[: len(into)]
+        rows.slots[:, row] = torch.arange(len(rows.slots)) if rows.active[row] else -1
+        if rows.active[row]:
+            rows.slots[0, row] = record[row, 0] - 1
+    return record
+
+
+def _committed(window: torch.Tensor, is_stop: torch.Tensor, most: int) -> tuple[torch.Tensor, bool]:
+    """The first tokens of a window, up to a stop token or as many as may come; whether it was a stop token."""
+    tokens = window[:most]
+    stops = is_stop[tokens].nonzero()
+    return (tokens[: stops[0] + 1], True) if len(stops) else (tokens, False)

@@ -1,0 +1,68 @@
+"""A program commits a row's tokens, all at once."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_math import launch
+from .rows import RowPlaces
+
+
+@triton.jit(do_not_specialize=["batch", "lookahead", "vocabulary", "steps", "capacity"])
+def _commit(
+    drafted, accepted, following, verdicts, is_stop, last, positions, room, active, slots, seen, text, record,
+    batch, lookahead, vocabulary, steps, capacity, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    was_active = tl.load(active + b) != 0
+    stands = tl.where(was_active, tl.load(accepted + b), 0)
+    verdict = tl.where(was_active, tl.load(verdicts + b), 0)
+    space = tl.load(room + b)
+    window = tl.where(was_active, stands + 1, 0)
+    limit = tl.where(was_active & (verdict == 0), tl.minimum(stands, space) + 1, 0)
+    token = tl.load(drafted + b * lookahead + at, mask=at < stands, other=0)
+    token = tl.where(at == window - 1, tl.load(following + b), token)
+    ends = tl.load(is_stop + token, mask=at < limit, other=0) != 0
+    first_stop = tl.min(tl.where(ends, at, limit), 0)
+    count = tl.minimum(first_stop + 1, limit)
+    goes_on = (count > 0) & (first_stop == limit) & (space >= count)
+    begin = record + b * (lookahead + 4)
+    tl.store(begin, count.to(tl.int64))
+    tl.store(begin + 1, stands.to(tl.int64))
+    tl.store(begin + 2, verdict.to(tl.int64))
+    tl.store(begin + 3 + at, token, mask=at <= lookahead)
+    tl.store(slots + at.to(tl.int64) * batch + b, tl.where(goes_on, tl.where(at == 0, count - 1, at), -1), at < steps)
+    tl.store(active + b, goes_on)
+    if count > 0:
+        latest = tl.load(last + 2 * b + 1)
+        tl.store(last + 2 * b, tl.where(count > 1, tl.sum(tl.where(at == count - 2, token, 0), 0), latest))
+        tl.store(last + 2 * b + 1, tl.sum(tl.where(at == count - 1, token, 0), 0))
+        position = tl.load(positions + b)
+        tl.store(positions + b, position + count)
+        tl.store(room + b, space - count)
+        if seen is not None:
+            tl.store(seen + b * vocabulary + token, token >= 0, mask=at < count)
+        if text is not None:
+            tl.store(text + b * capacity + position + at, token, mask=(at < count) & (position + at < capacity))
+
+
+def commit_tokens(
+    drafted: torch.Tensor,
+    accepted: torch.Tensor,
+    following: torch.Tensor,
+    verdicts: torch.Tensor,
+    is_stop: torch.Tensor,
+    rows: RowPlaces,
+    seen: torch.Tensor | None,
+    text: torch.Tensor | None,
+) -> torch.Tensor:
+    (batch, lookahead), steps = drafted.shape, len(rows.slots)
+    record = drafted.new_empty(batch, lookahead + 4)
+    launch(
+        _commit, batch, drafted, 1, drafted=drafted, accepted=accepted, following=following, verdicts=verdicts,
+        is_stop=is_stop, **vars(rows), seen=seen, text=text, record=record, batch=batch, lookahead=lookahead,
+        vocabulary=len(is_stop), steps=steps, capacity=0 if text is None else text.shape[1],
+        BLOCK=triton.next_power_of_2(steps),
+    )  # fmt: skip
+    return record
