@@ -283,15 +283,15 @@ void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintp
 }
 
 void commit_tokens(int64_t batch, int64_t lookahead, int64_t vocabulary, int64_t steps, int64_t capacity,
-                   uintptr_t drafted, uintptr_t accepted, uintptr_t following, uintptr_t verdicts, uintptr_t is_stop,
-                   uintptr_t last, uintptr_t positions, uintptr_t room, uintptr_t active, uintptr_t slots,
-                   uintptr_t seen, uintptr_t text, uintptr_t record, intptr_t where) {
+                   uintptr_t drafted, uintptr_t accepted, uintptr_t following, uintptr_t verdicts, uintptr_t limits,
+                   uintptr_t is_stop, uintptr_t last, uintptr_t positions, uintptr_t room, uintptr_t active,
+                   uintptr_t slots, uintptr_t seen, uintptr_t text, uintptr_t record, intptr_t where) {
     submit<CommitTokensParams>(
         &Kernels::commit_tokens,
         {batch, lookahead, vocabulary, steps, capacity, pointer<int64_t>(drafted), pointer<int32_t>(accepted),
-         pointer<int64_t>(following), pointer<int32_t>(verdicts), pointer<bool>(is_stop), pointer<int64_t>(last),
-         pointer<int64_t>(positions), pointer<int32_t>(room), pointer<bool>(active), pointer<int32_t>(slots),
-         pointer<bool>(seen), pointer<int64_t>(text), pointer<int64_t>(record)},
+         pointer<int64_t>(following), pointer<int32_t>(verdicts), pointer<int32_t>(limits), pointer<bool>(is_stop),
+         pointer<int64_t>(last), pointer<int64_t>(positions), pointer<int32_t>(room), pointer<bool>(active),
+         pointer<int32_t>(slots), pointer<bool>(seen), pointer<int64_t>(text), pointer<int64_t>(record)},
         where);
 }
 

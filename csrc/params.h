@@ -238,6 +238,7 @@ struct CommitTokensParams {
     const int32_t* accepted;               // (B)
     const int64_t* following;              // (B)
     const int32_t* verdicts;               // (B): a row whose verdict is not ok gains nothing and ends
+    const int32_t* limits;                 // (B): drafted tokens that counted, if less than K
     const bool* is_stop;                   // (V)
     int64_t* last;                         // (B, 2): the last two tokens of each text
     int64_t* positions;                    // (B): the length of each text
@@ -246,7 +247,7 @@ struct CommitTokensParams {
     int32_t* slots;                        // (S, B): where step s of the next round starts; -1: the row has ended
     bool* seen;                            // (B, V), may be null: tokens of the text
     int64_t* text;                         // (B, L), may be null
-    int64_t* record;  // (B, K+4): tokens committed, accepted, verdict, the K+1 tokens of the window; else 0
+    int64_t* record;  // (B, K+5): tokens committed, accepted, verdict, min(K, limit), the K+1 tokens of the window
 };
 
 }  // namespace speculative_mamba

@@ -8,10 +8,11 @@ namespace {
 
 // Fills an active row's record and commits what it says. Whether the row goes on.
 bool commit(const CommitTokensParams& p, int64_t b, int64_t* record) {
-    int64_t &count = record[0], *window = record + 3, *last = p.last + 2 * b;
+    int64_t &count = record[0], *window = record + 4, *last = p.last + 2 * b;
     const int64_t accepted = p.accepted[b];
     record[1] = accepted;
     record[2] = p.verdicts[b];
+    record[3] = std::min<int64_t>(p.limits[b], p.lookahead);
     std::copy_n(p.drafted + b * p.lookahead, accepted, window);
     window[accepted] = p.following[b];
     if (p.verdicts[b]) return false;
@@ -32,8 +33,8 @@ bool commit(const CommitTokensParams& p, int64_t b, int64_t* record) {
 
 void commit_tokens(const CommitTokensParams& p, int) {
     for (int64_t b = 0; b < p.batch; b++) {
-        int64_t* record = p.record + b * (p.lookahead + 4);
-        std::fill_n(record, p.lookahead + 4, 0);
+        int64_t* record = p.record + b * (p.lookahead + 5);
+        std::fill_n(record, p.lookahead + 5, 0);
         p.active[b] = p.active[b] && commit(p, b, record);
         for (int64_t s = 0; s < p.steps; s++) {
             const int64_t slot = s == 0 ? record[0] - 1 : s;

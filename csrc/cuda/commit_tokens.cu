@@ -12,17 +12,18 @@ __global__ void __launch_bounds__(kRows* kWarp) commit(CommitTokensParams p) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarp;
     if (row >= p.batch) return;
     const int64_t* drafted = p.drafted + row * p.lookahead;
-    int64_t* record = p.record + row * (p.lookahead + 4);
+    int64_t* record = p.record + row * (p.lookahead + 5);
 
     const bool active = load_raw(p.active + row);
     const int accepted = active ? load_raw(p.accepted + row) : 0, verdict = active ? load_raw(p.verdicts + row) : 0;
+    const int counted = active ? load_raw(p.limits + row) : 0;
     const int window = active ? accepted + 1 : 0, room = load_raw(p.room + row);
     const int limit = !active || verdict != 0 ? 0 : (accepted < room ? accepted : room) + 1;
     auto token_at = [&](int t) { return load_raw(t < accepted ? drafted + t : p.following + row); };
     int first_stop = limit;
     for (int t = lane; t <= p.lookahead; t += kWarp) {
         const int64_t token = t < window ? token_at(t) : 0;
-        store_raw(record + 3 + t, token);
+        store_raw(record + 4 + t, token);
         if (t < first_stop && load_raw(p.is_stop + token)) first_stop = t;
     }
 #pragma unroll
@@ -42,6 +43,7 @@ __global__ void __launch_bounds__(kRows* kWarp) commit(CommitTokensParams p) {
     store_raw(record, static_cast<int64_t>(count));
     store_raw(record + 1, static_cast<int64_t>(accepted));
     store_raw(record + 2, static_cast<int64_t>(verdict));
+    store_raw(record + 3, counted < p.lookahead ? static_cast<int64_t>(counted) : p.lookahead);
     store_raw(p.active + row, goes_on);
     if (count == 0) return;
     int64_t* last = p.last + 2 * row;

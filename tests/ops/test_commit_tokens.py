@@ -27,6 +27,7 @@ class Rows:
         self.window = {
             "drafted": number(1, 10, rows, lookahead), "accepted": number(0, lookahead + 1, rows).int(),
             "following": number(1, 10, rows), "verdicts": torch.zeros(rows, dtype=torch.int32),
+            "limits": number(0, lookahead + 3, rows).int(),
         }  # fmt: skip
         self.is_stop = torch.zeros(V, dtype=torch.bool)
         self.is_stop[list(STOPS)] = True
@@ -160,8 +161,9 @@ def test_examples_by_hand(backend: str) -> None:
     for row, (name, ((accepted, tokens, _, state), (count, last, room, active))) in enumerate(EXAMPLES.items()):
         window = [*tokens[:accepted], tokens[3]]
         verdict = 1 + row % 5 if state == BROKEN else 0
-        listed = [count, accepted, verdict, *window, *[0] * (3 - accepted)]
-        assert record[row].tolist() == ([0] * 7 if state == INACTIVE else listed), name
+        counted = min(3, int(rows.window["limits"][row]))
+        listed = [count, accepted, verdict, counted, *window, *[0] * (3 - accepted)]
+        assert record[row].tolist() == ([0] * 8 if state == INACTIVE else listed), name
         assert places.last[row].tolist() == last and places.positions[row] == 10 + count, name
         assert places.room[row] == room and places.active[row] == active, name
         assert places.slots[:, row].tolist() == ([count - 1, 1, 2, 3, 4, 5] if active else [-1] * 6), name
@@ -261,7 +263,7 @@ def test_a_text_beyond_32_bits(request: pytest.FixtureRequest, kernels: str) -> 
     record = rows.commit(kernels)
     for row, at in ((0, 0), (1, 2**31)):
         count = record[row, 0]
-        assert torch.equal(rows.text[row, at : at + count], record[row, 3 : 3 + count])
+        assert torch.equal(rows.text[row, at : at + count], record[row, 4 : 4 + count])
 
 
 def refused(match: str, backend: str, change: Callable[[Rows], None]) -> None:
@@ -282,7 +284,7 @@ def place(rows: Rows, name: str) -> tuple[object, str, str]:
     return (rows.window if name in rows.window else vars(rows)), name, name
 
 
-@pytest.mark.parametrize("name", ["drafted", "accepted", "following", "verdicts", "is_stop", "seen", "text", *NAMES])
+@pytest.mark.parametrize("name", ["drafted", "accepted", "following", "verdicts", "limits", "is_stop", "seen", "text", *NAMES])
 def test_arguments_that_do_not_fit_are_named(name: str, backend: str) -> None:
     said = place(Rows(3, 4), name)[2]
 

@@ -16,6 +16,7 @@ def commit_tokens(
     accepted: torch.Tensor,
     following: torch.Tensor,
     verdicts: torch.Tensor,
+    limits: torch.Tensor,
     is_stop: torch.Tensor,
     rows: RowPlaces,
     *,
@@ -31,18 +32,19 @@ def commit_tokens(
     | accepted  | (B)      | int32       | how many of them stand, 0 … K |
     | following | (B)      | int64       | the token after those |
     | verdicts  | (B)      | int32       | not 0: the row is broken |
+    | limits    | (B)      | int32       | how many drafted tokens counted, as in ``speculative_accept``; for the record |
     | is_stop   | (V)      | bool        | tokens that end a row |
     | rows      |          | RowPlaces   | **written** |
     | seen      | (B, V)   | bool, None  | **written**: committed tokens are marked |
     | text      | (B, L)   | int64, None | **written**: committed tokens, from ``rows.positions`` on; none beyond L |
-    | returns   | (B, K+4) | int64       | committed tokens, ``accepted``, ``verdicts``, then the window; see below |
+    | returns   | (B, K+5) | int64       | committed tokens, ``accepted``, ``verdicts``, min(K, ``limits``), the window |
 
     All are contiguous. The window of a row is its accepted tokens, then the following one. An active row commits them
     up to and including the first stop token, at most ``room`` + 1. It stays active if there was none and there is room
     for more; then ``slots[0]`` is the place in the window of the last token that was committed.
     A broken row commits nothing and ends. Of a row that is not active only ``slots`` is written, -1.
 
-    The first three columns of a row that is not active are 0; so is what lies behind its window in the others.
+    The first four columns of a row that is not active are 0; so is what lies behind its window in the others.
     Nothing is read from a GPU, so there the values are the caller's duty; on the CPU they are checked.
 
     Raises:
@@ -64,6 +66,7 @@ def commit_tokens(
     expected = {
         "accepted": (accepted, (batch,), torch.int32),
         "verdicts": (verdicts, (batch,), torch.int32),
+        "limits": (limits, (batch,), torch.int32),
         "is_stop": (is_stop, (vocabulary,), torch.bool),
         "rows.last": (rows.last, (batch, 2), torch.int64),
         "rows.positions": (rows.positions, (batch,), torch.int64),
@@ -81,7 +84,7 @@ def commit_tokens(
         _check_range("accepted", accepted, 0, lookahead)
         _check_range("rows.positions", rows.positions, 0)
         _check_range("rows.room", rows.room, -1)
-    return run("commit_tokens", backend, drafted, accepted, following, verdicts, is_stop, rows, seen, text)
+    return run("commit_tokens", backend, drafted, accepted, following, verdicts, limits, is_stop, rows, seen, text)
 
 
 def _check_range(name: str, tensor: torch.Tensor, least: int, most: float = math.inf) -> None:

@@ -12,18 +12,19 @@ def commit_tokens(
     accepted: torch.Tensor,
     following: torch.Tensor,
     verdicts: torch.Tensor,
+    limits: torch.Tensor,
     is_stop: torch.Tensor,
     rows: RowPlaces,
     seen: torch.Tensor | None,
     text: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, lookahead = drafted.shape
-    record = new_result(drafted, batch, lookahead + 4)
+    record = new_result(drafted, batch, lookahead + 5)
     kernels, where = compiled(drafted)
     kernels.commit_tokens(
         batch, lookahead, len(is_stop), len(rows.slots), 0 if text is None else text.shape[1], drafted.data_ptr(),
-        accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(), is_stop.data_ptr(), rows.last.data_ptr(),
-        rows.positions.data_ptr(), rows.room.data_ptr(), rows.active.data_ptr(), rows.slots.data_ptr(), address(seen),
+        accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(), limits.data_ptr(), is_stop.data_ptr(),
+        rows.last.data_ptr(), rows.positions.data_ptr(), rows.room.data_ptr(), rows.active.data_ptr(), rows.slots.data_ptr(), address(seen),
         address(text), record.data_ptr(), where,
     )  # fmt: skip
     return record

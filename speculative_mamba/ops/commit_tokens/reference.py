@@ -10,20 +10,22 @@ def commit_tokens(
     accepted: torch.Tensor,
     following: torch.Tensor,
     verdicts: torch.Tensor,
+    limits: torch.Tensor,
     is_stop: torch.Tensor,
     rows: RowPlaces,
     seen: torch.Tensor | None,
     text: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, lookahead = drafted.shape
-    record = drafted.new_zeros(batch, lookahead + 4)
+    record = drafted.new_zeros(batch, lookahead + 5)
     for row in range(batch):
         if rows.active[row]:
             window = torch.cat([drafted[row, : accepted[row]], following[row, None]])
             tokens, stops = _committed(window, is_stop, 0 if verdicts[row] else int(rows.room[row]) + 1)
             count, position = len(tokens), int(rows.positions[row])
             record[row, 0], record[row, 1], record[row, 2] = count, accepted[row], verdicts[row]
-            record[row, 3 : 3 + len(window)] = window
+            record[row, 3] = min(lookahead, int(limits[row]))
+            record[row, 4 : 4 + len(window)] = window
             rows.last[row] = torch.cat([rows.last[row], tokens])[-2:]
             rows.positions[row] += count
             rows.room[row] -= count

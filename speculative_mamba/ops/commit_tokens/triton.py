@@ -10,7 +10,7 @@ from .rows import RowPlaces
 
 @triton.jit(do_not_specialize=["batch", "lookahead", "vocabulary", "steps", "capacity"])
 def _commit(
-    drafted, accepted, following, verdicts, is_stop, last, positions, room, active, slots, seen, text, record,
+    drafted, accepted, following, verdicts, limits, is_stop, last, positions, room, active, slots, seen, text, record,
     batch, lookahead, vocabulary, steps, capacity, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -27,11 +27,13 @@ def _commit(
     first_stop = tl.min(tl.where(ends, at, limit), 0)
     count = tl.minimum(first_stop + 1, limit)
     goes_on = (count > 0) & (first_stop == limit) & (space >= count)
-    begin = record + b * (lookahead + 4)
+    begin = record + b * (lookahead + 5)
     tl.store(begin, count.to(tl.int64))
     tl.store(begin + 1, stands.to(tl.int64))
     tl.store(begin + 2, verdict.to(tl.int64))
-    tl.store(begin + 3 + at, token, mask=at <= lookahead)
+    counted = tl.where(was_active, tl.minimum(tl.load(limits + b), lookahead), 0)
+    tl.store(begin + 3, counted.to(tl.int64))
+    tl.store(begin + 4 + at, token, mask=at <= lookahead)
     tl.store(slots + at.to(tl.int64) * batch + b, tl.where(goes_on, tl.where(at == 0, count - 1, at), -1), at < steps)
     tl.store(active + b, goes_on)
     if count > 0:
@@ -52,16 +54,17 @@ def commit_tokens(
     accepted: torch.Tensor,
     following: torch.Tensor,
     verdicts: torch.Tensor,
+    limits: torch.Tensor,
     is_stop: torch.Tensor,
     rows: RowPlaces,
     seen: torch.Tensor | None,
     text: torch.Tensor | None,
 ) -> torch.Tensor:
     (batch, lookahead), steps = drafted.shape, len(rows.slots)
-    record = drafted.new_empty(batch, lookahead + 4)
+    record = drafted.new_empty(batch, lookahead + 5)
     launch(
         _commit, batch, drafted, 1, drafted=drafted, accepted=accepted, following=following, verdicts=verdicts,
-        is_stop=is_stop, **vars(rows), seen=seen, text=text, record=record, batch=batch, lookahead=lookahead,
+        limits=limits, is_stop=is_stop, **vars(rows), seen=seen, text=text, record=record, batch=batch, lookahead=lookahead,
         vocabulary=len(is_stop), steps=steps, capacity=0 if text is None else text.shape[1],
         BLOCK=triton.next_power_of_2(steps),
     )  # fmt: skip

@@ -205,6 +205,7 @@ void commit_tokens(const CommitTokensParams& p, cudaStream_t stream) {
     announce(p.accepted, p.batch);
     announce_bytes(p.following, p.batch * 8);
     announce(p.verdicts, p.batch);
+    announce(p.limits, p.batch);
     announce_bytes(p.is_stop, p.vocabulary, Use::constant);
     announce_bytes(p.last, p.batch * 2 * 8, Use::write);
     announce_bytes(p.positions, p.batch * 8, Use::write);
@@ -213,7 +214,7 @@ void commit_tokens(const CommitTokensParams& p, cudaStream_t stream) {
     announce(p.slots, p.steps * p.batch, Use::write);
     announce_bytes(p.seen, p.batch * p.vocabulary, Use::write);
     announce_bytes(p.text, p.batch * p.capacity * 8, Use::write);
-    announce_bytes(p.record, p.batch * (p.lookahead + 4) * 8, Use::write);
+    announce_bytes(p.record, p.batch * (p.lookahead + 5) * 8, Use::write);
     cuda::commit_tokens(p, stream);
 }
 
