@@ -228,6 +228,7 @@ struct SpeculativeAcceptParams {
     int64_t* next;             // (B)
     int32_t* verdicts;         // (B)
     int64_t* decisions;        // (B, K+1): scratch memory of the CUDA kernel
+    const int32_t* limits;     // (B), may be null: only that many drafted tokens of a row count, at least 0
 };
 
 }  // namespace speculative_mamba

@@ -91,6 +91,11 @@ def check_null_columns(null_columns: torch.Tensor | None, batch: int, x: torch.T
         check("null_columns", null_columns, (batch,), x, torch.int32)
 
 
+def check_verdicts(verdicts: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:
+    if verdicts is not None:
+        check("verdicts", verdicts, (batch,), like, torch.int32)
+
+
 def check_keys(keys: torch.Tensor, positions: torch.Tensor, batch: int, like: torch.Tensor) -> None:
     check("keys", keys, (batch, 2), like, torch.int64)
     check("positions", positions, (batch,), like, torch.int64)
@@ -102,6 +107,16 @@ def check_active(active: torch.Tensor | None, batch: int, like: torch.Tensor) ->
     if active is not None:
         check("active", active, (batch,), like, torch.bool)
         check_contiguous("active", active)
+
+
+def check_limits(limits: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:
+    """Whole numbers from 0 up; their values are cheap to check on the CPU, so they are."""
+    if limits is None:
+        return
+    check("limits", limits, (batch,), like, torch.int32)
+    check_contiguous("limits", limits)
+    if limits.device.type == "cpu" and not all(limit >= 0 for limit in limits.tolist()):
+        raise ValueError(f"limits must be at least 0, got {limits.tolist()}")
 
 
 def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], vocabulary: int, like: torch.Tensor) -> None:

@@ -211,6 +211,7 @@ void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
     announce_bytes(p.active, p.batch);
     announce_bytes(p.keys, p.batch * 2 * 8);
     announce_bytes(p.positions, p.batch * 8);
+    announce(p.limits, p.batch);
     announce_bytes(p.decisions, p.batch * p.tokens * 8, Use::write);
     announce_bytes(p.next, p.batch * 8, Use::write);
     announce(p.accepted, p.batch, Use::write);
