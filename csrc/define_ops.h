@@ -257,7 +257,7 @@ void sample_tokens(int64_t batch, int64_t vocabulary, uintptr_t logits, int64_t 
 void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintptr_t logits, Pair logits_strides,
                         uintptr_t drafted, uintptr_t laws, Pair laws_strides, const FilterValues& values, bool coupled,
                         uintptr_t seen, uintptr_t keys, uintptr_t positions, uintptr_t active, uintptr_t accepted,
-                        uintptr_t next, uintptr_t verdicts, uintptr_t decisions, intptr_t where) {
+                        uintptr_t next, uintptr_t verdicts, uintptr_t decisions, uintptr_t limits, intptr_t where) {
     submit<SpeculativeAcceptParams>(&Kernels::speculative_accept,
                                     {batch,
                                      tokens,
@@ -278,7 +278,8 @@ void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintp
                                      pointer<int32_t>(accepted),
                                      pointer<int64_t>(next),
                                      pointer<int32_t>(verdicts),
-                                     pointer<int64_t>(decisions)},
+                                     pointer<int64_t>(decisions),
+                                     pointer<int32_t>(limits)},
                                     where);
 }
 

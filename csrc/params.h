@@ -24,7 +24,7 @@ struct CausalConv1dParams {
     const float* bias;  // (D), may be null
     float* window;      // (B, W-1+S, D): row W-1+j is the input of slot j
     int64_t window_batch_stride, window_row_stride;
-    const int32_t* start_slot;    // (B)
+    const int32_t* start_slot;    // (B); -1: nothing of the row is read or written, y is 0
     const int32_t* null_columns;  // (B), may be null: leading tokens of a row whose input counts as 0
     int64_t write_slot;           // slot of the first token
     bool keep_last;               // prefill: only the last token's slot is kept, as slot 0
@@ -53,7 +53,7 @@ struct SelectiveScanParams {
     void* states;          // (B, S, D, N), or with inputs (B, 1, D, N); (D, N) contiguous
     int64_t states_batch_stride, states_slot_stride;
     DType state_dtype;
-    const int32_t* start_slot;    // (B)
+    const int32_t* start_slot;    // (B); -1: nothing of the row is read or written, y is 0
     const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
     int64_t write_slot;
     bool keep_last;       // prefill: only the last state is written, to slot 0
@@ -89,7 +89,7 @@ struct SsdParams {
     void* states;  // (B, S, H, P, N), (H, P, N) contiguous; one slot where inputs are kept
     int64_t states_batch_stride, states_slot_stride;
     DType state_dtype;
-    const int32_t* start_slot;    // (B)
+    const int32_t* start_slot;    // (B); -1: nothing of the row is read or written, y is 0
     const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
     int64_t write_slot;
     bool keep_last;  // prefill: only the last state is written, to slot 0
@@ -117,7 +117,7 @@ struct AttentionParams {
     int64_t values_batch_stride, values_head_stride;
     DType cache_dtype;
     int32_t* lengths;             // (B, S) contiguous: entries of each slot's state
-    const int32_t* start_slot;    // (B)
+    const int32_t* start_slot;    // (B); -1: nothing of the row is read or written, y is 0
     const int32_t* null_columns;  // (B), may be null: leading tokens of a row that take no entry
     int64_t write_slot;
     bool keep_last;         // prefill: only the last length is written, to slot 0
@@ -228,6 +228,7 @@ struct SpeculativeAcceptParams {
     int64_t* next;             // (B)
     int32_t* verdicts;         // (B)
     int64_t* decisions;        // (B, K+1): scratch memory of the CUDA kernel
+    const int32_t* limits;     // (B), may be null: only that many drafted tokens of a row count, at least 0
 };
 
 // Ends a round: accepted tokens and the one after them become text, up to a stop token or the end of the budget.

@@ -15,7 +15,7 @@ namespace {
 constexpr int kBlock = 2 * kLanes;  // entries of the cache
 constexpr int64_t kSegment = 64;    // tokens that share a pass over the cache: their queries stay in a core's own cache
 
-// Where each row starts, and the rotation of each of its tokens.
+// Where each row starts, and the rotation of each of its tokens. In a row that is left out all columns are null.
 struct Window {
     int64_t *length, *nulls;  // (B)
     float *cos, *sin;         // (B, T, R)
@@ -202,8 +202,9 @@ Window prepare(const AttentionParams& p) {
     const Window w{length.room<int64_t>(p.batch), nulls.room<int64_t>(p.batch), cos.room<float>(angles),
                    sin.room<float>(angles)};
     for (int64_t b = 0; b < p.batch; b++) {
-        w.length[b] = p.lengths[b * p.slots + p.start_slot[b]];
-        const int64_t count = p.null_columns ? p.null_columns[b] : 0;
+        const bool left_out = p.start_slot[b] < 0;
+        w.length[b] = left_out ? 0 : p.lengths[b * p.slots + p.start_slot[b]];
+        const int64_t count = left_out ? p.tokens : p.null_columns ? p.null_columns[b] : 0;
         w.nulls[b] = count > 0 ? smaller(count, p.tokens) : 0;
         for (int64_t t = w.nulls[b]; t < p.tokens; t++) {
             const float position = static_cast<float>(w.length[b] + t - w.nulls[b]);
@@ -219,6 +220,7 @@ Window prepare(const AttentionParams& p) {
 
 void write_lengths(const AttentionParams& p, const Window& w) {
     for (int64_t b = 0; b < p.batch; b++) {
+        if (p.start_slot[b] < 0) continue;
         for (int64_t t = p.keep_last ? p.tokens - 1 : 0; t < p.tokens; t++) {
             const int64_t slot = p.keep_last ? 0 : p.write_slot + t, taken = t + 1 - w.nulls[b];
             p.lengths[b * p.slots + slot] = static_cast<int32_t>(w.length[b] + (taken > 0 ? taken : 0));

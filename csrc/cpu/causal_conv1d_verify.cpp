@@ -37,6 +37,8 @@ void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, in
     const Source from = source(p, channel, count);
     const scalar_t* weight = static_cast<const scalar_t*>(p.weight) + channel * p.weight_channel_stride;
     float* window = p.window + row * p.window_batch_stride + channel;
+    float* y = p.y + row * p.tokens * p.channels + channel;
+    if (p.start_slot[row] < 0) return store_zeros(y, p.tokens, p.channels, count);
     const int64_t null_columns = p.null_columns ? p.null_columns[row] : 0;
 
     Vec taps[kMaxWidth], inputs[kMaxWidth];
@@ -57,7 +59,7 @@ void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, in
         Vec sum = bias;
         for (int k = 0; k < width; k++) sum = fma(inputs[k], taps[k], sum);
         for (int k = 0; k < width - 1; k++) inputs[k] = inputs[k + 1];
-        store_n(p.y + (row * p.tokens + t) * p.channels + channel, p.silu ? silu(sum) : sum, count);
+        store_n(y + t * p.channels, p.silu ? silu(sum) : sum, count);
     }
     if (p.keep_last) {
         for (int k = 0; k < width - 1; k++) store_n(window + (1 + k) * p.window_row_stride, inputs[k], count);

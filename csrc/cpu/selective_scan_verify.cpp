@@ -106,6 +106,9 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
 
 template <typename State>
 void channel_block(const SelectiveScanParams& p, int64_t row, int64_t channel, int64_t count) {
+    if (p.start_slot[row] < 0) {
+        return store_zeros(p.y + row * p.tokens * p.channels + channel, p.tokens, p.channels, count);
+    }
     State* states = static_cast<State*>(p.states) + row * p.states_batch_stride + channel * p.state_size;
     Segment<State> s{row, channel, count, 0, 0, 0, states, nullptr, nullptr, nullptr};
     thread_local Buffer buffer;
@@ -143,6 +146,7 @@ void run(const SelectiveScanParams& p, int threads) {
     // All channels share B, so its inputs change only now, when every block has read them.
     const int64_t size = p.b_groups * p.state_size;
     for (int64_t row = 0; row < p.batch; row++) {
+        if (p.start_slot[row] < 0) continue;
         for (int64_t t = 0; t < p.tokens; t++) {
             const float* B = p.B + row * p.b_batch_stride + t * p.b_token_stride;
             std::memcpy(p.input_B + (row * p.input_slots + p.write_slot + t) * size, B, size * sizeof(float));

@@ -287,6 +287,10 @@ template <typename T>
 inline void store_n(T* p, Vec a, int64_t count) {
     count == kLanes ? store(p, a) : store_partial(p, a, count);
 }
+// `rows` times `count` values.
+inline void store_zeros(float* p, int64_t rows, int64_t stride, int64_t count) {
+    for (int64_t i = 0; i < rows; i++) store_n(p + i * stride, zero(), count);
+}
 // The values that storing as T and loading again would give: the nearest that T has, of two the even one.
 template <typename T>
 inline Vec rounded(Vec a) {

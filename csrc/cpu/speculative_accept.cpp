@@ -32,7 +32,8 @@ Outcome row(const SpeculativeAcceptParams& p, int64_t b) {
     const Scratch s = scratch(p.vocabulary);
     const int64_t* drafted = p.drafted + b * (p.tokens - 1);
     const bool greedy = p.filters.temperature == 0;
-    for (int64_t t = 0; t < p.tokens; t++) {
+    const int64_t end = p.limits ? smaller(p.limits[b], p.tokens - 1) : p.tokens - 1;
+    for (int64_t t = 0; t <= end; t++) {
         const float* logits = penalised(p.logits + b * p.logits_batch_stride + t * p.logits_token_stride, p.vocabulary,
                                         p.filters.repetition_penalty, p.seen + b * p.vocabulary, drafted, t, s);
         Law law;
@@ -40,7 +41,7 @@ Outcome row(const SpeculativeAcceptParams& p, int64_t b) {
         if (verdict != Verdict::ok) return {verdict, t, 0};
         Noise noise{static_cast<uint64_t>(p.keys[2 * b]), static_cast<uint32_t>(p.keys[2 * b + 1]),
                     static_cast<uint32_t>(p.positions[b] + t), Purpose::token};
-        const bool last = t + 1 == p.tokens;
+        const bool last = t == end;
         if (last || greedy || p.coupled) {
             const int64_t choice = greedy ? law.ids[0] : draw(law, noise);
             if (last || choice != drafted[t]) return {Verdict::ok, t, choice};

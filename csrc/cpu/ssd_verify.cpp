@@ -176,6 +176,10 @@ void add_to_y(const SsdParams& p, const Block& b, const Segment& s) {
 
 template <typename State>
 void channel_block(const SsdParams& p, const Block& b, Segment& s) {
+    if (p.start_slot[b.row] < 0) {
+        const int64_t channels = p.heads * p.head_size, channel = b.head * p.head_size + b.channel;
+        return store_zeros(p.y + b.row * p.tokens * channels + channel, p.tokens, channels, b.count);
+    }
     alignas(64) float carry[kLanes][kPiece];
     for (int64_t n = 0; n < p.state_size; n += kPiece) {
         for (int64_t first = 0; first < b.fed + p.tokens; first += kSegment) {
@@ -189,7 +193,7 @@ void channel_block(const SsdParams& p, const Block& b, Segment& s) {
 
 // Leaves a new token as the input of its slot. After prefill the kept state holds it already: slot 0 adds nothing.
 void remember(const SsdParams& p, int64_t row, int64_t token) {
-    if (p.keep_last && token > 0) return;
+    if (p.start_slot[row] < 0 || (p.keep_last && token > 0)) return;
     const int64_t input = row * p.input_slots + p.write_slot + token;
     const float* dt = p.dt + row * p.dt_batch_stride + token * p.dt_token_stride;
     const bool nothing = p.keep_last || is_null(p, row, token);

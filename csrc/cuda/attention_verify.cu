@@ -37,7 +37,9 @@ struct Scratch {
     }
 };
 
+// All columns of a row that is left out.
 __device__ __forceinline__ int64_t null_columns(const AttentionParams& p, int64_t row) {
+    if (load_raw(p.start_slot + row) < 0) return p.tokens;
     const int64_t count = p.null_columns ? load_raw(p.null_columns + row) : 0;
     return count < 0 ? 0 : count < p.tokens ? count : p.tokens;
 }
@@ -71,7 +73,8 @@ template <typename Act, typename Cache>
 __global__ void __launch_bounds__(kHeadThreads) prepare(AttentionParams p, Scratch s) {
     wait_for_previous();
     const int64_t t = blockIdx.x, head = blockIdx.y, row = blockIdx.z, nulls = null_columns(p, row);
-    const int64_t begin = load_raw(p.lengths + row * p.slots + load_raw(p.start_slot + row)) - nulls;
+    const int64_t start = load_raw(p.start_slot + row);
+    const int64_t begin = (start < 0 ? 0 : load_raw(p.lengths + row * p.slots + start)) - nulls;
     if (t == 0 && head == 0 && threadIdx.x == 0) store_raw(s.begin + row, static_cast<int32_t>(begin));
     if (t < nulls) return;
     const float position = static_cast<float>(begin + t);
@@ -200,7 +203,8 @@ __global__ void __launch_bounds__(kHeadThreads) combine(AttentionParams p, Scrat
     wait_for_previous();
     const int64_t head = blockIdx.x, t = token + blockIdx.y, row = blockIdx.z, nulls = null_columns(p, row);
     const int64_t length = load_raw(s.begin + row) + (t < nulls ? nulls : t + 1);
-    if (head == 0 && threadIdx.x == 0 && (!p.keep_last || t + 1 == p.tokens)) {
+    const bool kept = load_raw(p.start_slot + row) >= 0 && (!p.keep_last || t + 1 == p.tokens);
+    if (head == 0 && threadIdx.x == 0 && kept) {
         const int64_t slot = p.keep_last ? 0 : p.write_slot + t;
         store_raw(p.lengths + row * p.slots + slot, static_cast<int32_t>(length));
     }

@@ -19,6 +19,10 @@ __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
     float* window = p.window + row * p.window_batch_stride + channel;
     Act* y = reinterpret_cast<Act*>(p.y) + row * p.tokens * p.channels + channel;
     const int64_t start = load_raw(p.start_slot + row);
+    if (start < 0) {
+        for (int64_t t = 0; t < p.tokens; t++) store(y + t * p.channels, 0.f);
+        return;
+    }
     const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
     const float bias = p.bias ? load(p.bias + channel) : 0.f;
 

@@ -42,7 +42,12 @@ __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
 
     LaneState s;
     State* states = static_cast<State*>(p.states) + row * p.states_batch_stride + channel * p.state_size;
+    Act* y = reinterpret_cast<Act*>(p.y) + row * p.tokens * p.channels + channel;
     const int64_t start = load_raw(p.start_slot + row);
+    if (start < 0) {
+        for (int64_t t = 0; first_lane && t < p.tokens; t++) store(y + t * p.channels, 0.f);
+        return;
+    }
     const State* from = states + (p.input_dt ? 0 : start * p.states_slot_stride);
     s.n = 4 * lane;
     const int left = exists ? static_cast<int>(p.state_size) - s.n : 0;
@@ -66,7 +71,6 @@ __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
     const Act* B = reinterpret_cast<const Act*>(p.B) + row * p.b_batch_stride + b_group * p.state_size;
     const Act* C = reinterpret_cast<const Act*>(p.C) + row * p.c_batch_stride + c_group * p.state_size;
     const Act* z = p.z ? reinterpret_cast<const Act*>(p.z) + row * p.z_batch_stride + channel : nullptr;
-    Act* y = reinterpret_cast<Act*>(p.y) + row * p.tokens * p.channels + channel;
     const float dt_bias = load(p.dt_bias + channel), skip = load(p.D + channel);
     const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
     const bool to_slots = !p.input_dt && !p.keep_last;
@@ -114,6 +118,7 @@ template <typename Act>
 __global__ void __launch_bounds__(kThreads) keep_B(SelectiveScanParams p) {
     wait_for_previous();
     const int64_t size = p.b_groups * p.state_size, row = blockIdx.y, t = blockIdx.x;
+    if (load_raw(p.start_slot + row) < 0) return;
     const Act* B = reinterpret_cast<const Act*>(p.B) + row * p.b_batch_stride + t * p.b_token_stride;
     float* kept = p.input_B + (row * p.input_slots + p.write_slot + t) * size;
     for (int64_t i = threadIdx.x; i < size; i += kThreads) store(kept + i, load(B + i));

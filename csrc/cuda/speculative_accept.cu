@@ -8,6 +8,12 @@ namespace {
 constexpr int64_t kStands = -1;
 __device__ __forceinline__ int64_t decision(Verdict verdict) { return kStands - static_cast<int64_t>(verdict); }
 
+// The position of a row's window that has no drafted token.
+__device__ __forceinline__ int64_t end_of(const SpeculativeAcceptParams& p, int64_t row) {
+    const int64_t end = p.tokens - 1, limit = p.limits ? load_raw(p.limits + row) : end;
+    return limit < 0 ? 0 : limit < end ? limit : end;
+}
+
 __device__ __forceinline__ int64_t decide_at(const SpeculativeAcceptParams& p, const Memory& m, int64_t row,
                                              int64_t t) {
     const float* logits = p.logits + row * p.logits_batch_stride + t * p.logits_token_stride;
@@ -19,7 +25,7 @@ __device__ __forceinline__ int64_t decide_at(const SpeculativeAcceptParams& p, c
     const Verdict verdict = law.make(m, p.filters);
     if (verdict != Verdict::ok) return decision(verdict);
     Noise noise = noise_of(p.keys + 2 * row, load_raw(p.positions + row) + t, Purpose::token);
-    const bool last = t + 1 == p.tokens;
+    const bool last = t == end_of(p, row);
     int drafted_here = last ? -1 : static_cast<int>(load_raw(drafted + t));
     if (!last && law.temperature != 0.f && !p.coupled) {
         const float* laws = p.laws ? p.laws + row * p.laws_batch_stride + t * p.laws_token_stride : nullptr;
@@ -53,7 +59,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) decide(SpeculativeAcceptParams
     SM_BLOCK_MEMORY(memory);
     wait_for_previous();
     const int64_t t = blockIdx.x, row = blockIdx.y;
-    if (p.active && !load_raw(p.active + row)) return;
+    if ((p.active && !load_raw(p.active + row)) || t > end_of(p, row)) return;
     const int64_t decided = decide_at(p, memory, row, t);
     if (threadIdx.x == 0) store_raw(p.decisions + row * p.tokens + t, decided);
 }

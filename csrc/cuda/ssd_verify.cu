@@ -45,7 +45,12 @@ __global__ void __launch_bounds__(kThreads) scan(SsdParams p) {
     const float skip = load(p.D + (p.d_per_channel ? channel : head));
 
     State* states = static_cast<State*>(p.states) + row * p.states_batch_stride + channel * p.state_size + n;
+    Act* y = reinterpret_cast<Act*>(p.y) + row * p.tokens * channels + channel;
     const int64_t start = load_raw(p.start_slot + row);
+    if (start < 0) {
+        for (int64_t t = 0; exists && lane == 0 && t < p.tokens; t++) store(y + t * channels, 0.f);
+        return;
+    }
     Float4 h = load4(states + (p.input_dt ? 0 : start * p.states_slot_stride), count);
     if (p.input_dt) {
         const int64_t replayed = !exists ? 0 : p.write_slot == 0 ? start + 1 : p.write_slot;
@@ -61,7 +66,6 @@ __global__ void __launch_bounds__(kThreads) scan(SsdParams p) {
     const Act* B = reinterpret_cast<const Act*>(p.B) + row * p.b_batch_stride + b_at;
     const Act* C = reinterpret_cast<const Act*>(p.C) + row * p.c_batch_stride + c_at;
     const Act* z = p.z ? reinterpret_cast<const Act*>(p.z) + row * p.z_batch_stride + channel : nullptr;
-    Act* y = reinterpret_cast<Act*>(p.y) + row * p.tokens * channels + channel;
     const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
     const bool to_slots = !p.input_dt && !p.keep_last;
 
@@ -101,6 +105,7 @@ template <typename Act>
 __global__ void __launch_bounds__(kThreads) keep_inputs(SsdParams p) {
     wait_for_previous();
     const int64_t row = blockIdx.y, t = blockIdx.x, input = row * p.input_slots + p.write_slot + t;
+    if (load_raw(p.start_slot + row) < 0) return;
     const int64_t x_size = p.x_heads * p.head_size, b_size = p.b_groups * p.state_size;
     const Act* x = reinterpret_cast<const Act*>(p.x) + row * p.x_batch_stride + t * p.x_token_stride;
     const Act* dt = reinterpret_cast<const Act*>(p.dt) + row * p.dt_batch_stride + t * p.dt_token_stride;

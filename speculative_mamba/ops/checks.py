@@ -59,9 +59,10 @@ def check_slots(x: torch.Tensor, slots: int, start_slot: torch.Tensor, write_slo
 
 
 def check_start_slot(start_slot: torch.Tensor, slots: int, batch: int, like: torch.Tensor) -> None:
+    """A slot of S, or -1 for a row that is left out."""
     check("start_slot", start_slot, (batch,), like, torch.int32)
-    if start_slot.device.type == "cpu" and not all(0 <= slot < slots for slot in start_slot.tolist()):
-        raise ValueError(f"start_slot must be in [0, {slots}), got {start_slot.tolist()}")
+    if start_slot.device.type == "cpu" and not all(-1 <= slot < slots for slot in start_slot.tolist()):
+        raise ValueError(f"start_slot must be in [0, {slots}), or -1 to leave a row out, got {start_slot.tolist()}")
 
 
 def check_inputs(inputs: ReplayInputs, shapes: dict[str, tuple[int, ...]], like: torch.Tensor) -> int:
@@ -78,7 +79,7 @@ def check_inputs(inputs: ReplayInputs, shapes: dict[str, tuple[int, ...]], like:
 def check_follows(start_slot: torch.Tensor, write_slot: int) -> None:
     """Inputs are replayed in order, so new ones must follow the last. On the CPU that is cheap to check."""
     expected = write_slot - 1
-    if write_slot and start_slot.device.type == "cpu" and any(slot != expected for slot in start_slot.tolist()):
+    if write_slot and start_slot.device.type == "cpu" and set(start_slot.tolist()) - {expected, -1}:
         raise ValueError(
             f"with inputs, write_slot {write_slot} continues from slot {expected} in every row, "
             f"got start_slot {start_slot.tolist()}"
@@ -88,6 +89,11 @@ def check_follows(start_slot: torch.Tensor, write_slot: int) -> None:
 def check_null_columns(null_columns: torch.Tensor | None, batch: int, x: torch.Tensor) -> None:
     if null_columns is not None:
         check("null_columns", null_columns, (batch,), x, torch.int32)
+
+
+def check_verdicts(verdicts: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:
+    if verdicts is not None:
+        check("verdicts", verdicts, (batch,), like, torch.int32)
 
 
 def check_keys(keys: torch.Tensor, positions: torch.Tensor, batch: int, like: torch.Tensor) -> None:
@@ -101,6 +107,16 @@ def check_active(active: torch.Tensor | None, batch: int, like: torch.Tensor) ->
     if active is not None:
         check("active", active, (batch,), like, torch.bool)
         check_contiguous("active", active)
+
+
+def check_limits(limits: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:
+    """Whole numbers from 0 up; their values are cheap to check on the CPU, so they are."""
+    if limits is None:
+        return
+    check("limits", limits, (batch,), like, torch.int32)
+    check_contiguous("limits", limits)
+    if limits.device.type == "cpu" and not all(limit >= 0 for limit in limits.tolist()):
+        raise ValueError(f"limits must be at least 0, got {limits.tolist()}")
 
 
 def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], vocabulary: int, like: torch.Tensor) -> None:

@@ -59,12 +59,16 @@ def draw(weights: torch.Tensor, exponentials: torch.Tensor) -> int:
     return int(arrivals.argmin())
 
 
-def raise_for(verdicts: torch.Tensor, where: list[str]) -> None:
-    """verdicts: (B) int32.
+def raise_for(verdicts: torch.Tensor, accepted: torch.Tensor | None = None) -> None:
+    """What two ops do with verdicts (B) int32 unless they are to be left in a tensor; waits for the device.
+
+    accepted: (B), the first result of ``speculative_accept``, whose verdicts these are; None: those of
+    ``sample_tokens``.
 
     Raises:
-        ValueError: one is not 0; the line starts with that row's ``where``.
+        ValueError: one is not 0; the line names the row, and with ``accepted`` the position of the window.
     """
     for row, code in enumerate(verdicts.tolist()):
         if code:
-            raise ValueError(f"{where[row]}: {VERDICTS[code]}")
+            place = f"row {row}" if accepted is None else f"row {row}, position {accepted[row]} of the window"
+            raise ValueError(f"{place}: {VERDICTS[code]}")

@@ -17,8 +17,8 @@ class ReplayInputs:
 
     - A call with ``write_slot`` 0 feeds inputs 0 … ``start_slot``, leaves the state reached as the one kept state,
       scans its T tokens from there and leaves their inputs as inputs 0 … T-1.
-    - A call with ``write_slot`` w > 0 must start from slot w-1 in every row. It feeds inputs 0 … w-1, leaves the kept
-      state alone, and adds its tokens' inputs as w … w+T-1.
+    - A call with ``write_slot`` w > 0 must start from slot w-1 in every row that is not left out. It feeds inputs
+      0 … w-1, leaves the kept state alone, and adds its tokens' inputs as w … w+T-1.
     - With ``keep_last`` the kept state becomes that after the last token, and input 0 gets dt 0: slot 0 is that state.
 
     The instructions and their order are those of the scan with a state per slot, so results are equal bit for bit.

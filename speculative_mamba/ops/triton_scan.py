@@ -56,6 +56,12 @@ def _scan(
     bias = tl.load(dt_bias + head, in_row, 0.0)
     nulls = 0 if null_columns is None else tl.load(null_columns + row)
     start = tl.load(start_slot + row).to(tl.int64)
+    y += row * tokens * channels
+    if start < 0:
+        for _ in range(tokens):
+            tl.store(y + channel, tl.zeros((BLOCK,), y.dtype.element_ty), in_row)
+            y += channels
+        return
     dtype: tl.constexpr = states[0].dtype.element_ty
     slot = states[0] + row * states[1]
     begin = slot + start * states[2] if inputs is None else slot
@@ -78,7 +84,6 @@ def _scan(
     x_row, dt_row = x[0] + row * x[1], dt[0] + row * dt[1]
     b_row, c_row = B[0] + row * B[1], C[0] + row * C[1]
     z_row = None if z is None else z[0] + row * z[1]
-    y += row * tokens * channels
     slot += tl.cast(write_slot, tl.int64) * states[2]
     for t in range(tokens):
         fed = widen(tl.load(x_row + x_at, in_row, 0.0))
@@ -105,13 +110,16 @@ def _scan(
 
 @triton.jit(do_not_specialize=["tokens", "write_slot"])
 def _keep_inputs(
-    x, dt, B, dt_bias, dt_limit, null_columns, inputs, tokens, heads, x_size, b_size, write_slot, BLOCK: tl.constexpr
-):
+    x, dt, B, dt_bias, dt_limit, start_slot, null_columns, inputs, tokens, heads, x_size, b_size, write_slot,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Leaves a token as the input of its slot."""
     blocks = tl.cdiv(tl.maximum(x_size, tl.maximum(heads, b_size)), BLOCK)
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     t = (tl.program_id(0) // blocks % tokens).to(tl.int64)
     row = (tl.program_id(0) // blocks // tokens).to(tl.int64)
+    if tl.load(start_slot + row) < 0:
+        return
     x_old, dt_old, b_old, slots = inputs
     slot = row * slots + write_slot + t
     step = _step_size(
@@ -150,18 +158,18 @@ def scan(
     block = min(max(1, STATES // block_n), triton.next_power_of_2(heads * head_size))
     shared = {
         "x": _strided(x), "dt": _strided(dt), "B": _strided(B), "dt_bias": dt_bias, "dt_limit": dt_limit,
-        "null_columns": null_columns, "tokens": tokens, "heads": heads, "write_slot": write_slot,
-        "inputs": None if inputs is None else (inputs.x, inputs.dt, inputs.B, inputs.dt.shape[1]),
+        "start_slot": start_slot, "null_columns": null_columns, "write_slot": write_slot, "tokens": tokens,
+        "heads": heads, "inputs": None if inputs is None else (inputs.x, inputs.dt, inputs.B, inputs.dt.shape[1]),
     }  # fmt: skip
     launch(
         _scan, batch * triton.cdiv(heads * head_size, block), y, 2, **shared,
         A=A, C=_strided(C), D=D, z=None if z is None else _strided(z), states=_strided(states), y=y,
-        start_slot=start_slot, head_size=head_size, x_heads=x_heads, b_groups=B.shape[2], c_groups=C.shape[2],
+        head_size=head_size, x_heads=x_heads, b_groups=B.shape[2], c_groups=C.shape[2],
         keep_last=int(keep_last), STATE_SIZE=state_size, BLOCK=block, BLOCK_N=block_n, A_PER_STATE=A.ndim == 2,
         D_PER_CHANNEL=D.ndim == 2, maxnreg=REGISTERS,
     )  # fmt: skip
     if inputs is not None and keep_last:
-        inputs.dt[:, 0] = 0
+        inputs.dt[:, 0].masked_fill_((start_slot >= 0)[:, None], 0)
     elif inputs is not None:
         x_size, b_size = x_heads * head_size, B.shape[2] * state_size
         programs = batch * tokens * triton.cdiv(max(x_size, heads, b_size), INPUTS)

@@ -97,7 +97,7 @@ def test_gaps_between_rows(op: str, name: str, backend: str) -> None:
 def test_slots(op: str, backend: str) -> None:
     refused(op, "slot", write_slot=-1, backend=backend)
     refused(op, "slot.*8 slots", write_slot=S - T + 1, backend=backend)
-    for slot in (-1, S):
+    for slot in (-2, S):
         refused(op, "start_slot", start_slot=torch.tensor([0, slot, 0], dtype=torch.int32), backend=backend)
     refused(op, "null_columns", null_columns=torch.zeros(B + 1, dtype=torch.int32), backend=backend)
     refused(op, "null_columns", null_columns=torch.zeros(B, dtype=torch.int64), backend=backend)

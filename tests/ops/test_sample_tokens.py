@@ -8,6 +8,7 @@ import torch
 
 from speculative_mamba.ops import sample_tokens
 from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.law import raise_for
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 NATURAL = Filters(temperature=1.0)
@@ -366,11 +367,23 @@ def test_a_row_without_a_possible_token_is_named(filters: Filters, backend: str)
         sample(logits, filters, backend)
 
 
+def test_verdicts_can_be_read_later(backend: str) -> None:
+    logits = torch.randn(4, 33, generator=torch.Generator().manual_seed(5))
+    expected, verdicts = sample(logits, NATURAL, backend)[0], torch.full((4,), 9, dtype=torch.int32)
+    logits[1, 4], logits[2] = torch.nan, -torch.inf
+    tokens, _ = sample(logits, NATURAL, backend, verdicts=verdicts)
+    assert verdicts.tolist() == [0, 1, 3, 0]
+    assert tokens.tolist() == [expected[0], 0, 0, expected[3]]
+    with pytest.raises(ValueError, match=r"^row 1: logits are NaN"):
+        raise_for(verdicts)
+
+
 def arguments() -> dict:
     return {
         "logits": torch.zeros(3, 7), "filters": NATURAL, "keys": keys_of(3), "positions": torch.arange(3),
         "laws": torch.empty(3, 7), "seen": torch.zeros(3, 7, dtype=torch.bool),
         "recent": torch.zeros(3, 2, dtype=torch.int64), "active": torch.ones(3, dtype=torch.bool),
+        "verdicts": torch.zeros(3, dtype=torch.int32),
     }  # fmt: skip
 
 
@@ -388,7 +401,7 @@ def test_arguments_that_do_not_fit_are_named(name: str, backend: str) -> None:
     tensor = arguments()[name]
     other = r"\bmeta\b" if name == "logits" else rf"\b{name}\b.*\bmeta\b"
     refused(other, backend, **{name: tensor.to("meta")})
-    refused(rf"\b{name}\b", backend, **{name: tensor.to(torch.int32)})
+    refused(rf"\b{name}\b", backend, **{name: tensor.to(torch.int16)})
     refused(rf"\b{name}\b", backend, **{name: tensor[None]})
     if name != "logits":
         refused(rf"\b{name}\b", backend, **{name: torch.cat([tensor, tensor[:1]])})

@@ -5,6 +5,7 @@ import torch
 
 from speculative_mamba.ops import sample_tokens, speculative_accept
 from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.law import raise_for
 from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.ops.speculative_accept import reference
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
@@ -267,6 +268,29 @@ def test_a_shorter_window_decides_the_same(filters: Filters, coupled: bool, back
         assert torch.equal(short_following[within], following[within])
 
 
+@every_filter
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("certain", [False, True])
+def test_limits_are_as_many_drafted_tokens(filters: Filters, coupled: bool, certain: bool, backend: str) -> None:
+    """Each row is as in a call of its own with that K; what lies behind is not looked at."""
+    arguments = make(filters, rows=2 * (K + 2))
+    if coupled or certain:
+        arguments["logits"] *= 3
+        arguments["drafted"][::2] = choices(arguments, "reference")[::2, :K]
+    if certain:
+        arguments["laws"] = None
+    limits, reached = torch.arange(2 * (K + 2), dtype=torch.int32) // 2, 0
+    arguments["logits"][torch.arange(K + 1) > limits[:, None]] = torch.nan
+    accepted, following = speculative_accept(**arguments, coupled=coupled, limits=limits, backend=backend)
+    for row, limit in enumerate(limits.clamp(max=K).tolist()):
+        alone = rows_of(arguments, slice(row, row + 1)) | {"coupled": coupled, "backend": backend}
+        alone |= {"logits": alone["logits"][:, : limit + 1], "drafted": alone["drafted"][:, :limit].contiguous()}
+        alone["laws"] = None if certain else alone["laws"][:, :limit]
+        assert [t.item() for t in speculative_accept(**alone)] == [accepted[row].item(), following[row].item()]
+        reached += 0 < limit == accepted[row]
+    assert reached, "a window that ends at its limit"
+
+
 @pytest.mark.parametrize("coupled", [False, True])
 def test_threads_change_nothing(coupled: bool, kernels: str) -> None:
     for filters in FILTERS.values():
@@ -390,18 +414,40 @@ def test_a_residual_that_only_rounding_leaves_empty_is_the_law_of_the_target(bac
         accept(logits, [[0]] * rows, backend, laws=laws + torch.tensor([2e-6, 0, 0]))
 
 
-def refused(match: str, backend: str, **wrong: object) -> None:
-    arguments = {**make(NATURAL), "active": torch.ones(B, dtype=torch.bool), **wrong}
-    with pytest.raises(ValueError, match=match) as caught:
+def test_verdicts_can_be_read_later(backend: str) -> None:
+    arguments = make(NATURAL)
+    expected = speculative_accept(**arguments, backend=backend)
+    arguments["logits"][1, 0, 5], arguments["logits"][4, 0, 7] = torch.nan, torch.inf
+    arguments["laws"][3, 0] = 0
+    verdicts = torch.full((B,), 9, dtype=torch.int32)
+    accepted, following = speculative_accept(**arguments, verdicts=verdicts, backend=backend)
+    assert verdicts.tolist() == [0, 1, 0, 4, 2, 0]
+    assert not accepted[[1, 3, 4]].any() and not following[[1, 3, 4]].any()
+    fine = verdicts == 0
+    assert torch.equal(accepted[fine], expected[0][fine]) and torch.equal(following[fine], expected[1][fine])
+    with pytest.raises(ValueError, match=r"^row 1, position 0 of the window: logits are NaN") as now:
         speculative_accept(**arguments, backend=backend)
+    with pytest.raises(ValueError) as later:
+        raise_for(verdicts, accepted)
+    assert str(now.value) == str(later.value)
+
+
+def every_argument() -> dict:
+    more = {"active": torch.bool, "limits": torch.int32, "verdicts": torch.int32}
+    return make(NATURAL) | {name: torch.ones(B, dtype=dtype) for name, dtype in more.items()}
+
+
+def refused(match: str, backend: str, **wrong: object) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        speculative_accept(**{**every_argument(), **wrong}, backend=backend)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["logits", "drafted", "laws", "keys", "positions", "seen", "active"])
+@pytest.mark.parametrize("name", [name for name in every_argument() if name != "filters"])
 def test_arguments_that_do_not_fit_are_named(name: str, backend: str) -> None:
-    tensor = {**make(NATURAL), "active": torch.ones(B, dtype=torch.bool)}[name]
+    tensor = every_argument()[name]
     refused(r"\bmeta\b" if name == "logits" else rf"\b{name}\b.*\bmeta\b", backend, **{name: tensor.to("meta")})
-    refused(rf"\b{name}\b", backend, **{name: tensor.to(torch.int32)})
+    refused(rf"\b{name}\b", backend, **{name: tensor.to(torch.int16)})
     refused(rf"\b{name}\b", backend, **{name: tensor[None]})
     if name != "logits":
         refused(rf"\b{name}\b", backend, **{name: torch.cat([tensor, tensor[:1]])})
@@ -415,6 +461,10 @@ def test_sizes_that_do_not_fit_are_named(backend: str) -> None:
     refused("laws must have shape", backend, laws=base["laws"][..., 1:].contiguous())
     refused(r"logits must have shape \(B, K\+1, V\)", backend, logits=base["logits"][:, :0])
     refused(r"keys must have shape \(6, 2\)", backend, keys=base["keys"][:, :1].contiguous())
+
+
+def test_limits_are_not_negative(backend: str) -> None:
+    refused("limits must be at least 0", backend, limits=torch.tensor([1, 2, 3, -1, 0, 9], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("token", [-1, V])

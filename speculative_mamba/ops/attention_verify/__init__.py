@@ -30,7 +30,7 @@ def attention_verify(
     | k, v         | (B, T, G, P) | as q          | heads contiguous; G divides H, query head h reads head h·G // H |
     | keys, values | (B, G, L, P) | any of three  | **written**; (L, P) contiguous; float32, bfloat16 or float16 |
     | lengths      | (B, S)       | int32         | **written**; contiguous; entries that are slot j's text |
-    | start_slot   | (B)          | int32         | slot of the last committed token |
+    | start_slot   | (B)          | int32         | slot of the last committed token; -1: left out |
     | write_slot   | int          |               | slot of the first token of the window |
     | inv_freq     | (R)          | float32, None | rotary embedding, radians per position; 2R <= P |
     | scale        | float        |               | of q·k; None: P**-0.5 |
@@ -42,7 +42,7 @@ def attention_verify(
     attends to entries 0 … n + t, and ``lengths[b, write_slot + t]`` becomes n + t + 1. Going back to any token is
     choosing its slot: entries beyond a length are never read, and the next tokens write over them. A null column takes
     no position and no entry, and leaves the length as it was. Who owns the bookkeeping: the caller sets ``start_slot``
-    after acceptance, nothing else.
+    after acceptance, nothing else. Of a row with ``start_slot`` -1 nothing is read or written, and its y is 0.
 
     Dimensions i and i + R of q and k are rotated by position · ``inv_freq[i]`` (Su et al. 2021, arXiv 2104.09864), the
     keys before they are stored. Arithmetic is float32; a token sees its own key and value as the cache holds them.
@@ -95,5 +95,5 @@ def _check_room(
     nulls = [0] * len(lengths) if null_columns is None else null_columns.tolist()
     for row, slot, null in zip(lengths.tolist(), start_slot.tolist(), nulls, strict=True):
         new = tokens - min(max(null, 0), tokens)
-        if not 0 <= row[slot] <= capacity - new:
+        if slot >= 0 and not 0 <= row[slot] <= capacity - new:
             raise ValueError(f"{new} tokens after {row[slot]} do not fit into a cache of {capacity} entries")

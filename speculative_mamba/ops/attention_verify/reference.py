@@ -29,6 +29,8 @@ def attention_verify(
     kv_heads = k.shape[2]
     y = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for b in range(batch):
+        if start_slot[b] < 0:
+            continue
         length = int(lengths[b, start_slot[b]])
         for t in range(tokens):
             if null_columns is None or t >= null_columns[b]:

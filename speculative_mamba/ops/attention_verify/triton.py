@@ -20,12 +20,13 @@ VARIES = ["tokens", "write_slot", "keep_last"]
 
 @triton.jit
 def _window(lengths, start_slot, null_columns, b, tokens, slots):
-    """Entries before the window, and its null columns."""
-    start = tl.load(lengths + b * slots + tl.load(start_slot + b))
+    """Entries before the window, and its null columns: all of them in a row that is left out."""
+    slot = tl.load(start_slot + b)
+    start = tl.load(lengths + b * slots + slot, mask=slot >= 0, other=0)
     nulls = tokens * 0
     if null_columns is not None:
         nulls = tl.minimum(tl.maximum(tl.load(null_columns + b), 0), tokens)
-    return start, nulls
+    return start, tl.where(slot >= 0, nulls, tokens)
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -107,6 +108,8 @@ def _attend(
 def _advance(lengths, start_slot, null_columns, tokens, slots, write_slot, keep_last):
     """A program reads its row's length before it writes any."""
     b = tl.program_id(0).to(tl.int64)
+    if tl.load(start_slot + b) < 0:
+        return
     start, nulls = _window(lengths, start_slot, null_columns, b, tokens, slots)
     if keep_last != 0:
         tl.store(lengths + b * slots, start + tokens - nulls)

@@ -29,7 +29,7 @@ def causal_conv1d_verify(
     | weight       | (D, W)           | float32, bfloat16, float16 | any strides; W from 2 to 8 |
     | bias         | (D)              | float32 or None            | |
     | window       | (B, W-1+S, D)    | float32                    | **written** |
-    | start_slot   | (B)              | int32                      | slot of the last committed token |
+    | start_slot   | (B)              | int32                      | slot of the last committed token; -1: left out |
     | write_slot   | int              |                            | slot of the first token of the window |
     | null_columns | (B)              | int32 or None              | that many leading inputs of a row count as 0 |
     | keep_last    | bool             |                            | prefill: keep the last W-1 inputs, as slot 0's |
@@ -40,7 +40,8 @@ def causal_conv1d_verify(
 
     Row W-1+j of ``window`` holds the input of slot j; rows s+1 … s+W-1 are what precedes the token after slot s. The
     call reads those of ``start_slot``, writes rows W-1+write_slot …, and with ``write_slot`` 0 moves the history it
-    read to rows 0 … W-2. Who owns the bookkeeping: the caller sets ``start_slot`` after acceptance, nothing else.
+    read to rows 0 … W-2. Who owns the bookkeeping: the caller sets ``start_slot`` after acceptance, nothing else. Of a
+    row with ``start_slot`` -1 nothing is read or written, and its y is 0.
 
     With ``repeat`` every ``block`` channels of x serve ``repeat`` times in a row, as the heads of grouped queries do:
     channel c reads channel ``c // (block · repeat) · block + c % block`` of x, as if x were

@@ -30,15 +30,22 @@ def causal_conv1d_verify(
     rows = torch.arange(batch, device=x.device)[:, None]
     history = window[rows, start_slot[:, None].long() + 1 + torch.arange(width - 1, device=x.device)]
     inputs = torch.cat([history, x], 1)
+    taken = (start_slot >= 0)[:, None, None]
+
+    def write(first: int, inputs: torch.Tensor) -> None:
+        into = window[:, first : first + inputs.shape[1]]
+        into.copy_(torch.where(taken, inputs, into))
+
     if keep_last:
-        window[:, 1:width] = inputs[:, tokens:]
+        write(1, inputs[:, tokens:])
     else:
         if write_slot == 0:
-            window[:, : width - 1] = history
-        window[:, width - 1 + write_slot : width - 1 + write_slot + tokens] = x
+            write(0, history)
+        write(width - 1 + write_slot, x)
     y = torch.zeros(channels, dtype=x.dtype, device=x.device) if bias is None else bias
     for k in range(width):
         y = y + inputs[:, k : k + tokens] * weight[:, k]
+    y = y.masked_fill(~taken, 0)
     if not silu or not batch:
         return y
     # PyTorch rounds SiLU by where a value lies in its tensor, so every token goes through it alone.

@@ -23,6 +23,12 @@ def _convolve(
     source = channel // (block * repeat) * block + channel % block
     exists = channel < channels
     start = tl.load(start_slot + row).to(tl.int64)
+    y += row * tokens * channels
+    if start < 0:
+        for _ in range(tokens):
+            tl.store(y + channel, tl.zeros((BLOCK,), y.dtype.element_ty), exists)
+            y += channels
+        return
     nulls = 0 if null_columns is None else tl.load(null_columns + row)
     first = tl.zeros((BLOCK,), tl.float32) if bias is None else tl.load(bias + channel, exists, 0.0)
     window_row, row_stride = window[0] + row * window[1], tl.cast(window[2], tl.int64)
@@ -37,7 +43,6 @@ def _convolve(
         for k in tl.static_range(WIDTH - 1):
             tl.store(window_row + k * row_stride + channel, inputs[k], exists)
     x_row = x[0] + row * x[1]
-    y += row * tokens * channels
     kept = window_row + (write_slot + (WIDTH - 1)) * row_stride
     for t in range(tokens):
         current = tl.where(t < nulls, 0.0, widen(tl.load(x_row + source, exists, 0.0)))

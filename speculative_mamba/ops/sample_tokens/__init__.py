@@ -3,7 +3,7 @@
 import torch
 
 from ..backend import run
-from ..checks import check, check_active, check_keys, check_seen, check_tokens
+from ..checks import check, check_active, check_keys, check_seen, check_tokens, check_verdicts
 from ..filters import Filters
 from ..law import raise_for
 from ..noise import Purpose
@@ -20,6 +20,7 @@ def sample_tokens(
     seen: torch.Tensor | None = None,
     recent: torch.Tensor | None = None,
     active: torch.Tensor | None = None,
+    verdicts: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Draws a token for every row, with noise that depends on seed, stream, position and purpose alone.
@@ -35,9 +36,13 @@ def sample_tokens(
     | seen      | (B, V) | bool, None | tokens of each text; needed for a repetition penalty |
     | recent    | (B, R) | int64, None | further tokens of each text, not yet in ``seen`` |
     | active    | (B)    | bool, None | rows to draw for; the others get token 0 |
+    | verdicts  | (B)    | int32, None | **written**: 0 where there is a token, else why there is none |
     | returns   | (B)    | int64   | |
 
     Equivalent to ``argmax(log p + Gumbel noise)`` (the Gumbel-max draw), computed as an exponential race.
+
+    With ``verdicts`` the call does not wait for the device and raises nothing for a row without a law, which gets token
+    0; ``ops.law.raise_for(verdicts)`` raises it later.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit, or a row has no law; it names the row.
@@ -48,13 +53,17 @@ def sample_tokens(
     check("logits", logits, logits.shape, logits)
     check_keys(keys, positions, batch, logits)
     check_active(active, batch, logits)
+    check_verdicts(verdicts, batch, logits)
     if laws is not None:
         check("laws", laws, logits.shape, logits)
     recent = logits.new_empty(batch, 0, dtype=torch.int64) if recent is None else recent
     check_tokens("recent", recent, (batch, recent.shape[-1]), vocabulary, logits)
     check_seen(filters, seen, batch, vocabulary, logits)
-    tokens, verdicts = run(
+    tokens, found = run(
         "sample_tokens", backend, logits, filters, keys, positions, int(purpose), laws, seen, recent, active
     )
-    raise_for(verdicts, [f"row {row}" for row in range(batch)])
+    if verdicts is None:
+        raise_for(found)
+    else:
+        verdicts.copy_(found)
     return tokens

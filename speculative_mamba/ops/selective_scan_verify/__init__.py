@@ -43,7 +43,7 @@ def selective_scan_verify(
     | D, dt_bias   | (D)          | float32       | |
     | z            | (B, T, D)    | as x, None    | gate: y is multiplied by silu(z) |
     | states       | (B, S, D, N) | any of three  | **written**; (D, N) contiguous; float32, bfloat16 or float16 |
-    | start_slot   | (B)          | int32         | slot of the last committed state |
+    | start_slot   | (B)          | int32         | slot of the last committed state; -1: left out |
     | write_slot   | int          |               | slot of the state after the first token |
     | null_columns | (B)          | int32, None   | that many leading tokens of a row leave its state as it was |
     | keep_last    | bool         |               | prefill: only the last state is written, to slot 0 |
@@ -52,16 +52,17 @@ def selective_scan_verify(
 
     With Δ = softplus(dt + dt_bias): state ← exp(Δ A) state + Δ x B, y = C·state + D x. The state after token t goes to
     slot ``write_slot + t``, so going back to any token is choosing its slot. A row's start state is read before
-    anything is written. Who owns the bookkeeping: the caller sets ``start_slot`` after acceptance, nothing else.
+    anything is written. Who owns the bookkeeping: the caller sets ``start_slot`` after acceptance, nothing else. Of a
+    row with ``start_slot`` -1 nothing is read or written, its inputs neither, and its y is 0.
 
     B and C may have different numbers of groups G, each a divisor of D: channel d uses group d·G // D. A token whose Δ
     is 0 leaves the state exactly as it was; null columns have Δ = 0.
 
     With ``inputs`` (see ``ReplayInputs``) a slot's state is that after the inputs up to the slot, which are fed again:
     with ``write_slot`` 0 inputs 0 … ``start_slot``, and the state reached replaces the kept one; with ``write_slot``
-    w > 0 every row must start from slot w-1. The T tokens' x, Δ and B become inputs ``write_slot`` …, those of null
-    columns with Δ = 0. With ``keep_last`` the kept state becomes the last one, input 0 gets Δ = 0, and no other input
-    is written. y and states have the same bits as with a state per slot.
+    w > 0 every row that is not left out must start from slot w-1. The T tokens' x, Δ and B become inputs
+    ``write_slot`` …, those of null columns with Δ = 0. With ``keep_last`` the kept state becomes the last one, input 0
+    gets Δ = 0, and no other input is written. y and states have the same bits as with a state per slot.
 
     Arithmetic is float32. After every token the state is rounded (to nearest, ties to even) to the dtype of ``states``;
     that token's y and the next token use the rounded one. A float16 state beyond 65504 becomes infinite.

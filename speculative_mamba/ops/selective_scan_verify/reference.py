@@ -41,8 +41,10 @@ def selective_scan_verify(
         fed = torch.exp(step[:, None] * A) * state + (step * x)[:, None] * of_channels(B)
         return torch.where(step[:, None] != 0, fed.to(states.dtype).to(x.dtype), state)
 
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for b in range(batch):
+        if start_slot[b] < 0:
+            continue
         state = states[b, start_slot[b] if inputs is None else 0].to(x.dtype, copy=True)
         if inputs is not None:
             for i in range(write_slot or int(start_slot[b]) + 1):

@@ -3,7 +3,7 @@
 import torch
 
 from ..backend import run
-from ..checks import check, check_active, check_keys, check_seen, check_tokens
+from ..checks import check, check_active, check_keys, check_limits, check_seen, check_tokens, check_verdicts
 from ..filters import Filters
 from ..law import raise_for
 
@@ -19,6 +19,8 @@ def speculative_accept(
     coupled: bool = False,
     seen: torch.Tensor | None = None,
     active: torch.Tensor | None = None,
+    limits: torch.Tensor | None = None,
+    verdicts: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Filters, tests and resamples: each row keeps its drafted tokens up to the first that the target refuses.
@@ -34,6 +36,8 @@ def speculative_accept(
     | coupled   | bool        |         | how drafted tokens are tested |
     | seen      | (B, V)      | bool, None | tokens of each text before the drafted ones; for a repetition penalty |
     | active    | (B)         | bool, None | rows to decide; the others get 0 and 0 |
+    | limits    | (B)         | int32, None | at least 0: no more drafted tokens of a row count, as if that were its K |
+    | verdicts  | (B)         | int32, None | **written**: 0 where a row is decided, else why it cannot be |
     | returns   | accepted (B) int32, next token (B) int64 | | |
 
     Greedy and ``coupled``: the target chooses as ``sample_tokens`` would, position by position; a drafted token stands
@@ -41,6 +45,9 @@ def speculative_accept(
     Otherwise (Leviathan et al. 2023, algorithm 1): token d stands if u·q(d) < p(d), u uniform in [0, 1); the token
     after the first refused one is drawn from the residual max(p - q, 0), the token after the last from p.
     Position j sees ``seen`` and the drafted tokens before it. What lies behind a refused token is never looked at.
+
+    With ``verdicts`` the call does not wait for the device and raises nothing for logits and laws: of such a row
+    ``accepted`` is the position, the next token is 0, and ``ops.law.raise_for(verdicts, accepted)`` raises it later.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; logits that matter are NaN or infinite; a law gives
@@ -53,11 +60,16 @@ def speculative_accept(
     check_tokens("drafted", drafted, (batch, tokens - 1), vocabulary, logits)
     check_keys(keys, positions, batch, logits)
     check_active(active, batch, logits)
+    check_limits(limits, batch, logits)
+    check_verdicts(verdicts, batch, logits)
     if laws is not None:
         check("laws", laws, (batch, tokens - 1, vocabulary), logits)
     check_seen(filters, seen, batch, vocabulary, logits)
-    accepted, following, verdicts = run(
-        "speculative_accept", backend, logits, drafted, laws, filters, keys, positions, coupled, seen, active
+    accepted, following, found = run(
+        "speculative_accept", backend, logits, drafted, laws, filters, keys, positions, coupled, seen, active, limits
     )
-    raise_for(verdicts, [f"row {row}, position {at} of the window" for row, at in enumerate(accepted.tolist())])
+    if verdicts is None:
+        raise_for(found, accepted)
+    else:
+        verdicts.copy_(found)
     return accepted, following

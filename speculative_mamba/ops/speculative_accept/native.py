@@ -17,6 +17,7 @@ def speculative_accept(
     coupled: bool,
     seen: torch.Tensor | None,
     active: torch.Tensor | None,
+    limits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, tokens, vocabulary = logits.shape
     accepted, verdicts = (logits.new_empty(batch, dtype=torch.int32) for _ in range(2))
@@ -27,6 +28,6 @@ def speculative_accept(
         batch, tokens, vocabulary, logits.data_ptr(), logits.stride()[:2], drafted.data_ptr(), address(laws),
         (0, 0) if laws is None else laws.stride()[:2], filters.values(), coupled, address(seen), keys.data_ptr(),
         positions.data_ptr(), address(active), accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(),
-        decisions.data_ptr(), where,
+        decisions.data_ptr(), address(limits), where,
     )  # fmt: skip
     return accepted, following, verdicts

@@ -17,14 +17,16 @@ def speculative_accept(
     coupled: bool,
     seen: torch.Tensor | None,
     active: torch.Tensor | None,
+    limits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, device = len(logits), logits.device
     accepted, verdicts = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
     following = torch.zeros(batch, dtype=torch.int64, device=device)
     for row in range(batch):
         if active is None or active[row]:
+            counted = drafted[row] if limits is None else drafted[row, : limits[row]]
             verdicts[row], accepted[row], following[row] = _row(
-                logits[row], drafted[row], None if laws is None else laws[row], filters, keys[row].tolist(),
+                logits[row], counted, None if laws is None else laws[row], filters, keys[row].tolist(),
                 int(positions[row]), coupled, None if seen is None else seen[row],
             )  # fmt: skip
     return accepted, following, verdicts

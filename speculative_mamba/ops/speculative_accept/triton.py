@@ -28,15 +28,20 @@ def _residual(token, p, laws, row, drafted):
 
 @triton.jit(do_not_specialize=["tokens", "coupled", "top_k"])
 def _decide(
-    logits, verdicts, peaks, leasts, totals, counts, ids, keys, weights, drafted, laws, noise, positions, choices,
-    refused, tokens, vocabulary, temperature, top_k, nucleus, floor, coupled,
+    logits, verdicts, peaks, leasts, totals, counts, ids, keys, weights, drafted, laws, noise, positions, limits,
+    choices, refused, tokens, vocabulary, temperature, top_k, nucleus, floor, coupled,
 ):  # fmt: skip
     """Of a position of a window: whether its drafted token is refused (the last has none), and what stands there then.
 
-    Its verdict becomes that of the decision.
+    Its verdict becomes that of the decision. Behind the last there is nothing to decide.
     """
     at = tl.program_id(0).to(tl.int64)
     b, t = at // tokens, at % tokens
+    end = tokens - 1
+    if limits is not None:
+        end = tl.minimum(tl.maximum(tl.load(limits + b), 0), end)
+    if t > end:
+        return
     verdict = tl.load(verdicts + at)
     winner = 0
     refuses = True
@@ -47,7 +52,7 @@ def _decide(
             ids, keys, weights, count, tl.load(leasts + at), tl.load(totals + at), top_k, nucleus, floor
         )  # fmt: skip
         seed, stream, position = tl.load(noise + 2 * b), tl.load(noise + 2 * b + 1), tl.load(positions + b) + t
-        is_last = t == tokens - 1
+        is_last = t == end
         chooses = is_last | (coupled != 0)
         theirs = tl.load(drafted + b * (tokens - 1) + t, mask=t < tokens - 1, other=0).to(tl.int32)
         law_row = t * 0
@@ -118,6 +123,7 @@ def speculative_accept(
     coupled: bool,
     seen: torch.Tensor | None,
     active: torch.Tensor | None,
+    limits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, tokens, _ = logits.shape
     lists = shortlists(logits, filters, seen, drafted, 0)
@@ -128,8 +134,8 @@ def speculative_accept(
     choices, refused = new(torch.int32, batch, tokens), new(torch.int8, batch, tokens)
     launch(
         _decide, batch * tokens, logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), drafted=drafted,
-        laws=None if laws is None else with_strides(laws), noise=keys, positions=positions, choices=choices,
-        refused=refused, tokens=tokens, coupled=int(coupled or filters.greedy),
+        laws=None if laws is None else with_strides(laws), noise=keys, positions=positions, limits=limits,
+        choices=choices, refused=refused, tokens=tokens, coupled=int(coupled or filters.greedy),
     )  # fmt: skip
     accepted, following, verdicts = new(torch.int32, batch), new(torch.int64, batch), new(torch.int32, batch)
     launch(

@@ -48,7 +48,7 @@ def ssd_verify(
     | D            | (H) or (H, P)   | float32       | contiguous |
     | z            | (B, T, H, P)    | as x, None    | gate: y is multiplied by silu(z); (H, P) contiguous |
     | states       | (B, S, H, P, N) | any of three  | **written**; (H, P, N) contiguous; float32, bfloat16 or float16 |
-    | start_slot   | (B)             | int32         | slot of the last committed state |
+    | start_slot   | (B)             | int32         | slot of the last committed state; -1: left out |
     | write_slot   | int             |               | slot of the state after the first token |
     | dt_limit     | two numbers     |               | smallest and largest Δ, both at least 0 |
     | inputs       | ReplayInputs    | None          | **written**; with it states has one slot, see ``ReplayInputs`` |
@@ -63,7 +63,8 @@ def ssd_verify(
     The state after token t goes to slot ``write_slot + t``, so going back to any token is choosing its slot. A row's
     start state is read before anything is written. With ``inputs`` slots are computed again instead of stored: the
     state is read and written once per call, and results are the same to the last bit. Who owns the bookkeeping: the
-    caller sets ``start_slot`` after acceptance, nothing else.
+    caller sets ``start_slot`` after acceptance, nothing else. Of a row with ``start_slot`` -1 nothing is read or
+    written, its inputs neither, and its y is 0.
 
     Arithmetic is float32. After every token the state is rounded (to nearest, ties to even) to the dtype of ``states``;
     that token's y and the next token use the rounded one. A float16 state beyond 65504 becomes infinite.

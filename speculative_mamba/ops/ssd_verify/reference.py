@@ -33,8 +33,10 @@ def ssd_verify(
         return ssd_verify(wide_x, dt, A, B, C, D, dt_bias, states, start_slot, write_slot, z, *rest).to(x.dtype)
     batch, tokens, heads = dt.shape
     skip = D if D.ndim == 2 else D[:, None]
-    y = x.new_empty(batch, tokens, heads, x.shape[3])
+    y = x.new_zeros(batch, tokens, heads, x.shape[3])
     for b in range(batch):
+        if start_slot[b] < 0:
+            continue
         state = states[b, 0 if inputs else start_slot[b]].to(x.dtype, copy=True)
         if inputs:
             for j in range(int(start_slot[b]) + 1):

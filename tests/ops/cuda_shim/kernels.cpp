@@ -35,6 +35,24 @@ void announce_activations(const Params& p, const void* base, int64_t rows, int64
     announce(base, rows, row_stride, columns, column_stride, size, Use::read, bytes_of(p.activations));
 }
 
+// Of each row that is not left out.
+template <typename Params>
+void announce_tokens(const Params& p, const void* base, int64_t batch_stride, int64_t token_stride, int64_t size) {
+    for (int64_t row = 0; base && row < p.batch; row++) {
+        if (p.start_slot[row] < 0) continue;
+        const char* first = static_cast<const char*>(base) + bytes_of(p.activations) * row * batch_stride;
+        announce_activations(p, first, 1, 0, p.tokens, token_stride, size);
+    }
+}
+
+// Of each row that is not left out `size` floats.
+template <typename Params>
+void announce_inputs(const Params& p, float* base, int64_t size) {
+    for (int64_t row = 0; base && row < p.batch; row++) {
+        if (p.start_slot[row] >= 0) announce(base + row * size, size, Use::write);
+    }
+}
+
 template <typename Params>
 void announce_result(const Params& p, int64_t size) {
     announce(p.y, 1, 0, 1, 0, size, Use::write, bytes_of(p.activations));
@@ -44,6 +62,7 @@ void announce_result(const Params& p, int64_t size) {
 template <typename Params>
 void announce_states(const Params& p, int64_t size) {
     for (int64_t row = 0; row < p.batch; row++) {
+        if (p.start_slot[row] < 0) continue;
         auto slot = [&](int64_t number, Use use) {
             const int64_t element = bytes_of(p.state_dtype);
             const int64_t offset = row * p.states_batch_stride + number * p.states_slot_stride;
@@ -61,6 +80,7 @@ void announce_states(const Params& p, int64_t size) {
 void announce_entries(const AttentionParams& p, void* base, int64_t batch_stride, int64_t head_stride) {
     const int64_t element = bytes_of(p.cache_dtype);
     for (int64_t row = 0; row < p.batch; row++) {
+        if (p.start_slot[row] < 0) continue;
         const int64_t length = p.lengths[row * p.slots + p.start_slot[row]];
         const int64_t nulls = p.null_columns ? std::min<int64_t>(p.null_columns[row], p.tokens) : 0;
         auto entries = [&](int64_t first, int64_t count, Use use) {
@@ -74,12 +94,13 @@ void announce_entries(const AttentionParams& p, void* base, int64_t batch_stride
 
 void attention(const AttentionParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
-    announce_activations(p, p.q, p.batch, p.q_batch_stride, p.tokens, p.q_token_stride, p.heads * p.dims);
-    announce_activations(p, p.k, p.batch, p.k_batch_stride, p.tokens, p.k_token_stride, p.kv_heads * p.dims);
-    announce_activations(p, p.v, p.batch, p.v_batch_stride, p.tokens, p.v_token_stride, p.kv_heads * p.dims);
+    announce_tokens(p, p.q, p.q_batch_stride, p.q_token_stride, p.heads * p.dims);
+    announce_tokens(p, p.k, p.k_batch_stride, p.k_token_stride, p.kv_heads * p.dims);
+    announce_tokens(p, p.v, p.v_batch_stride, p.v_token_stride, p.kv_heads * p.dims);
     announce_entries(p, p.keys, p.keys_batch_stride, p.keys_head_stride);
     announce_entries(p, p.values, p.values_batch_stride, p.values_head_stride);
     for (int64_t row = 0; row < p.batch; row++) {
+        if (p.start_slot[row] < 0) continue;
         int32_t* lengths = p.lengths + row * p.slots;
         announce(lengths + p.start_slot[row], 1);
         announce(lengths + p.write_slot, 1, 1, p.keep_last ? 1 : p.tokens, 1, 1, Use::write);
@@ -94,7 +115,7 @@ void attention(const AttentionParams& p, cudaStream_t stream) {
 
 void causal_conv1d(const CausalConv1dParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
-    announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, p.channels / p.repeat);
+    announce_tokens(p, p.x, p.x_batch_stride, p.x_token_stride, p.channels / p.repeat);
     const int64_t element = bytes_of(p.weight_dtype);
     announce(p.weight, p.channels, p.weight_channel_stride, p.width, p.weight_tap_stride, 1, Use::constant, element);
     announce(p.bias, p.channels, Use::constant);
@@ -103,6 +124,7 @@ void causal_conv1d(const CausalConv1dParams& p, cudaStream_t stream) {
     announce_result(p, p.batch * p.tokens * p.channels);
     const int64_t history = p.width - 1;
     for (int64_t row = 0; row < p.batch; row++) {
+        if (p.start_slot[row] < 0) continue;
         float* window = p.window + row * p.window_batch_stride;
         auto rows = [&](int64_t first, int64_t count, Use use) {
             announce(window + first * p.window_row_stride, count, p.window_row_stride, 1, 0, p.channels, use);
@@ -150,9 +172,9 @@ void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
     for (const auto& [base, row, token] :
          {std::tuple(p.x, p.x_batch_stride, p.x_token_stride), std::tuple(p.dt, p.dt_batch_stride, p.dt_token_stride),
           std::tuple(p.z, p.z_batch_stride, p.z_token_stride)})
-        announce_activations(p, base, p.batch, row, p.tokens, token, p.channels);
-    announce_activations(p, p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, p.b_groups * p.state_size);
-    announce_activations(p, p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
+        announce_tokens(p, base, row, token, p.channels);
+    announce_tokens(p, p.B, p.b_batch_stride, p.b_token_stride, p.b_groups * p.state_size);
+    announce_tokens(p, p.C, p.c_batch_stride, p.c_token_stride, p.c_groups * p.state_size);
     announce(p.A, p.channels * p.state_size, Use::constant);
     announce(p.D, p.channels, Use::constant);
     announce(p.dt_bias, p.channels, Use::constant);
@@ -160,12 +182,9 @@ void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
     announce(p.null_columns, p.batch);
     announce_result(p, p.batch * p.tokens * p.channels);
     announce_states(p, p.channels * p.state_size);
-    if (p.input_dt) {
-        const int64_t rows = p.batch * p.input_slots;
-        announce(p.input_x, rows * p.channels, Use::write);
-        announce(p.input_dt, rows * p.channels, Use::write);
-        announce(p.input_B, rows * p.b_groups * p.state_size, Use::write);
-    }
+    announce_inputs(p, p.input_x, p.input_slots * p.channels);
+    announce_inputs(p, p.input_dt, p.input_slots * p.channels);
+    announce_inputs(p, p.input_B, p.input_slots * p.b_groups * p.state_size);
     cuda::selective_scan(p, stream);
 }
 
@@ -192,6 +211,7 @@ void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
     announce_bytes(p.active, p.batch);
     announce_bytes(p.keys, p.batch * 2 * 8);
     announce_bytes(p.positions, p.batch * 8);
+    announce(p.limits, p.batch);
     announce_bytes(p.decisions, p.batch * p.tokens * 8, Use::write);
     announce_bytes(p.next, p.batch * 8, Use::write);
     announce(p.accepted, p.batch, Use::write);
@@ -222,11 +242,11 @@ void ssd(const SsdParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     const int64_t channels = p.heads * p.head_size, x_size = p.x_heads * p.head_size,
                   b_size = p.b_groups * p.state_size;
-    announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, x_size);
-    announce_activations(p, p.dt, p.batch, p.dt_batch_stride, p.tokens, p.dt_token_stride, p.heads);
-    announce_activations(p, p.z, p.batch, p.z_batch_stride, p.tokens, p.z_token_stride, channels);
-    announce_activations(p, p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, b_size);
-    announce_activations(p, p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
+    announce_tokens(p, p.x, p.x_batch_stride, p.x_token_stride, x_size);
+    announce_tokens(p, p.dt, p.dt_batch_stride, p.dt_token_stride, p.heads);
+    announce_tokens(p, p.z, p.z_batch_stride, p.z_token_stride, channels);
+    announce_tokens(p, p.B, p.b_batch_stride, p.b_token_stride, b_size);
+    announce_tokens(p, p.C, p.c_batch_stride, p.c_token_stride, p.c_groups * p.state_size);
     announce(p.A, p.heads, Use::constant);
     announce(p.D, p.d_per_channel ? channels : p.heads, Use::constant);
     announce(p.dt_bias, p.heads, Use::constant);
@@ -234,12 +254,9 @@ void ssd(const SsdParams& p, cudaStream_t stream) {
     announce(p.null_columns, p.batch);
     announce_result(p, p.batch * p.tokens * channels);
     announce_states(p, channels * p.state_size);
-    if (p.input_dt) {
-        const int64_t rows = p.batch * p.input_slots;
-        announce(p.input_x, rows * x_size, Use::write);
-        announce(p.input_dt, rows * p.heads, Use::write);
-        announce(p.input_b, rows * b_size, Use::write);
-    }
+    announce_inputs(p, p.input_x, p.input_slots * x_size);
+    announce_inputs(p, p.input_dt, p.input_slots * p.heads);
+    announce_inputs(p, p.input_b, p.input_slots * b_size);
     cuda::ssd(p, stream);
 }
 
