@@ -19,8 +19,8 @@ SCRIPT = Path(sm.__file__).parent / "run.py"
 SHORT = ["--prompt", PROMPT, "--n_tokens_to_generate", "12"]
 STATS = {
     "prompt_tokens", "tokens", "rounds", "row_rounds", "drafted", "tested", "accepted", "tested_per_position",
-    "accepted_per_position", "prefill_s", "decode_s", "draft_s", "verify_s", "acceptance_rate", "tokens_per_round",
-    "tokens_per_s",
+    "accepted_per_position", "setup_s", "prefill_s", "decode_s", "draft_s", "verify_s", "acceptance_rate",
+    "tokens_per_round", "tokens_per_s",
 }  # fmt: skip
 
 

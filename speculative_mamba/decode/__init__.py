@@ -3,6 +3,7 @@
 from .cache import GenerationCache
 from .drafter import Drafter, ModelDrafter
 from .generate import GenerationResult, generate
+from .graphs import GraphExecutor
 from .ngram import NgramDrafter
 from .sampling import Sampler, SamplingParams
 from .stats import GenerationStats
@@ -12,6 +13,7 @@ __all__ = [
     "GenerationCache",
     "GenerationResult",
     "GenerationStats",
+    "GraphExecutor",
     "ModelDrafter",
     "NgramDrafter",
     "Sampler",

@@ -1,10 +1,12 @@
 """Who proposes tokens."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from ..models.language_model import MambaLM
+from ..ops import RowPlaces
 from .cache import RowState, absorb
 from .sampling import Sampler
 
@@ -50,6 +52,32 @@ class Drafter(Protocol):
         """
 
 
+@dataclass
+class Proposal:
+    """What was drafted for a batch. tokens: (B, k) int64. laws: (B, k, V) float32 they were drawn from, or None.
+    limits: (B) int32, how many of a row's tokens count."""
+
+    tokens: torch.Tensor
+    laws: torch.Tensor | None
+    limits: torch.Tensor
+
+
+class Proposer(Protocol):
+    """Drafts within a round: nothing it does depends on a value that the host would have to read.
+
+    It may have ``text``, (B, L) int64, where committed tokens are to be written.
+    """
+
+    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> None:
+        """Memory for batches of this size. replayed: see ``Round``."""
+
+    def absorb(self, texts: list[list[int]]) -> None:
+        """All rows go on from these tokens."""
+
+    def draft(self, places: RowPlaces, lookahead: int, verdicts: torch.Tensor) -> Proposal:
+        """Up to ``lookahead`` tokens a row. verdicts: (lookahead, B) int32, written: those of ``sample_tokens``."""
+
+
 class ModelDrafter:
     """A smaller model as the draft, with one cache slot per position like the target's.
 
@@ -60,37 +88,65 @@ class ModelDrafter:
     def __init__(self, model: LanguageModel, states: list[RowState | None] | None = None) -> None:
         self.model = model
         self.vocab_size = model.vocab_size
-        self._states = states
+        self.states = states
+        self.layers: list | None = None
 
     def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None:
+        self.prepare(len(prompts), lookahead, sampler, replayed=False)
+        self.absorb(prompts)
+
+    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> None:
+        device = self.model.device
         self._sampler = sampler
-        self._cache = self.model.new_cache(len(prompts), lookahead + 1)
-        slots = torch.arange(lookahead + 1, dtype=torch.int32, device=self.model.device)
-        self._slots = slots[:, None].repeat(1, len(prompts))  # row s: slot s for every row of the batch
+        self.layers = self.model.new_cache(batch, lookahead + 1)
+        if replayed:
+            self.layers = list(self.layers)
+        slots = torch.arange(lookahead + 1, dtype=torch.int32, device=device)
+        self._slots = slots[:, None].repeat(1, batch)  # row s: slot s for every row of the batch
         self._laws = None
         if not sampler.sampling.greedy and not sampler.coupled:
-            self._laws = torch.empty(len(prompts), lookahead, self.vocab_size, device=self.model.device)
-        # A one-token prompt has no token before its last: a null column stands for it, in the first round.
-        self._null_columns = torch.tensor(
-            [int(len(prompt) < 2) for prompt in prompts], dtype=torch.int32, device=self.model.device
-        )
-        for row, prompt in enumerate(prompts):
-            absorb(self.model, self._cache, row, prompt[:-2], self._states[row] if self._states else None)
+            self._laws = torch.empty(batch, lookahead, self.vocab_size, device=device)
+        self._null_columns = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    def absorb(self, texts: list[list[int]]) -> None:
+        """Reads each row's text but for its last two tokens, from the fresh state on or from that of ``states``."""
+        # A text of one token has none before its last: a null column stands for it.
+        self._null_columns.copy_(torch.tensor([int(len(text) < 2) for text in texts], dtype=torch.int32))
+        for row, text in enumerate(texts):
+            absorb(self.model, self.layers, row, text[:-2], self.states[row] if self.states else None)
+
+    def reserve(self, entries: int) -> bool:
+        return self.model.reserve(self.layers, entries)
 
     def propose(
         self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        device = self.model.device
-        last_two = torch.tensor([[row[-2] if len(row) > 1 else 0, row[-1]] for row in rows], device=device)
-        null_columns = self._null_columns
-        self._null_columns = None
-        logits = self.model.verify(last_two, self._cache, accepted, 0, null_columns)[:, -1]
-        tokens = torch.empty(len(rows), lookahead, dtype=torch.int64, device=device)
+        last_two = [[row[-2] if len(row) > 1 else 0, row[-1]] for row in rows]
+        slots = [accepted, *self._slots[1:]]
+        return self._draft(torch.tensor(last_two, device=self.model.device), slots, lookahead)
+
+    def draft(self, places: RowPlaces, lookahead: int, verdicts: torch.Tensor) -> Proposal:
+        tokens, laws = self._draft(places.last, places.slots, lookahead, verdicts)
+        return Proposal(tokens, laws, places.room)
+
+    def _draft(
+        self,
+        last_two: torch.Tensor,
+        slots: Sequence[torch.Tensor],
+        lookahead: int,
+        verdicts: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logits = self.model.verify(last_two, self.layers, slots[0], 0, self._null_columns)[:, -1]
+        self._null_columns.zero_()
+        tokens = last_two.new_empty(len(last_two), lookahead)
         laws = None if self._laws is None else self._laws[:, :lookahead]
         for step in range(lookahead):
             if step:
-                logits = self.model.verify(tokens[:, step - 1 : step], self._cache, self._slots[step], step + 1)[:, -1]
-            tokens[:, step] = self._sampler.draft(logits, tokens[:, :step], None if laws is None else laws[:, step])
+                logits = self.model.verify(tokens[:, step - 1 : step], self.layers, slots[step], step + 1)[:, -1]
+            tokens[:, step] = self._sampler.draft(
+                logits, tokens[:, :step], None if laws is None else laws[:, step],
+                None if verdicts is None else verdicts[step],
+            )  # fmt: skip
         return tokens, laws
 
     def catch_up(self, row: int, text: list[int], slot: int, length: int) -> None:
@@ -98,15 +154,9 @@ class ModelDrafter:
 
         slot, length: where the row stood, and the length of its text, when the draft was last asked.
         """
-        absorb(self.model, self._cache, row, text[:-2], self.state(row, slot, length))
-        if self._null_columns is not None:
-            self._null_columns[row] = int(len(text) < 2)
+        absorb(self.model, self.layers, row, text[:-2], self.state(row, slot, length))
+        self._null_columns[row] = int(len(text) < 2)
 
     def state(self, row: int, slot: int, length: int) -> RowState:
         """A copy of the state in a slot from which a text of ``length`` tokens would be continued."""
-        return RowState.of(self._cache, row, slot, max(length - 2, 0))
-
-
-def as_drafter(draft: "Drafter | MambaLM | LanguageModel", states: list[RowState | None] | None = None) -> Drafter:
-    """A draft model becomes a drafter, going on from saved states; anything that proposes already is one."""
-    return draft if hasattr(draft, "propose") else ModelDrafter(draft, states)
+        return RowState.of(self.layers, row, slot, max(length - 2, 0))

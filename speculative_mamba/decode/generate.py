@@ -1,5 +1,6 @@
 """The loop: draft, verify, accept."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,11 +8,15 @@ from dataclasses import dataclass, field
 import torch
 
 from ..models.language_model import MambaLM
-from .cache import GenerationCache, RowState, absorb
-from .drafter import Drafter, LanguageModel, ModelDrafter, as_drafter
-from .inputs import check_drafted, check_generation, check_models, read_prompts
-from .lookahead import AUTO_AT_MOST, AdaptiveLookahead, FixedLookahead
+from .cache import GenerationCache, RowState
+from .drafter import Drafter, LanguageModel, ModelDrafter
+from .executors import Executor
+from .graphs import as_executor
+from .inputs import check_generation, check_models, read_prompts
+from .lookahead import AUTO_AT_MOST, AUTO_LOOKAHEADS, AdaptiveLookahead, FixedLookahead
 from .ngram import NgramDrafter
+from .proposers import as_proposer
+from .round import Round, RoundResult, broken
 from .sampling import LogitsProcessor, Sampler, SamplingParams
 from .stats import GenerationStats
 from .text import TextStream
@@ -39,6 +44,8 @@ class _Row:
     stream: TextStream | None
     logits: list[torch.Tensor] = field(default_factory=list)
     finish_reason: str | None = None
+    slot: int | None = 0  # that the text goes on from; None where it was written over
+    draft_at: tuple[int, int] = (0, 0)  # the draft's slot, and the text's length, when the draft was last asked
 
     def commit(self, token: int, stop_token_ids: frozenset[int]) -> None:
         self.tokens.append(token)
@@ -69,6 +76,7 @@ def generate(
     output_logits: bool = False,
     logits_processor: LogitsProcessor | None = None,
     cache: GenerationCache | None = None,
+    executor: Executor | str = "eager",
 ) -> GenerationResult:
     """Continues each prompt, with a draft faster and to the same effect as without.
 
@@ -100,10 +108,14 @@ def generate(
             that it has forbidden, and the draft's logits.
         cache: goes on from the texts it holds, with which the prompts must begin, and follows this call's; an empty
             ``GenerationCache()`` is filled. Greedy and coupled text is bit for bit that of one longer call.
+        executor: ``"graph"`` runs a whole round as one CUDA graph, captured at the first call of its kind, and queues
+            two rounds ahead, so that tokens are seen up to two rounds late. The text is bit for bit that of
+            ``"eager"``. It takes draft models, ``"ngram"`` and no draft, but neither other drafters nor a
+            logits_processor, which are Python. A ``GraphExecutor`` of your own has its own graphs and memory.
 
     Raises:
-        ValueError: an argument is out of range, the vocabularies differ, the cache belongs to something else, or a
-            model's logits are NaN.
+        ValueError: an argument is out of range, the vocabularies differ, the cache belongs to something else, a
+            model's logits are NaN, or the executor cannot run what was asked for.
     """
     check_models(target, draft)
     if isinstance(draft, str):
@@ -122,154 +134,173 @@ def generate(
         _Row(list(prompt), max_new_tokens, TextStream(target.tokenizer, stop_strings) if stop_strings else None)
         for prompt in prompts
     ]
+    executor = as_executor(executor, target, draft, logits_processor)
     if cache is not None:
         cache.open([row.tokens for row in rows], target, draft)
-    run = _Run(target, rows, frozenset(stop_token_ids), on_token, output_logits, cache)
     most = AUTO_AT_MOST if lookahead == "auto" else lookahead
     most = 0 if draft is None else min(most, max(max_new_tokens - 1, 0))
-    run.stats.tested_per_position, run.stats.accepted_per_position = [0] * most, [0] * most
+    run = _Run(target, rows, frozenset(stop_token_ids), most, executor, on_token, output_logits, cache)
     if max_new_tokens == 0:
         for row in rows:
             row.finish_reason = "length"
         return run.result()
-    sampler = Sampler(
-        sampling, len(rows), target.vocab_size, acceptance=acceptance, processor=logits_processor,
-        device=target.device, backend=getattr(target, "backend", "auto"),
-    )  # fmt: skip
-    chooser = AdaptiveLookahead(most) if most and lookahead == "auto" else FixedLookahead(most)
-    run.prefill(draft, chooser, sampler)
+    lookaheads = tuple(k for k in AUTO_LOOKAHEADS if k <= most) if most and lookahead == "auto" else (most,)
+    chooser = AdaptiveLookahead(lookaheads) if len(lookaheads) > 1 else FixedLookahead(most)
+    run.open(draft, chooser, sampling, acceptance, logits_processor)
     try:
-        while active := [index for index, row in enumerate(rows) if row.finish_reason is None]:
-            run.round(active, sampler)
+        run.prefill()
+        while run.generating():
+            run.launch()
+            while executor.waiting > executor.lag:
+                run.collect()
     finally:
         run.save()
+        executor.close()
     return run.result()
 
 
 class _Run:
-    """One call of ``generate``: the models' caches, and where each row stands in them."""
+    """One call of ``generate``: the rows' texts, and the rounds that lengthen them."""
 
     def __init__(
         self,
         target: LanguageModel,
         rows: list[_Row],
         stops: frozenset[int],
+        most: int,
+        executor: Executor,
         on_token: Callable[[int, int], None] | None,
         output_logits: bool,
         cache: GenerationCache | None,
     ) -> None:
-        self.target, self.rows, self.stops = target, rows, stops
-        self.on_token, self.output_logits, self.cache = on_token, output_logits, cache
-        self.stats = GenerationStats(sum(len(row.tokens) for row in rows))
-        self.drafter: Drafter | None = None
+        self.target, self.rows, self.stops, self.most = target, rows, stops, most
+        self.executor, self.on_token, self.output_logits, self.cache = executor, on_token, output_logits, cache
+        self.texts = [row.tokens for row in rows]
+        self.stats = GenerationStats(sum(map(len, self.texts)))
+        self.stats.tested_per_position, self.stats.accepted_per_position = [0] * most, [0] * most
+        self.draft: ModelDrafter | None = None
+        self.in_flight = True  # a model may be running: states of rows that have not ended are not to be trusted
+        self.skipped = False  # the draft was left out of the last round
 
-    def prefill(self, draft: object, lookahead: AdaptiveLookahead | FixedLookahead, sampler: Sampler) -> None:
+    def open(
+        self,
+        draft: object,
+        lookahead: AdaptiveLookahead | FixedLookahead,
+        sampling: SamplingParams,
+        acceptance: str,
+        processor: LogitsProcessor | None,
+    ) -> None:
+        """Gets a round from the executor, with memory for these texts."""
         started = time.perf_counter()
-        self.lookahead = lookahead
-        self.layers = self.target.new_cache(len(self.rows), lookahead.most + 1)
-        for index, row in enumerate(self.rows):
-            state = self.cache.target_states[index] if self.cache else None
-            absorb(self.target, self.layers, index, row.tokens[:-1], state)
-        if lookahead.most:
-            self.drafter = as_drafter(draft, self.cache.draft_states if self.cache else None)
-            self.drafter.begin([list(row.tokens) for row in self.rows], lookahead.most, sampler)
-        # The slot from which each row's text goes on; None while the models run, when no slot is to be trusted.
-        self.slots: list[int] | None = [0] * len(self.rows)
-        # The draft's slot, and how long the text was when the draft was last asked.
-        self.draft_at = [(0, len(row.tokens)) for row in self.rows]
+        self.lookahead, batch, fixed = lookahead, len(self.rows), self.executor.fixed
+        entries = max(map(len, self.texts)) + self.rows[0].budget + self.most + 1
+        length = 1 << entries.bit_length()
+
+        def make() -> Round:
+            sampler = Sampler(
+                sampling, batch, self.target.vocab_size, acceptance=acceptance, processor=processor,
+                device=self.target.device, backend=getattr(self.target, "backend", "auto"),
+            )  # fmt: skip
+            proposer = as_proposer(draft, self.texts, self.target, length, fixed) if self.most else None
+            if proposer is not None:
+                proposer.prepare(batch, self.most, sampler, fixed)
+            return Round(self.target, proposer, sampler, batch, self.most, fixed)
+
+        kind = (draft.longest, draft.shortest, length) if isinstance(draft, NgramDrafter) else id(draft)
+        options = dataclasses.replace(sampling, seed=0), acceptance
+        key = (id(self.target), kind, batch, lookahead.all, *options)
+        self.round = self.executor.open(key, make, entries, lookahead.all, self.output_logits)
+        self.round.sampler.reseed(sampling)
+        drafter = getattr(self.round.proposer, "drafter", self.round.proposer)
+        self.draft = drafter if isinstance(drafter, ModelDrafter) else None
+        self.stats.setup_s = time.perf_counter() - started
+
+    def prefill(self) -> None:
+        started = time.perf_counter()
+        cache, proposer = self.cache, self.round.proposer
+        self.round.absorb(self.texts, cache.target_states if cache else None)
+        if proposer is self.draft and proposer is not None:
+            self.draft.states = cache.draft_states if cache else None
+        if proposer is not None:
+            proposer.absorb(self.texts)
+        self.round.begin(self.texts, self.rows[0].budget, self.stops)
+        for row in self.rows:
+            row.draft_at = 0, len(row.tokens)
+        self.in_flight = False
         self.stats.prefill_s = time.perf_counter() - started
         self.decoding = time.perf_counter()
 
-    def round(self, active: list[int], sampler: Sampler) -> None:
-        rows, device = self.rows, self.target.device
-        # The longest row sets the window; what a shorter one drafts past its budget is dropped when it commits.
-        drafts = min(self.lookahead.next(), max(rows[index].budget for index in active) - 1)
-        window = torch.tensor([row.tokens[-1:] for row in rows], device=device)
-        drafted, laws = window[:, :0], None
-        start_slot = torch.tensor(self.slots, dtype=torch.int32, device=device)
-        self.slots = None
-        sampler.begin_round([row.tokens for row in rows], active)
-        began = time.perf_counter()
-        if drafts:
-            drafted, laws = self.drafter.propose([row.tokens for row in rows], self._draft_slots(start_slot), drafts)
-            check_drafted(drafted, laws, len(rows), drafts, self.target.vocab_size)
-            drafted = drafted.to(device)
-            window = torch.cat([window, drafted], 1)
-        proposed = time.perf_counter()
-        logits = self.target.verify(window, self.layers, start_slot)
-        verified = time.perf_counter()
-        accepted, following = sampler.accept(logits, drafted, laws)
-        self.stats.rounds += 1
-        self.stats.draft_s += proposed - began
-        self.stats.verify_s += verified - proposed
-        judged = self.stats.tested, self.stats.accepted
-        fresh = self._commit(drafts > 0, drafted, accepted, following, logits)
-        tested, agreed = self.stats.tested - judged[0], self.stats.accepted - judged[1]
-        self.lookahead.observe(drafted.shape[1], tested, agreed, proposed - began, time.perf_counter() - proposed)
+    def generating(self) -> list[int]:
+        return [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+
+    def launch(self) -> None:
+        """Queues the next round."""
+        active, drafts = self.generating(), self.lookahead.next()
+        if not self.executor.fixed:  # what goes beyond every row's budget need not be drafted
+            drafts = min(drafts, max(self.rows[index].budget for index in active) - 1)
+        if self.draft is not None:
+            if drafts and self.skipped:
+                self._catch_up()
+            self.skipped = not drafts
+        self.in_flight = True
+        self.round.sampler.follow(self.texts, active)
+        self.executor.launch(drafts)
+
+    def _catch_up(self) -> None:
+        """The draft reads what came in rounds without it."""
+        while self.executor.waiting:
+            self.collect()
+        for index in self.generating():
+            row = self.rows[index]
+            self.draft.catch_up(index, row.tokens, *row.draft_at)
+
+    def collect(self) -> None:
+        """Waits for the oldest round, and appends to each row what it gained, up to a stop."""
+        result, record, seconds = self.executor.collect()
+        for index, (_, accepted, verdict, *_) in enumerate(record):
+            if verdict and self.rows[index].finish_reason is None:
+                raise ValueError(broken(index, accepted, verdict))
+        tested, agreed, fresh = self.stats.tested, self.stats.accepted, []
+        for index in self.generating():
+            fresh += [(index, token) for token in self._commit(index, record[index], result)]
+        self.in_flight = self.executor.waiting > 0
+        self.stats.rounds += bool(fresh)
+        self.stats.draft_s += result.draft_s
+        self.stats.verify_s += result.verify_s
+        tested, agreed = self.stats.tested - tested, self.stats.accepted - agreed
+        self.lookahead.observe(result.proposed, tested, agreed, seconds)
+        self.stats.decode_s = time.perf_counter() - self.decoding
         if self.on_token is not None:
             for row, token in fresh:
                 self.on_token(row, token)
-        self.stats.decode_s = time.perf_counter() - self.decoding
 
-    def _draft_slots(self, start_slot: torch.Tensor) -> torch.Tensor:
-        """The slots that the draft goes on from: the target's, unless it was left out of the last round."""
-        behind = [
-            (index, row)
-            for index, row in enumerate(self.rows)
-            if row.finish_reason is None and self.draft_at[index][1] < len(row.tokens)
-        ]
-        if not behind or not isinstance(self.drafter, ModelDrafter):
-            return start_slot
-        for index, row in behind:
-            self.drafter.catch_up(index, row.tokens, *self.draft_at[index])
-        return torch.zeros_like(start_slot)
-
-    def _commit(
-        self,
-        asked: bool,
-        drafted: torch.Tensor,
-        accepted: torch.Tensor,
-        following: torch.Tensor,
-        logits: torch.Tensor,
-    ) -> list[tuple[int, int]]:
-        """Appends each row's accepted tokens and the next one, up to a stop or the end of its budget; returns them."""
-        fresh, slots = [], [0] * len(self.rows)
-        for index, (row, tokens, agreed, last) in enumerate(
-            zip(self.rows, drafted.tolist(), accepted.tolist(), following.tolist(), strict=True)
-        ):
+    def _commit(self, index: int, record: list[int], result: RoundResult) -> list[int]:
+        row, (count, accepted, _, drafted, *tokens) = self.rows[index], record
+        committed = 0
+        for token in tokens[:count]:
+            row.commit(token, self.stops)
+            if self.output_logits:
+                row.logits.append(result.logits[index, committed].clone())
+            committed += 1
             if row.finish_reason is not None:
-                continue
-            committed = 0
-            for token in [*tokens[:agreed], last]:
-                row.commit(token, self.stops)
-                if self.output_logits:
-                    row.logits.append(logits[index, committed].clone())
-                committed += 1
-                fresh.append((index, token))
-                if row.finish_reason is not None:
-                    break
-            self.stats.count(len(tokens), agreed, committed)
-            slots[index] = committed - 1
-            if asked:
-                self.draft_at[index] = committed - 1, len(row.tokens)
-            if row.finish_reason is not None:
-                self._save_row(index, committed - 1)  # rounds of the other rows will write over its slots
-        self.slots = slots
-        return fresh
+                break
+        self.stats.count(drafted, accepted, committed)
+        row.slot = committed - 1
+        if result.drafts:
+            row.draft_at = committed - 1, len(row.tokens)
+        if row.finish_reason == "stop":  # which the device does not know of
+            self.round.leave_out(index)
+            row.slot = None if self.executor.waiting else row.slot
+        return tokens[:committed]
 
     def save(self) -> None:
-        """Leaves the rows that are still generating in the cache, unless the models were interrupted."""
-        for index, row in enumerate(self.rows):
-            if row.finish_reason is None and self.slots is not None:
-                self._save_row(index, self.slots[index])
-
-    def _save_row(self, index: int, slot: int) -> None:
-        if self.cache is None:
-            return
-        absorbed = len(self.rows[index].tokens) - 1
-        self.cache.target_states[index] = RowState.of(self.layers, index, slot, absorbed)
-        if isinstance(self.drafter, ModelDrafter):
-            self.cache.draft_states[index] = self.drafter.state(index, *self.draft_at[index])
+        """Leaves in the cache the states of all rows that are known to be those of their texts."""
+        for index, row in enumerate(self.rows if self.cache is not None else ()):
+            if row.slot is None or (self.in_flight and row.finish_reason is None):
+                continue
+            self.cache.target_states[index] = RowState.of(self.round.layers, index, row.slot, len(row.tokens) - 1)
+            if self.draft is not None:
+                self.cache.draft_states[index] = self.draft.state(index, *row.draft_at)
 
     def result(self) -> GenerationResult:
         vocabulary = self.target.vocab_size

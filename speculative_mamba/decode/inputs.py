@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from ..ops.checks import check_tokens
 from ..ops.filters import is_whole
 from .cache import GenerationCache
 from .sampling import SamplingParams
@@ -55,8 +54,8 @@ def check_models(target: object, draft: object) -> None:
         raise ValueError(f"unknown draft {draft!r}; by name there is: {', '.join(NAMED_DRAFTS)}")
     if draft is None or isinstance(draft, str):
         return
-    kinds = (("vocab_size", "begin", "propose"), ("vocab_size", "prefill", "verify"))
-    if not any(all(hasattr(draft, name) for name in names) for names in kinds):
+    kinds = (("begin", "propose"), ("prefill", "verify"), ("prepare", "draft"))
+    if not any(all(hasattr(draft, name) for name in ("vocab_size", *names)) for names in kinds):
         raise ValueError(f"draft must be a model, as load_model gives it, or a Drafter, got {type(draft).__name__}")
     if getattr(draft, "device", target.device) != target.device:
         raise ValueError(f"draft and target are on two devices, {draft.device} and {target.device}; use one")
@@ -65,23 +64,6 @@ def check_models(target: object, draft: object) -> None:
             f"draft and target have different vocabularies ({draft.vocab_size} and {target.vocab_size} tokens); "
             "a draft must be trained on the same tokens"
         )
-
-
-def check_drafted(drafted: torch.Tensor, laws: torch.Tensor | None, rows: int, lookahead: int, vocabulary: int) -> None:
-    """What a drafter proposed.
-
-    Raises:
-        ValueError: it is not tokens (B, k) of the vocabulary with laws (B, k, V), 0 <= k <= lookahead.
-    """
-    for name, value in (("tokens", drafted), ("laws", laws)):
-        if not isinstance(value, torch.Tensor) and not (value is None and name == "laws"):
-            raise ValueError(f"the draft proposed {name} as {type(value).__name__}; expected a tensor")
-    shape = tuple(drafted.shape)
-    if len(shape) != 2 or shape[0] != rows or shape[1] > lookahead:
-        raise ValueError(f"the draft proposed tokens of shape {shape}; expected ({rows}, k) with k at most {lookahead}")
-    check_tokens("the draft's proposal", drafted.contiguous(), shape, vocabulary, drafted)
-    if laws is not None and laws.shape != (*shape, vocabulary):
-        raise ValueError(f"the draft gave laws of shape {tuple(laws.shape)}; expected {(*shape, vocabulary)}")
 
 
 def check_generation(

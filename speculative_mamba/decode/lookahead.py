@@ -2,91 +2,76 @@
 
 import statistics
 from collections import defaultdict, deque
+from collections.abc import Sequence
 
-AUTO_AT_MOST = 10
+AUTO_LOOKAHEADS = (0, 1, 2, 3, 4, 5, 7, 10)
+AUTO_AT_MOST = AUTO_LOOKAHEADS[-1]
 
 
 class FixedLookahead:
     """The same K in every round."""
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self.all = (most,)
 
     def next(self) -> int:
-        return self.most
+        return self.all[0]
 
-    def observe(self, drafts: int, tested: int, accepted: int, draft_s: float, verify_s: float) -> None: ...
+    def observe(self, drafts: int, tested: int, accepted: int, seconds: float) -> None: ...
 
 
 class AdaptiveLookahead:
-    """K from running acceptance and measured costs: the one that promises most tokens per second.
+    """Of a few lookaheads K the one that promises most tokens per second, from running acceptance and measured costs.
 
-    With acceptance rate α, K drafted tokens give (1 - α^(K+1)) / (1 - α) tokens a round. A round costs K draft steps
-    and one pass over K+1 tokens, both as timed in this run; passes not yet tried lie on a line through those that were.
-    ``next`` is at least 1 while the draft is in use. When even a hopeful estimate of α promises less than plain
-    decoding, timed once in that case, the draft is dropped for the rest of the run and ``next`` is 0.
+    With acceptance rate α, K drafted tokens give (1 - α^(K+1)) / (1 - α) tokens a round. Rounds cost what they took in
+    this run; those of a K not yet tried lie on a line through the others. To draw it, two rounds are plain decoding,
+    after the first that drafts. When even a hopeful estimate of α promises less than plain decoding, the draft is
+    dropped for the rest of the run and ``next`` is 0.
+
+    lookaheads: in rising order, from 0 on. ``observe`` may come a few rounds after ``next``.
     """
 
-    # Two rounds each at two lookaheads give the line two points; the first pass of a kind takes longer and is not
-    # counted. The second point lies where the first rounds suggest.
-    _FIRST, _SECOND_LOW, _SECOND_HIGH = 4, 2, 7
+    _FIRST = 4
     _MEMORY = 0.99  # weight of a tested token after each further one: about a hundred count
-    _SLOPE = 0.08  # cost of one more token in a pass, as a share of it, until a second point is known
     _HOPE = 1.5  # standard errors
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, lookaheads: Sequence[int]) -> None:
+        self.all = tuple(lookaheads)
+        self._first = max(k for k in self.all if k <= self._FIRST)
+        self._to_try = deque([self._first, 0, 0, self._first])
         self._tested, self._accepted = 2.0, 1.4  # before anything is known
-        self._passes: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
-        self._steps: deque[float] = deque(maxlen=9)
-        self._to_measure = [self._FIRST, self._FIRST]
-        self._second_point = False
-        self._plain_rounds = 0
+        self._rounds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
         self._dropped = False
 
     def next(self) -> int:
-        if self._dropped or self._plain_rounds:
+        if self._dropped:
             return 0
-        if not self._steps:
-            return min(self._FIRST, self.most)
-        rate = self._accepted / self._tested
-        error = (max(rate * (1 - rate), 0.04) / self._tested) ** 0.5
-        hope = 1.0 if self._to_measure else min(rate + self._HOPE * error, 1.0)
-        if max(self._speed(k, hope) for k in range(1, self.most + 1)) * self._pass_s(1) < 1:
-            self._dropped = len(self._passes[1]) > 1
-            self._plain_rounds = 0 if self._dropped else 2
-            return 0
-        if self._to_measure:
-            return min(self._to_measure[0], self.most)
-        return max(range(1, self.most + 1), key=lambda k: self._speed(k, rate))
+        known = self._known()
+        if 0 in known and len(known) > 1:
+            rate = self._accepted / self._tested
+            error = (max(rate * (1 - rate), 0.04) / self._tested) ** 0.5
+            hope = 1.0 if self._to_try else min(rate + self._HOPE * error, 1.0)
+            if max(self._speed(k, hope, known) for k in self.all[1:]) < self._speed(0, hope, known):
+                self._dropped = True
+                return 0
+            if not self._to_try:
+                return max(self.all[1:], key=lambda k: self._speed(k, rate, known))
+        return self._to_try.popleft() if self._to_try else self._first
 
-    def observe(self, drafts: int, tested: int, accepted: int, draft_s: float, verify_s: float) -> None:
-        """One round: ``drafts`` proposed per row; ``tested``, ``accepted`` of all rows; seconds of draft and rest."""
+    def observe(self, drafts: int, tested: int, accepted: int, seconds: float) -> None:
+        """One round: ``drafts`` proposed per row; ``tested``, ``accepted`` of all rows; what it took."""
         fade = self._MEMORY**tested
         self._tested, self._accepted = self._tested * fade + tested, self._accepted * fade + accepted
-        self._passes[drafts + 1].append(verify_s)
-        if drafts:
-            self._steps.append(draft_s / drafts)
-            self._to_measure = self._to_measure[1:]
-            if not self._to_measure and not self._second_point:
-                self._second_point = True
-                high = self._accepted / self._tested > 0.8
-                self._to_measure = [self._SECOND_HIGH if high else self._SECOND_LOW] * 2
-        else:
-            self._plain_rounds = max(0, self._plain_rounds - 1)
+        self._rounds[drafts].append(seconds)
 
-    def _speed(self, drafts: int, rate: float) -> float:
+    def _known(self) -> dict[int, float]:
+        """Seconds of rounds by K. The first of a kind takes longer and counts only while there is too little else."""
+        known = {k: statistics.median([*times][1:]) for k, times in self._rounds.items() if len(times) > 1}
+        return known if len(known) > 1 else {k: times[-1] for k, times in self._rounds.items()}
+
+    def _speed(self, drafts: int, rate: float, known: dict[int, float]) -> float:
         tokens = sum(rate**k for k in range(drafts + 1))
-        return tokens / (drafts * statistics.median(self._steps) + self._pass_s(drafts + 1))
-
-    def _pass_s(self, tokens: int) -> float:
-        """Seconds of a pass over ``tokens`` tokens."""
-        known = {t: statistics.median([*times][1:]) for t, times in self._passes.items() if len(times) > 1}
-        known = known or {t: times[0] for t, times in self._passes.items() if times}
-        if tokens in known:
-            return known[tokens]
-        if len(known) == 1:
-            [(t, seconds)] = known.items()
-            return seconds * (1 + self._SLOPE * (tokens - t))
+        if drafts in known:
+            return tokens / known[drafts]
         slope, intercept = statistics.linear_regression(*zip(*known.items(), strict=True))
-        return max(intercept + slope * tokens, min(known.values()) / 2)
+        return tokens / max(intercept + slope * drafts, min(known.values()))

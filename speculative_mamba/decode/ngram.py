@@ -14,10 +14,9 @@ class NgramDrafter:
     its own tokens, which continues a period; so a match always gives ``lookahead`` tokens. They are certain, not drawn:
     every way to accept stays exact.
 
-    Where no row has a match nothing is proposed, and the round is a step of plain decoding. In a batch the rows without
-    one repeat their last token beside the rows that have one: the window is a rectangle, its columns are paid for
-    already, and a wrong token changes no text. A row that has not grown since the last proposal has ended and is not
-    looked up.
+    Where no row has a match nothing is proposed, and the round is a step of plain decoding. In a batch a row without
+    one repeats its last token beside the rows that have one, since the window is a rectangle; ``counts`` says that none
+    of them counts. A row that has not grown since the last proposal has ended and is not looked up.
 
     Each token is read once and takes time and memory O(longest), however long the text is.
 
@@ -37,6 +36,7 @@ class NgramDrafter:
             )
         self.vocab_size = vocab_size
         self.longest, self.shortest = longest, shortest
+        self.counts: list[int] = []  # how many tokens of each row's last proposal count
         self._indices: list[_Index] = []
         self._asked: list[int] = []  # each row's length when a proposal was last asked for
 
@@ -54,6 +54,7 @@ class NgramDrafter:
             self._asked[row] = len(text)
         if all(place is None for place in places):
             lookahead = 0
+        self.counts = [0 if place is None else lookahead for place in places]
         tokens = torch.empty(len(rows), lookahead, dtype=torch.int64)
         for row, (text, place) in enumerate(zip(rows, places, strict=True) if lookahead else ()):
             period = len(text) - (len(text) - 1 if place is None else place)

@@ -43,9 +43,10 @@ class SamplingParams(Filters):
 
 
 class Sampler:
-    """Chooses tokens for a batch, the draft's and the target's, round by round.
+    """Chooses tokens for a batch, the draft's and the target's.
 
-    ``begin_round`` comes first in a round; then ``draft`` draws any number of tokens, and ``accept`` tests them.
+    positions: (B) int64, of each row's next token. active: (B) bool, the rows that are generating. seen: (B, V) bool,
+    tokens of each text, or None without a repetition penalty. They are the device's: what commits tokens moves them on.
     """
 
     def __init__(
@@ -59,34 +60,47 @@ class Sampler:
         device: torch.device | str = "cpu",
         backend: str = "auto",
     ) -> None:
-        self.sampling = sampling
+        self.sampling, self.backend = sampling, backend
         self.coupled = acceptance == "coupled"
-        self._processor, self._backend = processor, backend
-        self._keys = sampling.keys(rows).to(device)
-        self._seen = None
+        self.keys = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.active = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.seen = None
         if sampling.repetition_penalty != 1:
-            self._seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
-        self._known = [0] * rows
-        self.begin_round([[]] * rows, [])
+            self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
+        self._processor = processor
+        self.follow([[]] * rows, [])
 
-    def begin_round(self, texts: list[list[int]], active: list[int]) -> None:
-        """texts: each row's committed tokens. active: the rows that are still generating."""
-        self._texts, self._rows = texts, active
-        device = self._keys.device
-        self._positions = torch.tensor([len(text) for text in texts], device=device)
-        self._active = None  # all rows
-        if len(active) < len(texts):
-            self._active = torch.zeros(len(texts), dtype=torch.bool, device=device)
-            self._active[active] = True
-        for row in active if self._seen is not None else ():
-            self._seen[row, texts[row][self._known[row] :]] = True
-            self._known[row] = len(texts[row])
+    def begin(self, texts: Sequence[Sequence[int]]) -> None:
+        """All rows go on from these tokens."""
+        device = self.keys.device
+        self.positions.copy_(torch.tensor([len(text) for text in texts], device=device))
+        self.active.fill_(True)
+        if self.seen is not None:
+            self.seen.zero_()
+            for row, text in enumerate(texts):
+                self.seen[row, torch.tensor(text, device=device)] = True
 
-    def draft(self, logits: torch.Tensor, drafted: torch.Tensor, laws: torch.Tensor | None) -> torch.Tensor:
+    def reseed(self, sampling: SamplingParams) -> None:
+        """The seed of what follows; the other parameters must be those from before."""
+        self.keys.copy_(sampling.keys(len(self.keys)))
+
+    def follow(self, texts: list[list[int]], rows: list[int]) -> None:
+        """What a logits processor is told: all committed tokens, and the rows that are generating."""
+        self._texts, self._rows = texts, rows
+
+    def draft(
+        self,
+        logits: torch.Tensor,
+        drafted: torch.Tensor,
+        laws: torch.Tensor | None,
+        verdicts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """A draft's next token for each row.
 
         logits: (B, V) float32 of the draft. drafted: (B, k) int64, its tokens of this round so far. laws: (B, V)
-        float32 or None, written: the law each token was drawn from. Returns tokens (B) int64.
+        float32 or None, written: the law each token was drawn from. verdicts: (B) int32 or None, written instead of an
+        error. Returns tokens (B) int64.
 
         Raises:
             ValueError: a row has no law.
@@ -96,28 +110,34 @@ class Sampler:
             for row in self._rows:
                 logits[row] = self._process(row, drafted[row].tolist(), logits[row])
         purpose = Purpose.TOKEN if self.coupled else Purpose.DRAFT
-        recent = None if self._seen is None else drafted.contiguous()
+        recent = None if self.seen is None else drafted.contiguous()
         try:
             return sample_tokens(
-                logits, self.sampling, self._keys, self._positions + drafted.shape[1], purpose, laws=laws,
-                seen=self._seen, recent=recent, active=self._active, backend=self._backend,
+                logits, self.sampling, self.keys, self.positions + drafted.shape[1], purpose, laws=laws,
+                seen=self.seen, recent=recent, active=self.active, verdicts=verdicts, backend=self.backend,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"the draft cannot propose a token: {error}") from None
 
     def accept(
-        self, logits: torch.Tensor, drafted: torch.Tensor, laws: torch.Tensor | None
+        self,
+        logits: torch.Tensor,
+        drafted: torch.Tensor,
+        laws: torch.Tensor | None,
+        *,
+        limits: torch.Tensor | None = None,
+        verdicts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``speculative_accept`` for the rows of this round. logits: (B, K+1, V) float32 of the target.
+        """``speculative_accept`` for the rows that are generating. logits: (B, K+1, V) float32 of the target.
 
         Raises:
-            ValueError: logits or laws that matter are broken.
+            ValueError: logits or laws that matter are broken, and no ``verdicts`` are asked for.
         """
         if self._processor is not None:
             logits = self._processed(logits, drafted)
         return speculative_accept(
-            logits, drafted.contiguous(), laws, self.sampling, self._keys, self._positions, coupled=self.coupled,
-            seen=self._seen, active=self._active, backend=self._backend,
+            logits, drafted.contiguous(), laws, self.sampling, self.keys, self.positions, coupled=self.coupled,
+            seen=self.seen, active=self.active, limits=limits, verdicts=verdicts, backend=self.backend,
         )  # fmt: skip
 
     def _processed(self, logits: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,9 @@ class GenerationStats:
     tokens: tokens committed. drafted: tokens proposed to rows that were still generating. tested: drafted tokens that
     were compared with the target, that is all up to and including the first rejection, and none behind a stop.
     accepted: tested tokens that became text. The lists count by position in the window.
-    prefill_s covers both models' prompts; decode_s everything after, of which draft_s and verify_s are the models'
-    calls.
+    setup_s covers memory and CUDA graphs, where they are not there from an earlier call; prefill_s both models'
+    prompts; decode_s everything after, of which draft_s and verify_s are the models' calls (0 with executor "graph",
+    where a whole round is one call).
     """
 
     prompt_tokens: int = 0
@@ -24,6 +25,7 @@ class GenerationStats:
     accepted: int = 0
     tested_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
+    setup_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     draft_s: float = 0.0

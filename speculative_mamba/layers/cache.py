@@ -61,6 +61,13 @@ class MambaCache:
     def tensors(self) -> list[torch.Tensor]:
         return [self.states, self.window, *([] if self.inputs is None else vars(self.inputs).values())]
 
+    def reset(self) -> None:
+        """Makes slot 0 of every row the zero state."""
+        width = self.window.shape[1] - self.slots + 1
+        self.states[:, 0], self.window[:, :width] = 0, 0
+        if self.inputs is not None:
+            self.inputs.dt[:, 0] = 0
+
     def row(self, index: int) -> "MambaCache":
         """A view of one row."""
         return self._of_row(lambda tensor: tensor[index : index + 1])
@@ -105,12 +112,10 @@ def new_mamba_cache(
     channels, width = conv
     window = poisoned(sizes.batch, width - 1 + sizes.slots, channels)
     states = poisoned(sizes.batch, 1 if replay else sizes.slots, *state, dtype=sizes.dtype)
-    states[:, 0], window[:, :width] = 0, 0
-    if not replay:
-        return MambaCache(states, window)
-    kept = ReplayInputs(*(poisoned(sizes.batch, sizes.slots, *shape) for shape in inputs))
-    kept.dt[:, 0] = 0
-    return MambaCache(states, window, kept, settle)
+    kept = ReplayInputs(*(poisoned(sizes.batch, sizes.slots, *shape) for shape in inputs)) if replay else None
+    cache = MambaCache(states, window, kept, settle if replay else None)
+    cache.reset()
+    return cache
 
 
 @dataclass
@@ -119,12 +124,14 @@ class AttentionCache:
 
     keys, values: (B, G, L, P) float32, bfloat16 or float16, of which entries beyond a length are never read; lengths:
     (B, S) int32. window: (B, W-1+S, D) float32, the inputs of a convolution before the attention, or None.
+    at_most: bounds all lengths from above, so that they need not be read.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     lengths: torch.Tensor
     window: torch.Tensor | None = None
+    at_most: int = 0
 
     @property
     def slots(self) -> int:
@@ -136,6 +143,20 @@ class AttentionCache:
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.keys, self.values, self.lengths, *([] if self.window is None else [self.window])]
+
+    def reset(self) -> None:
+        """Makes slot 0 of every row that of an empty text."""
+        self.lengths.zero_()
+        self.at_most = 0
+        if self.window is not None:
+            self.window[:, : self.window.shape[1] - self.slots + 1] = 0
+
+    def may_overflow(self, tokens: int) -> bool:
+        """Counts so many more tokens; whether ``at_most``, exact then, exceeds the capacity."""
+        self.at_most += tokens
+        if self.at_most > self.capacity:
+            self.at_most = int(self.lengths.max()) + tokens
+        return self.at_most > self.capacity
 
     def row(self, index: int) -> "AttentionCache":
         """A view of one row."""
@@ -166,6 +187,7 @@ class AttentionCache:
             self.grow(room_for(length))
         self.keys[row, :, :length], self.values[row, :, :length] = keys, values
         self.lengths[row, 0] = length
+        self.at_most = max(self.at_most, length)
         for history in window:
             self.window[row, 1 : 1 + len(history)] = history
 

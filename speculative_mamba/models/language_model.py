@@ -38,7 +38,7 @@ class _RecordedStep:
 
     addressed: list[object]  # whose memory the recording knows by its address
     hidden: torch.Tensor
-    start_slot: torch.Tensor
+    window: Window
     recording: Recording
     logits: torch.Tensor
     results: ResultPool = field(default_factory=ResultPool)
@@ -95,17 +95,20 @@ class MambaLM:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that one step reads."""
-        weights = [self.norm_weight, self.head]
+        return sum(weight.nbytes for weight in self.weights())
+
+    def weights(self) -> Iterator[torch.Tensor | Int8Weight]:
+        """Those that every step reads; of the embedding it reads a few rows."""
+        yield from (self.norm_weight, self.head)
         for block in self.blocks:
-            weights.append(block.norm_weight)
+            yield block.norm_weight
             for value in vars(block.mixer).values():
                 values = value if isinstance(value, tuple) else (value,)
-                weights += [weight for weight in values if isinstance(weight, torch.Tensor | Int8Weight)]
-        return sum(weight.nbytes for weight in weights)
+                yield from (weight for weight in values if isinstance(weight, torch.Tensor | Int8Weight))
 
     def new_cache(self, batch: int, slots: int) -> ModelCache:
         """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens. It grows with the texts where
-        there are attention layers."""
+        there are attention layers; ``reserve`` makes it grow at once."""
         sizes = CacheSizes(batch, slots, self.state_dtype, self.checkpoint)
         return ModelCache(block.mixer.new_cache(sizes) for block in self.blocks if block.mixer.stateful)
 
@@ -115,7 +118,7 @@ class MambaLM:
         Time and memory are linear in the number of tokens: a chunk of 64 at a time. Every token goes through the same
         kernels in the same order as in ``verify``, so the state has the same bits however the tokens are cut.
         """
-        self._reserve(cache, len(tokens))
+        self._make_room(cache, len(tokens))
         one_row = [layer.row(row) for layer in cache]
         window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), keep_last=True)
         ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
@@ -142,25 +145,29 @@ class MambaLM:
         stateful = sum(block.mixer.stateful for block in self.blocks)
         if len(cache) != stateful:
             raise ValueError(f"the cache has {len(cache)} layers, the model {stateful}; use model.new_cache")
-        self._reserve(cache, tokens.shape[1])
+        self._make_room(cache, tokens.shape[1])
         window = Window(start_slot, write_slot, null_columns)
-        if self.backend in ("cpu", "cuda") and isinstance(cache, ModelCache) and null_columns is None:
+        if self.backend in ("cpu", "cuda") and isinstance(cache, ModelCache):
             logits = self._run_recorded(tokens, cache, window)
         else:
             logits = self._logits(self._embed(tokens), len(tokens), cache, window)
         return logits.view(*tokens.shape, -1)
 
     @staticmethod
-    def _reserve(cache: list[LayerCache], tokens: int) -> None:
-        """Makes room for so many more tokens in every attention layer."""
+    def reserve(cache: list[LayerCache], entries: int) -> bool:
+        """Makes room for texts of so many tokens in every attention layer. Whether anything moved."""
+        grown = [layer for layer in cache if isinstance(layer, AttentionCache) and layer.capacity < entries]
+        for layer in grown:
+            layer.grow(room_for(entries))
+        if grown and isinstance(cache, ModelCache):
+            cache.steps.clear()  # they work on the tensors from before
+        return bool(grown)
+
+    def _make_room(self, cache: list[LayerCache], tokens: int) -> None:
+        """Makes room for so many more tokens. Lengths are read only where their bound says that it may be needed."""
         for layer in cache:
-            if not isinstance(layer, AttentionCache):
-                continue
-            needed = int(layer.lengths.max()) + tokens
-            if needed > layer.capacity:
-                layer.grow(room_for(needed))
-                if isinstance(cache, ModelCache):
-                    cache.steps.clear()  # they work on the tensors from before
+            if isinstance(layer, AttentionCache) and layer.may_overflow(tokens):
+                self.reserve(cache, layer.at_most)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         ids, table = tokens.reshape(-1), self.embedding
@@ -188,17 +195,21 @@ class MambaLM:
         check_start_slot(window.start_slot, slots, len(tokens), self.norm_weight)
         if any(isinstance(layer, MambaCache) and layer.inputs is not None for layer in cache):
             check_follows(window.start_slot, window.write_slot)
-        key = (id(self), *tokens.shape, window.write_slot)
+        key = (id(self), *tokens.shape, window.write_slot, window.null_columns is None)
         step, addressed = cache.steps.get(key), [self, *self._addressed(cache)]
         if step is not None and all(map(operator.is_, step.addressed, addressed)):
             step.hidden.copy_(self._embed(tokens))
-            step.start_slot.copy_(window.start_slot)
+            step.window.start_slot.copy_(window.start_slot)
+            if window.null_columns is not None:
+                step.window.null_columns.copy_(window.null_columns)
             step.recording.run()
             return step.results.copy(step.logits)
-        hidden, start_slot, recording = self._embed(tokens), window.start_slot.clone(), Recording(self.norm_weight)
+        nulls = None if window.null_columns is None else window.null_columns.clone()
+        own = Window(window.start_slot.clone(), window.write_slot, nulls)
+        hidden, recording = self._embed(tokens), Recording(self.norm_weight)
         with recording.record():
-            logits = self._logits(hidden, len(tokens), cache, Window(start_slot, window.write_slot))
-        cache.steps[key] = _RecordedStep(addressed, hidden, start_slot, recording, logits)
+            logits = self._logits(hidden, len(tokens), cache, own)
+        cache.steps[key] = _RecordedStep(addressed, hidden, own, recording, logits)
         return logits.clone()
 
     def _addressed(self, cache: ModelCache) -> Iterator[object]:

@@ -109,14 +109,16 @@ def check_active(active: torch.Tensor | None, batch: int, like: torch.Tensor) ->
         check_contiguous("active", active)
 
 
-def check_limits(limits: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:
-    """Whole numbers from 0 up; their values are cheap to check on the CPU, so they are."""
+def check_limits(limits: torch.Tensor | None, active: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:
+    """Whole numbers from 0 up in active rows; their values are cheap to check on the CPU, so they are."""
     if limits is None:
         return
     check("limits", limits, (batch,), like, torch.int32)
     check_contiguous("limits", limits)
-    if limits.device.type == "cpu" and not all(limit >= 0 for limit in limits.tolist()):
-        raise ValueError(f"limits must be at least 0, got {limits.tolist()}")
+    if limits.device.type == "cpu":
+        wanted = [True] * batch if active is None else active.tolist()
+        if any(limit < 0 and row for limit, row in zip(limits.tolist(), wanted, strict=True)):
+            raise ValueError(f"limits must be at least 0, got {limits.tolist()}")
 
 
 def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], vocabulary: int, like: torch.Tensor) -> None:

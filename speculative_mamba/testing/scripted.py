@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..decode.drafter import Drafter
+from ..decode.drafter import Drafter, Proposal, Proposer
 from ..decode.sampling import Sampler
+from ..ops import RowPlaces
 
 
 class ScriptedDraft:
@@ -42,6 +43,48 @@ class ScriptedDraft:
         text = self._texts[row]
         right = text[position] if position < len(text) else 0
         return right if self._agree(row, position) else (right + 1) % self.vocab_size
+
+
+class ScriptedProposer:
+    """The same on the device, for rounds that are not run as Python."""
+
+    def __init__(
+        self,
+        texts: list[list[int]],
+        vocab_size: int,
+        agree: Callable[[int, int], bool],
+        device: torch.device | str = "cpu",
+        cost: Proposer | None = None,
+    ) -> None:
+        self.vocab_size, self._cost = vocab_size, cost
+        rows = []
+        for row, text in enumerate(texts):
+            rows.append([token if agree(row, at) else (token + 1) % vocab_size for at, token in enumerate(text)])
+        longest = max(map(len, rows))
+        self._proposals = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+
+    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> None:
+        if self._cost is not None:
+            self._cost.prepare(batch, lookahead, sampler, replayed)
+
+    @property
+    def layers(self) -> list:
+        return [] if self._cost is None else self._cost.layers
+
+    def reserve(self, entries: int) -> bool:
+        return self._cost is not None and self._cost.reserve(entries)
+
+    def absorb(self, texts: list[list[int]]) -> None:
+        if self._cost is not None:
+            self._cost.absorb(texts)
+
+    def draft(self, places: RowPlaces, lookahead: int, verdicts: torch.Tensor) -> Proposal:
+        verdicts.zero_()
+        if self._cost is not None:
+            self._cost.draft(places, lookahead, verdicts)
+        at = places.positions[:, None] + torch.arange(lookahead, device=places.positions.device)
+        tokens = self._proposals.gather(1, at.clamp(max=self._proposals.shape[1] - 1))
+        return Proposal(tokens, None, places.room)
 
 
 def agree_at_rate(rate: float, seed: int = 0) -> Callable[[int, int], bool]:

@@ -87,7 +87,8 @@ def test_inputs_give_the_states_of_states(family, prompt, kind, seed, state_dtyp
 
         def see(model, cache, start, tokens, seen=seen):
             for row, slot in enumerate(start.tolist()):
-                seen += [part for layer in cache for part in layer.checkpoint(row, slot)]
+                if slot >= 0:
+                    seen += [part for layer in cache for part in layer.checkpoint(row, slot)]
 
         result = sm.generate(
             Watched(target, see), prompts, draft=Watched(drafts[f"near, {mode}"], see), lookahead=4, max_new_tokens=14,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import speculative_mamba as sm
 from speculative_mamba.decode import NgramDrafter
-from speculative_mamba.decode.lookahead import AUTO_AT_MOST, AdaptiveLookahead, FixedLookahead
+from speculative_mamba.decode.lookahead import AUTO_AT_MOST, AUTO_LOOKAHEADS, AdaptiveLookahead, FixedLookahead
 from speculative_mamba.testing.models import TableModel
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -220,12 +220,11 @@ def test_rows_with_and_without_a_match_in_one_batch(looping):
     together = sm.generate(looping, prompts, draft=NgramDrafter(11, shortest=2), lookahead=4, max_new_tokens=25)
     for prompt, sequence in zip(prompts, together.sequences, strict=True):
         assert sequence.tolist() == [(prompt[0] + step) % 11 for step in range(len(prompt) + 25)]
-    # The first row: five rounds of five tokens. Meanwhile, and once more until the draft sees that this row has ended,
-    # the second row's are its last token four times, all wrong. After 12 tokens it can copy the other 13: 5, 5 and 3.
+    # The first row: five rounds of five tokens. Meanwhile nothing counts of what the second row is given. After 12
+    # tokens it can copy the other 13: 5, 5 and 3.
     stats = together.stats
     assert (stats.rounds, stats.row_rounds) == (12 + 3, 5 + 12 + 3)
-    assert stats.drafted == 5 * 4 + 6 * 4 + (4 + 4 + 2)
-    assert stats.accepted == stats.tested - 6 == 5 * 4 + (4 + 4 + 2)
+    assert stats.drafted == stats.tested == stats.accepted == 5 * 4 + (4 + 4 + 2)
 
 
 @pytest.mark.parametrize("stop", range(11))
@@ -303,14 +302,14 @@ def test_rounds_in_which_it_is_not_asked(pair, plain, looping, monkeypatch, patt
 
 
 def observed(chooser, drafts, accepted, seconds):
-    chooser.observe(drafts, min(accepted + 1, drafts), accepted, 1e-6 * drafts, seconds)
+    chooser.observe(drafts, min(accepted + 1, drafts), accepted, seconds)
 
 
 def test_auto_goes_on_asking_while_nothing_is_proposed():
     """Rounds without a proposal say nothing about the draft: not that it is wrong, nor what it costs."""
-    chooser = AdaptiveLookahead(AUTO_AT_MOST)
-    for _ in range(500):
-        assert chooser.next() >= 1
+    chooser = AdaptiveLookahead(AUTO_LOOKAHEADS)
+    for number in range(500):
+        assert chooser.next() >= 1 or number < 3
         observed(chooser, 0, 0, 1.0)
     for _ in range(6):
         drafts = chooser.next()
@@ -322,7 +321,7 @@ def test_auto_goes_on_asking_while_nothing_is_proposed():
 @pytest.mark.parametrize("rate", [0.0, 0.9])
 def test_auto_judges_by_the_rounds_with_a_proposal(rate):
     """One round in ten has a match; a draft that is wrong is given up, one that is right is not."""
-    chooser, chosen = AdaptiveLookahead(AUTO_AT_MOST), []
+    chooser, chosen = AdaptiveLookahead(AUTO_LOOKAHEADS), []
     for number in range(1500):
         drafts = chooser.next()
         chosen.append(drafts)

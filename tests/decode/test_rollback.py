@@ -167,7 +167,7 @@ def test_the_state_is_an_object_of_the_callers(pair, prompt, backend, change):
         (torch.zeros(1, dtype=torch.int32), "start_slot"),
         (torch.zeros(3, dtype=torch.int32), "start_slot"),
         (torch.full((2,), 4, dtype=torch.int32), "start_slot"),
-        (torch.full((2,), -1, dtype=torch.int32), "start_slot"),
+        (torch.full((2,), -2, dtype=torch.int32), "start_slot"),
     ],
     ids=["int64", "one row", "three rows", "too large", "negative"],
 )

@@ -224,8 +224,8 @@ def test_a_batch_counted_by_hand(lookahead, stop):
     expected_log = []
     while active := [row for row in range(4) if position[row] < ends[row]]:
         rounds += 1
-        drafts = min(lookahead, max(budget + len(prompts[row]) - position[row] for row in active) - 1)
         for row in active:
+            drafts = min(lookahead, budget + len(prompts[row]) - position[row] - 1)
             row_rounds, drafted = row_rounds + 1, drafted + drafts
             for at in range(drafts + 1):
                 right = at < drafts and patterns[row][position[row] % len(patterns[row])]

@@ -230,7 +230,7 @@ def test_inputs_are_not_written(backend: str) -> None:
 
 def test_no_rows(backend: str) -> None:
     rows = Rows(0, 3)
-    assert rows.commit(backend).shape == (0, 7)
+    assert rows.commit(backend).shape == (0, 8)
 
 
 def test_a_recorded_call_goes_on_from_the_call_before(cpu: str) -> None:
@@ -284,7 +284,9 @@ def place(rows: Rows, name: str) -> tuple[object, str, str]:
     return (rows.window if name in rows.window else vars(rows)), name, name
 
 
-@pytest.mark.parametrize("name", ["drafted", "accepted", "following", "verdicts", "limits", "is_stop", "seen", "text", *NAMES])
+@pytest.mark.parametrize(
+    "name", ["drafted", "accepted", "following", "verdicts", "limits", "is_stop", "seen", "text", *NAMES]
+)
 def test_arguments_that_do_not_fit_are_named(name: str, backend: str) -> None:
     said = place(Rows(3, 4), name)[2]
 

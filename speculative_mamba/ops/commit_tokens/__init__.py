@@ -32,12 +32,12 @@ def commit_tokens(
     | accepted  | (B)      | int32       | how many of them stand, 0 … K |
     | following | (B)      | int64       | the token after those |
     | verdicts  | (B)      | int32       | not 0: the row is broken |
-    | limits    | (B)      | int32       | how many drafted tokens counted, as in ``speculative_accept``; for the record |
+    | limits    | (B)      | int32       | drafted tokens that counted in ``speculative_accept`` |
     | is_stop   | (V)      | bool        | tokens that end a row |
     | rows      |          | RowPlaces   | **written** |
     | seen      | (B, V)   | bool, None  | **written**: committed tokens are marked |
     | text      | (B, L)   | int64, None | **written**: committed tokens, from ``rows.positions`` on; none beyond L |
-    | returns   | (B, K+5) | int64       | committed tokens, ``accepted``, ``verdicts``, min(K, ``limits``), the window |
+    | returns   | (B, K+5) | int64       | committed, ``accepted``, ``verdicts``, min(K, ``limits``), window; below |
 
     All are contiguous. The window of a row is its accepted tokens, then the following one. An active row commits them
     up to and including the first stop token, at most ``room`` + 1. It stays active if there was none and there is room

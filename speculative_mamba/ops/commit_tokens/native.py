@@ -24,7 +24,7 @@ def commit_tokens(
     kernels.commit_tokens(
         batch, lookahead, len(is_stop), len(rows.slots), 0 if text is None else text.shape[1], drafted.data_ptr(),
         accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(), limits.data_ptr(), is_stop.data_ptr(),
-        rows.last.data_ptr(), rows.positions.data_ptr(), rows.room.data_ptr(), rows.active.data_ptr(), rows.slots.data_ptr(), address(seen),
-        address(text), record.data_ptr(), where,
+        rows.last.data_ptr(), rows.positions.data_ptr(), rows.room.data_ptr(), rows.active.data_ptr(),
+        rows.slots.data_ptr(), address(seen), address(text), record.data_ptr(), where,
     )  # fmt: skip
     return record

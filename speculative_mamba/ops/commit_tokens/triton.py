@@ -64,8 +64,8 @@ def commit_tokens(
     record = drafted.new_empty(batch, lookahead + 5)
     launch(
         _commit, batch, drafted, 1, drafted=drafted, accepted=accepted, following=following, verdicts=verdicts,
-        limits=limits, is_stop=is_stop, **vars(rows), seen=seen, text=text, record=record, batch=batch, lookahead=lookahead,
-        vocabulary=len(is_stop), steps=steps, capacity=0 if text is None else text.shape[1],
+        limits=limits, is_stop=is_stop, **vars(rows), seen=seen, text=text, record=record, batch=batch,
+        lookahead=lookahead, vocabulary=len(is_stop), steps=steps, capacity=0 if text is None else text.shape[1],
         BLOCK=triton.next_power_of_2(steps),
     )  # fmt: skip
     return record

@@ -36,7 +36,7 @@ def speculative_accept(
     | coupled   | bool        |         | how drafted tokens are tested |
     | seen      | (B, V)      | bool, None | tokens of each text before the drafted ones; for a repetition penalty |
     | active    | (B)         | bool, None | rows to decide; the others get 0 and 0 |
-    | limits    | (B)         | int32, None | at least 0: no more drafted tokens of a row count, as if that were its K |
+    | limits    | (B)         | int32, None | at least 0 if active: as if it were the K of its row |
     | verdicts  | (B)         | int32, None | **written**: 0 where a row is decided, else why it cannot be |
     | returns   | accepted (B) int32, next token (B) int64 | | |
 
@@ -60,7 +60,7 @@ def speculative_accept(
     check_tokens("drafted", drafted, (batch, tokens - 1), vocabulary, logits)
     check_keys(keys, positions, batch, logits)
     check_active(active, batch, logits)
-    check_limits(limits, batch, logits)
+    check_limits(limits, active, batch, logits)
     check_verdicts(verdicts, batch, logits)
     if laws is not None:
         check("laws", laws, (batch, tokens - 1, vocabulary), logits)

@@ -1,0 +1,198 @@
+"""A whole round as one CUDA graph, and rounds queued ahead of the host."""
+
+import functools
+import sys
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..models.language_model import MambaLM
+from ..ops.backend import current_device
+from ..ops.int8 import Int8Weight
+from .executors import EagerExecutor, Executor
+from .ngram import NgramDrafter
+from .proposers import is_told_the_text
+from .round import Round, RoundResult
+from .sampling import LogitsProcessor
+
+_POLL_S = 20e-6
+
+
+@dataclass
+class Kind:
+    """A round, its replays by lookahead, and what they rely on."""
+
+    round: Round
+    weights: list[tuple]
+    replays: dict[int, Callable[[], RoundResult]] = field(default_factory=dict)
+    graph_bytes: int = 0
+
+
+class Arrival:
+    """A record on its way to the host, and the time of its round."""
+
+    def __init__(self, replay: Callable[[], RoundResult], output_logits: bool) -> None:
+        self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._began.record()
+        self.result = replay()
+        self._record = torch.empty(self.result.record.shape, dtype=torch.int64, pin_memory=True)
+        self._record.copy_(self.result.record, non_blocking=True)
+        if output_logits:  # the next round writes over them
+            self.result = replace(self.result, logits=self.result.logits.clone())
+        self._ended.record()
+
+    def wait(self) -> tuple[RoundResult, list[list[int]], float]:
+        """Result, record and seconds, when the round has run; the device has others to go on with."""
+        while not self._ended.query():
+            time.sleep(_POLL_S)
+        return self.result, self._record.tolist(), self._began.elapsed_time(self._ended) / 1e3
+
+
+class GraphExecutor:
+    """Captures each kind of round once as a CUDA graph, and launches it two rounds ahead of the host.
+
+    Nothing a round depends on is read by the host: tokens come back through pinned memory, and rounds that were queued
+    behind the last token change nothing. A kind is models, batch, lookaheads, sampling parameters but for the seed, and
+    acceptance. Texts may have any length; graphs are captured anew when a cache has to grow or a weight has moved.
+    Calls from several threads take turns.
+
+    keep: kinds whose graphs and caches stay in memory (``nbytes``) after a call; ``clear`` frees them. If there is no
+    memory for a graph, one line on stderr says so and its rounds run kernel by kernel.
+    """
+
+    lag, fixed = 2, True
+    device_type = "cuda"
+
+    def __init__(self, keep: int = 4) -> None:
+        self._keep = keep
+        self._kinds: OrderedDict[tuple, Kind] = OrderedDict()
+        self._arrivals: deque[Arrival] = deque()
+        self._turn = threading.Lock()
+        self._owner: int | None = None  # the thread whose turn it is
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all captured kinds: caches, what lies between kernels, and the graphs."""
+        layers = [layer for kind in self._kinds.values() for layer in kind.round.all_layers()]
+        of_layers = sum(tensor.nbytes for layer in layers for tensor in layer.tensors())
+        return of_layers + sum(kind.graph_bytes for kind in self._kinds.values())
+
+    def clear(self) -> None:
+        """Frees the graphs and their memory."""
+        with self._turn:
+            self._kinds.clear()
+
+    def open(
+        self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
+    ) -> Round:
+        if self._owner == threading.get_ident():
+            raise ValueError("a callback of generate cannot use the same executor; give it a GraphExecutor of its own")
+        self._turn.acquire()
+        self._owner, self._output_logits = threading.get_ident(), output_logits
+        try:
+            self._kind = self._prepared(key, make, entries, lookaheads)
+        except BaseException:
+            self.close()
+            raise
+        return self._kind.round
+
+    def _prepared(self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int]) -> Kind:
+        kind = self._kinds.pop(key, None)
+        if kind is None or kind.weights != _weights(kind.round):
+            kind = None  # frees its memory before more is asked for
+            while len(self._kinds) >= self._keep:
+                self._kinds.popitem(last=False)
+            round = make()
+            kind = Kind(round, _weights(round))
+        self._kinds[key] = kind
+        with current_device(kind.round.places.last):
+            kind.round.leave_all_out()
+            if kind.round.reserve(entries):
+                kind.replays.clear()
+            for drafts in lookaheads:
+                if drafts not in kind.replays:
+                    kind.replays[drafts] = self._capture(kind, drafts)
+        return kind
+
+    def _capture(self, kind: Kind, drafts: int) -> Callable[[], RoundResult]:
+        eagerly = functools.partial(kind.round.run, drafts)
+        free = torch.cuda.mem_get_info()[0]
+        try:
+            eagerly()  # compiles kernels and sets up libraries, which a capture could not hold
+            graph = torch.cuda.CUDAGraph()
+            pool = next((replay.args[0].pool() for replay in kind.replays.values() if replay.func is _replay), None)
+            with torch.cuda.graph(graph, pool=pool):
+                result = eagerly()
+            graph.replay()  # the first time it is also brought to the device
+        except torch.cuda.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            print(f"speculative_mamba: no memory for a CUDA graph, so rounds run without: {reason}", file=sys.stderr)
+            return eagerly
+        kind.graph_bytes += max(0, free - torch.cuda.mem_get_info()[0])
+        return functools.partial(_replay, graph, result)
+
+    def launch(self, drafts: int) -> None:
+        with current_device(self._kind.round.places.last):
+            self._arrivals.append(self._send(self._kind.replays[drafts]))
+
+    def _send(self, replay: Callable[[], RoundResult]) -> Arrival:
+        return Arrival(replay, self._output_logits)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._arrivals)
+
+    def collect(self) -> tuple[RoundResult, list[list[int]], float]:
+        return self._arrivals.popleft().wait()
+
+    def close(self) -> None:
+        self._arrivals.clear()
+        self._owner = None
+        self._turn.release()
+
+
+def _replay(graph: torch.cuda.CUDAGraph, result: RoundResult) -> RoundResult:
+    graph.replay()
+    return result
+
+
+def _weights(round: Round) -> list[tuple]:
+    """What a graph knows the models' weights by."""
+    models = [round.target, getattr(round.proposer, "model", None)]
+    weights = [weight for model in models if isinstance(model, MambaLM) for weight in (model.embedding, *model.weights())]
+    tensors = [weight.values if isinstance(weight, Int8Weight) else weight for weight in weights]
+    return [(tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
+
+
+_shared = GraphExecutor()
+
+
+def as_executor(
+    executor: Executor | str, target: object, draft: object, processor: LogitsProcessor | None
+) -> Executor:
+    """The executor of that name, if it can run this.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot.
+    """
+    if executor == "eager":
+        return EagerExecutor()
+    if executor != "graph" and not hasattr(executor, "launch"):
+        raise ValueError(f"unknown executor {executor!r}; choose from: eager, graph")
+    chosen = _shared if executor == "graph" else executor
+    if not chosen.fixed:
+        return chosen
+    if isinstance(chosen, GraphExecutor) and target.device.type != chosen.device_type:
+        raise ValueError(f"executor 'graph' needs a CUDA device, and the model is on {target.device}; use 'eager'")
+    if target.device.type == "cuda" and "reference" in (target.backend, getattr(draft, "backend", None)):
+        raise ValueError("executor 'graph' needs backend cuda or triton; 'reference' reads values on the host")
+    if processor is not None:
+        raise ValueError("a logits_processor is Python and cannot be in a CUDA graph; use executor='eager'")
+    if is_told_the_text(draft) and not isinstance(draft, NgramDrafter):
+        name = type(draft).__name__
+        raise ValueError(f"the drafter {name} is Python and cannot be in a CUDA graph; use executor='eager'")
+    return chosen

@@ -1,0 +1,350 @@
+"""Rounds that are replayed, two ahead of the host, give the text, logits and statistics of rounds that are run.
+
+``RecordingExecutor`` replays tapes where ``GraphExecutor`` replays CUDA graphs: what depends on a value that Python
+read stays what it was when the tape was made, with all rows left out.
+"""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+import speculative_mamba as sm
+from speculative_mamba.decode.lookahead import FixedLookahead
+from speculative_mamba.ops import backend as backends
+from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_config
+from speculative_mamba.testing.recording import RecordingExecutor, Tape
+from speculative_mamba.testing.scripted import ScriptedDraft, ScriptedProposer, agree_at_rate
+from speculative_mamba.testing.tolerance import assert_bitwise_equal
+
+LENGTHS = (1, 2, 9, 66)
+TIMES = ("setup_s", "prefill_s", "decode_s", "draft_s", "verify_s")
+FILTERED = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 3}
+SAMPLING = {
+    "greedy": {},
+    "coupled": {"sampling": sm.SamplingParams(**FILTERED), "acceptance": "coupled"},
+    "rejection": {"sampling": sm.SamplingParams(**FILTERED)},
+    "penalty": {"sampling": sm.SamplingParams(**FILTERED, repetition_penalty=1.3)},
+}
+
+
+@pytest.fixture
+def executor() -> RecordingExecutor:
+    return RecordingExecutor()
+
+
+def outcome(result: sm.GenerationResult) -> tuple:
+    """All but times and logits."""
+    stats = {name: value for name, value in dataclasses.asdict(result.stats).items() if name not in TIMES}
+    return [text.tolist() for text in result.sequences], result.finish_reasons, stats
+
+
+def assert_same(result: sm.GenerationResult, expected: sm.GenerationResult) -> None:
+    assert outcome(result) == outcome(expected)
+    for mine, theirs in zip(result.logits or [], expected.logits or [], strict=True):
+        assert_bitwise_equal(mine, theirs, "logits")
+
+
+def both(executor: RecordingExecutor, target: object, prompts: list, **options: object) -> sm.GenerationResult:
+    """Runs the same call twice; what the tapes gave."""
+    expected = sm.generate(target, prompts, **options)
+    result = sm.generate(target, prompts, executor=executor, **options)
+    assert_same(result, expected)
+    return result
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("draft", ["random", "near", "equal", "ngram", None])
+def test_every_lookahead_and_budget(pair, prompt, executor, sampling, draft) -> None:
+    models, prompts = pair(), [prompt(length) for length in LENGTHS]
+    chosen = models.drafts.get(draft, draft)
+    for lookahead in (1, 2, 3, 4, 8) if draft else (1,):
+        for budget in (1, 2, 5, 14):
+            both(
+                executor, models.target, prompts, draft=chosen, lookahead=lookahead, max_new_tokens=budget,
+                stop_token_ids=(), output_logits=True, **SAMPLING[sampling],
+            )  # fmt: skip
+    assert executor.replays > 0
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("mode", ["states", "inputs"])
+def test_every_architecture(family, prompt, executor, kind, mode) -> None:
+    target, drafts = family(kind, 0, mode)
+    for name in ("near", "llama"):
+        both(
+            executor, target, [prompt(length) for length in LENGTHS], draft=drafts[name], lookahead=3,
+            max_new_tokens=11, stop_token_ids=(), output_logits=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("draft", ["near", "ngram", None])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_stop_tokens_at_every_place(pair, prompt, plain, executor, draft, batch) -> None:
+    """Rows end in different rounds and at different places of a window; what was queued behind changes nothing."""
+    models, prompts = pair(), [prompt(length) for length in LENGTHS][-batch:]
+    new = {token for given in prompts for token in plain(models.target, given, 14)[0][len(given) :]}
+    ended = set()
+    for stop in sorted(new):
+        result = both(
+            executor, models.target, prompts, draft=models.drafts.get(draft, draft), lookahead=4, max_new_tokens=14,
+            stop_token_ids=(stop, 999), output_logits=True,
+        )  # fmt: skip
+        ended.update(zip(result.finish_reasons, map(len, result.sequences), strict=True))
+    assert len(ended) > 3 and executor.captures == 1, "stop tokens are data"
+
+
+@pytest.mark.parametrize("pattern", [(0, 3), (2, 0, 0, 4), (1, 0, 5, 0), (4, 1, 3)], ids=str)
+@pytest.mark.parametrize("draft", ["near", "equal", "ngram"])
+def test_changing_lookaheads(pair, prompt, executor, monkeypatch, pattern, draft) -> None:
+    """Adaptive lookahead does so. A draft model that was left out catches up."""
+    models, given = pair(), [prompt(length) for length in LENGTHS]
+    monkeypatch.setattr(FixedLookahead, "__init__", lambda self, most: vars(self).update(all=tuple(range(6)), at=0))
+
+    def following(self: FixedLookahead) -> int:
+        self.at += 1
+        return pattern[self.at % len(pattern)]
+
+    monkeypatch.setattr(FixedLookahead, "next", following)
+    options = {"draft": models.drafts.get(draft, draft), "lookahead": 5, "max_new_tokens": 31, "stop_token_ids": ()}
+    expected = sm.generate(models.target, given, **options)
+    result = sm.generate(models.target, given, executor=executor, **options)
+    assert [a.tolist() for a in result.sequences] == [b.tolist() for b in expected.sequences]
+    assert executor.captures == 6
+
+
+def test_auto_lookahead_gives_the_same_text(pair, prompt, executor) -> None:
+    models, given = pair(), [prompt(length) for length in LENGTHS]
+    options = {"max_new_tokens": 60, "stop_token_ids": ()}
+    expected = sm.generate(models.target, given, **options)
+    for draft in (models.drafts["near"], models.target, "ngram"):
+        result = sm.generate(models.target, given, draft=draft, lookahead="auto", executor=executor, **options)
+        assert [a.tolist() for a in result.sequences] == [b.tolist() for b in expected.sequences]
+
+
+def test_one_capture_serves_prompts_of_any_length_and_any_seed(pair, prompt, executor) -> None:
+    models = pair()
+    for call, length in enumerate((3, 1, 200, 64, 2)):
+        sampling = sm.SamplingParams(temperature=0.8, seed=call)
+        both(
+            executor, models.target, [prompt(length, seed=call)], draft=models.drafts["near"], lookahead=3,
+            max_new_tokens=20 + call, sampling=sampling, stop_token_ids=(call,),
+        )  # fmt: skip
+    assert executor.captures == 1
+
+
+def test_a_cache_that_grows_is_captured_again(family, prompt, executor) -> None:
+    target, drafts = family("llama")
+    for length in (3, 40, 200, 50):
+        both(executor, target, [prompt(length)], draft=drafts["near"], lookahead=3, max_new_tokens=12)
+    assert 1 < executor.captures < 4 and executor.nbytes > 0
+
+
+@pytest.mark.parametrize("draft", ["near", "ngram", None])
+def test_going_on_from_a_cache(pair, prompt, executor, assert_states_fit, draft) -> None:
+    """Rows that ended by a stop token or the budget left their state as it was, while the others went on."""
+    models, given = pair(), [prompt(length) for length in LENGTHS]
+    chosen, caches = models.drafts.get(draft, draft), [sm.GenerationCache(), sm.GenerationCache()]
+    for budget, stops in ((7, (5, 17, 40)), (1, ()), (0, ()), (12, (3, 22, 60))):
+        results = [
+            sm.generate(
+                models.target, cache.sequences or [list(text) for text in given], draft=chosen, lookahead=4,
+                max_new_tokens=budget, stop_token_ids=stops, cache=cache, output_logits=True, executor=how,
+            )
+            for cache, how in zip(caches, ("eager", executor), strict=True)
+        ]  # fmt: skip
+        assert_same(results[1], results[0])
+        assert_states_fit(caches[1])
+
+
+def test_stop_strings_end_a_row_though_rounds_are_queued(chain, executor) -> None:
+    """Which the host alone finds: the row has gone on meanwhile, unseen."""
+    target = chain([bytes([65 + i]) for i in range(20)])
+    for stop in ("D", "FG", "EFGH"):
+        result = both(executor, target, [[0], [9]], draft="ngram", max_new_tokens=30, stop_strings=(stop,))
+        assert result.finish_reasons[0] == "stop"
+
+
+def test_after_a_stop_string_the_cache_goes_on_exactly(pair, prompt, executor, plain) -> None:
+    target, given = pair().target, prompt(5)
+    from tokenizers import Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.BPE(vocab={chr(0x100 + i): i for i in range(61)}, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    target = dataclasses.replace(target, load_tokenizer=lambda: tokenizer)
+    text = plain(pair().target, given, 30)[0]
+    for at in (6, 9, 14):
+        cache = sm.GenerationCache()
+        stop = tokenizer.decode([text[at]])
+        first = sm.generate(target, [given], stop_strings=(stop,), cache=cache, executor=executor, stop_token_ids=())
+        length = len(first.sequences[0])
+        whole = sm.generate(
+            target, cache.sequences, max_new_tokens=35 - length, cache=cache, executor=executor, stop_token_ids=()
+        )
+        assert whole.sequences[0].tolist() == text
+
+
+def test_tokens_come_in_order_and_not_more_than_two_rounds_late(pair, prompt, executor) -> None:
+    models, late = pair(), []
+
+    def on_token(row: int, token: int) -> None:
+        seen.append((row, token))
+        late.append(executor.replays - rounds)
+
+    class Counting(RecordingExecutor):
+        def collect(self):
+            nonlocal rounds
+            rounds += 1
+            return super().collect()
+
+    for draft in (models.drafts["near"], None):
+        executor, seen, rounds = Counting(), [], 0
+        given = [prompt(3), prompt(9)]
+        result = sm.generate(
+            models.target, given, draft=draft, max_new_tokens=20, on_token=on_token, stop_token_ids=(),
+            executor=executor,
+        )  # fmt: skip
+        for row, text in enumerate(result.sequences):
+            assert [token for r, token in seen if r == row] == text[len(given[row]) :].tolist()
+    assert 0 < max(late) <= 2
+
+
+class Interrupt(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("position", [0, 3, 7, 15])
+def test_a_callback_that_raises_leaves_committed_text(pair, prompt, executor, assert_states_fit, position) -> None:
+    models, cache, calls = pair(), sm.GenerationCache(), []
+
+    def on_token(row: int, token: int) -> None:
+        calls.append(token)
+        if len(calls) > position:
+            raise Interrupt
+
+    options = {"draft": models.drafts["near"], "stop_token_ids": (), "cache": cache, "executor": executor}
+    given = [prompt(5), prompt(2)]
+    expected = sm.generate(models.target, given, max_new_tokens=30, stop_token_ids=()).sequences
+    with pytest.raises(Interrupt):
+        sm.generate(models.target, given, on_token=on_token, max_new_tokens=30, **options)
+    assert_states_fit(cache, complete=False)
+    for row, text in enumerate(cache.sequences):
+        assert text == expected[row][: len(text)].tolist()
+        rest = 30 + len(given[row]) - len(text)
+    result = sm.generate(models.target, cache.sequences, max_new_tokens=rest, **options)
+    assert result.sequences[1].tolist() == expected[1].tolist()
+
+
+@pytest.mark.parametrize("victim", ["target", "draft"])
+def test_logits_that_become_nan_are_one_line(pair, prompt, executor, victim) -> None:
+    models = pair()
+    broken = dataclasses.replace(models.drafts["near"], head=models.drafts["near"].head * torch.nan)
+    target, draft = (broken, models.target) if victim == "target" else (models.target, broken)
+    for how in ("eager", executor):
+        with pytest.raises(ValueError, match="NaN") as caught:
+            sm.generate(target, [prompt(3), prompt(4)], draft=draft, executor=how)
+        assert "\n" not in str(caught.value) and ("draft" in str(caught.value)) == (victim == "draft")
+    both(executor, models.target, [prompt(3)], draft=models.drafts["near"])
+
+
+def test_a_weight_that_was_replaced_is_captured_again(pair, prompt, executor) -> None:
+    models = pair()
+    target = dataclasses.replace(models.target)
+    before = both(executor, target, [prompt(7)], draft=models.drafts["near"]).sequences[0]
+    target.head = models.drafts["near"].head.clone()
+    assert not torch.equal(both(executor, target, [prompt(7)], draft=models.drafts["near"]).sequences[0], before)
+    target.head = target.head.bfloat16()
+    both(executor, target, [prompt(7)], draft=models.drafts["near"])
+    assert executor.captures == 3
+
+
+def test_only_so_many_kinds_are_kept(pair, prompt) -> None:
+    executor, target = RecordingExecutor(keep=2), pair().target
+    for batch in (1, 2, 1, 3, 1, 2):
+        both(executor, target, [prompt(3)] * batch, max_new_tokens=4)
+    assert executor.captures == 4
+    kept = executor.nbytes
+    executor.clear()
+    assert executor.nbytes == 0 < kept
+
+
+def test_threads_take_turns(pair, prompt, plain, executor) -> None:
+    models, results = pair(), {}
+
+    def call(length: int) -> None:
+        results[length] = sm.generate(
+            models.target, [prompt(length)], draft=models.drafts["near"], max_new_tokens=20, stop_token_ids=(),
+            executor=executor,
+        ).sequences[0]  # fmt: skip
+
+    threads = [threading.Thread(target=call, args=(length,)) for length in range(2, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for length, text in results.items():
+        assert text.tolist() == plain(models.target, prompt(length), 20)[0]
+    assert len(results) == 6 and executor.captures == 1
+
+
+def test_a_call_within_a_call_is_refused(pair, prompt, executor) -> None:
+    target = pair().target
+
+    def on_token(row: int, token: int) -> None:
+        sm.generate(target, [prompt(2)], executor=executor)
+
+    with pytest.raises(ValueError, match="of its own"):
+        sm.generate(target, [prompt(3)], executor=executor, on_token=on_token)
+    both(executor, target, [prompt(3)])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_a_scripted_proposer(pair, prompt, plain, executor, rate) -> None:
+    models, prompts = pair(), [prompt(length) for length in LENGTHS]
+    texts = [plain(models.target, given, 24)[0] for given in prompts]
+    cost = sm.ModelDrafter(models.drafts["random"])
+    draft = ScriptedProposer(texts, 61, agree_at_rate(rate), cost=cost)
+    result = both(executor, models.target, prompts, draft=draft, max_new_tokens=24, stop_token_ids=())
+    assert [text.tolist() for text in result.sequences] == texts
+    assert rate or result.stats.accepted == 0
+    assert rate < 1 or result.stats.acceptance_rate == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"executor": "fast"}, "unknown executor 'fast'; choose from: eager, graph"),
+        ({"executor": "graph"}, "needs a CUDA device, and the model is on cpu"),
+        ({"logits_processor": lambda row, tokens, logits: logits}, "logits_processor is Python"),
+        ({"draft": ScriptedDraft([[1]], 61, agree_at_rate(1))}, "ScriptedDraft is Python"),
+    ],
+    ids=["name", "device", "processor", "drafter"],
+)
+def test_what_cannot_be_captured_is_refused(pair, options, words) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        sm.generate(pair().target, [[1, 2]], **{"executor": RecordingExecutor()} | options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_tape_finds_values_that_the_host_reads() -> None:
+    value = torch.ones(3)
+    with pytest.raises(AssertionError, match="the host reads"), Tape().running():
+        value.sum().item()
+
+
+def test_the_tape_replays_ops_and_calls_of_pytorch() -> None:
+    """On what lies in the tensors by then."""
+    model = random_model(tiny_config(), backend="cpu")
+    tape, tokens, cache = Tape(), torch.tensor([[3]]), list(model.new_cache(1, 1))
+    start = torch.zeros(1, dtype=torch.int32)
+    with torch.no_grad(), tape.running():
+        logits = model.verify(tokens, cache, start)
+    fresh = list(model.new_cache(1, 1))
+    expected = [model.verify(torch.tensor([[token]]), fresh, start).clone() for token in (3, 7, 9)]
+    assert_bitwise_equal(logits, expected[0], "recorded")
+    for token, right in zip((7, 9), expected[1:], strict=True):
+        tokens[:] = token
+        tape.replay()
+        assert_bitwise_equal(logits, right, "replayed")
+    assert backends._implementation.__module__ == backends.__name__
