@@ -41,10 +41,8 @@ class Rows:
         return torch.randint(least, end, shape, generator=self.generator)
 
     def set(self, row: int, state: str | None) -> None:
-        if state == INACTIVE:
-            self.places.active[row] = False
-        elif state == BROKEN:
-            self.window["verdicts"][row] = 1 + row % 5
+        self.places.active[row] = state != INACTIVE
+        self.window["verdicts"][row] = 1 + row % 5 if state else 0
 
     def written(self) -> dict[str, torch.Tensor]:
         """All tensors that the op may write."""
