@@ -47,16 +47,19 @@ struct Layout {
     int64_t bytes() const { return sums_at + 2 * sums_size * static_cast<int64_t>(sizeof(float)); }
 };
 
-// Eight features of x, of which `count` exist, at once or in the background.
+// Eight features, of which `count` exist, from where no copy in the background can begin.
 template <typename Act>
-__device__ __forceinline__ void copy_eight(char* to, const Act* from, int count) {
-    if (allows_group<8>(from)) return copy_async(to, from, count * static_cast<int>(sizeof(Act)));
+__device__ __forceinline__ void copy_eight_at_once(char* to, const Act* from, int count) {
     Packed8 eight{};
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         if (i < count) eight.pairs[i / 2] |= static_cast<uint32_t>(load_raw(from + i).bits) << (i % 2 * 16);
     }
     store_raw(reinterpret_cast<Packed8*>(to), eight);
+}
+
+__device__ __forceinline__ int between(int least, int value, int most) {
+    return value < least ? least : value < most ? value : most;
 }
 
 // Lane l copies, and later reads, what lies in quarter l % 4 of pieces of rows l / 4, l / 4 + 8, … of W and of x; no
@@ -73,87 +76,100 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
     const int row = lane / 4, quarter = lane % 4;
     const int k_size = static_cast<int>(p.in_features), first_k = warp * kTurn, blocks = static_cast<int>(gridDim.x);
     const int tiles = static_cast<int>((p.out_features + tile_rows - 1) / tile_rows);
-    const Weight* weight = static_cast<const Weight*>(p.weight);
-    const Act* x = reinterpret_cast<const Act*>(p.x) + (m0 + row) * p.x_row_stride;
+    const int64_t w_stride = p.weight_row_stride, x_stride = p.x_row_stride;
     char* const ring = memory + warp * stages * layout.stage_bytes + lane * kLaneBytes;
+    char* const end_of_ring = ring + stages * layout.stage_bytes;
 
+    // Where the warp is with its copies; of W this lane's part and the rows from there on.
     struct Position {
-        int tile, k;
+        int tile, k, rows;
+        const Weight* weight;
+    };
+    const auto enter_tile = [&](int tile) {
+        const int64_t n = static_cast<int64_t>(tile) * tile_rows + row, left = p.out_features - n;
+        const Weight* weight = static_cast<const Weight*>(p.weight) + n * w_stride + first_k + kOfLane * quarter;
+        return Position{first_k < k_size ? tile : tiles, first_k,
+                        left < tile_rows - row ? static_cast<int>(left) : tile_rows - row, weight};
     };
     const auto next_k = [](int k) {
-        return Cut::kProducts == 2 || k % kTurn != 0 ? k - k % kTurn + kWarps * kTurn : k + kProduct;
+        return Cut::kProducts == 2 ? k + kWarps * kTurn : k + (k % kTurn == 0 ? kProduct : kWarps * kTurn - kProduct);
     };
     const auto advance = [&](Position& at) {
-        at.k = next_k(at.k);
-        if (at.k >= k_size) at = {at.tile + blocks, first_k};
+        const int k = next_k(at.k);
+        at.weight += k - at.k;
+        at.k = k;
+        if (k >= k_size) at = enter_tile(at.tile + blocks);
     };
-    const auto exists = [&](const Position& at) { return at.tile < tiles && at.k < k_size; };
     const auto copy_weight = [&](char* stage, const Position& at) {
-        const int64_t n = static_cast<int64_t>(at.tile) * tile_rows + row;
-        const int k = at.k + kOfLane * quarter;
-        const Weight* from = weight + n * p.weight_row_stride + k;
+        const int left = k_size - kOfLane * quarter - at.k;
 #pragma unroll
         for (int half = 0; half < Cut::kHalves; half++) {
             const int r = half * kEight;
-            if (row + r >= tile_rows || n + r >= p.out_features) break;
+            if (r >= at.rows) break;
 #pragma unroll
             for (int piece = 0; piece < kPieces; piece++) {
-                const int left = k_size - k - piece * kProduct, count = left < 0 ? 0 : left < kOfLane ? left : kOfLane;
-                copy_async(stage + piece * layout.w_piece + r * kRowBytes,
-                           from + r * p.weight_row_stride + piece * kProduct, count * static_cast<int>(sizeof(Weight)),
-                           From::constants);
+                const int count = between(0, left - piece * kProduct, kOfLane);
+                copy_async(stage + piece * layout.w_piece + r * kRowBytes, at.weight + r * w_stride + piece * kProduct,
+                           count * static_cast<int>(sizeof(Weight)), From::constants);
             }
         }
     };
-    const auto copy_x = [&](char* stage, const Position& at) {
+    const int x_first = kOfLane * quarter, x_next = kWidens ? 8 : kProduct;  // where this lane's pieces begin
+    const Act* const x = reinterpret_cast<const Act*>(p.x) + (m0 + row) * x_stride + x_first;
+    const bool x_aligned = allows_group<8>(reinterpret_cast<const Act*>(p.x)) && x_stride % 8 == 0;
+    const auto copy_x = [&](char* stage, int k) {
 #pragma unroll
         for (int eight = 0; eight < Cut::kEights; eight++) {
             const int r = eight * kEight;
             if (row + r >= rows) break;
 #pragma unroll
             for (int piece = 0; piece < Cut::kProducts; piece++) {
-                const int k = at.k + (kWidens ? kOfLane * quarter + piece * 8 : piece * kProduct + 8 * quarter);
-                const int left = k_size - k, count = left < 0 ? 0 : left < 8 ? left : 8;
-                copy_eight(stage + layout.w_bytes + piece * layout.x_piece + r * kRowBytes, x + r * p.x_row_stride + k,
-                           count);
+                const int count = between(0, k_size - x_first - k - piece * x_next, 8);
+                const Act* from = x + r * x_stride + k + piece * x_next;
+                char* const to = stage + layout.w_bytes + piece * layout.x_piece + r * kRowBytes;
+                if (x_aligned) {
+                    copy_async(to, from, count * static_cast<int>(sizeof(Act)));
+                } else {
+                    copy_eight_at_once(to, from, count);
+                }
             }
         }
     };
 
     start_next();
-    Position ahead{static_cast<int>(blockIdx.x), first_k};
+    Position ahead = enter_tile(static_cast<int>(blockIdx.x));
     for (int stage = 0; stage < Cut::kDepth; stage++, advance(ahead)) {
-        if (exists(ahead)) copy_weight(ring + stage * layout.stage_bytes, ahead);
+        if (ahead.tile < tiles) copy_weight(ring + stage * layout.stage_bytes, ahead);
     }
+    const int in_round = kWarps * kTurn * static_cast<int>(sizeof(Weight));  // bytes of a row, of all warps
     const int row_bytes = k_size * static_cast<int>(sizeof(Weight));
-    const int in_rings = Cut::kDepth * Cut::kProducts * kProduct * kWarps * static_cast<int>(sizeof(Weight));
-    for (int i = thread; static_cast<int64_t>(i) * row_bytes < kMostPrefetched; i += kWarps * kWarp) {
-        const int first = i < tile_rows ? in_rings : 0;
-        const int64_t tile = blockIdx.x + static_cast<int64_t>(i / tile_rows) * blocks;
-        const int64_t n = tile * tile_rows + i % tile_rows;
-        if (n >= p.out_features || row_bytes == 0) break;
-        if (first >= row_bytes) continue;
-        prefetch(reinterpret_cast<const char*>(weight + n * p.weight_row_stride) + first,
+    const int rounds = (row_bytes + in_round - 1) / in_round;
+    for (int i = lane * kWarps + warp; rounds > 0 && static_cast<int64_t>(i) * row_bytes < kMostPrefetched;
+         i += kWarps * kWarp) {
+        const int turn = i / tile_rows, requested = (Cut::kDepth * Cut::kProducts / 2 - turn * rounds) * in_round;
+        const int64_t n = (blockIdx.x + static_cast<int64_t>(turn) * blocks) * tile_rows + i % tile_rows;
+        const int first = requested < 0 ? 0 : requested;
+        if (n >= p.out_features || first >= row_bytes) continue;
+        prefetch(reinterpret_cast<const char*>(static_cast<const Weight*>(p.weight) + n * w_stride) + first,
                  static_cast<unsigned>(row_bytes - first) / kLaneBytes * kLaneBytes);
     }
     const int result_row = thread % tile_rows, result_column = thread / tile_rows,
               next_column = kWarps * kWarp / tile_rows;
 
     wait_for_previous();
-    Position of_x{static_cast<int>(blockIdx.x), first_k};
+    Position of_x = enter_tile(static_cast<int>(blockIdx.x));
     for (int stage = 0; stage < Cut::kDepth; stage++, advance(of_x)) {
-        if (exists(of_x)) copy_x(ring + stage * layout.stage_bytes, of_x);
+        if (of_x.tile < tiles) copy_x(ring + stage * layout.stage_bytes, of_x.k);
         end_group_of_copies();
     }
-    int stage = 0, turn = 0;
+    char* at = ring;
+    int turn = 0;
     for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += blocks) {
         const int64_t n = static_cast<int64_t>(tile) * tile_rows + result_row;
         const float scale = kWidens && n < p.out_features ? load(p.weight_scale + n, From::constants) : 1.f;
         const float bias = p.bias && n < p.out_features ? load(p.bias + n, From::constants) : 0.f;
         float sums[Cut::kEights][(Cut::kHalves + 1) / 2][4] = {};
         for (int k = first_k; k < k_size; k = next_k(k)) {
-            char* const at = ring + stage * layout.stage_bytes;
-            stage = stage + 1 == stages ? 0 : stage + 1;
             Packed8 w[Cut::kHalves + Cut::kHalves % 2][Cut::kProducts] = {};
             wait_for_copies<Cut::kDepth - 1>();
 #pragma unroll
@@ -165,7 +181,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
                         load_raw(reinterpret_cast<Packed8*>(at + piece * layout.w_piece + half * kEight * kRowBytes));
                 }
             }
-            if (exists(ahead)) copy_weight(at, ahead);
+            if (ahead.tile < tiles) copy_weight(at, ahead);
             if constexpr (kWidens) {
 #pragma unroll
                 for (auto& half : w) {
@@ -204,9 +220,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
                     }
                 }
             }
-            if (exists(ahead)) copy_x(at, ahead);
+            if (ahead.tile < tiles) copy_x(at, ahead.k);
             end_group_of_copies();
             advance(ahead);
+            at = at + layout.stage_bytes == end_of_ring ? ring : at + layout.stage_bytes;
         }
 #pragma unroll
         for (int eight = 0; eight < Cut::kEights; eight++) {
@@ -386,7 +403,7 @@ void with_activations(const SkinnyLinearParams& p, cudaStream_t stream) {
 }  // namespace
 
 void skinny_linear(const SkinnyLinearParams& p, cudaStream_t stream) {
-    constexpr int64_t kMost = INT32_MAX - 65536;
+    constexpr int64_t kMost = INT32_MAX / 2 - 65536;
     if (p.in_features > kMost || p.out_features > kMost)
         throw std::invalid_argument("skinny_linear: too large for CUDA");
     SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
