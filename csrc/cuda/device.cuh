@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -183,55 +185,6 @@ __device__ __forceinline__ void store4(T* p, const Float4& value, int count) {
         if (i < count) store(p + i, value.v[i]);
 }
 
-// Eight values of 16 bits, in pairs of which the first has the lower bits.
-struct alignas(16) Packed8 {
-    uint32_t pairs[4];
-};
-
-// Eight values, of which the first `count` exist, as T; in one access where all do and the address allows it.
-template <typename T, typename Stored>
-__device__ __forceinline__ Packed8 load8(const Stored* p, int count, From from = From::memory) {
-    Packed8 out{};
-    if (count == 8 && allows_group<8>(p)) {
-        const Group<Stored, 8> group = load_group<8>(p, from);
-        if constexpr (std::is_same<T, Stored>::value) {
-            memcpy(&out, &group, sizeof out);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(widen(group.v[i])).bits) << (i % 2 * 16);
-            }
-        }
-        return out;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        if (i < count) out.pairs[i / 2] |= static_cast<uint32_t>(narrow<T>(load(p + i, from)).bits) << (i % 2 * 16);
-    }
-    return out;
-}
-
-// c += a b on tensor cores: a (16, 16), b (16, 8), c (16, 8), spread over the lanes of a warp as PTX's mma.m16n8k16
-// says.
-template <typename T>
-__device__ __forceinline__ void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#if defined(SM_HOST_SHIM)
-    shim::multiply_tiles(c, a, b, [](uint32_t bits) { return widen(T{static_cast<uint16_t>(bits)}); });
-#else
-#define SM_MMA(type)                                                                    \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-    if (std::is_same<T, bf16_t>::value) {
-        SM_MMA("bf16");
-    } else {
-        SM_MMA("f16");
-    }
-#undef SM_MMA
-#endif
-}
-
 // Kernels of a stream overlap where the card can do it: while one runs, those after it are loaded already. So each
 // reads constants at most before wait_for_previous(), which returns when all kernels before have ended, and writes
 // nothing; a kernel that does read constants first begins with start_next(), so that those after it can do the same.
@@ -246,15 +199,6 @@ __device__ __forceinline__ void wait_for_previous() {
     shim::Machine::get().running->waited = true;
 #elif __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Asks for a line of memory to be brought closer; it is not read, so this is allowed before wait_for_previous().
-__device__ __forceinline__ void prefetch(const void* p) {
-#if defined(SM_HOST_SHIM)
-    (void)p;
-#else
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #endif
 }
 
@@ -287,29 +231,60 @@ inline void check(cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Whether the current device can load a kernel while the one before it ends.
-inline bool overlaps_kernels() {
-    int device = 0, major = 0;
+inline int current_device() {
+    int device = 0;
     check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    return major >= 9;
+    return device;
 }
+inline int of_current_device(cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, current_device()));
+    return value;
+}
+inline int multiprocessors() { return of_current_device(cudaDevAttrMultiProcessorCount); }
+inline int64_t most_memory_of_a_block() { return of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// Whether the current device can load a kernel while the one before it ends.
+inline bool overlaps_kernels() { return of_current_device(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
+// A multiprocessor divides one memory between blocks and cache, and to divide it anew it must be idle, which kernels
+// that overlap never leave it: so all of them ask for the same.
+inline void divide_memory_as_all_do(const void* kernel) {
+    constexpr int kPercentForBlocks = 75;
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int>> done;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!done.emplace(kernel, current_device()).second) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kPercentForBlocks));
+}
+#else
+inline int multiprocessors() { return shim::kMultiprocessors; }
+inline int64_t most_memory_of_a_block() { return shim::kMemoryOfBlock; }
 #endif
 
-// Starts a kernel, unless it has no blocks. Through the runtime's function and not by launch syntax, which only nvcc
-// knows.
+// Starts a kernel, unless it has no blocks, with `bytes` of launched memory each, beside which a
+// kernel has none if they are many. Through the runtime's function and not
+// by launch syntax, which only nvcc knows.
 template <typename... Parameters, typename... Arguments>
-inline void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, cudaStream_t stream,
-                   Arguments... arguments) {
+inline void launch_with_memory(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int64_t bytes,
+                               cudaStream_t stream, Arguments... arguments) {
     if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
     if (blocks.y > 65535) throw std::invalid_argument("a CUDA kernel takes at most 65535 rows");
 #if defined(SM_HOST_SHIM)
     (void)stream;
-    shim::Machine::get().launch(blocks, threads, [=] { kernel(arguments...); });
+    shim::Machine::get().launch(blocks, threads, static_cast<size_t>(bytes), [=] { kernel(arguments...); });
 #else
+    const void* function = reinterpret_cast<const void*>(kernel);
+    divide_memory_as_all_do(function);
+    constexpr int64_t kUnasked = 48 * 1024;
+    if (bytes > kUnasked) {
+        check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(most_memory_of_a_block())));
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
     config.blockDim = threads;
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
     config.stream = stream;
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -318,6 +293,11 @@ inline void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, cud
     config.numAttrs = overlaps_kernels() ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, arguments...));
 #endif
+}
+template <typename... Parameters, typename... Arguments>
+inline void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, cudaStream_t stream,
+                   Arguments... arguments) {
+    launch_with_memory(kernel, blocks, threads, 0, stream, arguments...);
 }
 
 }  // namespace speculative_mamba::cuda

@@ -1,106 +1,337 @@
-// Two kernels. On tensor cores, where x and W have the same 16 bits or W has 8: a block takes 16 rows of W against up
-// to 64 rows of x, and its warps share the features. By fused multiply-adds otherwise: a warp takes a row of W.
+// Two kernels. On tensor cores, where x and W have the same 16 bits or W has 8, and the rows of W are aligned: a block
+// takes one tile of W's rows after the other, and its warps share the features. By fused multiply-adds otherwise: a
+// warp takes a row of W.
 //
-// Which features are added up where depends on K and the dtypes; how many rows x has does not enter.
-#include "device.cuh"
+// Which features are added up where depends on K, the dtypes and how W lies in memory; how many rows x or a tile has
+// does not enter.
+#include <algorithm>
+
+#include "copies.cuh"
+#include "tensor_cores.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr int kTile = 16, kColumns = 8;  // rows of W and of x in one product of tensor cores
-constexpr int kWarps = 16;               // of a block, which share the features
-constexpr int kStep = 32;                // features that a warp takes at a time, eight a lane
-constexpr int kAhead = 2;                // steps of W that are on their way at a time
+constexpr int kEight = 8;                    // rows of x in a product of tensor cores, and half of those of W
+constexpr int kProduct = 32;                 // features of two products of tensor cores, side by side
+constexpr int kTurn = 2 * kProduct;          // features that a warp takes before it is the next one's turn
+constexpr int kWarps = 8;                    // of a block
+constexpr int kLaneBytes = 16;               // that a lane copies at a time, of four lanes to a row
+constexpr int kRowBytes = 4 * kLaneBytes;    // of a row in a piece: what a warp copies at a time
+constexpr int kMostRows = 64;                // of x in a launch
+constexpr int kMostPrefetched = 128 * 1024;  // bytes of W that a block asks for beyond what it has memory for
 
-// Lane l holds features 8 (l % 4) … + 7 of a step, of row l / 4 of x and of rows l / 4 and l / 4 + 8 of W. Tensor cores
-// expect other features in that lane; as long as x and W agree on them it is the same sum, and every load is of 16
-// bytes. Products of one step are summed by the tensor core, which rounds coarsely, and steps in float32.
-template <typename Act, typename Weight, int Tiles>
-__global__ void __launch_bounds__(kWarps* kWarp) multiply_on_tensor_cores(SkinnyLinearParams p, int64_t m0) {
-    SM_SHARED(float, of_warps, kWarps * kTile * kColumns);
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-    const int row = lane / 4, within = 8 * (lane % 4);
-    const int64_t n0 = static_cast<int64_t>(blockIdx.x) * kTile;
-    const int k_size = static_cast<int>(p.in_features), rows = static_cast<int>(p.rows - m0);
-    const Weight* weight = static_cast<const Weight*>(p.weight) + (n0 + row) * p.weight_row_stride + within;
-    const Act* x = reinterpret_cast<const Act*>(p.x) + (m0 + row) * p.x_row_stride + within;
-    const int64_t half_tile = 8 * p.weight_row_stride, next_tile = kColumns * p.x_row_stride;
-    const bool exists[2] = {n0 + row < p.out_features, n0 + row + 8 < p.out_features};
-    const auto left = [&](int k) { return k_size - k - within < 8 ? k_size - k - within : 8; };
+// x has up to 8·Eights rows and a tile of W up to 8·Halves. A warp has a ring of Depth stages, each of the features of
+// so many products: a tile of W, then x.
+template <int Eights, int Halves, int Products, int Depth>
+struct Cut {
+    static constexpr int kEights = Eights, kHalves = Halves, kProducts = Products, kDepth = Depth;
+};
 
-    for (int k = warp * kStep, ahead = 0; ahead < kAhead && k < k_size; k += kWarps * kStep, ahead++) {
-        for (int half = 0; half < 2; half++)
-            if (exists[half] && left(k) > 0) prefetch(weight + half * half_tile + k);
+// Where things lie in a block's memory: the rings of its warps, then twice the warps' sums for eight rows of x.
+struct Layout {
+    int w_piece, w_bytes, x_piece, stage_bytes, stages, sums_at, sums_stride, sums_size;
+
+    template <typename Cut, typename Weight>
+    static __host__ __device__ Layout of(int tile_rows, int x_rows, int stages) {
+        Layout l;
+        l.w_piece = tile_rows * kRowBytes, l.x_piece = x_rows * kRowBytes;
+        l.w_bytes = l.w_piece * Cut::kProducts * static_cast<int>(sizeof(Weight)) / 2;
+        l.stage_bytes = l.w_bytes + Cut::kProducts * l.x_piece;
+        l.stages = stages;
+        l.sums_at = kWarps * stages * l.stage_bytes;
+        l.sums_stride = tile_rows + 4;  // spreads rows of x over the banks
+        l.sums_size = kWarps * kEight * l.sums_stride;
+        return l;
     }
+    int64_t bytes() const { return sums_at + 2 * sums_size * static_cast<int64_t>(sizeof(float)); }
+};
+
+// Eight features, of which `count` exist, from where no copy in the background can begin.
+template <typename Act>
+__device__ __forceinline__ void copy_eight_at_once(char* to, const Act* from, int count) {
+    Packed8 eight{};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (i < count) eight.pairs[i / 2] |= static_cast<uint32_t>(load_raw(from + i).bits) << (i % 2 * 16);
+    }
+    store_raw(reinterpret_cast<Packed8*>(to), eight);
+}
+
+__device__ __forceinline__ int between(int least, int value, int most) {
+    return value < least ? least : value < most ? value : most;
+}
+
+// Lane l copies, and later reads, what lies in quarter l % 4 of pieces of rows l / 4, l / 4 + 8, … of W and of x; no
+// other lane needs it. Tensor cores expect other features in that lane, but as long as x and W agree on them it is the
+// same sum. They round coarsely, so only the products of 16 features are added there, and those sums in float32.
+template <typename Act, typename Weight, typename Cut>
+__global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
+    multiply_on_tensor_cores(SkinnyLinearParams p, int64_t m0, int rows, int tile_rows, int stages) {
+    SM_LAUNCHED_MEMORY(memory);
+    constexpr bool kWidens = sizeof(Weight) == 1;
+    constexpr int kPieces = kWidens ? Cut::kProducts / 2 : Cut::kProducts, kOfLane = kLaneBytes / sizeof(Weight);
+    const Layout layout = Layout::of<Cut, Weight>(tile_rows, rows, stages);
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+    const int row = lane / 4, quarter = lane % 4;
+    const int k_size = static_cast<int>(p.in_features), first_k = warp * kTurn, blocks = static_cast<int>(gridDim.x);
+    const int tiles = static_cast<int>((p.out_features + tile_rows - 1) / tile_rows);
+    const int64_t w_stride = p.weight_row_stride, x_stride = p.x_row_stride;
+    char* const ring = memory + warp * stages * layout.stage_bytes + lane * kLaneBytes;
+    char* const end_of_ring = ring + stages * layout.stage_bytes;
+
+    // Where the warp is with its copies; of W this lane's part and the rows from there on.
+    struct Position {
+        int tile, k, rows;
+        const Weight* weight;
+    };
+    const auto enter_tile = [&](int tile) {
+        const int64_t n = static_cast<int64_t>(tile) * tile_rows + row, left = p.out_features - n;
+        const Weight* weight = static_cast<const Weight*>(p.weight) + n * w_stride + first_k + kOfLane * quarter;
+        return Position{first_k < k_size ? tile : tiles, first_k,
+                        left < tile_rows - row ? static_cast<int>(left) : tile_rows - row, weight};
+    };
+    const auto next_k = [](int k) {
+        return Cut::kProducts == 2 ? k + kWarps * kTurn : k + (k % kTurn == 0 ? kProduct : kWarps * kTurn - kProduct);
+    };
+    const auto advance = [&](Position& at) {
+        const int k = next_k(at.k);
+        at.weight += k - at.k;
+        at.k = k;
+        if (k >= k_size) at = enter_tile(at.tile + blocks);
+    };
+    const auto copy_weight = [&](char* stage, const Position& at) {
+        const int left = k_size - kOfLane * quarter - at.k;
+#pragma unroll
+        for (int half = 0; half < Cut::kHalves; half++) {
+            const int r = half * kEight;
+            if (r >= at.rows) break;
+#pragma unroll
+            for (int piece = 0; piece < kPieces; piece++) {
+                const int count = between(0, left - piece * kProduct, kOfLane);
+                copy_async(stage + piece * layout.w_piece + r * kRowBytes, at.weight + r * w_stride + piece * kProduct,
+                           count * static_cast<int>(sizeof(Weight)), From::constants);
+            }
+        }
+    };
+    const int x_first = kOfLane * quarter, x_next = kWidens ? 8 : kProduct;  // where this lane's pieces begin
+    const Act* const x = reinterpret_cast<const Act*>(p.x) + (m0 + row) * x_stride + x_first;
+    const bool x_aligned = allows_group<8>(reinterpret_cast<const Act*>(p.x)) && x_stride % 8 == 0;
+    const auto copy_x = [&](char* stage, int k) {
+#pragma unroll
+        for (int eight = 0; eight < Cut::kEights; eight++) {
+            const int r = eight * kEight;
+            if (row + r >= rows) break;
+#pragma unroll
+            for (int piece = 0; piece < Cut::kProducts; piece++) {
+                const int count = between(0, k_size - x_first - k - piece * x_next, 8);
+                const Act* from = x + r * x_stride + k + piece * x_next;
+                char* const to = stage + layout.w_bytes + piece * layout.x_piece + r * kRowBytes;
+                if (x_aligned) {
+                    copy_async(to, from, count * static_cast<int>(sizeof(Act)));
+                } else {
+                    copy_eight_at_once(to, from, count);
+                }
+            }
+        }
+    };
+
+    start_next();
+    Position ahead = enter_tile(static_cast<int>(blockIdx.x));
+    for (int stage = 0; stage < Cut::kDepth; stage++, advance(ahead)) {
+        if (ahead.tile < tiles) copy_weight(ring + stage * layout.stage_bytes, ahead);
+    }
+    const int in_round = kWarps * kTurn * static_cast<int>(sizeof(Weight));  // bytes of a row, of all warps
+    const int row_bytes = k_size * static_cast<int>(sizeof(Weight));
+    const int rounds = (row_bytes + in_round - 1) / in_round;
+    for (int i = lane * kWarps + warp; rounds > 0 && static_cast<int64_t>(i) * row_bytes < kMostPrefetched;
+         i += kWarps * kWarp) {
+        const int turn = i / tile_rows, requested = (Cut::kDepth * Cut::kProducts / 2 - turn * rounds) * in_round;
+        const int64_t n = (blockIdx.x + static_cast<int64_t>(turn) * blocks) * tile_rows + i % tile_rows;
+        const int first = requested < 0 ? 0 : requested;
+        if (n >= p.out_features || first >= row_bytes) continue;
+        prefetch(reinterpret_cast<const char*>(static_cast<const Weight*>(p.weight) + n * w_stride) + first,
+                 static_cast<unsigned>(row_bytes - first) / kLaneBytes * kLaneBytes);
+    }
+    const int result_row = thread % tile_rows, result_column = thread / tile_rows,
+              next_column = kWarps * kWarp / tile_rows;
+
     wait_for_previous();
-    float sums[Tiles][4] = {};
-    for (int first = warp * kStep; first < k_size; first += kAhead * kWarps * kStep) {
-        Packed8 w[kAhead][2];
+    Position of_x = enter_tile(static_cast<int>(blockIdx.x));
+    for (int stage = 0; stage < Cut::kDepth; stage++, advance(of_x)) {
+        if (of_x.tile < tiles) copy_x(ring + stage * layout.stage_bytes, of_x.k);
+        end_group_of_copies();
+    }
+    char* at = ring;
+    int turn = 0;
+    for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += blocks) {
+        const int64_t n = static_cast<int64_t>(tile) * tile_rows + result_row;
+        const float scale = kWidens && n < p.out_features ? load(p.weight_scale + n, From::constants) : 1.f;
+        const float bias = p.bias && n < p.out_features ? load(p.bias + n, From::constants) : 0.f;
+        float sums[Cut::kEights][(Cut::kHalves + 1) / 2][4] = {};
+        for (int k = first_k; k < k_size; k = next_k(k)) {
+            Packed8 w[Cut::kHalves + Cut::kHalves % 2][Cut::kProducts] = {};
+            wait_for_copies<Cut::kDepth - 1>();
 #pragma unroll
-        for (int a = 0; a < kAhead; a++) {
-            const int k = first + a * kWarps * kStep;
+            for (int half = 0; half < Cut::kHalves; half++) {
+                if (row + half * kEight >= tile_rows) break;
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-                w[a][half] = load8<Act>(weight + half * half_tile + k, exists[half] ? left(k) : 0);
+                for (int piece = 0; piece < kPieces; piece++) {
+                    w[half][piece] =
+                        load_raw(reinterpret_cast<Packed8*>(at + piece * layout.w_piece + half * kEight * kRowBytes));
+                }
+            }
+            if (ahead.tile < tiles) copy_weight(at, ahead);
+            if constexpr (kWidens) {
+#pragma unroll
+                for (auto& half : w) {
+                    const Packed8 packed = half[0];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        uint32_t pairs[2];
+                        widen4<Act>(packed.pairs[i], pairs);
+                        half[i / 2].pairs[i % 2 * 2] = pairs[0], half[i / 2].pairs[i % 2 * 2 + 1] = pairs[1];
+                    }
+                }
+            }
+#pragma unroll
+            for (int eight = 0; eight < Cut::kEights; eight++) {
+                if (eight * kEight >= rows) break;
+                Packed8 v[Cut::kProducts] = {};
+                if (row + eight * kEight < rows) {
+#pragma unroll
+                    for (int i = 0; i < Cut::kProducts; i++) {
+                        v[i] = load_raw(reinterpret_cast<Packed8*>(at + layout.w_bytes + i * layout.x_piece +
+                                                                   eight * kEight * kRowBytes));
+                    }
+                }
+#pragma unroll
+                for (int half = 0; half < Cut::kHalves; half += 2) {
+                    if (half * kEight >= tile_rows) break;
+#pragma unroll
+                    for (int i = 0; i < Cut::kProducts; i++) {
+                        const uint32_t (&low)[4] = w[half][i].pairs, (&high)[4] = w[half + 1][i].pairs;
+                        const uint32_t (&b)[4] = v[i].pairs;
+                        float first[4] = {}, second[4] = {};
+                        multiply_tiles<Act>(first, {low[0], high[0], low[1], high[1]}, {b[0], b[1]});
+                        multiply_tiles<Act>(second, {low[2], high[2], low[3], high[3]}, {b[2], b[3]});
+#pragma unroll
+                        for (int j = 0; j < 4; j++) sums[eight][half / 2][j] += first[j] + second[j];
+                    }
+                }
+            }
+            if (ahead.tile < tiles) copy_x(at, ahead.k);
+            end_group_of_copies();
+            advance(ahead);
+            at = at + layout.stage_bytes == end_of_ring ? ring : at + layout.stage_bytes;
         }
 #pragma unroll
-        for (int a = 0; a < kAhead; a++) {
-            const int k = first + a * kWarps * kStep;
-            if (k >= k_size) break;
-            const Act* of_tile = x + k;
+        for (int eight = 0; eight < Cut::kEights; eight++) {
+            const int columns = rows - eight * kEight;
+            if (columns <= 0) break;
+            // Of two buffers, so that while some threads still add up one, others can fill the other.
+            float* const of_warps = reinterpret_cast<float*>(memory + layout.sums_at) + turn * layout.sums_size;
+            turn ^= 1;
 #pragma unroll
-            for (int tile = 0; tile < Tiles; tile++, of_tile += next_tile) {
-                if (tile * kColumns >= rows) break;
-                const Packed8 v = load8<Act>(of_tile, tile * kColumns + row < rows ? left(k) : 0);
-                float products[4] = {};
-                const uint32_t (&low)[4] = w[a][0].pairs, (&high)[4] = w[a][1].pairs;
-                multiply_tiles<Act>(products, {low[0], high[0], low[1], high[1]}, {v.pairs[0], v.pairs[1]});
-                multiply_tiles<Act>(products, {low[2], high[2], low[3], high[3]}, {v.pairs[2], v.pairs[3]});
+            for (int half = 0; half < Cut::kHalves; half++) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) sums[tile][i] += products[i];
+                for (int i = 0; i < 2; i++) {
+                    const int r = half * kEight + row, c = 2 * quarter + i;
+                    if (r < tile_rows && c < columns) {
+                        store(of_warps + (warp * kEight + c) * layout.sums_stride + r,
+                              sums[eight][half / 2][half % 2 * 2 + i]);
+                    }
+                }
+            }
+            __syncthreads();
+            for (int c = result_column; c < kEight && c < columns && n < p.out_features; c += next_column) {
+                float total = 0.f;
+#pragma unroll
+                for (int w = 0; w < kWarps; w++) {
+                    total += load(of_warps + (w * kEight + c) * layout.sums_stride + result_row);
+                }
+                if (kWidens) total *= scale;
+                if (p.bias) total += bias;
+                store_as(p.y_dtype, p.y, (m0 + eight * kEight + c) * p.out_features + n, total);
             }
         }
     }
-#pragma unroll
-    for (int tile = 0; tile < Tiles; tile++) {
-        __syncthreads();  // the tile before has been read
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int r = row + i / 2 * 8, c = lane % 4 * 2 + i % 2;
-            store(of_warps + (warp * kColumns + c) * kTile + r, sums[tile][i]);
-        }
-        __syncthreads();
-        const int64_t m = m0 + tile * kColumns + thread / kTile, n = n0 + thread % kTile;
-        if (thread >= kTile * kColumns || m >= p.rows || n >= p.out_features) continue;
-        float total = 0.f;
-        for (int w = 0; w < kWarps; w++) total += load(of_warps + w * kTile * kColumns + thread);
-        if (sizeof(Weight) == 1) total *= load(p.weight_scale + n);
-        if (p.bias) total += load(p.bias + n);
-        store_as(p.y_dtype, p.y, m * p.out_features + n, total);
-    }
 }
 
-template <typename Act, typename Weight, int Tiles>
-void launch_tiles(const SkinnyLinearParams& p, int64_t m0, cudaStream_t stream) {
-    launch(multiply_on_tensor_cores<Act, Weight, Tiles>, dim3(blocks_for(p.out_features, kTile)), dim3(kWarps * kWarp),
-           stream, p, m0);
+// How W is cut into tiles. Of no rows: there is no memory for it.
+struct Tiling {
+    int tile_rows = 0, stages = 0;
+    int64_t cost = INT64_MAX, bytes = 0;
+};
+
+// The tiles of at least so many rows with which the slowest block has least to do, in bytes to move: a row of x or a
+// product cost about as much as half a row of 16 bits of W, and a tile as much as some thousand bytes.
+template <typename Weight, typename Cut>
+Tiling best_tiling(const SkinnyLinearParams& p, int x_rows, int least_rows) {
+    constexpr int64_t kProductBytes = 8, kTileBytes = 4096;
+    const int64_t memory = most_memory_of_a_block(), blocks = multiprocessors();
+    const int64_t stages = blocks_for(p.in_features, kWarps * kTurn) * (kTurn / kProduct / Cut::kProducts);
+    Tiling best;
+    for (int tile_rows = kEight * Cut::kHalves; tile_rows >= least_rows; tile_rows /= 2) {
+        const int64_t tiles = blocks_for(blocks_for(p.out_features, tile_rows), blocks);
+        const int64_t of_feature = tile_rows * static_cast<int64_t>(sizeof(Weight)) + x_rows + kProductBytes;
+        Tiling t;
+        t.tile_rows = tile_rows, t.cost = tiles * (of_feature * p.in_features + kTileBytes);
+        t.stages = static_cast<int>(std::min<int64_t>(Cut::kDepth, std::max<int64_t>(tiles * stages, 1)));
+        t.bytes = Layout::of<Cut, Weight>(tile_rows, x_rows, t.stages).bytes();
+        if (t.bytes <= memory && t.cost < best.cost) best = t;
+    }
+    return best;
+}
+
+template <typename Act, typename Weight, typename Cut>
+void launch_tiles(const SkinnyLinearParams& p, int64_t m0, int x_rows, const Tiling& t, cudaStream_t stream) {
+    const unsigned tiles = blocks_for(p.out_features, t.tile_rows), most = static_cast<unsigned>(multiprocessors());
+    launch_with_memory(multiply_on_tensor_cores<Act, Weight, Cut>, dim3(std::min(tiles, most)), dim3(kWarps * kWarp),
+                       t.bytes, stream, p, m0, x_rows, t.tile_rows, t.stages);
+}
+
+// Whether there was memory enough for so many rows of x.
+template <typename Act, typename Weight>
+bool start(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t stream) {
+    using Usual = Cut<1, 2, 2, 4>;
+    using Flat = Cut<1, 1, 2, 12>;  // few rows of W a block, so much of each at a time
+    using Some = Cut<2, 4, 2, 2>;
+    using Many = Cut<8, sizeof(Weight) == 1 ? 4 : 8, sizeof(Weight) == 1 ? 2 : 1, 2>;
+    if (x_rows <= kEight) {
+        const Tiling usual = best_tiling<Weight, Usual>(p, x_rows, 8), flat = best_tiling<Weight, Flat>(p, x_rows, 1);
+        if (usual.cost <= flat.cost) {
+            launch_tiles<Act, Weight, Usual>(p, m0, x_rows, usual, stream);
+        } else {
+            launch_tiles<Act, Weight, Flat>(p, m0, x_rows, flat, stream);
+        }
+        return true;
+    }
+    const bool some = x_rows <= Some::kEights * kEight;
+    const Tiling t = some ? best_tiling<Weight, Some>(p, x_rows, 1) : best_tiling<Weight, Many>(p, x_rows, 1);
+    if (t.tile_rows == 0) return false;
+    if (some) {
+        launch_tiles<Act, Weight, Some>(p, m0, x_rows, t, stream);
+    } else {
+        launch_tiles<Act, Weight, Many>(p, m0, x_rows, t, stream);
+    }
+    return true;
 }
 
 template <typename Act, typename Weight>
 void on_tensor_cores(const SkinnyLinearParams& p, cudaStream_t stream) {
-    for (int64_t m0 = 0; m0 < p.rows; m0 += 8 * kColumns) {
-        const int64_t left = p.rows - m0;
-        if (left <= kColumns) {
-            launch_tiles<Act, Weight, 1>(p, m0, stream);
-        } else {
-            launch_tiles<Act, Weight, 8>(p, m0, stream);
-        }
+    for (int64_t m0 = 0; m0 < p.rows;) {
+        int x_rows = static_cast<int>(std::min<int64_t>(p.rows - m0, kMostRows));
+        while (!start<Act, Weight>(p, m0, x_rows, stream)) x_rows /= 2;
+        m0 += x_rows;
     }
 }
 
 constexpr int kThreads = 128, kRows = kThreads / kWarp;  // rows of W in a block
+constexpr int kSums = 8;  // of a lane: short sums are accurate, and do not wait for another
 
-// Lane l sums features 4l … 4l+3 of every 128 in turn, then the lanes are added in a tree.
+// Lane l takes features 4l … 4l+3 of every 128, and has a sum for each of eight features of two such groups. Its sums,
+// then the lanes are added in a tree.
 template <typename Act, typename Weight, int M>
 __global__ void __launch_bounds__(kThreads) multiply(SkinnyLinearParams p, int64_t m0) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -109,21 +340,30 @@ __global__ void __launch_bounds__(kThreads) multiply(SkinnyLinearParams p, int64
     wait_for_previous();
     const Weight* weight = static_cast<const Weight*>(p.weight) + n * p.weight_row_stride;
     const Act* x = reinterpret_cast<const Act*>(p.x) + m0 * p.x_row_stride;
-    float sums[M] = {};
-    for (int64_t k = 4 * lane; k < p.in_features; k += 4 * kWarp) {
-        const int count = p.in_features - k < 4 ? static_cast<int>(p.in_features - k) : 4;
-        const Float4 w = load4(weight + k, count);
+    float sums[M][kSums] = {};
+    for (int64_t first = 4 * lane; first < p.in_features; first += kSums * kWarp) {
 #pragma unroll
-        for (int m = 0; m < M; m++) {
-            const Float4 input = load4(x + m * p.x_row_stride + k, count);
+        for (int half = 0; half < 2; half++) {
+            const int64_t k = first + half * 4 * kWarp, left = p.in_features - k;
+            const int count = left < 0 ? 0 : left < 4 ? static_cast<int>(left) : 4;
+            const Float4 w = load4(weight + k, count, From::constants);
 #pragma unroll
-            for (int i = 0; i < 4; i++) sums[m] = fmaf(w.v[i], input.v[i], sums[m]);
+            for (int m = 0; m < M; m++) {
+                const Float4 input = load4(x + m * p.x_row_stride + k, count);
+#pragma unroll
+                for (int i = 0; i < 4; i++) sums[m][4 * half + i] = fmaf(w.v[i], input.v[i], sums[m][4 * half + i]);
+            }
         }
     }
     const float scale = sizeof(Weight) == 1 ? load(p.weight_scale + n) : 1.f;
 #pragma unroll
     for (int m = 0; m < M; m++) {
-        float total = sum_of_lanes<kWarp>(sums[m]);
+#pragma unroll
+        for (int step = kSums / 2; step > 0; step /= 2) {
+#pragma unroll
+            for (int i = 0; i < step; i++) sums[m][i] += sums[m][i + step];
+        }
+        float total = sum_of_lanes<kWarp>(sums[m][0]);
         if (sizeof(Weight) == 1) total *= scale;
         if (p.bias) total += load(p.bias + n);
         if (lane == 0) store_as(p.y_dtype, p.y, (m0 + m) * p.out_features + n, total);
@@ -147,10 +387,11 @@ void by_multiply_adds(const SkinnyLinearParams& p, cudaStream_t stream) {
 template <typename Act, typename Weight>
 void run(const SkinnyLinearParams& p, cudaStream_t stream) {
     if constexpr (sizeof(Act) == 2 && (std::is_same<Act, Weight>::value || sizeof(Weight) == 1)) {
-        on_tensor_cores<Act, Weight>(p, stream);
-    } else {
-        by_multiply_adds<Act, Weight>(p, stream);
+        const int64_t stride = p.out_features > 1 ? p.weight_row_stride * static_cast<int64_t>(sizeof(Weight)) : 0;
+        const bool aligned = reinterpret_cast<uintptr_t>(p.weight) % kLaneBytes == 0 && stride % kLaneBytes == 0;
+        if (aligned) return on_tensor_cores<Act, Weight>(p, stream);
     }
+    by_multiply_adds<Act, Weight>(p, stream);
 }
 
 template <typename Act>
@@ -162,7 +403,9 @@ void with_activations(const SkinnyLinearParams& p, cudaStream_t stream) {
 }  // namespace
 
 void skinny_linear(const SkinnyLinearParams& p, cudaStream_t stream) {
-    if (p.in_features > INT32_MAX - 65536) throw std::invalid_argument("skinny_linear: too many features for CUDA");
+    constexpr int64_t kMost = INT32_MAX / 2 - 65536;
+    if (p.in_features > kMost || p.out_features > kMost)
+        throw std::invalid_argument("skinny_linear: too large for CUDA");
     SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }
 

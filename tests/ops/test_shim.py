@@ -11,7 +11,7 @@ from shim import SHIM, compile_on_shim
 BLOCKS = 3
 FAULTS = ("none", "no_barrier", "load_beyond", "store_beyond", "store_to_input", "two_blocks", "lost_lane",
           "different_barriers", "early_load", "plain_add", "wide_store",
-          "no_wait", "false_constant", "misaligned")  # fmt: skip
+          "no_wait", "false_constant", "misaligned", "no_group", "young_group", "copy_before_wait", "never_awaited")  # fmt: skip
 Run = Callable[[str, str, int], tuple[str, torch.Tensor, torch.Tensor]]
 
 
@@ -40,6 +40,9 @@ def test_kernels_without_a_fault(run: Run, seed: int) -> None:
     message, rows, sums = run("warp_sum", "none", seed)
     assert message == ""
     torch.testing.assert_close(sums, rows[:, :32].sum(1))
+    message, rows, sums = run("copied_sum", "none", seed)
+    assert message == ""
+    torch.testing.assert_close(sums, rows.sum(1))
     message, rows, sums = run("count_positive", "none", seed)
     assert message == ""
     assert torch.equal(sums, (rows > 0).sum(1).float())
@@ -63,6 +66,13 @@ def test_kernels_without_a_fault(run: Run, seed: int) -> None:
         ("count_positive", "early_load", "race"),
         ("count_positive", "plain_add", "race"),
         ("count_positive", "wide_store", "race"),
+        ("copied_sum", "no_barrier", "race"),
+        ("copied_sum", "misaligned", "misaligned access"),
+        ("copied_sum", "load_beyond", "load out of bounds"),
+        ("copied_sum", "no_group", "a copy goes to"),
+        ("copied_sum", "young_group", "a copy goes to"),
+        ("copied_sum", "copy_before_wait", "before the kernel before has ended"),
+        ("copied_sum", "never_awaited", "before its copies"),
     ],
 )
 def test_planted_faults(run: Run, kernel: str, fault: str, found: str, seed: int) -> None:

@@ -236,6 +236,51 @@ def test_activations_of_16_bits(
         assert_bitwise_equal(alone, y[first : first + 1], f"row {first}")
 
 
+def aligned(matrix: torch.Tensor, filling: float) -> torch.Tensor:
+    """The same inside a wider matrix, whose rows begin at multiples of 16 bytes."""
+    columns = matrix.shape[1]
+    return F.pad(matrix, (0, -columns % 16), value=filling)[:, :columns]
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["same dtype", "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("features", "outputs"), [(1, 1), (7, 3), (48, 96), (160, 201), (333, 50), (512, 5), (1100, 7), (1552, 100)]
+)
+def test_a_row_of_16_bits_is_the_same_among_any_others(
+    features: int, outputs: int, dtype: torch.dtype, int8: bool, gpu_kernels: str
+) -> None:
+    """And wherever it lies; the weight is aligned as a whole model's, whatever its number of features."""
+    g = torch.Generator().manual_seed(0)
+    x = aligned(torch.randn(67, features, generator=g).to(dtype), torch.nan)
+    weight, bias = torch.randn(outputs, features, generator=g), torch.randn(outputs, generator=g)
+    if int8:
+        weight = quantised(weight)
+        weight = Int8Weight(aligned(weight.values, -128), weight.scale)
+    else:
+        weight = aligned(weight.to(dtype), torch.nan)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return skinny_linear(x, weight, bias, out_dtype=torch.float32, backend=gpu_kernels)
+
+    y = run(x)
+    exact = reference.skinny_linear(x.double(), weight, bias)
+    assert_accurate(y, reference.skinny_linear(x.float(), weight, bias), exact)
+    for count in (1, 5, 8, 9, 16, 17, 40, 64):
+        assert_bitwise_equal(run(x[:count]), y[:count], f"first {count} rows")
+        assert_bitwise_equal(run(x[-count:]), y[-count:], f"last {count} rows")
+    elsewhere = F.pad(x, (1, 2), value=torch.nan)[:, 1:-2]
+    assert_bitwise_equal(run(elsewhere[:11]), y[:11], "x lies at odd addresses")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_of_int8_is_read_exactly_beside_16_bits(dtype: torch.dtype, gpu_kernels: str) -> None:
+    values = torch.arange(-128, 128, dtype=torch.int8).view(16, 16)
+    weight = Int8Weight(values, torch.ones(16))
+    y = skinny_linear(torch.eye(16, dtype=dtype), weight, out_dtype=torch.float32, backend=gpu_kernels)
+    assert_bitwise_equal(y.T, values.float(), "weights")
+
+
 def test_out_dtype_is_that_of_x_or_float32(backend: str) -> None:
     with pytest.raises(ValueError, match=r"out_dtype must be torch.float32 or that of x"):
         skinny_linear(torch.ones(1, 2), torch.ones(3, 2), out_dtype=torch.float64, backend=backend)

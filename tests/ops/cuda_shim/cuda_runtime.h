@@ -5,7 +5,8 @@
 // Every access to memory goes through check(): it must lie in memory that was announced, and must not race with another
 // thread's. Two accesses to one address, one of them a store, need __syncthreads between them, or within a warp
 // __syncwarp; a shuffle orders no memory, and between blocks of one launch nothing does. An atomic access counts as a
-// store, but two of them do not race. A wide access is one to each of its words.
+// store, but two of them do not race. A wide access is one to each of its words. An asynchronous copy happens when its
+// thread waits for it; until then nobody may touch where it goes.
 #pragma once
 
 #include <setjmp.h>
@@ -15,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <random>
@@ -23,6 +25,7 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #define SM_HOST_SHIM 1
@@ -48,12 +51,23 @@ namespace shim {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 64 * 1024;
+constexpr int kMultiprocessors = 3;
+constexpr int kMemoryOfBlock = 227 * 1024;
+constexpr size_t kCopied = 16;  // bytes of an asynchronous copy
 
 struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
 enum class Wait { nothing, block, warp, ended };
+
+// Sixteen bytes on their way, of which the first `bytes` are read.
+struct Copy {
+    char* to;
+    const char* from;
+    int bytes;
+    int64_t group;
+};
 
 struct Fiber {
     ucontext_t context;
@@ -67,6 +81,8 @@ struct Fiber {
     uint64_t lane_values[2] = {};   // of this shuffle and the one before
     uint32_t fragments[2][6] = {};  // the same of products of tensor cores: a, b
     bool waited = false;            // for the kernel before
+    std::deque<Copy> copies;
+    int64_t groups = 0;  // of copies, that have ended
 };
 
 enum class Kind { load, load_constant, store, atomic };
@@ -94,12 +110,17 @@ struct BlockMemory {
     size_t bytes, granule;
     int64_t block = -1;
     std::vector<Cell> cells = std::vector<Cell>(bytes / granule);
+
+    bool contains(uintptr_t at, size_t size) const { return at >= begin && at + size <= begin + bytes; }
 };
 
 struct Machine {
     Memory memory;  // of the call
     std::unordered_map<uintptr_t, Cell> cells;
     std::vector<BlockMemory*> block_memory;  // that the running block has asked for
+    std::vector<uint64_t> launched;          // further memory of a block, whose size the launch states
+    BlockMemory launched_cells{0, 0, 4};
+    std::unordered_set<uintptr_t> arriving;  // memory that copies go to, by the address of sixteen bytes
     std::mt19937 random{1};
     std::vector<Fiber> fibers;
     jmp_buf scheduler;
@@ -156,12 +177,12 @@ struct Machine {
 
     // An access of so many bytes, which races element by element.
     void check(const void* address, size_t bytes, Kind kind, size_t element = 4) {
-        if (!running->waited && kind != Kind::load_constant) fail("memory touched before the kernel before has ended");
         const uintptr_t at = reinterpret_cast<uintptr_t>(address);
         if (at % bytes) fail("misaligned access");
         const size_t word = std::min(bytes, element);
+        if (arriving.count(at / kCopied)) fail("memory touched that a copy goes to");
         for (BlockMemory* memory : block_memory) {
-            if (at - memory->begin >= memory->bytes || at + bytes > memory->begin + memory->bytes) continue;
+            if (!memory->contains(at, bytes)) continue;
             for (size_t offset = at - memory->begin; offset < at - memory->begin + bytes; offset += word) {
                 Cell& cell = memory->cells[offset / memory->granule];
                 if (cell.block != block) cell = {};
@@ -170,6 +191,7 @@ struct Machine {
             }
             return;
         }
+        if (!running->waited && kind != Kind::load_constant) fail("memory touched before the kernel before has ended");
         const Range* range = range_of(memory, at, bytes);
         const bool loads = kind == Kind::load || kind == Kind::load_constant;
         if (!range) fail(loads ? "load out of bounds" : "store out of bounds");
@@ -179,6 +201,51 @@ struct Machine {
             return;  // nobody to race with
         }
         for (size_t offset = 0; offset < bytes; offset += word) touch(cells[at + offset], kind);
+    }
+
+    void check_elements(const char* address, int bytes, Kind kind) {
+        for (int i = 0; i < bytes; i++) check(address + i, 1, kind);
+    }
+
+    void copy_async(void* to, const void* from, int bytes, Kind kind) {
+        if (bytes < 0 || bytes > static_cast<int>(kCopied)) fail("a copy of this size cannot be");
+        if (reinterpret_cast<uintptr_t>(from) % kCopied) fail("misaligned access");
+        const uintptr_t at = reinterpret_cast<uintptr_t>(to);
+        if (std::none_of(block_memory.begin(), block_memory.end(), [=](auto* m) { return m->contains(at, kCopied); }))
+            fail("copy to what is no memory of the block");
+        check_elements(static_cast<const char*>(from), bytes, kind);
+        check(to, kCopied, Kind::store);
+        arriving.insert(at / kCopied);
+        running->copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, running->groups});
+    }
+
+    void end_group_of_copies() { running->groups++; }
+
+    void wait_for_copies(int64_t going) {
+        auto& copies = running->copies;
+        for (; !copies.empty() && copies.front().group < running->groups - going; copies.pop_front()) {
+            const Copy& copy = copies.front();
+            arriving.erase(reinterpret_cast<uintptr_t>(copy.to) / kCopied);
+            check(copy.to, kCopied, Kind::store);
+            std::memset(copy.to, 0, kCopied);
+            if (copy.bytes) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+        }
+    }
+
+    void prefetch(const void* from, unsigned bytes) {
+        const uintptr_t at = reinterpret_cast<uintptr_t>(from);
+        if (at % kCopied || bytes % kCopied) fail("misaligned access");
+        if (bytes && !range_of(memory, at, bytes)) fail("prefetch out of bounds");
+    }
+
+    // The same for all threads of a block.
+    char* launched_memory() {
+        if (launched_cells.block != block) {
+            launched_cells.block = block;
+            std::fill(launched.begin(), launched.end(), ~uint64_t{0});
+            block_memory.push_back(&launched_cells);
+        }
+        return reinterpret_cast<char*>(launched.data());
     }
 
     void yield(Wait wait) {
@@ -239,14 +306,15 @@ struct Machine {
 
     void run_block(const dim3& index) {
         block_index = index, block++;
-        block_memory.clear();
+        block_memory.clear(), arriving.clear();
         const unsigned count = threads.x * threads.y * threads.z;
         if (fibers.size() != count) fibers = std::vector<Fiber>(count);
         for (unsigned i = 0; i < count; i++) {
             Fiber& f = fibers[i];
             if (f.wait != Wait::ended) f.begun = false;  // a fault left it in the middle of a kernel
             f.id = static_cast<int>(i), f.wait = Wait::nothing, f.waited = false,
-            f.block_epoch = f.warp_epoch = f.shuffles = 0;
+            f.block_epoch = f.warp_epoch = f.shuffles = f.groups = 0;
+            f.copies.clear();
         }
         std::vector<int> order(count);
         for (;;) {
@@ -260,13 +328,19 @@ struct Machine {
             }
             const bool ended =
                 std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.wait == Wait::ended; });
+            if (ended && !arriving.empty()) throw Failure("a thread ended before its copies did");
             if (ended) return;
             if (!open_barriers() && error.empty()) error = "deadlock: threads wait at different barriers";
             if (!error.empty()) throw Failure(error);
         }
     }
 
-    void launch(const dim3& blocks, const dim3& block_threads, std::function<void()> kernel) {
+    // With so many bytes of launched memory for each block.
+    void launch(const dim3& blocks, const dim3& block_threads, size_t bytes, std::function<void()> kernel) {
+        if (bytes > kMemoryOfBlock) throw Failure("more memory than a block can have");
+        launched.assign((bytes + 15) / 16 * 2 + 2, 0);
+        launched_cells.begin = reinterpret_cast<uintptr_t>(launched.data()), launched_cells.bytes = bytes;
+        launched_cells.cells.resize(std::max(launched_cells.cells.size(), launched.size() * 2));
         grid = blocks, threads = block_threads, body = std::move(kernel);
         cells.clear(), error.clear();
         std::vector<dim3> indices;

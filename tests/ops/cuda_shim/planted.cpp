@@ -1,4 +1,5 @@
 // Kernels with planted faults, each of which the shim must find; and the same without.
+#include "copies.cuh"
 #include "device.cuh"
 
 namespace speculative_mamba {
@@ -28,7 +29,11 @@ enum Fault {
     wide_store,
     no_wait,
     false_constant,
-    misaligned
+    misaligned,
+    no_group,
+    young_group,
+    copy_before_wait,
+    never_awaited
 };
 
 // Sums a row of 64: lane by lane through memory of the block.
@@ -79,6 +84,31 @@ __global__ void count_positive(Arguments a) {
     if (i == 0) store(a.out + blockIdx.x, static_cast<float>(load_raw(counts + 2)));
 }
 
+// Sums a row that is copied in the background, in two groups a thread.
+__global__ void copied_sum(Arguments a) {
+    SM_LAUNCHED_MEMORY(memory);
+    float* const values = reinterpret_cast<float*>(memory);
+    const int i = static_cast<int>(threadIdx.x);
+    if (a.fault != copy_before_wait) wait_for_previous();
+    for (int half = 0; half < 2; half++) {
+        const int first = 4 * i + half * kThreads / 2;
+        const float* from = a.in + blockIdx.x * kThreads + first;
+        const int skipped = a.fault == misaligned ? 1 : a.fault == load_beyond ? 4 : 0;
+        if (i < kThreads / 8) copy_async(values + first, from + skipped, 16);
+        if (a.fault != no_group) end_group_of_copies();
+    }
+    if (a.fault == copy_before_wait) wait_for_previous();
+    if (a.fault == young_group) {
+        wait_for_copies<1>();
+    } else if (a.fault != never_awaited) {
+        wait_for_copies<0>();
+    }
+    if (a.fault != no_barrier) __syncthreads();
+    float sum = 0.f;
+    for (int j = 0; i == 0 && a.fault != never_awaited && j < kThreads; j++) sum += load(values + j);
+    if (i == 0) store(a.out + blockIdx.x, sum);
+}
+
 }  // namespace
 
 // Runs a kernel on `blocks` rows. What went wrong, or nothing.
@@ -93,8 +123,13 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
     message.clear();
     try {
         const std::string name = kernel;
-        auto function = name == "block_sum" ? block_sum : name == "warp_sum" ? warp_sum : count_positive;
-        launch(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), nullptr, Arguments{in, out, fault});
+        auto function = name == "block_sum"    ? block_sum
+                        : name == "warp_sum"   ? warp_sum
+                        : name == "copied_sum" ? copied_sum
+                                               : count_positive;
+        const int64_t memory = name == "copied_sum" ? kThreads * sizeof(float) : 0;
+        launch_with_memory(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), memory, nullptr,
+                           Arguments{in, out, fault});
     } catch (const shim::Failure& failure) { message = failure.what(); }
     return message.c_str();
 }
