@@ -208,6 +208,7 @@ struct SampleTokensParams {
     int64_t laws_batch_stride;
     int64_t* tokens;    // (B)
     int32_t* verdicts;  // (B)
+    uint64_t* scratch;  // (B, ⌈V / 64⌉): memory of the CUDA kernel, laid out there
 };
 
 // How many of a row's K drafted tokens stand, and the token after them.
@@ -227,7 +228,8 @@ struct SpeculativeAcceptParams {
     int32_t* accepted;         // (B); the position, where the verdict is not ok
     int64_t* next;             // (B)
     int32_t* verdicts;         // (B)
-    int64_t* decisions;        // (B, K+1): scratch memory of the CUDA kernel
+    int64_t* decisions;        // (B, K+1): memory of the CUDA kernel, like the next
+    uint64_t* scratch;         // (B, K+1, ⌈V / 64⌉)
 };
 
 }  // namespace speculative_mamba

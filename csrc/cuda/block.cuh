@@ -21,6 +21,22 @@ struct Memory {
     SM_SHARED(uint64_t, found, 3);           \
     const Memory memory { low, high, of_warp, found }
 
+// Calls act(i, load_at(i)) for i = 0 … end-1, each by one thread.
+template <typename Load, typename Act>
+__device__ __forceinline__ void for_each(int end, Load load_at, Act act) {
+    constexpr int kAhead = 8;  // loads that are under way at a time
+    const int threads = static_cast<int>(blockDim.x);
+    for (int first = static_cast<int>(threadIdx.x); first < end; first += kAhead * threads) {
+        decltype(load_at(0)) values[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; i++)
+            if (first + i * threads < end) values[i] = load_at(first + i * threads);
+#pragma unroll
+        for (int i = 0; i < kAhead; i++)
+            if (first + i * threads < end) act(first + i * threads, values[i]);
+    }
+}
+
 // Combines the values of all threads; the same in each.
 template <typename Combine>
 __device__ __forceinline__ uint64_t of_block(const Memory& m, uint64_t value, Combine combine) {

@@ -4,6 +4,7 @@
 
 #include "../philox.h"
 #include "law.cuh"
+#include "shortlist.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
@@ -32,20 +33,37 @@ struct Race {
     }
 };
 
-// weight(token) is asked for once, for every token. Where no weight is positive the result means nothing.
-template <typename Weight>
-__device__ __forceinline__ int draw(const Memory& m, int vocabulary, const Noise& noise, Weight weight) {
+__device__ __forceinline__ int winner_of(const Memory& m, const Race& race) {
+    uint32_t bits;
+    memcpy(&bits, &race.best, sizeof bits);
+    const uint64_t mine = race.winner < 0 ? ~uint64_t{0} : uint64_t{bits} << 32 | static_cast<unsigned>(race.winner);
+    return static_cast<int>(of_block(m, mine, smaller) & 0xffffffffu);
+}
+
+// A token of those that measure(token, weight) is positive for; of a law it is asked for once. Where there is none the
+// result means nothing.
+template <typename Measure>
+__device__ __forceinline__ int draw(const Memory& m, const Shortlist& law, const Noise& noise, Measure measure) {
+    Race race;
+    law.for_mine([&](int token, float weight) {
+        const float mine = measure(token, weight);
+        if (mine > 0.f) race.enter(token, mine, noise.bits(static_cast<uint32_t>(token)));
+    });
+    return winner_of(m, race);
+}
+template <typename Measure>
+__device__ __forceinline__ int draw(const Memory& m, const Law& law, const Noise& noise, Measure measure) {
     Race race;
     // A thread takes four tokens at a time, those that share a counter.
     for (int counter = static_cast<int>(threadIdx.x);; counter += static_cast<int>(blockDim.x)) {
         const int first = counter / 16 * 64 + counter % 16;
-        if (first >= vocabulary) break;
+        if (first >= law.logits.vocabulary) break;
         float weights[4];
         bool any = false;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int token = first + 16 * i;
-            weights[i] = token < vocabulary ? weight(token) : 0.f;
+            weights[i] = token < law.logits.vocabulary ? measure(token, law.weight(token)) : 0.f;
             any |= weights[i] > 0.f;
         }
         if (!any) continue;
@@ -55,27 +73,11 @@ __device__ __forceinline__ int draw(const Memory& m, int vocabulary, const Noise
         for (int i = 0; i < 4; i++)
             if (weights[i] > 0.f) race.enter(first + 16 * i, weights[i], words[i][0]);
     }
-    uint32_t bits;
-    memcpy(&bits, &race.best, sizeof bits);
-    const uint64_t mine = race.winner < 0 ? ~uint64_t{0} : uint64_t{bits} << 32 | static_cast<unsigned>(race.winner);
-    return static_cast<int>(of_block(m, mine, smaller) & 0xffffffffu);
+    return winner_of(m, race);
 }
-
-struct Choice {
-    int token;
-    float scale;  // makes a weight of the law a probability
-};
-
-// A token of the law; for greedy decoding the likeliest.
-__device__ __forceinline__ Choice choose(const Memory& m, const Law& law, const Noise& noise) {
-    if (law.temperature == 0.f) return {law.likeliest, 1.f};
-    uint64_t total = 0;
-    const int token = draw(m, law.logits.vocabulary, noise, [&](int i) {
-        const float weight = law.weight(i);
-        total += to_units(weight);
-        return weight;
-    });
-    return {token, scale_of(of_block(m, total, plus))};
+template <typename Law>
+__device__ __forceinline__ int draw(const Memory& m, const Law& law, const Noise& noise) {
+    return draw(m, law, noise, [](int, float weight) { return weight; });
 }
 
 }  // namespace

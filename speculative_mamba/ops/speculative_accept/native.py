@@ -23,10 +23,11 @@ def speculative_accept(
     following = logits.new_empty(batch, dtype=torch.int64)
     kernels, where = compiled(logits)
     decisions = scratch(kernels, logits, batch * tokens, torch.int64)
+    memory = scratch(kernels, logits, batch * tokens * -(-vocabulary // 64), torch.int64)
     kernels.speculative_accept(
         batch, tokens, vocabulary, logits.data_ptr(), logits.stride()[:2], drafted.data_ptr(), address(laws),
         (0, 0) if laws is None else laws.stride()[:2], filters.values(), coupled, address(seen), keys.data_ptr(),
         positions.data_ptr(), address(active), accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(),
-        decisions.data_ptr(), where,
+        decisions.data_ptr(), memory.data_ptr(), where,
     )  # fmt: skip
     return accepted, following, verdicts

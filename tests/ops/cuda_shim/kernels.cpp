@@ -180,6 +180,7 @@ void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
     announce_bytes(p.positions, p.batch * 8);
     announce_bytes(p.tokens, p.batch * 8, Use::write);
     announce(p.verdicts, p.batch, Use::write);
+    announce_bytes(p.scratch, p.batch * ((p.vocabulary + 63) / 64) * 8, Use::write);
     cuda::sample_tokens(p, stream);
 }
 
@@ -193,6 +194,7 @@ void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
     announce_bytes(p.keys, p.batch * 2 * 8);
     announce_bytes(p.positions, p.batch * 8);
     announce_bytes(p.decisions, p.batch * p.tokens * 8, Use::write);
+    announce_bytes(p.scratch, p.batch * p.tokens * ((p.vocabulary + 63) / 64) * 8, Use::write);
     announce_bytes(p.next, p.batch * 8, Use::write);
     announce(p.accepted, p.batch, Use::write);
     announce(p.verdicts, p.batch, Use::write);
