@@ -208,7 +208,7 @@ struct SampleTokensParams {
     int64_t laws_batch_stride;
     int64_t* tokens;    // (B)
     int32_t* verdicts;  // (B)
-    uint64_t* scratch;  // (B, ⌈V / 64⌉): memory of the CUDA kernel, laid out there
+    uint64_t* scratch;  // (B, S): memory of the CUDA kernel, laid out there; S = ⌈V / 64⌉ + 4 ⌈V / 2048⌉ + 2049
 };
 
 // How many of a row's K drafted tokens stand, and the token after them.
@@ -229,7 +229,7 @@ struct SpeculativeAcceptParams {
     int64_t* next;             // (B)
     int32_t* verdicts;         // (B)
     int64_t* decisions;        // (B, K+1): memory of the CUDA kernel, like the next
-    uint64_t* scratch;         // (B, K+1, ⌈V / 64⌉)
+    uint64_t* scratch;         // (B, K+1, S), as above
 };
 
 }  // namespace speculative_mamba

@@ -1,9 +1,7 @@
-// From a row of logits to the law that is sampled, by one block: penalty, temperature, top-k, top-p, min-p. Nothing is
-// kept of the row: its logits are read again for every question.
+// Which tokens of a position a law holds, and their weights.
 #pragma once
 
-#include "logits.cuh"
-#include "weights.cuh"
+#include "survey.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
@@ -17,13 +15,12 @@ inline dim3 threads_for(int64_t vocabulary) {
     return {threads};
 }
 
-// Calls act(token, logit) for tokens 0 … end-1, each by one thread.
+// Calls act(token, logit) for tokens 0 … end-1, each by one thread of the block.
 template <typename Act>
 __device__ __forceinline__ void for_each_logit(const Logits& logits, int end, Act act) {
     for_each(end, [&](int token) { return logits[token]; }, act);
 }
 
-// Weights of all tokens, 1 for the likeliest; 0 where filtered.
 struct Law {
     Logits logits;
     Weigh weigh;
@@ -34,27 +31,33 @@ struct Law {
     __device__ bool holds(uint32_t place, int token) const {
         return place < last_place || (place == last_place && token <= last_id);
     }
-    __device__ float weight(int token) const { return weight(token, logits[token]); }
+    // 1 for the likeliest token; 0 where filtered.
     __device__ float weight(int token, float logit) const {
         const float result = holds(place_of(logit), token) ? weigh(logit) : 0.f;
         return result >= lightest ? result : 0.f;
     }
-    __device__ float weight_of(const Memory&, int token) const { return weight(token); }
-    template <typename Act>
-    __device__ void for_mine(Act act) const {
-        for_each_logit(logits, logits.vocabulary, [&](int token, float logit) { act(token, weight(token, logit)); });
+
+    // The law of all tokens, by a block. Verdict::ok, or why there is none.
+    __device__ Verdict begin(const Memory& m, const Position& position, const Filters& f) {
+        uint64_t first = ~uint64_t{0};
+        groups_of(position).for_each([&](int, uint32_t place) { first = smaller(first, place); });
+        logits = position.logits;
+        weigh = {logit_at(static_cast<uint32_t>(of_block(m, first, smaller))), f.temperature};
+        lightest = 0.f, last_place = ~0u, last_id = logits.vocabulary;
+        return verdict_on(weigh.peak, false);
     }
-    // The sum of all weights, in fixed point.
+
+    // The sum of all weights.
     __device__ uint64_t total(const Memory& m) const {
         uint64_t sum = 0;
-        for_mine([&](int, float weight) { sum += to_units(weight); });
+        for_each_logit(logits, logits.vocabulary,
+                       [&](int token, float logit) { sum += to_units(weight(token, logit)); });
         return of_block(m, sum, plus);
     }
-    __device__ float scale(const Memory& m) const { return scale_of(total(m)); }
 
     // Keeps the tokens that have less than `target` before them, in order of place, of equal ones by id. A token counts
     // measure(weight). Those that an earlier cut dropped are counted too, after all that can matter: `target` is at
-    // most what the others count.
+    // most what the others count. Nothing is kept of the row: its logits are read again for every eleven bits.
     template <typename Measure>
     __device__ void keep(const Memory& m, uint64_t target, Measure measure) {
         const Histogram histogram{m};
@@ -80,6 +83,18 @@ struct Law {
         last_id = target + each <= inside ? id_of(m, place, (target + each - 1) / each) : logits.vocabulary;
     }
 
+    // The same with the tokens of the last bin ranked; `target` counts from the bin's first on.
+    __device__ void cut(const List& bin, int size, uint64_t target) {
+        // Each thread knows one token at most, and the last that is needed says so to all.
+        const int i = static_cast<int>(threadIdx.x);
+        auto needed = [&](int at) { return at < size && load_raw(bin.before + at) < target; };
+        if (needed(i) && !needed(i + 1)) store_raw(bin.met, load_raw(bin.leaders + i));
+        __syncthreads();
+        const uint64_t last = load_raw(bin.met);
+        last_place = static_cast<uint32_t>(last >> 32), last_id = token_of(last);
+    }
+
+ private:
     // The id of the n-th token at a place.
     __device__ int id_of(const Memory& m, uint32_t place, uint64_t n) const {
         const Histogram histogram{m};
@@ -95,21 +110,6 @@ struct Law {
             end = first + width < end ? first + width : end;
         }
         return first;
-    }
-
-    // Finds the law of the logits. Verdict::ok, or why there is none.
-    __device__ Verdict make(const Memory& m, const Filters& f) {
-        uint64_t first = ~uint64_t{0};
-        for_each_logit(logits, logits.vocabulary, [&](int, float logit) { first = smaller(first, place_of(logit)); });
-        weigh = {logit_at(static_cast<uint32_t>(of_block(m, first, smaller))), f.temperature};
-        last_place = ~0u, last_id = logits.vocabulary, lightest = 0.f;
-        const Verdict verdict = verdict_on(weigh.peak, false);
-        if (verdict != Verdict::ok) return verdict;
-        if (0 < f.top_k && f.top_k < logits.vocabulary)
-            keep(m, static_cast<uint64_t>(f.top_k), [](float) { return uint64_t{1}; });
-        if (f.top_p < 1.f) keep(m, nucleus_of(f, total(m)), [](float weight) { return to_units(weight); });
-        lightest = lightest_of(f);
-        return Verdict::ok;
     }
 };
 

@@ -1,7 +1,7 @@
 // Where the logits of a position lie, how they are ordered, and what becomes of them when they say nothing.
 #pragma once
 
-#include "device.cuh"
+#include "block.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
@@ -52,25 +52,48 @@ struct Logits {
     __device__ float penalised(int token, float value) const {
         if (penalty == 1.f) return value;
         bool in_text = load_raw(seen + token);
+#pragma unroll 1
         for (int64_t i = 0; i < recent_tokens; i++) in_text |= load_raw(recent + i) == token;
         return !in_text ? value : value > 0 ? value / penalty : value * penalty;
     }
 };
 
+// Memory of a position between launches.
+constexpr int kChunk = 2048;
+inline __host__ __device__ int64_t chunks_of(int64_t vocabulary) { return (vocabulary + kChunk - 1) / kChunk; }
+inline __device__ int64_t scratch_of(int64_t vocabulary) {
+    return (vocabulary + 63) / 64 + 4 * chunks_of(vocabulary) + kBins + 1;
+}
+struct Scratch {
+    uint64_t* memory;  // (⌈V / 64⌉ + 4 ⌈V / 2048⌉ + 2049)
+    int vocabulary;
+
+    __device__ uint64_t* leaders() const { return memory; }                              // (⌈V / 1024⌉) of spans, or
+    __device__ uint32_t* places() const { return reinterpret_cast<uint32_t*>(memory); }  // (⌈V / 32⌉) of groups
+    __device__ uint64_t* totals() const { return memory + (vocabulary + 63) / 64; }      // (⌈V / 2048⌉) of chunks
+    __device__ uint64_t* winners() const { return totals() + chunks_of(vocabulary); }    // (⌈V / 2048⌉)
+    __device__ uint64_t* rest() const {
+        return winners() + chunks_of(vocabulary);
+    }  // (⌈V / 2048⌉): winners of the residual
+    __device__ uint64_t* met() const { return rest() + chunks_of(vocabulary); }             // (⌈V / 2048⌉)
+    __device__ uint64_t* last() const { return met() + chunks_of(vocabulary); }             // (1): place and id
+    __device__ unsigned* tally() const { return reinterpret_cast<unsigned*>(last() + 1); }  // (2 · kBins)
+};
+
 // A position of a row's window.
 struct Position {
     Logits logits;
-    float* law;         // (V): where to write it; may be null
-    uint64_t* scratch;  // (⌈V / 64⌉)
+    float* law;  // (V): where to write it; may be null
+    Scratch scratch;
 };
-
-__host__ __device__ inline int64_t scratch_of(int64_t vocabulary) { return (vocabulary + 63) / 64; }
 
 __device__ __forceinline__ Position position_of(const SampleTokensParams& p, int64_t row, int64_t) {
     const Logits logits{p.logits + row * p.logits_batch_stride, static_cast<int>(p.vocabulary),
                         p.filters.repetition_penalty,           p.seen + row * p.vocabulary,
                         p.recent + row * p.recent_tokens,       p.recent_tokens};
-    return {logits, p.laws ? p.laws + row * p.laws_batch_stride : nullptr, p.scratch + row * scratch_of(p.vocabulary)};
+    return {logits,
+            p.laws ? p.laws + row * p.laws_batch_stride : nullptr,
+            {p.scratch + row * scratch_of(p.vocabulary), logits.vocabulary}};
 }
 __device__ __forceinline__ Position position_of(const SpeculativeAcceptParams& p, int64_t row, int64_t t) {
     const float* values = p.logits + row * p.logits_batch_stride + t * p.logits_token_stride;
@@ -80,7 +103,7 @@ __device__ __forceinline__ Position position_of(const SpeculativeAcceptParams& p
                         p.seen + row * p.vocabulary,
                         p.drafted + row * (p.tokens - 1),
                         t};
-    return {logits, nullptr, p.scratch + (row * p.tokens + t) * scratch_of(p.vocabulary)};
+    return {logits, nullptr, {p.scratch + (row * p.tokens + t) * scratch_of(p.vocabulary), logits.vocabulary}};
 }
 
 template <typename Params>

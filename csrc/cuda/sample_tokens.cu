@@ -1,5 +1,5 @@
 // A survey of all logits, then a block for each row; greedy decoding needs a warp.
-#include "draw.cuh"
+#include "spread.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
@@ -22,37 +22,45 @@ __global__ void __launch_bounds__(kWarp) take_likeliest(SampleTokensParams p) {
     answer(p, row, ok ? leader.token : 0, leader.verdict);
 }
 
-template <typename Law>
-__device__ __forceinline__ int take(const Memory& m, const Position& position, const Noise& noise, const Law& law) {
-    if (position.law) {
-        const float scale = law.scale(m);
-        law.for_mine([&](int token, float weight) { store(position.law + token, weight * scale); });
-    }
-    return draw(m, law, noise);
-}
-
-__global__ void __launch_bounds__(kMaxThreads, 1) sample(SampleTokensParams p, int shortlist) {
+__global__ void __launch_bounds__(kMaxThreads, 1) sample_few(SampleTokensParams p, int most) {
     SM_BLOCK_MEMORY(memory);
-    SM_LIST_MEMORY(list_memory);
+    SM_SHORTLIST(few);
     wait_for_previous();
     const int64_t row = blockIdx.x;
-    const bool active = is_active(p, row);
-    const Noise noise = noise_of(p.keys + 2 * row, load_raw(p.positions + row), static_cast<Purpose>(p.purpose));
     const Position position = position_of(p, row, 0);
+    const Noise noise = noise_at(p, row, 0);
+    const bool active = is_active(p, row);
+    Law law;
+    const Verdict verdict = law.begin(memory, position, p.filters);
     int token = 0;
-    Verdict verdict = Verdict::ok;
-    if (active) {
-        Shortlist listed{list_memory};
-        if (shortlist && listed.make(memory, position, p.filters, shortlist, verdict)) {
-            if (verdict == Verdict::ok) token = take(memory, position, noise, listed);
-        } else {
-            Law law;
-            law.logits = position.logits;
-            verdict = law.make(memory, p.filters);
-            if (verdict == Verdict::ok) token = take(memory, position, noise, law);
-        }
+    if (active && verdict == Verdict::ok) {
+        few.make(memory, law, groups_of(position), p.filters, most);
+        token = draw(memory, few, noise);
+        if (position.law)
+            few.for_mine([&](int mine, float weight) { store(position.law + mine, weight * few.scale()); });
     }
-    if (threadIdx.x == 0) answer(p, row, token, verdict);
+    if (threadIdx.x == 0) answer(p, row, token, active ? verdict : Verdict::ok);
+}
+
+__global__ void __launch_bounds__(kChunkThreads) sample_many(SampleTokensParams p) {
+    SM_BLOCK_SUMS(memory);
+    wait_for_previous();
+    const int64_t row = blockIdx.y;
+    const Position position = position_of(p, row, 0);
+    const bool active = is_active(p, row);
+    const Mine mine(position.logits);
+    Law law;
+    const Verdict verdict = finish(memory, position, p.filters, law);
+    int token = 0;
+    if (active && verdict == Verdict::ok) {
+        const Chosen chosen = chosen_of(memory, position);
+        token = chosen.token;
+        mine.for_each([&](int, int id, float logit) {
+            if (position.law && id < law.logits.vocabulary)
+                store(position.law + id, law.weight(id, logit) * chosen.scale);
+        });
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) answer(p, row, token, active ? verdict : Verdict::ok);
 }
 
 }  // namespace
@@ -63,9 +71,13 @@ void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
         launch_survey<true>(p, 1, stream);
         return launch(take_likeliest, rows, dim3(kWarp), stream, p);
     }
-    const int shortlist = shortlist_for(p.vocabulary, p.filters);
-    if (shortlist) launch_survey<false>(p, 1, stream);
-    launch(sample, rows, threads_for(p.vocabulary), stream, p, shortlist);
+    launch_survey<false>(p, 1, stream);
+    if (const int most = shortlist_for(p.vocabulary, p.filters))
+        return launch(sample_few, rows, threads_for(p.vocabulary), stream, p, most);
+    launch_contest(p, 1, stream);
+    dim3 chunks = chunks_of_all(p, 1);
+    if (!p.laws) chunks.x = 1;
+    launch(sample_many, chunks, dim3(kChunkThreads), stream, p);
 }
 
 }  // namespace speculative_mamba::cuda

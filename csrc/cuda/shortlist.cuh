@@ -1,52 +1,34 @@
-// The law of a position of which few tokens can matter: top-k, or a small vocabulary. A block gathers them from the
-// groups of a survey, and the filters need no more than each one's rank and the sum of those before it.
+// The law of a position of which few tokens can matter: top-k, or a small vocabulary. A block lists them, and the
+// filters need no more than the sum of those before each.
 #pragma once
 
-#include "block.cuh"
-#include "survey.cuh"
-#include "weights.cuh"
+#include "law.cuh"
+#include "list.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr int kListed = kMaxThreads;  // a thread takes an entry
-
-struct ListMemory {
-    uint64_t *leaders, *units;  // (kListed): of the tokens that may be kept, in any order
-    unsigned* counts;           // (3): groups, tokens, tokens that are kept
-    int *groups, *tokens;       // (kListed): from here on in order
-    float* weights;             // (kListed)
-    uint64_t* before;           // (kListed + 1): what the entries before this one count
-};
-#define SM_LIST_MEMORY(memory)                                                                     \
-    SM_SHARED(uint64_t, list_leaders, kListed);                                                    \
-    SM_SHARED(uint64_t, list_units, kListed);                                                      \
-    SM_SHARED(unsigned, list_counts, 3);                                                           \
-    SM_SHARED(int, list_groups, kListed);                                                          \
-    SM_SHARED(int, list_tokens, kListed);                                                          \
-    SM_SHARED(float, list_weights, kListed);                                                       \
-    SM_SHARED(uint64_t, list_before, kListed + 1);                                                 \
-    const ListMemory memory {                                                                      \
-        list_leaders, list_units, list_counts, list_groups, list_tokens, list_weights, list_before \
-    }
-
 // How many tokens a law may have, where that is few; 0 where it is not.
 inline int shortlist_for(int64_t vocabulary, const Filters& f) {
-    const int64_t most = 0 < f.top_k && f.top_k < vocabulary ? f.top_k : vocabulary;
+    const int64_t most = ranks(f, vocabulary) ? f.top_k : vocabulary;
     return most <= kListed ? static_cast<int>(most) : 0;
 }
 
 struct Shortlist {
-    ListMemory list;
-    int kept = 0;
+    List list;
+    unsigned* near_count;
+    int* near;  // (kListed): groups that may have a token of the list
+    Weigh weigh;
+    int kept;
 
-    // The tokens of the law, of which each thread knows one at most: act(token, weight).
+    // The token that this thread has, if any: act(token, weight).
     template <typename Act>
     __device__ void for_mine(Act act) const {
-        const int i = static_cast<int>(threadIdx.x);
-        if (i < kept) act(load_raw(list.tokens + i), load_raw(list.weights + i));
+        if (static_cast<int>(threadIdx.x) >= kept) return;
+        const uint64_t leader = load_raw(list.leaders + threadIdx.x);
+        act(token_of(leader), weigh(logit_of(leader)));
     }
-    __device__ float scale(const Memory&) const { return scale_of(load_raw(list.before + kept)); }
+    __device__ float scale() const { return scale_of(load_raw(list.before + kept)); }
     __device__ float weight_of(const Memory& m, int token) const {
         uint64_t mine = 0;
         for_mine([&](int other, float weight) {
@@ -60,78 +42,53 @@ struct Shortlist {
         return weight;
     }
 
-    // Makes the law of at most `most` tokens, unless there is none or too many tokens are almost equal.
-    __device__ bool make(const Memory& m, const Position& position, const Filters& f, int most, Verdict& verdict) {
-        const int thread = static_cast<int>(threadIdx.x);
-        const auto* places = reinterpret_cast<const uint32_t*>(position.scratch);
-        const int groups = groups_of(position.logits.vocabulary);
-        auto for_each_group = [&](auto act) { for_each(groups, [&](int i) { return load_raw(places + i); }, act); };
-        uint64_t first = ~uint64_t{0};
-        for_each_group([&](int, uint32_t place) { first = smaller(first, place); });
-        if (thread < 3) store_raw(list.counts + thread, 0u);
-        const Weigh weigh{logit_at(static_cast<uint32_t>(of_block(m, first, smaller))), f.temperature};
-        verdict = verdict_on(weigh.peak, false);
-        if (verdict != Verdict::ok) return true;
+    // Makes the law of at most `most` tokens.
+    __device__ void make(const Memory& m, Law& law, const Groups& groups, const Filters& f, int most) {
+        weigh = law.weigh;
+        if (threadIdx.x == 0) store_raw(near_count, 0u);
+        list.clear();
+        const int last = gather_groups(m, groups, most);
+        const auto count = static_cast<int>(load_raw(near_count));
+        if (count <= kListed) gather_tokens(law.logits, count, last);
+        int size = count <= kListed ? list.size() : count;
+        if (size > kListed) {  // too many tokens are almost equal
+            law.keep(m, static_cast<uint64_t>(most), [](float) { return uint64_t{1}; });
+            list.clear();
+            for_each_logit(law.logits, law.logits.vocabulary, [&](int token, float logit) {
+                const float weight = law.weight(token, logit);
+                if (weight > 0.f) list.add(token, logit, to_units(weight));
+            });
+            size = list.size();
+        }
+        list.rank(size);
+        cut(f, size < most ? size : most);
+    }
 
-        // As many groups have a token up to this bin as the law may have tokens.
+ private:
+    // As many groups as the law may have tokens have one up to the bin that this returns.
+    __device__ int gather_groups(const Memory& m, const Groups& groups, int most) const {
         const Histogram histogram{m};
         histogram.clear();
-        for_each_group([&](int, uint32_t place) {
+        groups.for_each([&](int, uint32_t place) {
             const int bin = weigh.bin(logit_at(place));
             if (bin < kBins) histogram.add(bin, 1);
         });
         const int found = histogram.find(static_cast<uint64_t>(most)).bin, last = found < kBins ? found : kBins - 1;
-        for_each_group([&](int group, uint32_t place) {
-            if (weigh.bin(logit_at(place)) <= last)
-                append(list.counts, [&](int at) { store_raw(list.groups + at, group); });
+        groups.for_each([&](int group, uint32_t place) {
+            if (weigh.bin(logit_at(place)) > last) return;
+            const unsigned at = add_atomically(near_count, 1);
+            if (at < kListed) store_raw(near + at, group);
         });
         __syncthreads();
-        const int near = static_cast<int>(load_raw(list.counts));
-        if (near > kListed) return false;
+        return last;
+    }
+    __device__ void gather_tokens(const Logits& logits, int count, int last) const {
+        auto token_at = [&](int i) { return load_raw(near + i / kGroup) * kGroup + i % kGroup; };
         for_each(
-            near * kGroup,
-            [&](int i) {
-                const int token = load_raw(list.groups + i / kGroup) * kGroup + i % kGroup;
-                return token < position.logits.vocabulary ? position.logits[token] : -HUGE_VALF;
-            },
+            count * kGroup, [&](int i) { return token_at(i) < logits.vocabulary ? logits[token_at(i)] : -HUGE_VALF; },
             [&](int i, float logit) {
-                if (weigh.bin(logit) > last) return;
-                const int token = load_raw(list.groups + i / kGroup) * kGroup + i % kGroup;
-                append(list.counts + 1, [&](int at) {
-                    store_raw(list.leaders + at, leader_of(place_of(logit), token));
-                    store_raw(list.units + at, to_units(weigh(logit)));
-                });
+                if (weigh.bin(logit) <= last) list.add(token_at(i), logit, to_units(weigh(logit)));
             });
-        __syncthreads();
-        const int count = static_cast<int>(load_raw(list.counts + 1));
-        if (count > kListed) return false;
-        rank(weigh, count);
-        cut(f, count < most ? count : most);
-        return true;
-    }
-
- private:
-    template <typename Store>
-    __device__ void append(unsigned* count, Store store_at) const {
-        const auto at = static_cast<int>(add_atomically(count, 1));
-        if (at < kListed) store_at(at);
-    }
-
-    __device__ void rank(const Weigh& weigh, int count) const {
-        if (static_cast<int>(threadIdx.x) < count) {
-            const uint64_t mine = load_raw(list.leaders + threadIdx.x), units = load_raw(list.units + threadIdx.x);
-            int rank = 0;
-            uint64_t before = 0;
-            for (int i = 0; i < count; i++) {
-                const uint64_t other = load_raw(list.leaders + i), counts = load_raw(list.units + i);
-                if (other < mine) rank++, before += counts;
-            }
-            store_raw(list.tokens + rank, static_cast<int>(mine & 0xffffffffu));
-            store_raw(list.weights + rank, weigh(logit_at(static_cast<uint32_t>(mine >> 32))));
-            store_raw(list.before + rank, before);
-            if (rank + 1 == count) store_raw(list.before + count, before + units);
-        }
-        __syncthreads();
     }
 
     // Of the first `count` those that top-p and min-p keep.
@@ -140,13 +97,19 @@ struct Shortlist {
         const uint64_t enough = f.top_p < 1.f ? nucleus_of(f, load_raw(list.before + count)) : ~uint64_t{0};
         const float lightest = lightest_of(f);
         auto keeps = [&](int at) {
-            return at < count && load_raw(list.before + at) < enough && load_raw(list.weights + at) >= lightest;
+            return at < count && load_raw(list.before + at) < enough &&
+                   weigh(logit_of(load_raw(list.leaders + at))) >= lightest;
         };
-        if (keeps(i) && !keeps(i + 1)) store_raw(list.counts + 2, static_cast<unsigned>(i + 1));
+        if (keeps(i) && !keeps(i + 1)) store_raw(near_count, static_cast<unsigned>(i + 1));
         __syncthreads();
-        kept = static_cast<int>(load_raw(list.counts + 2));
+        kept = static_cast<int>(load_raw(near_count));
     }
 };
+#define SM_SHORTLIST(shortlist)         \
+    SM_LIST(list);                      \
+    SM_SHARED(unsigned, near_count, 1); \
+    SM_SHARED(int, near, kListed);      \
+    Shortlist shortlist{list, near_count, near, {}, 0}
 
 }  // namespace
 }  // namespace speculative_mamba::cuda

@@ -1,7 +1,7 @@
 // A first launch over all logits, which leaves little to read for the next: a warp takes a span of a position's tokens.
 #pragma once
 
-#include "logits.cuh"
+#include "list.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
@@ -10,7 +10,21 @@ constexpr int kSurveyors = 128, kSpan = 1024, kQuads = kSpan / kWarp / 4;
 constexpr int kGroup = 32;  // tokens of which the least place is kept
 
 __host__ __device__ inline int64_t spans_of(int64_t vocabulary) { return (vocabulary + kSpan - 1) / kSpan; }
-__device__ __forceinline__ int groups_of(int vocabulary) { return (vocabulary + kGroup - 1) / kGroup; }
+
+// What a survey leaves of a position.
+struct Groups {
+    const uint32_t* places;  // (⌈V / 32⌉): the least of each
+    int count;
+
+    // Calls act(group, place), each by one thread of the block.
+    template <typename Act>
+    __device__ void for_each(Act act) const {
+        cuda::for_each(count, [&](int i) { return load_raw(places + i); }, act);
+    }
+};
+__device__ __forceinline__ Groups groups_of(const Position& position) {
+    return {position.scratch.places(), (position.logits.vocabulary + kGroup - 1) / kGroup};
+}
 
 template <int Lanes, typename T>
 __device__ __forceinline__ T least_of_lanes(T value) {
@@ -20,11 +34,6 @@ __device__ __forceinline__ T least_of_lanes(T value) {
         value = other < value ? other : value;
     }
     return value;
-}
-
-// The likeliest token, of equals the lowest id, as a number that is the less the likelier.
-__device__ __forceinline__ uint64_t leader_of(uint32_t place, int token) {
-    return static_cast<uint64_t>(place) << 32 | static_cast<unsigned>(token);
 }
 
 // Keeps of every span its leader, or of every group its least place. A law is filled with zeros, which most of it is.
@@ -37,6 +46,10 @@ __global__ void __launch_bounds__(kSurveyors) survey(Params p) {
     const int64_t row = blockIdx.y;
     const Position position = position_of(p, row, blockIdx.z);
     const bool active = is_active(p, row);
+    if constexpr (!Greedy) {
+        for (int i = span * kWarp + lane; i < 2 * kBins; i += static_cast<int>(spans_of(vocabulary)) * kWarp)
+            store_raw(position.scratch.tally() + i, 0u);
+    }
     uint64_t leader = ~uint64_t{0};
     auto first_of = [&](int quad) { return span * kSpan + (quad * kWarp + lane) * 4; };
     auto count_of = [&](int quad) { return vocabulary - first_of(quad) < 4 ? vocabulary - first_of(quad) : 4; };
@@ -55,8 +68,7 @@ __global__ void __launch_bounds__(kSurveyors) survey(Params p) {
             leader = mine < leader ? mine : leader;
         } else {
             least = least_of_lanes<kGroup / 4>(least);
-            if (lane % (kGroup / 4) == 0 && count > 0)
-                store_raw(reinterpret_cast<uint32_t*>(position.scratch) + first / kGroup, least);
+            if (lane % (kGroup / 4) == 0 && count > 0) store_raw(position.scratch.places() + first / kGroup, least);
         }
     };
     if (position.logits.penalty == 1.f) {
@@ -73,7 +85,7 @@ __global__ void __launch_bounds__(kSurveyors) survey(Params p) {
     }
     if constexpr (Greedy) {
         leader = least_of_lanes<kWarp>(leader);
-        if (lane == 0) store_raw(position.scratch + span, leader);
+        if (lane == 0) store_raw(position.scratch.leaders() + span, leader);
     }
 }
 
@@ -96,11 +108,11 @@ __device__ __forceinline__ Leader leader_of(const Position& position) {
     uint64_t leader = ~uint64_t{0};
 #pragma unroll 4
     for (int span = lane; span < spans; span += kWarp) {
-        const uint64_t other = load_raw(position.scratch + span);
+        const uint64_t other = load_raw(position.scratch.leaders() + span);
         leader = other < leader ? other : leader;
     }
     leader = least_of_lanes<kWarp>(leader);
-    return {verdict_on(logit_at(static_cast<uint32_t>(leader >> 32)), true), static_cast<int>(leader & 0xffffffffu)};
+    return {verdict_on(logit_of(leader), true), token_of(leader)};
 }
 
 }  // namespace

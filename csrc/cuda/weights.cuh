@@ -34,6 +34,14 @@ struct Weigh {
     }
 };
 
+inline __host__ __device__ bool ranks(const Filters& f, int64_t vocabulary) {
+    return 0 < f.top_k && f.top_k < vocabulary;
+}
+
+inline __host__ __device__ bool cuts(const Filters& f, int64_t vocabulary) {
+    return ranks(f, vocabulary) || f.top_p < 1.f;
+}
+
 // A nucleus is reached by the first tokens that count this, of all that count `total`.
 __device__ __forceinline__ uint64_t nucleus_of(const Filters& f, uint64_t total) {
     const double enough = (static_cast<double>(f.top_p) - kRounding) * static_cast<double>(total);

@@ -4,7 +4,7 @@ import torch
 
 from ..backend import address, compiled
 from ..filters import Filters
-from ..recording import scratch
+from ..recording import law_scratch
 
 
 def sample_tokens(
@@ -21,7 +21,7 @@ def sample_tokens(
     batch, vocabulary = logits.shape
     tokens, verdicts = (logits.new_empty(batch, dtype=dtype) for dtype in (torch.int64, torch.int32))
     kernels, where = compiled(logits)
-    memory = scratch(kernels, logits, batch * -(-vocabulary // 64), torch.int64)
+    memory = law_scratch(kernels, logits, batch)
     kernels.sample_tokens(
         batch, vocabulary, logits.data_ptr(), logits.stride(0), filters.values(), address(seen), recent.data_ptr(),
         recent.shape[1], keys.data_ptr(), positions.data_ptr(), purpose, address(active), address(laws),
