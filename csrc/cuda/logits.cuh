@@ -72,11 +72,9 @@ struct Scratch {
     __device__ uint32_t* places() const { return reinterpret_cast<uint32_t*>(memory); }  // (⌈V / 32⌉) of groups
     __device__ uint64_t* totals() const { return memory + (vocabulary + 63) / 64; }      // (⌈V / 2048⌉) of chunks
     __device__ uint64_t* winners() const { return totals() + chunks_of(vocabulary); }    // (⌈V / 2048⌉)
-    __device__ uint64_t* rest() const {
-        return winners() + chunks_of(vocabulary);
-    }  // (⌈V / 2048⌉): winners of the residual
-    __device__ uint64_t* met() const { return rest() + chunks_of(vocabulary); }             // (⌈V / 2048⌉)
-    __device__ uint64_t* last() const { return met() + chunks_of(vocabulary); }             // (1): place and id
+    __device__ uint64_t* rest() const { return winners() + chunks_of(vocabulary); }      // (⌈V / 2048⌉), of residuals
+    __device__ uint64_t* met() const { return rest() + chunks_of(vocabulary); }          // (⌈V / 2048⌉)
+    __device__ uint64_t* last() const { return met() + chunks_of(vocabulary); }          // (1): place and id
     __device__ unsigned* tally() const { return reinterpret_cast<unsigned*>(last() + 1); }  // (2 · kBins)
 };
 

@@ -12,21 +12,17 @@ __device__ __forceinline__ int64_t decision(Verdict verdict) { return kStands - 
 // By a warp: the first decision of a row by which a drafted token does not stand.
 __device__ __forceinline__ void settle_row(const SpeculativeAcceptParams& p, int64_t row, bool active) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    int64_t accepted = 0, decided = 0;
-    if (active) {
-        for (accepted = lane;; accepted += kWarp) {
-            decided = accepted < p.tokens ? load_raw(p.decisions + row * p.tokens + accepted) : kStands;
-            const int first = least_of_lanes<kWarp>(decided != kStands ? lane : kWarp);
-            if (first == lane) break;
-            if (first < kWarp) return;
-        }
-    } else if (lane > 0) {
-        return;
+    for (int64_t t = lane;; t += kWarp) {
+        int64_t decided = t < p.tokens ? load_raw(p.decisions + row * p.tokens + t) : kStands;
+        if (!active) decided = 0;
+        const int first = least_of_lanes<kWarp>(decided == kStands ? kWarp : lane);
+        if (first == kWarp) continue;
+        if (lane != first) return;
+        const bool ok = decided >= 0;
+        store_raw(p.accepted + row, static_cast<int32_t>(t));
+        store_raw(p.next + row, ok ? decided : 0);
+        return store_raw(p.verdicts + row, static_cast<int32_t>(ok ? 0 : kStands - decided));
     }
-    const bool ok = decided >= 0;
-    store_raw(p.accepted + row, static_cast<int32_t>(accepted));
-    store_raw(p.next + row, ok ? decided : 0);
-    store_raw(p.verdicts + row, static_cast<int32_t>(ok ? 0 : kStands - decided));
 }
 
 constexpr int kMostWarps = 16;
@@ -63,40 +59,40 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) decide_greedily(Speculative
 // The test of a drafted token, and what is left where it is refused.
 struct Test {
     const float* law;  // (V): the draft's; null: it was certain
-    int drafted;
-    float scale;
-    double q, p;
+    int drafted;       // -1 where nothing is tested
+    double q = 0, p = 0;
+    float scale = 0.f;
 
     __device__ Test(const SpeculativeAcceptParams& a, int64_t row, int64_t t, int drafted)
-        : law(a.laws ? a.laws + row * a.laws_batch_stride + t * a.laws_token_stride : nullptr), drafted(drafted) {
-        q = of_draft(drafted);
+        : law(a.laws ? a.laws + row * a.laws_batch_stride + t * a.laws_token_stride : nullptr),
+          drafted(a.coupled ? -1 : drafted) {
+        if (takes_place()) q = of_draft(drafted);
     }
-    __device__ void expect(float weight, float scale_of_law) { scale = scale_of_law, p = weight * scale; }
+    __device__ bool takes_place() const { return drafted >= 0; }
     __device__ float of_draft(int token) const { return law ? load(law + token) : token == drafted ? 1.f : 0.f; }
     __device__ bool is_valid() const { return q > 0 && q < HUGE_VAL; }
-    __device__ bool accepts(Noise noise) const {
+    __device__ bool accepts(Noise noise, float weight, float scale_of_law) {
+        scale = scale_of_law, p = weight * scale;
         noise.purpose = Purpose::test;
         return noise.uniform() * q < p;
     }
     // What the target has and the draft lacks: max(p - q, 0), on the tokens of positive p.
+    static constexpr uint64_t kSome = 1, kBroken = 2, kRefused = 4;
     __device__ float rest(int token, float weight, uint64_t& met) const {
         const float of_target = weight * scale;
         const float rest = of_target > 0.f ? of_target - of_draft(token) : 0.f;
         met |= (rest > 0.f ? kSome : 0) | (rest < HUGE_VALF ? 0 : kBroken);
         return rest > 0.f ? rest : 0.f;
     }
-    static constexpr uint64_t kSome = 1, kBroken = 2, kRefused = 4;
     // The laws' own rounding can leave a refused token's excess uncovered; the target's law is the limit then.
     __device__ bool rounds() const { return q - p < kRounding; }
 };
 
-__device__ __forceinline__ int64_t decide_by(const Shortlist& few, const SpeculativeAcceptParams& p, const Memory& m,
-                                             int64_t row, int64_t t, const Noise& noise, int drafted) {
-    if (drafted >= 0 && !p.coupled) {
-        Test test(p, row, t, drafted);
-        test.expect(few.weight_of(m, drafted), few.scale());
+__device__ __forceinline__ int64_t decide_by(const Shortlist& few, const Memory& m, Test& test, const Noise& noise,
+                                             int drafted) {
+    if (test.takes_place()) {
         if (!test.is_valid()) return decision(Verdict::bad_draft_law);
-        if (test.accepts(noise)) return kStands;
+        if (test.accepts(noise, few.weight_of(m, drafted), few.scale())) return kStands;
         uint64_t met = 0;
         const int choice = draw(m, few, noise, [&](int token, float weight) { return test.rest(token, weight, met); });
         met = of_block(m, met, either);
@@ -122,8 +118,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) decide_few(SpeculativeAcceptPa
     if (!active) return;
     int64_t decided = decision(verdict);
     if (verdict == Verdict::ok) {
+        Test test(p, row, t, drafted);
         few.make(memory, law, groups_of(position), p.filters, most);
-        decided = decide_by(few, p, memory, row, t, noise, drafted);
+        decided = decide_by(few, memory, test, noise, drafted);
     }
     if (threadIdx.x == 0) store_raw(p.decisions + row * p.tokens + t, decided);
 }
@@ -149,14 +146,13 @@ __global__ void __launch_bounds__(kChunkThreads) decide_many(SpeculativeAcceptPa
     int64_t decided = decision(verdict);
     uint64_t met = 0, winner = 0;
     if (verdict == Verdict::ok) {
+        Test test(p, row, t, drafted);
         const Chosen chosen = chosen_of(memory, position);
         decided = chosen.token == drafted ? kStands : chosen.token;
-        if (drafted >= 0 && !p.coupled) {
-            Test test(p, row, t, drafted);
-            test.expect(law.weight(drafted, law.logits[drafted]), chosen.scale);
-            if (!test.is_valid()) {
-                decided = decision(Verdict::bad_draft_law);
-            } else if (test.accepts(noise)) {
+        if (test.takes_place() && !test.is_valid()) {
+            decided = decision(Verdict::bad_draft_law);
+        } else if (test.takes_place()) {
+            if (test.accepts(noise, law.weight(drafted, law.logits[drafted]), chosen.scale)) {
                 decided = kStands;
             } else {
                 decided = test.rounds() ? chosen.token : decision(Verdict::bad_residual);

@@ -175,9 +175,8 @@ __device__ __forceinline__ Chosen chosen_of(const Memory& m, const Position& pos
 // The launches from a survey to contend().
 template <typename Params>
 inline void launch_contest(const Params& p, int64_t tokens, cudaStream_t stream) {
-    const bool by_rank = ranks(p.filters, p.vocabulary);
     const dim3 chunks = chunks_of_all(p, tokens);
-    if (p.filters.top_p < 1.f && !by_rank) launch(tally<Params>, chunks, dim3(kChunkThreads), stream, p);
+    if (tallies(p.filters, p.vocabulary)) launch(tally<Params>, chunks, dim3(kChunkThreads), stream, p);
     if (cuts(p.filters, p.vocabulary))
         launch(cut<Params>, dim3(chunks.y, chunks.z), threads_for(p.vocabulary), stream, p);
     launch(contend<Params>, chunks, dim3(kChunkThreads), stream, p);

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kSurveyors) survey(Params p) {
     const int64_t row = blockIdx.y;
     const Position position = position_of(p, row, blockIdx.z);
     const bool active = is_active(p, row);
-    if constexpr (!Greedy) {
+    if (!Greedy && tallies(p.filters, vocabulary)) {
         for (int i = span * kWarp + lane; i < 2 * kBins; i += static_cast<int>(spans_of(vocabulary)) * kWarp)
             store_raw(position.scratch.tally() + i, 0u);
     }

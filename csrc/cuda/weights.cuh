@@ -38,6 +38,9 @@ inline __host__ __device__ bool ranks(const Filters& f, int64_t vocabulary) {
     return 0 < f.top_k && f.top_k < vocabulary;
 }
 
+inline __host__ __device__ bool tallies(const Filters& f, int64_t vocabulary) {
+    return f.top_p < 1.f && !ranks(f, vocabulary);
+}
 inline __host__ __device__ bool cuts(const Filters& f, int64_t vocabulary) {
     return ranks(f, vocabulary) || f.top_p < 1.f;
 }
