@@ -245,19 +245,21 @@ Filters filters(const FilterValues& values) {
 void sample_tokens(int64_t batch, int64_t vocabulary, uintptr_t logits, int64_t logits_stride,
                    const FilterValues& values, uintptr_t seen, uintptr_t recent, int64_t recent_tokens, uintptr_t keys,
                    uintptr_t positions, int purpose, uintptr_t active, uintptr_t laws, int64_t laws_stride,
-                   uintptr_t tokens, uintptr_t verdicts, intptr_t where) {
-    submit<SampleTokensParams>(&Kernels::sample_tokens,
-                               {batch, vocabulary, pointer<float>(logits), logits_stride, filters(values),
-                                pointer<bool>(seen), pointer<int64_t>(recent), recent_tokens, pointer<int64_t>(keys),
-                                pointer<int64_t>(positions), purpose, pointer<bool>(active), pointer<float>(laws),
-                                laws_stride, pointer<int64_t>(tokens), pointer<int32_t>(verdicts)},
-                               where);
+                   uintptr_t tokens, uintptr_t verdicts, uintptr_t scratch, intptr_t where) {
+    submit<SampleTokensParams>(
+        &Kernels::sample_tokens,
+        {batch, vocabulary, pointer<float>(logits), logits_stride, filters(values), pointer<bool>(seen),
+         pointer<int64_t>(recent), recent_tokens, pointer<int64_t>(keys), pointer<int64_t>(positions), purpose,
+         pointer<bool>(active), pointer<float>(laws), laws_stride, pointer<int64_t>(tokens), pointer<int32_t>(verdicts),
+         pointer<uint64_t>(scratch)},
+        where);
 }
 
 void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintptr_t logits, Pair logits_strides,
                         uintptr_t drafted, uintptr_t laws, Pair laws_strides, const FilterValues& values, bool coupled,
                         uintptr_t seen, uintptr_t keys, uintptr_t positions, uintptr_t active, uintptr_t accepted,
-                        uintptr_t next, uintptr_t verdicts, uintptr_t decisions, uintptr_t limits, intptr_t where) {
+                        uintptr_t next, uintptr_t verdicts, uintptr_t decisions, uintptr_t scratch, uintptr_t limits,
+                        intptr_t where) {
     submit<SpeculativeAcceptParams>(&Kernels::speculative_accept,
                                     {batch,
                                      tokens,
@@ -279,6 +281,7 @@ void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintp
                                      pointer<int64_t>(next),
                                      pointer<int32_t>(verdicts),
                                      pointer<int64_t>(decisions),
+                                     pointer<uint64_t>(scratch),
                                      pointer<int32_t>(limits)},
                                     where);
 }

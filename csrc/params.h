@@ -208,6 +208,7 @@ struct SampleTokensParams {
     int64_t laws_batch_stride;
     int64_t* tokens;    // (B)
     int32_t* verdicts;  // (B)
+    uint64_t* scratch;  // (B, S): memory of the CUDA kernel, laid out there; S = ⌈V / 64⌉ + 4 ⌈V / 2048⌉ + 2049
 };
 
 // How many of a row's K drafted tokens stand, and the token after them.
@@ -227,7 +228,8 @@ struct SpeculativeAcceptParams {
     int32_t* accepted;         // (B); the position, where the verdict is not ok
     int64_t* next;             // (B)
     int32_t* verdicts;         // (B)
-    int64_t* decisions;        // (B, K+1): scratch memory of the CUDA kernel
+    int64_t* decisions;        // (B, K+1): memory of the CUDA kernel, like the next
+    uint64_t* scratch;         // (B, K+1, S), as above
     const int32_t* limits;     // (B), may be null: only that many drafted tokens of a row count, at least 0
 };
 

@@ -54,7 +54,9 @@ struct Noise {
     SM_EVERYWHERE uint32_t bits(uint32_t token) const {
         uint32_t words[4][1];
         fill<1>(words, token / 64 * 16 + token % 16);
-        return words[token / 16 % 4][0];
+        uint32_t out = words[0][0];  // not by index, so that a GPU keeps the words in registers
+        for (uint32_t i = 1; i < 4; i++) out = token / 16 % 4 == i ? words[i][0] : out;
+        return out;
     }
 
     // In [0, 1), with 53 bits.

@@ -21,12 +21,40 @@ struct Memory {
     SM_SHARED(uint64_t, found, 3);           \
     const Memory memory { low, high, of_warp, found }
 
+// Enough for what a block combines.
+#define SM_BLOCK_SUMS(memory)                \
+    SM_SHARED(uint64_t, of_warp, kMaxWarps); \
+    const Memory memory { nullptr, nullptr, of_warp, nullptr }
+
+// Calls act(i, load_at(i)) for i = 0 … end-1, each by one thread.
+template <typename Load, typename Act>
+__device__ __forceinline__ void for_each(int end, Load load_at, Act act) {
+    constexpr int kAhead = 8;  // loads that are under way at a time
+    const int threads = static_cast<int>(blockDim.x);
+    for (int first = static_cast<int>(threadIdx.x); first < end; first += kAhead * threads) {
+        decltype(load_at(0)) values[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; i++)
+            if (first + i * threads < end) values[i] = load_at(first + i * threads);
+#pragma unroll
+        for (int i = 0; i < kAhead; i++)
+            if (first + i * threads < end) act(first + i * threads, values[i]);
+    }
+}
+
+// Combines the values of a warp's lanes; the same in each.
+template <typename Combine>
+__device__ __forceinline__ uint64_t of_lanes(uint64_t value, Combine combine) {
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, mask));
+    return value;
+}
+
 // Combines the values of all threads; the same in each.
 template <typename Combine>
 __device__ __forceinline__ uint64_t of_block(const Memory& m, uint64_t value, Combine combine) {
     const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, mask));
+    value = of_lanes(value, combine);
     __syncthreads();
     if (thread % kWarp == 0) store_raw(m.of_warp + thread / kWarp, value);
     __syncthreads();

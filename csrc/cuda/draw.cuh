@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../philox.h"
-#include "law.cuh"
+#include "shortlist.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
@@ -12,6 +12,12 @@ namespace {
 __device__ __forceinline__ Noise noise_of(const int64_t* key, int64_t position, Purpose purpose) {
     return {static_cast<uint64_t>(load_raw(key)), static_cast<uint32_t>(load_raw(key + 1)),
             static_cast<uint32_t>(position), purpose};
+}
+__device__ __forceinline__ Noise noise_at(const SampleTokensParams& p, int64_t row, int64_t) {
+    return noise_of(p.keys + 2 * row, load_raw(p.positions + row), static_cast<Purpose>(p.purpose));
+}
+__device__ __forceinline__ Noise noise_at(const SpeculativeAcceptParams& p, int64_t row, int64_t t) {
+    return noise_of(p.keys + 2 * row, load_raw(p.positions + row) + t, Purpose::token);
 }
 
 struct Race {
@@ -24,6 +30,12 @@ struct Race {
         const float arrival = exponential(bits) / weight;
         if (arrival < best || winner < 0) best = arrival, winner = token;
     }
+    // Of two races the smaller result is that of both together.
+    __device__ uint64_t result() const {
+        uint32_t bits;
+        memcpy(&bits, &best, sizeof bits);
+        return winner < 0 ? ~uint64_t{0} : uint64_t{bits} << 32 | static_cast<unsigned>(winner);
+    }
     // -log(1 - v), v = (bits + 0.5) / 2³², accurate at both ends.
     __device__ static float exponential(uint32_t bits) {
         const bool low = bits < 0x80000000u;
@@ -32,50 +44,20 @@ struct Race {
     }
 };
 
-// weight(token) is asked for once, for every token. Where no weight is positive the result means nothing.
-template <typename Weight>
-__device__ __forceinline__ int draw(const Memory& m, int vocabulary, const Noise& noise, Weight weight) {
+__device__ __forceinline__ int winner_of(uint64_t result) { return static_cast<int>(result & 0xffffffffu); }
+
+// A token of those that measure(token, weight) is positive for. Where there is none the result means nothing.
+template <typename Measure>
+__device__ __forceinline__ int draw(const Memory& m, const Shortlist& law, const Noise& noise, Measure measure) {
     Race race;
-    // A thread takes four tokens at a time, those that share a counter.
-    for (int counter = static_cast<int>(threadIdx.x);; counter += static_cast<int>(blockDim.x)) {
-        const int first = counter / 16 * 64 + counter % 16;
-        if (first >= vocabulary) break;
-        float weights[4];
-        bool any = false;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int token = first + 16 * i;
-            weights[i] = token < vocabulary ? weight(token) : 0.f;
-            any |= weights[i] > 0.f;
-        }
-        if (!any) continue;
-        uint32_t words[4][1];
-        noise.fill<1>(words, static_cast<uint32_t>(counter));
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (weights[i] > 0.f) race.enter(first + 16 * i, weights[i], words[i][0]);
-    }
-    uint32_t bits;
-    memcpy(&bits, &race.best, sizeof bits);
-    const uint64_t mine = race.winner < 0 ? ~uint64_t{0} : uint64_t{bits} << 32 | static_cast<unsigned>(race.winner);
-    return static_cast<int>(of_block(m, mine, smaller) & 0xffffffffu);
-}
-
-struct Choice {
-    int token;
-    float scale;  // makes a weight of the law a probability
-};
-
-// A token of the law; for greedy decoding the likeliest.
-__device__ __forceinline__ Choice choose(const Memory& m, const Law& law, const Noise& noise) {
-    if (law.temperature == 0.f) return {law.likeliest, 1.f};
-    uint64_t total = 0;
-    const int token = draw(m, law.logits.vocabulary, noise, [&](int i) {
-        const float weight = law.weight(i);
-        total += to_units(weight);
-        return weight;
+    law.for_mine([&](int token, float weight) {
+        const float mine = measure(token, weight);
+        if (mine > 0.f) race.enter(token, mine, noise.bits(static_cast<uint32_t>(token)));
     });
-    return {token, scale_of(of_block(m, total, plus))};
+    return winner_of(of_block(m, race.result(), smaller));
+}
+__device__ __forceinline__ int draw(const Memory& m, const Shortlist& law, const Noise& noise) {
+    return draw(m, law, noise, [](int, float weight) { return weight; });
 }
 
 }  // namespace

@@ -163,7 +163,8 @@ def _replay(graph: torch.cuda.CUDAGraph, result: RoundResult) -> RoundResult:
 def _weights(round: Round) -> list[tuple]:
     """What a graph knows the models' weights by."""
     models = [round.target, getattr(round.proposer, "model", None)]
-    weights = [weight for model in models if isinstance(model, MambaLM) for weight in (model.embedding, *model.weights())]
+    known = [model for model in models if isinstance(model, MambaLM)]
+    weights = [weight for model in known for weight in (model.embedding, *model.weights())]
     tensors = [weight.values if isinstance(weight, Int8Weight) else weight for weight in weights]
     return [(tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
 

@@ -230,6 +230,10 @@ LARGE = [
     (4.0, Filters(temperature=1.0)),
     (1.0, Filters(temperature=1.0, top_p=0.5)),  # more than 1024 tokens reach it
     (0.0, Filters(temperature=1.0, top_p=0.3)),  # flat: the lowest ids
+    (4.0, Filters(temperature=0.8, top_k=50, top_p=0.8)),
+    (1.0, Filters(temperature=0.8, top_k=50)),  # of many equals some
+    (0.0, Filters(temperature=1.0, top_k=50, top_p=0.9)),
+    (1.0, Filters(temperature=0.8, top_k=512, min_p=0.05)),
     (1.0, Filters(temperature=0.8, top_k=1024)),
     (1.0, Filters(temperature=0.8, top_k=1025)),
     (1.0, Filters(temperature=0.8, top_k=3000, top_p=0.9)),

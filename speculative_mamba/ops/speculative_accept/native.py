@@ -4,7 +4,7 @@ import torch
 
 from ..backend import address, compiled
 from ..filters import Filters
-from ..recording import scratch
+from ..recording import law_scratch, scratch
 
 
 def speculative_accept(
@@ -24,10 +24,11 @@ def speculative_accept(
     following = logits.new_empty(batch, dtype=torch.int64)
     kernels, where = compiled(logits)
     decisions = scratch(kernels, logits, batch * tokens, torch.int64)
+    memory = law_scratch(kernels, logits, batch * tokens)
     kernels.speculative_accept(
         batch, tokens, vocabulary, logits.data_ptr(), logits.stride()[:2], drafted.data_ptr(), address(laws),
         (0, 0) if laws is None else laws.stride()[:2], filters.values(), coupled, address(seen), keys.data_ptr(),
         positions.data_ptr(), address(active), accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(),
-        decisions.data_ptr(), address(limits), where,
+        decisions.data_ptr(), memory.data_ptr(), address(limits), where,
     )  # fmt: skip
     return accepted, following, verdicts

@@ -188,6 +188,8 @@ void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
     cuda::selective_scan(p, stream);
 }
 
+int64_t law_scratch(int64_t vocabulary) { return (vocabulary + 63) / 64 + 4 * ((vocabulary + 2047) / 2048) + 2049; }
+
 void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     announce(p.logits, p.batch, p.logits_batch_stride, 1, 0, p.vocabulary);
@@ -199,6 +201,7 @@ void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
     announce_bytes(p.positions, p.batch * 8);
     announce_bytes(p.tokens, p.batch * 8, Use::write);
     announce(p.verdicts, p.batch, Use::write);
+    announce_bytes(p.scratch, p.batch * law_scratch(p.vocabulary) * 8, Use::write);
     cuda::sample_tokens(p, stream);
 }
 
@@ -213,6 +216,7 @@ void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
     announce_bytes(p.positions, p.batch * 8);
     announce(p.limits, p.batch);
     announce_bytes(p.decisions, p.batch * p.tokens * 8, Use::write);
+    announce_bytes(p.scratch, p.batch * p.tokens * law_scratch(p.vocabulary) * 8, Use::write);
     announce_bytes(p.next, p.batch * 8, Use::write);
     announce(p.accepted, p.batch, Use::write);
     announce(p.verdicts, p.batch, Use::write);
