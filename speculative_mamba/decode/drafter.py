@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from ..ops import RowPlaces
+from ..ops.commit_tokens import RowPlaces
 from .cache import RowState, absorb
 from .sampling import Sampler
 

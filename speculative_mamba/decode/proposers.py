@@ -2,8 +2,8 @@
 
 import torch
 
-from ..ops import RowPlaces
 from ..ops.checks import check_tokens
+from ..ops.commit_tokens import RowPlaces
 from .drafter import Drafter, LanguageModel, ModelDrafter, Proposal, Proposer
 from .ngram import NgramDrafter
 from .sampling import Sampler

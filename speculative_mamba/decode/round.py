@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops import RowPlaces, commit_tokens
+from ..ops import commit_tokens
+from ..ops.commit_tokens import RowPlaces
 from ..ops.law import VERDICTS
 from .cache import RowState, absorb
 from .drafter import LanguageModel, Proposal, Proposer

@@ -6,7 +6,7 @@ also bfloat16 or float16. Arithmetic is float32 always.
 
 from .attention_verify import attention_verify
 from .causal_conv1d_verify import causal_conv1d_verify
-from .commit_tokens import RowPlaces, commit_tokens
+from .commit_tokens import commit_tokens
 from .gated_silu import gated_silu
 from .rms_norm import rms_norm
 from .sample_tokens import sample_tokens
@@ -16,7 +16,6 @@ from .speculative_accept import speculative_accept
 from .ssd_verify import ssd_verify
 
 __all__ = [
-    "RowPlaces",
     "attention_verify",
     "causal_conv1d_verify",
     "commit_tokens",

@@ -7,7 +7,7 @@ import torch
 
 from ..decode.drafter import Drafter, Proposal, Proposer
 from ..decode.sampling import Sampler
-from ..ops import RowPlaces
+from ..ops.commit_tokens import RowPlaces
 
 
 class ScriptedDraft:
