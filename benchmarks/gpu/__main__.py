@@ -1,6 +1,7 @@
 """Tests every op on the GPU, then times it on the shapes of published models, in under eight minutes.
 
 python -m benchmarks.gpu [--ops OP ...] [--quick] [--no-tests] [--minutes M] [--results FOLDER] [--json FILE]
+python -m benchmarks.gpu --decode [--models NAME ...]
 python -m benchmarks.gpu --predict
 
 First come the tests that need a GPU: if one fails, no time is printed. Each case is then checked on the card, T tokens
@@ -11,9 +12,12 @@ another's time over ours, interleaved in the same run: of PyTorch's operations, 
 mamba_ssm where it is installed. Activations are bfloat16; dtype is that of the states or the weights. The window ops
 start from the slot of the last window's last token, as after full acceptance.
 
+With --decode whole runs are timed instead of ops, see ``benchmarks.gpu.decode``; rows go to FOLDER/<card>-decode.csv.
+
 Rows go to FOLDER/<card>.csv. What is not timed is said on stderr; the exit code is then 1, and 2 without a GPU.
 """
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -27,6 +31,7 @@ from speculative_mamba.ops.backend import BACKENDS
 
 from ..report import Machine, Report, parser
 from .cases import OPS, Case, cases
+from .decode import MODELS, time_models
 from .measure import COLUMNS, Failures, measure
 from .predictions import print_predictions
 from .timing import GraphTimer
@@ -78,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--minutes", type=float, default=7.5, help="begin no case after so many, tests included")
     flags.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="of the table, <card>.csv")
     flags.add_argument("--predict", action="store_true", help="print what is expected of an H100; needs no GPU")
+    flags.add_argument("--decode", action="store_true", help="time whole runs instead of ops")
+    flags.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help="%(choices)s")
     options = flags.parse_args(arguments)
     if options.predict:
         print_predictions()
@@ -92,12 +99,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     backends = usable_backends()
     if not backends:
         return 2
+    if options.decode:
+        return _decode(options)
     chosen = [case for case in cases() if case.op in options.ops and (case.distance <= 1 or not options.quick)]
     device, card = torch.device("cuda"), torch.cuda.get_device_name()
     report, failures = time_cases(chosen, backends, device, GraphTimer(), card, until)
     report.write_csv(options.results / f"{card.lower().replace(' ', '-')}.csv")
     report.write(options.json)
     return 1 if failures.count else 0
+
+
+def _decode(options: argparse.Namespace) -> int:
+    card, bandwidth = torch.cuda.get_device_name(), GraphTimer().copy_bandwidth_gb_per_s()
+    report, failures = time_models(options.models, torch.device("cuda"), card, bandwidth)
+    for failure in failures:
+        print(f"benchmarks.gpu: {failure}", file=sys.stderr)
+    report.write_csv(options.results / f"{card.lower().replace(' ', '-')}-decode.csv")
+    report.write(options.json)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

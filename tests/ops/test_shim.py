@@ -11,7 +11,8 @@ from shim import SHIM, compile_on_shim
 BLOCKS = 3
 FAULTS = ("none", "no_barrier", "load_beyond", "store_beyond", "store_to_input", "two_blocks", "lost_lane",
           "different_barriers", "early_load", "plain_add", "wide_store",
-          "no_wait", "false_constant", "misaligned", "no_group", "young_group", "copy_before_wait", "never_awaited")  # fmt: skip
+          "no_wait", "false_constant", "misaligned", "no_group", "young_group", "copy_before_wait",
+          "never_awaited")  # fmt: skip
 Run = Callable[[str, str, int], tuple[str, torch.Tensor, torch.Tensor]]
 
 
