@@ -22,7 +22,9 @@ struct Place {
     Act* y;
 
     __device__ __forceinline__ Place(const SelectiveScanParams& p, int64_t row, int64_t channel) {
-        const int64_t b_group = channel * p.b_groups / p.channels, c_group = channel * p.c_groups / p.channels;
+        const auto of = static_cast<unsigned>(channel), all = static_cast<unsigned>(p.channels);
+        const int64_t b_group = of / (all / static_cast<unsigned>(p.b_groups));
+        const int64_t c_group = of / (all / static_cast<unsigned>(p.c_groups));
         x = reinterpret_cast<const Act*>(p.x) + row * p.x_batch_stride + channel;
         dt = reinterpret_cast<const Act*>(p.dt) + row * p.dt_batch_stride + channel;
         z = p.z ? reinterpret_cast<const Act*>(p.z) + row * p.z_batch_stride + channel : nullptr;
@@ -127,9 +129,11 @@ __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
 
     Float4 h = widen(before);
     auto feed = [&](const float (&dt)[kOwn], const float (&dt_x)[kOwn], const Float4* B, int i) {
-        step<State>(h, A, of_lane<Lanes>(dt[i / Lanes], i), of_lane<Lanes>(dt_x[i / Lanes], i),
-                    load_raw(B + i * Lanes + lane));
+        const float my_dt = of_lane<Lanes>(dt[i / Lanes], i), my_dt_x = of_lane<Lanes>(dt_x[i / Lanes], i);
+        step<State>(h, A, has_states ? my_dt : 0.f, my_dt_x, load_raw(B + i * Lanes + lane));
     };
+    const bool to_slots = !Replays && has_states && !p.keep_last;
+    State* slot = at.states + p.write_slot * p.states_slot_stride + n;
     if constexpr (Replays) {
         const int64_t count = replayed(p, start);
         for (int64_t first = 0; first < count; first += kTokens) {
@@ -172,10 +176,8 @@ __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
                 feed(dt, dt_x, block_B, group + i);
                 sums[i] = 0.f;
                 add_products(sums[i], h, load_raw(block_C + (group + i) * Lanes + lane));
-                if (!has_states) sums[i] = 0.f;
-                if (!Replays && has_states && !p.keep_last && t < p.tokens) {
-                    store4(at.states + (p.write_slot + t) * p.states_slot_stride + n, h);
-                }
+                if (to_slots && t < p.tokens) store4(slot, h);
+                slot += p.states_slot_stride;
             }
             const float sum = sums_of_lanes<Lanes>(sums, lane);
             const int64_t t = first + group + lane % kGroup;

@@ -19,10 +19,11 @@ struct Place {
     Act* y;
 
     __device__ __forceinline__ Place(const SsdParams& p, int64_t row, int64_t channel) {
-        const int64_t channels = p.heads * p.head_size, head = channel / p.head_size;
-        const int64_t x_at = head / (p.heads / p.x_heads) * p.head_size + channel % p.head_size;
-        const int64_t b_at = head / (p.heads / p.b_groups) * p.state_size;
-        const int64_t c_at = head / (p.heads / p.c_groups) * p.state_size;
+        const auto heads = static_cast<unsigned>(p.heads), size = static_cast<unsigned>(p.head_size);
+        const unsigned head = static_cast<unsigned>(channel) / size, part = static_cast<unsigned>(channel) % size;
+        auto group = [&](int64_t groups) { return head / (heads / static_cast<unsigned>(groups)); };
+        const int64_t channels = p.heads * p.head_size, x_at = group(p.x_heads) * p.head_size + part;
+        const int64_t b_at = group(p.b_groups) * p.state_size, c_at = group(p.c_groups) * p.state_size;
         x = reinterpret_cast<const Act*>(p.x) + row * p.x_batch_stride + x_at;
         dt = reinterpret_cast<const Act*>(p.dt) + row * p.dt_batch_stride + head;
         z = p.z ? reinterpret_cast<const Act*>(p.z) + row * p.z_batch_stride + channel : nullptr;
@@ -67,7 +68,7 @@ struct Steps {
 };
 
 template <typename Act, typename State, int Lanes, bool Replays>
-__global__ void __launch_bounds__(kThreads, sizeof(State) == 4 ? 4 : 3) scan(SsdParams p) {
+__global__ void __launch_bounds__(kThreads, Replays || sizeof(State) == 2 ? 3 : 4) scan(SsdParams p) {
     using Window = Tokens<Act, Lanes, 2>;
     using Inputs = Tokens<float, Lanes, 1>;
     constexpr int kOwn = Window::kOwn;
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(State) == 4 ? 4 : 3) scan(Ssd
     const int lane = static_cast<int>(threadIdx.x) % Lanes, n = 4 * lane;
     const int64_t row = blockIdx.y, channels = p.heads * p.head_size;
     const int64_t channel = kChannels * (static_cast<int64_t>(blockIdx.x) * (kThreads / Lanes) + threadIdx.x / Lanes);
-    const int64_t head = channel / p.head_size;
+    const int64_t head = static_cast<unsigned>(channel) / static_cast<unsigned>(p.head_size);
     const bool has_states = n < p.state_size;
     const Place<Act, State> at(p, row, channel);
     // A lane's pair k is of this token, among those loaded together, and of this channel.
@@ -140,7 +141,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(State) == 4 ? 4 : 3) scan(Ssd
     };
     auto feed = [&](const Steps<kOwn>& steps, const Float4* B, int i) {
         const int first_pair = i / kGroup * kPairs + i % kGroup, k = first_pair / Lanes;
-        const float dt = of_lane<Lanes>(steps.dt[k], first_pair), decay = of_lane<Lanes>(steps.decay[k], first_pair);
+        const float of_token = of_lane<Lanes>(steps.dt[k], first_pair), dt = has_states ? of_token : 0.f;
+        const float decay = of_lane<Lanes>(steps.decay[k], first_pair);
         const Float4 b = load_raw(B + i * Lanes + lane);
 #pragma unroll
         for (int c = 0; c < kChannels; c++) {
@@ -152,6 +154,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(State) == 4 ? 4 : 3) scan(Ssd
         for (int c = 0; c < kChannels; c++)
             if (has_states) store4(slot + c * p.state_size + n, h[c]);
     };
+    State* slot = at.states + p.write_slot * p.states_slot_stride;
     if constexpr (Replays) {
         const int64_t count = replayed(p, start);
         for (int64_t first = 0; first < count; first += kTokens) {
@@ -196,11 +199,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(State) == 4 ? 4 : 3) scan(Ssd
                 for (int c = 0; c < kChannels; c++) {
                     sums[c * kGroup + i] = 0.f;
                     add_products(sums[c * kGroup + i], h[c], C);
-                    if (!has_states) sums[c * kGroup + i] = 0.f;
                 }
-                if (!Replays && !p.keep_last && t < p.tokens) {
-                    store_to(at.states + (p.write_slot + t) * p.states_slot_stride);
-                }
+                if (!Replays && !p.keep_last && t < p.tokens) store_to(slot);
+                slot += p.states_slot_stride;
             }
             const float sum = sums_of_lanes<Lanes>(sums, lane);
             constexpr int kLast = kOwn - 1;  // where lanes have two pairs, the second group's is the second
