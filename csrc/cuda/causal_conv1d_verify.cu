@@ -1,65 +1,108 @@
-// A thread takes a channel through all tokens of a row, with the last inputs in registers.
+// A thread takes a channel, or four neighbouring ones, through all tokens of a row, with the last inputs in registers.
+// Inputs of several tokens are loaded at once.
 #include "device.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMaxWidth = 8;  // taps lie at the end of as many registers
+constexpr int kTokens = 8;          // that are loaded together
+constexpr int64_t kMany = 1 << 17;  // channels of all rows that keep the whole card busy by fours
 
-template <typename Act, typename Weight>
+// Taps lie at the end of `Taps` registers. With `Channels` 4 channels lie side by side in x too.
+template <typename Act, typename Weight, int Taps, int Channels>
 __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
-    wait_for_previous();
-    const int64_t channel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, row = blockIdx.y;
+    using Inputs = Group<float, Channels>;
+    start_next();
+    const int64_t channel = Channels * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x), row = blockIdx.y;
     if (channel >= p.channels) return;
-    const int first = kMaxWidth - static_cast<int>(p.width);
+    const int first_tap = Taps - static_cast<int>(p.width);
     const int64_t source = p.repeat == 1 ? channel : channel / (p.block * p.repeat) * p.block + channel % p.block;
     const Act* x = reinterpret_cast<const Act*>(p.x) + row * p.x_batch_stride + source;
     const Weight* weight = static_cast<const Weight*>(p.weight) + channel * p.weight_channel_stride;
     float* window = p.window + row * p.window_batch_stride + channel;
     Act* y = reinterpret_cast<Act*>(p.y) + row * p.tokens * p.channels + channel;
+
+    Inputs taps[Taps] = {}, bias = {};
+#pragma unroll
+    for (int c = 0; c < Channels; c++) {
+#pragma unroll
+        for (int k = 0; k < Taps; k++) {
+            if (k < first_tap) continue;
+            const int64_t tap = c * p.weight_channel_stride + (k - first_tap) * p.weight_tap_stride;
+            taps[k].v[c] = load(weight + tap, From::constants);
+        }
+        if (p.bias) bias.v[c] = load(p.bias + channel + c, From::constants);
+    }
+    wait_for_previous();
     const int64_t start = load_raw(p.start_slot + row);
-    if (start < 0) {
-        for (int64_t t = 0; t < p.tokens; t++) store(y + t * p.channels, 0.f);
+    const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    Group<Act, Channels> tokens[kTokens];
+    auto load_tokens = [&](int64_t first) {
+#pragma unroll
+        for (int i = 0; i < kTokens; i++)
+            if (first + i < p.tokens) tokens[i] = load_group<Channels>(x + (first + i) * p.x_token_stride);
+    };
+    load_tokens(0);
+    if (start < 0) {  // the row is left out
+        for (int64_t t = 0; t < p.tokens; t++) store_group<Channels>(y + t * p.channels, Group<Act, Channels>{});
         return;
     }
-    const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
-    const float bias = p.bias ? load(p.bias + channel) : 0.f;
+    Inputs inputs[Taps] = {};
+#pragma unroll
+    for (int k = 0; k + 1 < Taps; k++) {
+        if (k < first_tap) continue;
+        const int64_t slot_row = start + 1 + k - first_tap;
+        inputs[k] = load_group<Channels>(static_cast<const float*>(window + slot_row * p.window_row_stride));
+    }
 
-    float taps[kMaxWidth], inputs[kMaxWidth];
+    if (!p.keep_last && p.write_slot == 0) {
 #pragma unroll
-    for (int k = 0; k < kMaxWidth; k++) {
-        const int tap = k - first;
-        taps[k] = tap < 0 ? 0.f : load(weight + tap * p.weight_tap_stride);
-        inputs[k] = tap < 0 || k + 1 == kMaxWidth ? 0.f : load(window + (start + 1 + tap) * p.window_row_stride);
+        for (int k = 0; k + 1 < Taps; k++)
+            if (k >= first_tap) store_group<Channels>(window + (k - first_tap) * p.window_row_stride, inputs[k]);
     }
-    const bool moves_history = !p.keep_last && p.write_slot == 0;
+    for (int64_t first = 0; first < p.tokens; first += kTokens) {
+        if (first > 0) load_tokens(first);
 #pragma unroll
-    for (int k = 0; k + 1 < kMaxWidth; k++) {
-        if (moves_history && k >= first) store(window + (k - first) * p.window_row_stride, inputs[k]);
-    }
-    for (int64_t t = 0; t < p.tokens; t++) {
-        const float input = t < nulls ? 0.f : load(x + t * p.x_token_stride);
-        inputs[kMaxWidth - 1] = input;
-        if (!p.keep_last) store(window + (p.width - 1 + p.write_slot + t) * p.window_row_stride, input);
-        float sum = bias;
+        for (int i = 0; i < kTokens; i++) {
+            const int64_t t = first + i;
+            if (t >= p.tokens) break;
+            Group<Act, Channels> out;
 #pragma unroll
-        for (int k = 0; k < kMaxWidth; k++)
-            if (k >= first) sum = fmaf(inputs[k], taps[k], sum);
+            for (int c = 0; c < Channels; c++) {
+                inputs[Taps - 1].v[c] = t < nulls ? 0.f : widen(tokens[i].v[c]);
+                float sum = bias.v[c];
 #pragma unroll
-        for (int k = 0; k + 1 < kMaxWidth; k++) inputs[k] = inputs[k + 1];
-        store(y + t * p.channels, p.silu ? silu(sum) : sum);
+                for (int k = 0; k < Taps; k++)
+                    if (k >= first_tap) sum = fmaf(inputs[k].v[c], taps[k].v[c], sum);
+                out.v[c] = narrow<Act>(p.silu ? silu(sum) : sum);
+            }
+            store_group<Channels>(y + t * p.channels, out);
+            if (!p.keep_last) {
+                const int64_t slot_row = p.width - 1 + p.write_slot + t;
+                store_group<Channels>(window + slot_row * p.window_row_stride, inputs[Taps - 1]);
+            }
+#pragma unroll
+            for (int k = 0; k + 1 < Taps; k++) inputs[k] = inputs[k + 1];
+        }
     }
     if (!p.keep_last) return;
 #pragma unroll
-    for (int k = 0; k + 1 < kMaxWidth; k++)
-        if (k >= first) store(window + (1 + k - first) * p.window_row_stride, inputs[k]);
+    for (int k = 0; k + 1 < Taps; k++)
+        if (k >= first_tap) store_group<Channels>(window + (1 + k - first_tap) * p.window_row_stride, inputs[k]);
 }
 
 template <typename Act, typename Weight>
 void run(const CausalConv1dParams& p, cudaStream_t stream) {
-    const dim3 blocks(blocks_for(p.channels, kThreads), static_cast<unsigned>(p.batch));
-    launch(convolve<Act, Weight>, blocks, dim3(kThreads), stream, p);
+    const bool in_fours = p.repeat == 1 && p.width <= 4 && p.channels % 4 == 0 &&
+                          fours<Act>(p.x, p.x_batch_stride, p.x_token_stride) && fours<Act>(p.y) &&
+                          fours<float>(p.window, p.window_batch_stride, p.window_row_stride);
+    const int channels = in_fours && p.batch * p.channels >= kMany ? 4 : 1;
+    auto kernel = channels == 4  ? convolve<Act, Weight, 4, 4>
+                  : p.width <= 4 ? convolve<Act, Weight, 4, 1>
+                                 : convolve<Act, Weight, 8, 1>;
+    const dim3 blocks(blocks_for(p.channels, channels * kThreads), static_cast<unsigned>(p.batch));
+    launch(kernel, blocks, dim3(kThreads), stream, p);
 }
 
 template <typename Act>

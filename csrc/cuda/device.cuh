@@ -158,31 +158,56 @@ __device__ __forceinline__ void store_group(T* p, const Group<T, N>& group) {
     *reinterpret_cast<Group<T, N>*>(p) = group;
 }
 
-// Four values of which the first `count` exist; in one access where all do and the address allows it.
+// Four values in as few registers as hold them, so that nothing waits for a load before its values are used.
+template <typename T>
+struct alignas(4 * sizeof(T)) Packed4 {
+    uint32_t words[sizeof(T)];
+};
+template <typename T>
+__device__ __forceinline__ Float4 widen(const Packed4<T>& packed) {
+    T values[4];
+    memcpy(values, &packed, sizeof values);
+    Float4 out;
+#pragma unroll
+    for (int i = 0; i < 4; i++) out.v[i] = widen(values[i]);
+    return out;
+}
+template <typename T>
+__device__ __forceinline__ Packed4<T> load_packed4(const T* p, From from = From::memory) {
+#if defined(SM_HOST_SHIM)
+    shim::Machine::get().check(p, sizeof(Packed4<T>), kind_of(from), sizeof(T));
+#endif
+    return *reinterpret_cast<const Packed4<T>*>(p);
+}
+template <typename T>
+__device__ __forceinline__ void store4(T* p, const Float4& value) {
+    Group<T, 4> group;
+#pragma unroll
+    for (int i = 0; i < 4; i++) group.v[i] = narrow<T>(value.v[i]);
+    store_group<4>(p, group);
+}
+
+// Four values of which the first `count` exist, the rest 0; in one access where all do and the address allows it.
 template <typename T>
 __device__ __forceinline__ Float4 load4(const T* p, int count, From from = From::memory) {
+    if (count == 4 && allows_group<4>(p)) return widen(load_packed4(p, from));
     Float4 out;
-    if (count == 4 && allows_group<4>(p)) {
-        const Group<T, 4> group = load_group<4>(p, from);
-#pragma unroll
-        for (int i = 0; i < 4; i++) out.v[i] = widen(group.v[i]);
-        return out;
-    }
 #pragma unroll
     for (int i = 0; i < 4; i++) out.v[i] = i < count ? load(p + i, from) : 0.f;
     return out;
 }
 template <typename T>
 __device__ __forceinline__ void store4(T* p, const Float4& value, int count) {
-    if (count == 4 && allows_group<4>(p)) {
-        Group<T, 4> group;
-#pragma unroll
-        for (int i = 0; i < 4; i++) group.v[i] = narrow<T>(value.v[i]);
-        return store_group<4>(p, group);
-    }
+    if (count == 4 && allows_group<4>(p)) return store4(p, value);
 #pragma unroll
     for (int i = 0; i < 4; i++)
         if (i < count) store(p + i, value.v[i]);
+}
+
+// Whether every fourth value from p on, in every row, is where four can be accessed at once; none are at null.
+template <typename T, typename... Strides>
+inline bool fours(const void* p, Strides... strides) {
+    return !p || (reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0 && ((strides % 4 == 0) && ...));
 }
 
 // Kernels of a stream overlap where the card can do it: while one runs, those after it are loaded already. So each
@@ -202,16 +227,68 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// 1/x to a unit in the last place; 0 where that is no normal number.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+#if defined(SM_HOST_SHIM)
+    return fabsf(x) > 0x1p126f ? 0.f : 1.f / x;
+#else
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+#endif
+}
+
 // log(1 + exp(x)), accurate for the smallest results too.
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
-__device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return x * reciprocal_fast(1.f + expf(-x)); }
 
-// Sum over `Lanes` neighbouring lanes, the same in each; a tree of fixed shape.
+// 2 to the power of x, to two units in the last place; 0 where that is no normal number.
+__device__ __forceinline__ float exp2_fast(float x) {
+#if defined(SM_HOST_SHIM)
+    return x < -126.f ? 0.f : exp2f(x);
+#else
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+#endif
+}
+
+// The value that another of `Lanes` neighbouring lanes has.
 template <int Lanes>
+__device__ __forceinline__ float of_lane(float value, int lane) {
+    return __shfl_sync(kAllLanes, value, lane, Lanes);
+}
+
+// Sum over `Lanes` neighbouring lanes, the same in each; a tree of fixed shape, which joins those of `First` lanes.
+template <int Lanes, int First = Lanes>
 __device__ __forceinline__ float sum_of_lanes(float value) {
 #pragma unroll
-    for (int mask = Lanes / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(kAllLanes, value, mask);
+    for (int mask = First / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(kAllLanes, value, mask);
+#pragma unroll
+    for (int mask = First; mask < Lanes; mask *= 2) value += __shfl_xor_sync(kAllLanes, value, mask);
     return value;
+}
+
+// A lane's sum is that of value lane % Values, as sum_of_lanes<Lanes, Values> gives it, for few shuffles.
+template <int Half, int Values>
+__device__ __forceinline__ void sum_halves(float (&values)[Values], int lane) {
+    if constexpr (Half > 0) {
+        const bool upper = lane & Half;
+#pragma unroll
+        for (int i = 0; i < Half; i++) {
+            const float mine = upper ? values[i + Half] : values[i], other = upper ? values[i] : values[i + Half];
+            values[i] = mine + __shfl_xor_sync(kAllLanes, other, Half);
+        }
+        sum_halves<Half / 2>(values, lane);
+    }
+}
+template <int Lanes, int Values>
+__device__ __forceinline__ float sums_of_lanes(float (&values)[Values], int lane) {
+    static_assert(Values <= Lanes, "");
+    sum_halves<Values / 2>(values, lane);
+#pragma unroll
+    for (int mask = Values; mask < Lanes; mask *= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], mask);
+    return values[0];
 }
 
 // The greatest that is not NaN.

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -41,24 +40,7 @@ def built_shim() -> ModuleType:
     spec = importlib.util.spec_from_file_location("_C_cuda", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("selective_scan", "ssd"):
-        setattr(module, name, skipping_large_states(getattr(module, name)))
     return module
-
-
-def skipping_large_states(kernel: Callable[..., None]) -> Callable[..., None]:
-    """Tests of more states than a kernel takes, which it says itself, are skipped."""
-
-    @functools.wraps(kernel)
-    def call(*arguments: object) -> None:
-        try:
-            kernel(*arguments)
-        except ValueError as error:
-            if "takes up to" not in str(error):
-                raise
-            pytest.skip(str(error))
-
-    return call
 
 
 def compile_on_shim(sources: list[Path], target: Path, options: list[str]) -> None:

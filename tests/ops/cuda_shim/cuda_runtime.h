@@ -429,6 +429,10 @@ template <typename T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return shim::shuffle(value, (shim::Machine::get().running->id % shim::kWarp) ^ mask);
 }
+template <typename T>
+inline T __shfl_sync(unsigned, T value, int lane, int width) {
+    return shim::shuffle(value, shim::Machine::get().running->id % shim::kWarp / width * width + lane % width);
+}
 
 inline float sinpif(float x) { return static_cast<float>(std::sin(3.14159265358979323846 * x)); }
 inline float cospif(float x) { return static_cast<float>(std::cos(3.14159265358979323846 * x)); }
