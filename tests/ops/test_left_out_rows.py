@@ -46,7 +46,7 @@ def test_the_others_go_on_as_if_alone(name: str, mode: str, other: dict, rows: l
     null_columns = torch.tensor([2, 1], dtype=torch.int32) if other.get("keep_last") else None
     start = torch.zeros(B, dtype=torch.int32)
     start[rows] = -1
-    for tensor in (*window.values(), *cache.values()):
+    for tensor in cache.values():
         tensor[rows] = torch.nan if tensor.is_floating_point() else 10**9
     others = [row for row in range(B) if row not in rows]
     window_alone, alone = ({key: tensor[others] for key, tensor in part.items()} for part in (window, cache))

@@ -83,8 +83,8 @@ def accepting(filters: Filters, laws: bool) -> tuple:
     logits, seen = torch.zeros(1, 5, 50280), torch.zeros(1, 50280, dtype=torch.bool)
     row, keys = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64)
     drafted = torch.zeros(1, 4, dtype=torch.int64)
-    q, active = (logits[:, 1:], seen[:, 0]) if laws else (None, None)
-    return logits, drafted, q, filters, keys, row, False, seen, active
+    q, active, limits = (logits[:, 1:], seen[:, 0], ROW) if laws else (None, None, None)
+    return logits, drafted, q, filters, keys, row, False, seen, active, limits
 
 
 def committing(everything: bool) -> tuple:
