@@ -119,13 +119,13 @@ __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
         return inputs;
     };
     Packed4<State> before{};
-    Inputs inputs;
-    if (Replays) inputs = load_inputs(0);
     Window window = load_window(0);
     if (start < 0) {  // the row is left out
         for (int64_t t = lane; exists && t < p.tokens; t += Lanes) store(at.y + t * p.channels, 0.f);
         return;
     }
+    Inputs inputs;
+    if (Replays) inputs = load_inputs(0);
     if (has_states) {
         const int64_t slot = Replays ? 0 : start;
         before = load_packed4(static_cast<const State*>(at.states + slot * p.states_slot_stride + n));

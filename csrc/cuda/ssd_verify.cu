@@ -124,8 +124,6 @@ __global__ void __launch_bounds__(kThreads, Replays || sizeof(State) == 2 ? 3 : 
         return inputs;
     };
     Packed4<State> before[kChannels] = {};
-    Inputs inputs;
-    if (Replays) inputs = load_inputs(0);
     Window window = load_window(0);
     if (start < 0) {  // the row is left out
         for (int64_t t = lane / kChannels; t < p.tokens; t += Lanes / kChannels) {
@@ -133,6 +131,8 @@ __global__ void __launch_bounds__(kThreads, Replays || sizeof(State) == 2 ? 3 : 
         }
         return;
     }
+    Inputs inputs;
+    if (Replays) inputs = load_inputs(0);
     if (has_states) {
         const State* from = at.states + (Replays ? 0 : start * p.states_slot_stride) + n;
 #pragma unroll

@@ -35,16 +35,6 @@ void announce_activations(const Params& p, const void* base, int64_t rows, int64
     announce(base, rows, row_stride, columns, column_stride, size, Use::read, bytes_of(p.activations));
 }
 
-// Of each row that is not left out.
-template <typename Params>
-void announce_tokens(const Params& p, const void* base, int64_t batch_stride, int64_t token_stride, int64_t size) {
-    for (int64_t row = 0; base && row < p.batch; row++) {
-        if (p.start_slot[row] < 0) continue;
-        const char* first = static_cast<const char*>(base) + bytes_of(p.activations) * row * batch_stride;
-        announce_activations(p, first, 1, 0, p.tokens, token_stride, size);
-    }
-}
-
 // Of each row that is not left out `size` floats.
 template <typename Params>
 void announce_inputs(const Params& p, float* base, int64_t size) {
@@ -94,9 +84,9 @@ void announce_entries(const AttentionParams& p, void* base, int64_t batch_stride
 
 void attention(const AttentionParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
-    announce_tokens(p, p.q, p.q_batch_stride, p.q_token_stride, p.heads * p.dims);
-    announce_tokens(p, p.k, p.k_batch_stride, p.k_token_stride, p.kv_heads * p.dims);
-    announce_tokens(p, p.v, p.v_batch_stride, p.v_token_stride, p.kv_heads * p.dims);
+    announce_activations(p, p.q, p.batch, p.q_batch_stride, p.tokens, p.q_token_stride, p.heads * p.dims);
+    announce_activations(p, p.k, p.batch, p.k_batch_stride, p.tokens, p.k_token_stride, p.kv_heads * p.dims);
+    announce_activations(p, p.v, p.batch, p.v_batch_stride, p.tokens, p.v_token_stride, p.kv_heads * p.dims);
     announce_entries(p, p.keys, p.keys_batch_stride, p.keys_head_stride);
     announce_entries(p, p.values, p.values_batch_stride, p.values_head_stride);
     for (int64_t row = 0; row < p.batch; row++) {
@@ -115,7 +105,7 @@ void attention(const AttentionParams& p, cudaStream_t stream) {
 
 void causal_conv1d(const CausalConv1dParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
-    announce_tokens(p, p.x, p.x_batch_stride, p.x_token_stride, p.channels / p.repeat);
+    announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, p.channels / p.repeat);
     const int64_t element = bytes_of(p.weight_dtype);
     announce(p.weight, p.channels, p.weight_channel_stride, p.width, p.weight_tap_stride, 1, Use::constant, element);
     announce(p.bias, p.channels, Use::constant);
@@ -172,9 +162,9 @@ void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
     for (const auto& [base, row, token] :
          {std::tuple(p.x, p.x_batch_stride, p.x_token_stride), std::tuple(p.dt, p.dt_batch_stride, p.dt_token_stride),
           std::tuple(p.z, p.z_batch_stride, p.z_token_stride)})
-        announce_tokens(p, base, row, token, p.channels);
-    announce_tokens(p, p.B, p.b_batch_stride, p.b_token_stride, p.b_groups * p.state_size);
-    announce_tokens(p, p.C, p.c_batch_stride, p.c_token_stride, p.c_groups * p.state_size);
+        announce_activations(p, base, p.batch, row, p.tokens, token, p.channels);
+    announce_activations(p, p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, p.b_groups * p.state_size);
+    announce_activations(p, p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
     announce(p.A, p.channels * p.state_size, Use::constant);
     announce(p.D, p.channels, Use::constant);
     announce(p.dt_bias, p.channels, Use::constant);
@@ -246,11 +236,11 @@ void ssd(const SsdParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     const int64_t channels = p.heads * p.head_size, x_size = p.x_heads * p.head_size,
                   b_size = p.b_groups * p.state_size;
-    announce_tokens(p, p.x, p.x_batch_stride, p.x_token_stride, x_size);
-    announce_tokens(p, p.dt, p.dt_batch_stride, p.dt_token_stride, p.heads);
-    announce_tokens(p, p.z, p.z_batch_stride, p.z_token_stride, channels);
-    announce_tokens(p, p.B, p.b_batch_stride, p.b_token_stride, b_size);
-    announce_tokens(p, p.C, p.c_batch_stride, p.c_token_stride, p.c_groups * p.state_size);
+    announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, x_size);
+    announce_activations(p, p.dt, p.batch, p.dt_batch_stride, p.tokens, p.dt_token_stride, p.heads);
+    announce_activations(p, p.z, p.batch, p.z_batch_stride, p.tokens, p.z_token_stride, channels);
+    announce_activations(p, p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, b_size);
+    announce_activations(p, p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
     announce(p.A, p.heads, Use::constant);
     announce(p.D, p.d_per_channel ? channels : p.heads, Use::constant);
     announce(p.dt_bias, p.heads, Use::constant);
