@@ -333,7 +333,7 @@ constexpr int kSums = 8;  // of a lane: short sums are accurate, and do not wait
 // Lane l takes features 4l … 4l+3 of every 128, and has a sum for each of eight features of two such groups. Its sums,
 // then the lanes are added in a tree.
 template <typename Act, typename Weight, int M>
-__global__ void __launch_bounds__(kThreads) multiply(SkinnyLinearParams p, int64_t m0) {
+__global__ void __launch_bounds__(kThreads, 3) multiply(SkinnyLinearParams p, int64_t m0) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int64_t n = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarp;
     if (n >= p.out_features) return;  // a whole warp
