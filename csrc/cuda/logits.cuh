@@ -29,9 +29,9 @@ __device__ __forceinline__ Verdict verdict_on(float peak, bool greedy) {
 }
 
 // Logits of tokens that the text holds lose: divided by the penalty if positive, else multiplied (Keskar et al. 2019,
-// CTRL). Rarely needed, so it stays out of the way.
-__device__ __noinline__ float penalised(float value, float penalty, bool in_text, const int64_t* recent,
-                                        int64_t recent_tokens, int token) {
+// CTRL).
+__device__ __forceinline__ float penalised(float value, float penalty, bool in_text, const int64_t* recent,
+                                           int64_t recent_tokens, int token) {
 #pragma unroll 1
     for (int64_t i = 0; i < recent_tokens; i++) in_text |= load_raw(recent + i) == token;
     return !in_text ? value : value > 0 ? value / penalty : value * penalty;

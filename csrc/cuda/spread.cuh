@@ -35,7 +35,7 @@ struct Mine {
 
 // Sums weights by bins.
 template <typename Params>
-__global__ void __launch_bounds__(kChunkThreads) tally(Params p) {
+__global__ void __launch_bounds__(kChunkThreads, 2) tally(Params p) {
     SM_BLOCK_MEMORY(memory);
     wait_for_previous();
     const int64_t row = blockIdx.y;
@@ -133,7 +133,7 @@ __device__ __forceinline__ uint64_t race(const Mine& mine, const Law& law, const
 
 // Of each chunk the sum of its weights, and the winner of its race.
 template <typename Params>
-__global__ void __launch_bounds__(kChunkThreads) contend(Params p) {
+__global__ void __launch_bounds__(kChunkThreads, 2) contend(Params p) {
     SM_BLOCK_SUMS(memory);
     wait_for_previous();
     const int64_t row = blockIdx.y, t = blockIdx.z;

@@ -38,7 +38,7 @@ __device__ __forceinline__ T least_of_lanes(T value) {
 
 // Keeps of every span its leader, or of every group its least place. A law is filled with zeros, which most of it is.
 template <bool Greedy, typename Params>
-__global__ void __launch_bounds__(kSurveyors) survey(Params p) {
+__global__ void __launch_bounds__(kSurveyors, 4) survey(Params p) {
     wait_for_previous();
     const int lane = static_cast<int>(threadIdx.x) % kWarp, vocabulary = static_cast<int>(p.vocabulary);
     const int span = static_cast<int>(blockIdx.x * (kSurveyors / kWarp) + threadIdx.x / kWarp);
