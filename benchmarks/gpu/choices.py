@@ -29,6 +29,8 @@ class Choice(Work):
         self.logits, self.filters = logits, filters
         self.keys = torch.stack([torch.zeros(batch, device=device), torch.arange(batch, device=device)], 1).long()
         self.positions = torch.full((batch,), 100, device=device)
+        # A survey and an answer; where many tokens are kept also a race and, with top-p, where it ends.
+        self.launches = 2 if filters.greedy or filters.top_k else 3 if filters.top_p == 1 else 5
 
     def check(self, backend: str) -> None:
         """The first and the last row choose among all what the reference chooses for them alone."""
@@ -69,14 +71,13 @@ class Sample(Choice):
 class Accept(Choice):
     """speculative_accept of drafts that are all right, so that every position is looked at."""
 
-    launches = 2
-
     def __init__(self, vocabulary: int, filters: Filters, batch: int, tokens: int, device: torch.device) -> None:
         super().__init__(3 * torch.randn(batch, tokens, vocabulary, device=device), filters)
         drafting = self.logits[:, :-1]
         self.laws = None if filters.greedy else updates.law(drafting, filters)
         self.drafted = drafting.argmax(-1) if filters.greedy else updates.draw(self.laws)
         self.moved = self.logits.nbytes
+        self.launches += not filters.greedy  # the first refusal
 
     def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
         laws = None if self.laws is None else self.laws[rows]

@@ -29,7 +29,7 @@ struct Memory {
 // Calls act(i, load_at(i)) for i = 0 … end-1, each by one thread.
 template <typename Load, typename Act>
 __device__ __forceinline__ void for_each(int end, Load load_at, Act act) {
-    constexpr int kAhead = 8;  // loads that are under way at a time
+    constexpr int kAhead = 4;  // loads that are under way at a time
     const int threads = static_cast<int>(blockDim.x);
     for (int first = static_cast<int>(threadIdx.x); first < end; first += kAhead * threads) {
         decltype(load_at(0)) values[kAhead];

@@ -42,7 +42,7 @@ struct Law {
         uint64_t first = ~uint64_t{0};
         groups_of(position).for_each([&](int, uint32_t place) { first = smaller(first, place); });
         logits = position.logits;
-        weigh = {logit_at(static_cast<uint32_t>(of_block(m, first, smaller))), f.temperature};
+        weigh = Weigh(logit_at(static_cast<uint32_t>(of_block(m, first, smaller))), f.temperature);
         lightest = 0.f, last_place = ~0u, last_id = logits.vocabulary;
         return verdict_on(weigh.peak, false);
     }
@@ -56,10 +56,11 @@ struct Law {
     }
 
     // Keeps the tokens that have less than `target` before them, in order of place, of equal ones by id. A token counts
-    // measure(weight). Those that an earlier cut dropped are counted too, after all that can matter: `target` is at
+    // 1, or its weight. Those that an earlier cut dropped are counted too, after all that can matter: `target` is at
     // most what the others count. Nothing is kept of the row: its logits are read again for every eleven bits.
-    template <typename Measure>
-    __device__ void keep(const Memory& m, uint64_t target, Measure measure) {
+    enum class By { rank, weight };
+    __device__ void keep(const Memory& m, uint64_t target, By by) {
+        auto measure = [&](float weight) { return by == By::rank ? uint64_t{1} : to_units(weight); };
         const Histogram histogram{m};
         uint64_t found = 0, inside = 0;  // the first bits of the last place, and what its tokens count
         for (int left = 32; left > 0;) {

@@ -30,6 +30,13 @@ __device__ __forceinline__ Verdict verdict_on(float peak, bool greedy) {
 
 // Logits of tokens that the text holds lose: divided by the penalty if positive, else multiplied (Keskar et al. 2019,
 // CTRL).
+__device__ __forceinline__ float penalised(float value, float penalty, bool in_text, const int64_t* recent,
+                                           int64_t recent_tokens, int token) {
+#pragma unroll 1
+    for (int64_t i = 0; i < recent_tokens; i++) in_text |= load_raw(recent + i) == token;
+    return !in_text ? value : value > 0 ? value / penalty : value * penalty;
+}
+
 struct Logits {
     const float* values;  // (V)
     int vocabulary;
@@ -38,23 +45,10 @@ struct Logits {
     const int64_t* recent;  // further tokens of the text
     int64_t recent_tokens;
 
-    __device__ float operator[](int token) const { return penalised(token, load(values + token)); }
-    // Those of four tokens, of which the first `count` exist.
-    __device__ Float4 four(int token, int count) const {
-        Float4 out = load4(values + token, count);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (i < count) out.v[i] = penalised(token + i, out.v[i]);
-        return out;
-    }
-
- private:
-    __device__ float penalised(int token, float value) const {
+    __device__ float operator[](int token) const { return adjusted(token, load(values + token)); }
+    __device__ float adjusted(int token, float value) const {
         if (penalty == 1.f) return value;
-        bool in_text = load_raw(seen + token);
-#pragma unroll 1
-        for (int64_t i = 0; i < recent_tokens; i++) in_text |= load_raw(recent + i) == token;
-        return !in_text ? value : value > 0 ? value / penalty : value * penalty;
+        return penalised(value, penalty, load_raw(seen + token), recent, recent_tokens, token);
     }
 };
 
@@ -68,7 +62,7 @@ struct Scratch {
     uint64_t* memory;  // (⌈V / 64⌉ + 4 ⌈V / 2048⌉ + 2049)
     int vocabulary;
 
-    __device__ uint64_t* leaders() const { return memory; }                              // (⌈V / 1024⌉) of spans, or
+    __device__ uint64_t* leaders() const { return memory; }                              // (⌈V / 512⌉) of spans, or
     __device__ uint32_t* places() const { return reinterpret_cast<uint32_t*>(memory); }  // (⌈V / 32⌉) of groups
     __device__ uint64_t* totals() const { return memory + (vocabulary + 63) / 64; }      // (⌈V / 2048⌉) of chunks
     __device__ uint64_t* winners() const { return totals() + chunks_of(vocabulary); }    // (⌈V / 2048⌉)

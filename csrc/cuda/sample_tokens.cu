@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sample_few(SampleTokensParams 
     if (threadIdx.x == 0) answer(p, row, token, active ? verdict : Verdict::ok);
 }
 
-__global__ void __launch_bounds__(kChunkThreads) sample_many(SampleTokensParams p) {
+__global__ void __launch_bounds__(kChunkThreads, 2) sample_many(SampleTokensParams p) {
     SM_BLOCK_SUMS(memory);
     wait_for_previous();
     const int64_t row = blockIdx.y;

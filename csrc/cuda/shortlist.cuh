@@ -52,7 +52,7 @@ struct Shortlist {
         if (count <= kListed) gather_tokens(law.logits, count, last);
         int size = count <= kListed ? list.size() : count;
         if (size > kListed) {  // too many tokens are almost equal
-            law.keep(m, static_cast<uint64_t>(most), [](float) { return uint64_t{1}; });
+            law.keep(m, static_cast<uint64_t>(most), Law::By::rank);
             list.clear();
             for_each_logit(law.logits, law.logits.vocabulary, [&](int token, float logit) {
                 const float weight = law.weight(token, logit);

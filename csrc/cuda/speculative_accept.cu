@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kWarp) settle(SpeculativeAcceptParams p) {
 }
 
 // Decides, but for the token that replaces a refused one: of it the chunks find their winners.
-__global__ void __launch_bounds__(kChunkThreads) decide_many(SpeculativeAcceptParams p) {
+__global__ void __launch_bounds__(kChunkThreads, 2) decide_many(SpeculativeAcceptParams p) {
     SM_BLOCK_SUMS(memory);
     wait_for_previous();
     const int64_t row = blockIdx.y, t = blockIdx.z;

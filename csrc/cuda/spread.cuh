@@ -35,7 +35,7 @@ struct Mine {
 
 // Sums weights by bins.
 template <typename Params>
-__global__ void __launch_bounds__(kChunkThreads) tally(Params p) {
+__global__ void __launch_bounds__(kChunkThreads, 2) tally(Params p) {
     SM_BLOCK_MEMORY(memory);
     wait_for_previous();
     const int64_t row = blockIdx.y;
@@ -66,10 +66,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cut(Params p) {
     const Position position = position_of(p, row, blockIdx.y);
     Law law;
     if (law.begin(memory, position, p.filters) != Verdict::ok || !is_active(p, row)) return;
-    auto units = [](float weight) { return to_units(weight); };
+    uint64_t enough = 0;  // for a nucleus
+    bool is_cut = false;
     if (ranks(p.filters, p.vocabulary)) {
-        law.keep(memory, static_cast<uint64_t>(p.filters.top_k), [](float) { return uint64_t{1}; });
-        if (p.filters.top_p < 1.f) law.keep(memory, nucleus_of(p.filters, law.total(memory)), units);
+        law.keep(memory, static_cast<uint64_t>(p.filters.top_k), Law::By::rank);
+        is_cut = p.filters.top_p == 1.f;
+        if (!is_cut) enough = nucleus_of(p.filters, law.total(memory));
     } else {
         const Histogram histogram{memory};
         uint64_t total = 0;
@@ -78,20 +80,20 @@ __global__ void __launch_bounds__(kMaxThreads, 1) cut(Params p) {
             store_raw(memory.high + i, load_raw(position.scratch.tally() + kBins + i));
             total += histogram.at(i);
         }
-        const uint64_t enough = nucleus_of(p.filters, of_block(memory, total, plus));
+        enough = nucleus_of(p.filters, of_block(memory, total, plus));
         const Histogram::Found last = histogram.find(enough);
         list.clear();
         for_each_logit(law.logits, law.logits.vocabulary, [&](int token, float logit) {
             if (law.weigh.bin(logit) == last.bin) list.add(token, logit, to_units(law.weigh(logit)));
         });
         const int size = list.size();
-        if (size > kListed) {
-            law.keep(memory, enough, units);
-        } else {
+        is_cut = size <= kListed;
+        if (is_cut) {
             list.rank(size);
             law.cut(list, size, enough - last.before);
         }
     }
+    if (!is_cut) law.keep(memory, enough, Law::By::weight);
     if (threadIdx.x == 0) store_raw(position.scratch.last(), leader_of(law.last_place, law.last_id));
 }
 
@@ -131,7 +133,7 @@ __device__ __forceinline__ uint64_t race(const Mine& mine, const Law& law, const
 
 // Of each chunk the sum of its weights, and the winner of its race.
 template <typename Params>
-__global__ void __launch_bounds__(kChunkThreads) contend(Params p) {
+__global__ void __launch_bounds__(kChunkThreads, 2) contend(Params p) {
     SM_BLOCK_SUMS(memory);
     wait_for_previous();
     const int64_t row = blockIdx.y, t = blockIdx.z;

@@ -6,7 +6,7 @@
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr int kSurveyors = 128, kSpan = 1024, kQuads = kSpan / kWarp / 4;
+constexpr int kSurveyors = 128, kSpan = 512, kQuads = kSpan / kWarp / 4;
 constexpr int kGroup = 32;  // tokens of which the least place is kept
 
 __host__ __device__ inline int64_t spans_of(int64_t vocabulary) { return (vocabulary + kSpan - 1) / kSpan; }
@@ -38,7 +38,7 @@ __device__ __forceinline__ T least_of_lanes(T value) {
 
 // Keeps of every span its leader, or of every group its least place. A law is filled with zeros, which most of it is.
 template <bool Greedy, typename Params>
-__global__ void __launch_bounds__(kSurveyors) survey(Params p) {
+__global__ void __launch_bounds__(kSurveyors, 4) survey(Params p) {
     wait_for_previous();
     const int lane = static_cast<int>(threadIdx.x) % kWarp, vocabulary = static_cast<int>(p.vocabulary);
     const int span = static_cast<int>(blockIdx.x * (kSurveyors / kWarp) + threadIdx.x / kWarp);
@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kSurveyors) survey(Params p) {
         int token = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const uint32_t place = i < count ? place_of(logits.v[i]) : ~0u;
+            if (i >= count) continue;
+            const uint32_t place = place_of(position.logits.adjusted(first + i, logits.v[i]));
             if (place < least) least = place, token = first + i;
         }
         if (position.law) store4(position.law + first, Float4{}, count);
@@ -71,18 +72,12 @@ __global__ void __launch_bounds__(kSurveyors) survey(Params p) {
             if (lane % (kGroup / 4) == 0 && count > 0) store_raw(position.scratch.places() + first / kGroup, least);
         }
     };
-    if (position.logits.penalty == 1.f) {
-        Float4 quads[kQuads];
+    Float4 quads[kQuads];
 #pragma unroll
-        for (int q = 0; q < kQuads; q++) quads[q] = load4(position.logits.values + first_of(q), count_of(q));
-        if (!active) return;
+    for (int q = 0; q < kQuads; q++) quads[q] = load4(position.logits.values + first_of(q), count_of(q));
+    if (!active) return;
 #pragma unroll
-        for (int q = 0; q < kQuads; q++) look_at(q, quads[q]);
-    } else {
-        if (!active) return;
-#pragma unroll 1
-        for (int q = 0; q < kQuads; q++) look_at(q, position.logits.four(first_of(q), count_of(q)));
-    }
+    for (int q = 0; q < kQuads; q++) look_at(q, quads[q]);
     if constexpr (Greedy) {
         leader = least_of_lanes<kWarp>(leader);
         if (lane == 0) store_raw(position.scratch.leaders() + span, leader);

@@ -20,17 +20,19 @@ __device__ __forceinline__ float scale_of(uint64_t total) {
 
 struct Weigh {
     float peak, temperature;
+    float bins;  // for a difference of 1
 
+    Weigh() = default;
+    __device__ Weigh(float peak, float temperature)
+        : peak(peak), temperature(temperature), bins(kBins / (1.f - kSmallest) / temperature) {}
     __device__ float operator()(float logit) const {
         const float scaled = (logit - peak) / temperature;
         return scaled > kSmallest ? expf(scaled) : 0.f;
     }
-    // The likelier, the smaller; kBins for a weight of 0.
+    // The likelier, the smaller; kBins where the weight is 0.
     __device__ int bin(float logit) const {
-        const float scaled = (logit - peak) / temperature;
-        if (!(scaled > kSmallest)) return kBins;
-        const int bin = static_cast<int>(scaled * (kBins / kSmallest));
-        return bin < kBins ? bin : kBins - 1;
+        const float bin = (peak - logit) * bins;
+        return bin < kBins ? static_cast<int>(bin) : kBins;
     }
 };
 

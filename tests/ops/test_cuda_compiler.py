@@ -13,7 +13,7 @@ from shim import CUDA
 # blocks fit on a multiprocessor.
 REGISTERS = {
     "attention_verify": 112, "causal_conv1d_verify": 64, "commit_tokens": 48, "gated_silu": 32, "rms_norm": 40,
-    "sample_tokens": 112, "selective_scan_verify": 88, "skinny_linear": 240, "speculative_accept": 128,
+    "sample_tokens": 100, "selective_scan_verify": 88, "skinny_linear": 240, "speculative_accept": 110,
     "ssd_verify": 88,
 }  # fmt: skip
 OLDEST = 80
