@@ -37,7 +37,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "threads" in metafunc.function.__name__:
         found = [name for name in found if name != INTERPRETED]  # it has one
     of_gpu = [name for name in found if name not in ISAS]
-    fixtures = (("cpu", ISAS), ("kernels", found), ("gpu_kernels", of_gpu), ("backend", ["reference", *found]))
+    fixtures = (
+        ("cpu", ISAS), ("kernels", found), ("gpu_kernels", of_gpu), ("gpu_place", of_gpu),
+        ("backend", ["reference", *found]),
+    )  # fmt: skip
     for name, params in fixtures:
         if name in names:
             metafunc.parametrize(name, params, indirect=True)
@@ -106,6 +109,17 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 def gpu_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``kernels``, without those of the CPU."""
     yield from kernels.__wrapped__(request)
+
+
+@pytest.fixture
+def gpu_place(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """As ``gpu_kernels``, and the device of models that they run: the GPU where there is one."""
+    name, _, place = request.param.partition(" on ")
+    if place == "gpu":
+        yield name, "cuda"
+    else:
+        for backend in kernels.__wrapped__(request):
+            yield backend, "cpu"
 
 
 @pytest.fixture

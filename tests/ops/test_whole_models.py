@@ -13,15 +13,18 @@ PROMPTS = [[1, 2, 3, 4, 5], [6]]
 SAMPLED = sm.SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=3)
 
 
-def models(kind: str, dtype: torch.dtype, backend: str) -> tuple:
+def models(kind: str, dtype: torch.dtype, place: tuple[str, str]) -> tuple:
     """Target and draft, whose texts differ."""
-    return tuple(random_model(tiny_architecture(kind), dtype=dtype, seed=seed, backend=backend) for seed in (0, 1))
+    backend, device = place
+    return tuple(
+        random_model(tiny_architecture(kind), dtype=dtype, seed=seed, backend=backend, device=device) for seed in (0, 1)
+    )
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_greedy_text_and_logits_are_those_without_a_draft(kind: str, gpu_kernels: str) -> None:
-    target, draft = models(kind, torch.bfloat16, gpu_kernels)
-    assert target.activation_dtype is torch.bfloat16 and target.backend == gpu_kernels
+def test_greedy_text_and_logits_are_those_without_a_draft(kind: str, gpu_place: tuple[str, str]) -> None:
+    target, draft = models(kind, torch.bfloat16, gpu_place)
+    assert target.activation_dtype is torch.bfloat16 and target.backend == gpu_place[0]
     options = {"max_new_tokens": 5, "output_logits": True, "stop_token_ids": ()}
     result = sm.generate(target, PROMPTS, draft=draft, lookahead=3, **options)
     for row, prompt in enumerate(PROMPTS):
@@ -31,9 +34,9 @@ def test_greedy_text_and_logits_are_those_without_a_draft(kind: str, gpu_kernels
 
 
 @pytest.mark.parametrize("checkpoint", ["states", "inputs"])
-def test_rejected_and_accepted_drafts_leave_the_same_text(checkpoint: str, gpu_kernels: str) -> None:
+def test_rejected_and_accepted_drafts_leave_the_same_text(checkpoint: str, gpu_place: tuple[str, str]) -> None:
     """A draft that is the target itself, so that windows are accepted whole; and one that is not."""
-    target, draft = models("mamba2", torch.float16, gpu_kernels)
+    target, draft = models("mamba2", torch.float16, gpu_place)
     target.checkpoint = draft.checkpoint = checkpoint
     target.state_dtype = torch.bfloat16
     plain = sm.generate(target, PROMPTS, max_new_tokens=6, stop_token_ids=())
@@ -44,8 +47,8 @@ def test_rejected_and_accepted_drafts_leave_the_same_text(checkpoint: str, gpu_k
         assert other is draft or result.stats.acceptance_rate == 1
 
 
-def test_coupled_samples_are_those_without_a_draft(gpu_kernels: str) -> None:
-    target, draft = models("mamba1", torch.bfloat16, gpu_kernels)
+def test_coupled_samples_are_those_without_a_draft(gpu_place: tuple[str, str]) -> None:
+    target, draft = models("mamba1", torch.bfloat16, gpu_place)
     options = {"max_new_tokens": 6, "stop_token_ids": (), "sampling": SAMPLED}
     plain = sm.generate(target, PROMPTS, **options)
     result = sm.generate(target, PROMPTS, draft=draft, lookahead=3, acceptance="coupled", **options)
@@ -53,9 +56,9 @@ def test_coupled_samples_are_those_without_a_draft(gpu_kernels: str) -> None:
         assert torch.equal(expected, sequence)
 
 
-def test_int8_weights(gpu_kernels: str) -> None:
+def test_int8_weights(gpu_place: tuple[str, str]) -> None:
     """The rest of the model is float32, and so are the activations."""
-    target, draft = models("mamba1", torch.int8, gpu_kernels)
+    target, draft = models("mamba1", torch.int8, gpu_place)
     assert target.activation_dtype is torch.float32
     plain = sm.generate(target, PROMPTS, max_new_tokens=5, stop_token_ids=())
     result = sm.generate(target, PROMPTS, draft=draft, lookahead=2, max_new_tokens=5, stop_token_ids=())
