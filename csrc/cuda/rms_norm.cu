@@ -62,7 +62,7 @@ __device__ __forceinline__ float scale_of(float squares, int size, float eps, fl
 
 // Up to `Steps` · kStep values, all in registers and loaded at once, in whole fours.
 template <typename Act, typename Weight, int Steps>
-__global__ void __launch_bounds__(kThreads) normalise_at_once(RmsNormParams p) {
+__global__ void __launch_bounds__(kThreads, 1) normalise_at_once(RmsNormParams p) {
     SM_SHARED(float, of_warp, kWarps);
     start_next();
     const int size = group_size(p), first = 4 * static_cast<int>(threadIdx.x);

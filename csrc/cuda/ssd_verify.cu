@@ -68,7 +68,7 @@ struct Steps {
 };
 
 template <typename Act, typename State, int Lanes, bool Replays>
-__global__ void __launch_bounds__(kThreads, Replays || sizeof(State) == 2 ? 3 : 4) scan(SsdParams p) {
+__global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
     using Window = Tokens<Act, Lanes, 2>;
     using Inputs = Tokens<float, Lanes, 1>;
     constexpr int kOwn = Window::kOwn;
