@@ -240,7 +240,12 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 
 // log(1 + exp(x)), accurate for the smallest results too.
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
-__device__ __forceinline__ float silu(float x) { return x * reciprocal_fast(1.f + expf(-x)); }
+// The quotient is corrected by what it leaves of x, so that it is almost always the nearest number.
+__device__ __forceinline__ float silu(float x) {
+    const float divisor = fminf(1.f + expf(-x), 0x1p127f), inverse = reciprocal_fast(divisor), near = x * inverse;
+    const float nearest = fmaf(fmaf(-near, divisor, x), inverse, near);
+    return nearest == nearest ? nearest : near;  // infinity leaves infinity less infinity
+}
 
 // 2 to the power of x, to two units in the last place; 0 where that is no normal number.
 __device__ __forceinline__ float exp2_fast(float x) {

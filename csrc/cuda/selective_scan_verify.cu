@@ -258,15 +258,19 @@ __global__ void __launch_bounds__(kThreads) scan_any(SelectiveScanParams p) {
     if (lane == 0 && p.input_dt && p.keep_last) store(at.kept_dt, 0.f);
 }
 
-// All channels read the inputs B, so their new values are written by a launch of its own.
+// All channels read the inputs B, so their new values are written by a launch of its own: four by a thread.
 template <typename Act>
 __global__ void __launch_bounds__(kThreads) keep_B(SelectiveScanParams p) {
+    const int64_t size = p.b_groups * p.state_size, row = blockIdx.y, t = blockIdx.z;
+    const int64_t at = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);
+    if (at >= size) return;
+    const int count = size - at < 4 ? static_cast<int>(size - at) : 4;
     wait_for_previous();
-    const int64_t size = p.b_groups * p.state_size, row = blockIdx.y, t = blockIdx.x;
-    if (load_raw(p.start_slot + row) < 0) return;
+    const int64_t start = load_raw(p.start_slot + row);
     const Act* B = reinterpret_cast<const Act*>(p.B) + row * p.b_batch_stride + t * p.b_token_stride;
-    float* kept = p.input_B + (row * p.input_slots + p.write_slot + t) * size;
-    for (int64_t i = threadIdx.x; i < size; i += kThreads) store(kept + i, load(B + i));
+    const Float4 value = load4(B + at, count);
+    if (start < 0) return;
+    store4(p.input_B + (row * p.input_slots + p.write_slot + t) * size + at, value, count);
 }
 
 template <typename Act, typename State, int Lanes>
@@ -295,7 +299,8 @@ void run(const SelectiveScanParams& p, cudaStream_t stream) {
         launch(scan_any<Act, State>, dim3(blocks_for(p.channels, kWarps), rows), dim3(kThreads), stream, p);
     }
     if (!p.input_dt || p.keep_last) return;
-    launch(keep_B<Act>, dim3(static_cast<unsigned>(p.tokens), rows), dim3(kThreads), stream, p);
+    const dim3 blocks(blocks_for(p.b_groups * p.state_size, 4 * kThreads), rows, static_cast<unsigned>(p.tokens));
+    launch(keep_B<Act>, blocks, dim3(kThreads), stream, p);
 }
 
 template <typename Act>

@@ -39,6 +39,8 @@ struct Place {
     }
 };
 
+__host__ __device__ __forceinline__ int64_t rounded_to_fours(int64_t values) { return (values + 3) / 4 * 4; }
+
 __device__ __forceinline__ float step_size(const SsdParams& p, float dt, float bias) {
     return fmaxf(p.dt_min, fminf(p.dt_max, softplus(dt + bias)));
 }
@@ -68,7 +70,8 @@ struct Steps {
 };
 
 template <typename Act, typename State, int Lanes, bool Replays>
-__global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
+__global__ void __launch_bounds__(kThreads, sizeof(Act) == 2 && sizeof(State) == 4 && !Replays ? 4 : 3)
+    scan(SsdParams p) {
     using Window = Tokens<Act, Lanes, 2>;
     using Inputs = Tokens<float, Lanes, 1>;
     constexpr int kOwn = Window::kOwn;
@@ -277,23 +280,38 @@ __global__ void __launch_bounds__(kThreads) scan_any(SsdParams p) {
     if (p.keep_last) store_to(at.states);
 }
 
-// Leaves a token as the input of its slot. After prefill the kept state holds all tokens: input 0 counts as nothing.
+// Leaves a token as the input of its slot: a thread four values of Δ, x or B. After prefill the kept state holds all
+// tokens: input 0 counts as nothing.
 template <typename Act>
 __global__ void __launch_bounds__(kThreads) keep_inputs(SsdParams p) {
-    wait_for_previous();
-    const int64_t row = blockIdx.y, t = blockIdx.x, input = row * p.input_slots + p.write_slot + t;
-    if (load_raw(p.start_slot + row) < 0) return;
+    start_next();
+    const int64_t row = blockIdx.y, t = blockIdx.z, input = row * p.input_slots + p.write_slot + t;
     const int64_t x_size = p.x_heads * p.head_size, b_size = p.b_groups * p.state_size;
-    const Act* x = reinterpret_cast<const Act*>(p.x) + row * p.x_batch_stride + t * p.x_token_stride;
-    const Act* dt = reinterpret_cast<const Act*>(p.dt) + row * p.dt_batch_stride + t * p.dt_token_stride;
-    const Act* B = reinterpret_cast<const Act*>(p.B) + row * p.b_batch_stride + t * p.b_token_stride;
-    const bool nothing = p.keep_last || (p.null_columns && t < load_raw(p.null_columns + row));
-    for (int64_t h = threadIdx.x; h < p.heads; h += kThreads) {
-        store(p.input_dt + input * p.heads + h, nothing ? 0.f : step_size(p, load(dt + h), load(p.dt_bias + h)));
+    int64_t at = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x), size = p.heads;
+    const Act* from = reinterpret_cast<const Act*>(p.dt) + row * p.dt_batch_stride + t * p.dt_token_stride;
+    float* to = p.input_dt + input * size;
+    const bool is_dt = at < size;
+    auto or_else = [&](const float* base, int64_t offset, float* kept, int64_t values) {
+        if (at < size) return;
+        at -= rounded_to_fours(size);
+        from = reinterpret_cast<const Act*>(base) + offset, to = kept + input * values, size = values;
+    };
+    or_else(p.x, row * p.x_batch_stride + t * p.x_token_stride, p.input_x, x_size);
+    or_else(p.B, row * p.b_batch_stride + t * p.b_token_stride, p.input_b, b_size);
+    if (at >= size || (p.keep_last && !is_dt)) return;
+    const int count = size - at < 4 ? static_cast<int>(size - at) : 4;
+    const Float4 bias = is_dt ? load4(p.dt_bias + at, count, From::constants) : Float4{};
+    wait_for_previous();
+    const int64_t start = load_raw(p.start_slot + row);
+    const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    Float4 value = load4(from + at, count);
+    if (start < 0) return;
+    if (is_dt) {
+        const bool nothing = p.keep_last || t < nulls;
+#pragma unroll
+        for (int i = 0; i < 4; i++) value.v[i] = nothing ? 0.f : step_size(p, value.v[i], bias.v[i]);
     }
-    if (p.keep_last) return;
-    for (int64_t i = threadIdx.x; i < x_size; i += kThreads) store(p.input_x + input * x_size + i, load(x + i));
-    for (int64_t i = threadIdx.x; i < b_size; i += kThreads) store(p.input_b + input * b_size + i, load(B + i));
+    store4(to + at, value, count);
 }
 
 template <typename Act, typename State, int Lanes>
@@ -321,8 +339,10 @@ void run(const SsdParams& p, cudaStream_t stream) {
         launch(scan_any<Act, State>, dim3(blocks_for(p.heads * p.head_size, kWarps), rows), dim3(kThreads), stream, p);
     }
     if (!p.input_dt) return;
-    const dim3 tokens(p.keep_last ? 1 : static_cast<unsigned>(p.tokens), rows);
-    launch(keep_inputs<Act>, tokens, dim3(kThreads), stream, p);
+    const int64_t values = rounded_to_fours(p.heads) + rounded_to_fours(p.x_heads * p.head_size) +
+                           rounded_to_fours(p.b_groups * p.state_size);
+    const dim3 blocks(blocks_for(values, 4 * kThreads), rows, p.keep_last ? 1 : static_cast<unsigned>(p.tokens));
+    launch(keep_inputs<Act>, blocks, dim3(kThreads), stream, p);
 }
 
 template <typename Act>
