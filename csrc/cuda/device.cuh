@@ -54,14 +54,14 @@ __device__ __forceinline__ float narrow<float>(float a) {
     return a;
 }
 // To nearest, ties to even; a NaN stays one.
+#if defined(SM_HOST_SHIM)
 template <>
-__device__ __forceinline__ bf16_t narrow<bf16_t>(float a) {
+inline bf16_t narrow<bf16_t>(float a) {
     uint32_t bits;
-    memcpy(&bits, &a, sizeof bits);
+    std::memcpy(&bits, &a, sizeof bits);
     bits = a != a ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
     return {static_cast<uint16_t>(bits >> 16)};
 }
-#if defined(SM_HOST_SHIM)
 inline float widen(f16_t a) {
     _Float16 half;
     std::memcpy(&half, &a.bits, sizeof half);
@@ -75,10 +75,15 @@ inline f16_t narrow<f16_t>(float a) {
     return out;
 }
 #else
+// Conversions of pairs are those that a multiprocessor has many units for.
+template <>
+__device__ __forceinline__ bf16_t narrow<bf16_t>(float a) {
+    return {__bfloat16_as_ushort(__floats2bfloat162_rn(a, 0.f).x)};
+}
 __device__ __forceinline__ float widen(f16_t a) { return __half2float(__ushort_as_half(a.bits)); }
 template <>
 __device__ __forceinline__ f16_t narrow<f16_t>(float a) {
-    return {__half_as_ushort(__float2half_rn(a))};
+    return {__half_as_ushort(__low2half(__floats2half2_rn(a, 0.f)))};
 }
 #endif
 

@@ -11,6 +11,10 @@ constexpr int kTokens = 8;  // that are loaded together
 constexpr int kGroup = 4;   // of which the lanes of a channel add up the results together
 constexpr int kMaxStates = 3072;
 
+// How many are taken in together. One that is left costs no more than it should.
+using AGroup = std::integral_constant<int, kGroup>;
+using OneToken = std::integral_constant<int, 1>;
+
 // A thread's part of `Rows` rows of kTokens · Lanes fours, on its way to the memory of the block.
 template <typename T, int Lanes, int Rows>
 struct Share {

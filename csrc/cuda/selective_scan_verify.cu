@@ -63,7 +63,7 @@ struct Tokens : Share<T, Lanes, Rows> {
 };
 
 template <typename Act, typename State, int Lanes, bool Replays>
-__global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
+__global__ void __launch_bounds__(kThreads, Lanes == 4 ? 5 : 4) scan(SelectiveScanParams p) {
     using Window = Tokens<Act, Lanes, 2>;
     using Inputs = Tokens<float, Lanes, 1>;
     constexpr int kOwn = Window::kOwn;
@@ -170,27 +170,30 @@ __global__ void __launch_bounds__(kThreads) scan(SelectiveScanParams p) {
         }
         __syncthreads();
         if (first + kTokens < p.tokens) window = load_window(first + kTokens);
+        auto take_in = [&](auto count, int group) {
+            float sums[kGroup] = {};
 #pragma unroll
-        for (int group = 0; group < kTokens; group += kGroup) {
-            if (first + group >= p.tokens) break;
-            float sums[kGroup];
-#pragma unroll
-            for (int i = 0; i < kGroup; i++) {
+            for (int i = 0; i < decltype(count)::value; i++) {
                 const int64_t t = first + group + i;
                 feed(dt, dt_x, block_B, group + i);
-                sums[i] = 0.f;
                 add_products(sums[i], h, load_raw(block_C + (group + i) * Lanes + lane));
                 if (to_slots && t < p.tokens) store4(slot, h);
                 slot += p.states_slot_stride;
             }
             const float sum = sums_of_lanes<Lanes>(sums, lane);
             const int64_t t = first + group + lane % kGroup;
-            if (!exists || t >= p.tokens || lane / kGroup != group % Lanes / kGroup) continue;  // another lane's token
+            if (!exists || t >= p.tokens || lane / kGroup != group % Lanes / kGroup) return;  // another lane's token
             const int k = group / Lanes;
             store(at.y + t * p.channels, result(sum, skip, x[k], at.z, z[k]));
-            if (!Replays || p.keep_last) continue;
+            if (!Replays || p.keep_last) return;
             store(at.kept_x + (p.write_slot + t) * p.channels, x[k]);
             store(at.kept_dt + (p.write_slot + t) * p.channels, dt[k]);
+        };
+#pragma unroll
+        for (int group = 0; group < kTokens; group += kGroup) {
+            const int64_t left = p.tokens - first - group;
+            if (left == 1) take_in(OneToken{}, group);
+            if (left > 1) take_in(AGroup{}, group);
         }
         if (first + kTokens < p.tokens) __syncthreads();
     }

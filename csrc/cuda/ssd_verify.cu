@@ -195,20 +195,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(Act) == 2 && sizeof(State) ==
         }
         __syncthreads();
         if (first + kTokens < p.tokens) window = load_window(first + kTokens);
+        auto take_in = [&](auto count, int group) {
+            float sums[kPairs] = {};
 #pragma unroll
-        for (int group = 0; group < kTokens; group += kGroup) {
-            if (first + group >= p.tokens) break;
-            float sums[kPairs];
-#pragma unroll
-            for (int i = 0; i < kGroup; i++) {
+            for (int i = 0; i < decltype(count)::value; i++) {
                 const int64_t t = first + group + i;
                 feed(steps, block_B, group + i);
                 const Float4 C = load_raw(block_C + (group + i) * Lanes + lane);
 #pragma unroll
-                for (int c = 0; c < kChannels; c++) {
-                    sums[c * kGroup + i] = 0.f;
-                    add_products(sums[c * kGroup + i], h[c], C);
-                }
+                for (int c = 0; c < kChannels; c++) add_products(sums[c * kGroup + i], h[c], C);
                 if (!Replays && !p.keep_last && t < p.tokens) store_to(slot);
                 slot += p.states_slot_stride;
             }
@@ -216,8 +211,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(Act) == 2 && sizeof(State) ==
             constexpr int kLast = kOwn - 1;  // where lanes have two pairs, the second group's is the second
             const float own_x = group ? x[kLast] : x[0], own_z = group ? z[kLast] : z[0];
             const int token = group ? token_of(kLast) : token_of(0);
-            if (first + token >= p.tokens || token / kGroup != group / kGroup) continue;  // another lane's
+            if (first + token >= p.tokens || token / kGroup != group / kGroup) return;  // another lane's
             store(at.y + (first + token) * channels + own_channel, result(sum, skip, own_x, at.z, own_z));
+        };
+#pragma unroll
+        for (int group = 0; group < kTokens; group += kGroup) {
+            const int64_t left = p.tokens - first - group;
+            if (left == 1) take_in(OneToken{}, group);
+            if (left > 1) take_in(AGroup{}, group);
         }
         if (first + kTokens < p.tokens) __syncthreads();
     }
