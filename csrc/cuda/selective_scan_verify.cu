@@ -63,7 +63,7 @@ struct Tokens : Share<T, Lanes, Rows> {
 };
 
 template <typename Act, typename State, int Lanes, bool Replays>
-__global__ void __launch_bounds__(kThreads, Lanes == 4 ? 5 : 4) scan(SelectiveScanParams p) {
+__global__ void __launch_bounds__(kThreads, 4) scan(SelectiveScanParams p) {
     using Window = Tokens<Act, Lanes, 2>;
     using Inputs = Tokens<float, Lanes, 1>;
     constexpr int kOwn = Window::kOwn;
@@ -84,36 +84,36 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 ? 5 : 4) scan(SelectiveSc
     const float dt_bias = load(p.dt_bias + channel, From::constants), skip = load(p.D + channel, From::constants);
     wait_for_previous();
 
-    const int64_t start = load_raw(p.start_slot + row);
-    const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
-    auto load_window = [&](int64_t first) {
+    const int start = load_raw(p.start_slot + row), nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    const int tokens = static_cast<int>(p.tokens), input_slots = static_cast<int>(p.input_slots);
+    auto load_window = [&](int first) {
         Window window;
 #pragma unroll
         for (int k = 0; k < kOwn; k++) {
-            const int64_t t = first + k * Lanes + own;
-            if (t >= p.tokens) continue;
+            const int t = first + k * Lanes + own;
+            if (t >= tokens) continue;
             window.dt[k] = load_raw(at.dt + t * p.dt_token_stride);
             window.x[k] = load_raw(at.x + t * p.x_token_stride);
             if (at.z) window.z[k] = load_raw(at.z + t * p.z_token_stride);
         }
         window.load_part([&](Packed4<Act>& four, int which, int i, int quarter) {
-            const int64_t t = first + i;
-            if (t >= p.tokens || 4 * quarter >= p.state_size) return;
+            const int t = first + i;
+            if (t >= tokens || 4 * quarter >= p.state_size) return;
             four = load_packed4((which ? at.C + t * p.c_token_stride : at.B + t * p.b_token_stride) + 4 * quarter);
         });
         return window;
     };
-    auto load_inputs = [&](int64_t first) {
+    auto load_inputs = [&](int first) {
         Inputs inputs;
 #pragma unroll
         for (int k = 0; k < kOwn; k++) {
-            const int64_t i = first + k * Lanes + own;
-            if (!exists || i >= p.input_slots) continue;
+            const int i = first + k * Lanes + own;
+            if (!exists || i >= input_slots) continue;
             inputs.dt[k] = load(at.kept_dt + i * p.channels);
             inputs.x[k] = load(at.kept_x + i * p.channels);
         }
         inputs.load_part([&](Packed4<float>& four, int, int i, int quarter) {
-            if (first + i >= p.input_slots || 4 * quarter >= p.state_size) return;
+            if (first + i >= input_slots || 4 * quarter >= p.state_size) return;
             four = load_packed4(at.kept_B + (first + i) * p.b_groups * p.state_size + 4 * quarter);
         });
         return inputs;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 ? 5 : 4) scan(SelectiveSc
     Packed4<State> before{};
     Window window = load_window(0);
     if (start < 0) {  // the row is left out
-        for (int64_t t = lane; exists && t < p.tokens; t += Lanes) store(at.y + t * p.channels, 0.f);
+        for (int t = lane; exists && t < tokens; t += Lanes) store(at.y + t * p.channels, 0.f);
         return;
     }
     Inputs inputs;
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 ? 5 : 4) scan(SelectiveSc
     const bool to_slots = !Replays && has_states && !p.keep_last;
     State* slot = at.states + p.write_slot * p.states_slot_stride + n;
     if constexpr (Replays) {
-        const int64_t count = replayed(p, start);
-        for (int64_t first = 0; first < count; first += kTokens) {
+        const int count = static_cast<int>(replayed(p, start));
+        for (int first = 0; first < count; first += kTokens) {
             inputs.give_part(block_kept_B);
             __syncthreads();
             float dt[kOwn], dt_x[kOwn];
@@ -158,31 +158,31 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 ? 5 : 4) scan(SelectiveSc
         if (has_states && p.write_slot == 0 && !p.keep_last) store4(at.states + n, h);
         __syncwarp();  // every lane has read the inputs that others will overwrite
     }
-    for (int64_t first = 0; first < p.tokens; first += kTokens) {
+    for (int first = 0; first < tokens; first += kTokens) {
         window.give_part(block_B);
         float x[kOwn], dt[kOwn], dt_x[kOwn], z[kOwn];
 #pragma unroll
         for (int k = 0; k < kOwn; k++) {
-            const int64_t t = first + k * Lanes + own;
+            const int t = first + k * Lanes + own;
             x[k] = widen(window.x[k]), z[k] = widen(window.z[k]);
-            dt[k] = t < nulls || t >= p.tokens ? 0.f : softplus(widen(window.dt[k]) + dt_bias);
+            dt[k] = t < nulls || t >= tokens ? 0.f : softplus(widen(window.dt[k]) + dt_bias);
             dt_x[k] = dt[k] * x[k];
         }
         __syncthreads();
-        if (first + kTokens < p.tokens) window = load_window(first + kTokens);
+        if (first + kTokens < tokens) window = load_window(first + kTokens);
         auto take_in = [&](auto count, int group) {
             float sums[kGroup] = {};
 #pragma unroll
             for (int i = 0; i < decltype(count)::value; i++) {
-                const int64_t t = first + group + i;
+                const int t = first + group + i;
                 feed(dt, dt_x, block_B, group + i);
                 add_products(sums[i], h, load_raw(block_C + (group + i) * Lanes + lane));
-                if (to_slots && t < p.tokens) store4(slot, h);
+                if (to_slots && t < tokens) store4(slot, h);
                 slot += p.states_slot_stride;
             }
             const float sum = sums_of_lanes<Lanes>(sums, lane);
-            const int64_t t = first + group + lane % kGroup;
-            if (!exists || t >= p.tokens || lane / kGroup != group % Lanes / kGroup) return;  // another lane's token
+            const int t = first + group + lane % kGroup;
+            if (!exists || t >= tokens || lane / kGroup != group % Lanes / kGroup) return;  // another lane's token
             const int k = group / Lanes;
             store(at.y + t * p.channels, result(sum, skip, x[k], at.z, z[k]));
             if (!Replays || p.keep_last) return;
@@ -191,11 +191,11 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 ? 5 : 4) scan(SelectiveSc
         };
 #pragma unroll
         for (int group = 0; group < kTokens; group += kGroup) {
-            const int64_t left = p.tokens - first - group;
+            const int left = tokens - first - group;
             if (left == 1) take_in(OneToken{}, group);
             if (left > 1) take_in(AGroup{}, group);
         }
-        if (first + kTokens < p.tokens) __syncthreads();
+        if (first + kTokens < tokens) __syncthreads();
     }
     if (has_states && p.keep_last) store4(at.states + n, h);
     if (Replays && exists && lane == 0 && p.keep_last) store(at.kept_dt, 0.f);

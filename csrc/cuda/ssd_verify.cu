@@ -92,36 +92,36 @@ __global__ void __launch_bounds__(kThreads, sizeof(Act) == 2 && sizeof(State) ==
     const float skip = load(p.D + (p.d_per_channel ? channel + own_channel : head), From::constants);
     wait_for_previous();
 
-    const int64_t start = load_raw(p.start_slot + row);
-    const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
-    auto load_window = [&](int64_t first) {
+    const int start = load_raw(p.start_slot + row), nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    const int tokens = static_cast<int>(p.tokens), input_slots = static_cast<int>(p.input_slots);
+    auto load_window = [&](int first) {
         Window window;
 #pragma unroll
         for (int k = 0; k < kOwn; k++) {
-            const int64_t t = first + token_of(k);
-            if (t >= p.tokens) continue;
+            const int t = first + token_of(k);
+            if (t >= tokens) continue;
             window.dt[k] = load_raw(at.dt + t * p.dt_token_stride);
             window.x[k] = load_raw(at.x + t * p.x_token_stride + own_channel);
             if (at.z) window.z[k] = load_raw(at.z + t * p.z_token_stride + own_channel);
         }
         window.load_part([&](Packed4<Act>& four, int which, int i, int quarter) {
-            const int64_t t = first + i;
-            if (t >= p.tokens || 4 * quarter >= p.state_size) return;
+            const int t = first + i;
+            if (t >= tokens || 4 * quarter >= p.state_size) return;
             four = load_packed4((which ? at.C + t * p.c_token_stride : at.B + t * p.b_token_stride) + 4 * quarter);
         });
         return window;
     };
-    auto load_inputs = [&](int64_t first) {
+    auto load_inputs = [&](int first) {
         Inputs inputs;
 #pragma unroll
         for (int k = 0; k < kOwn; k++) {
-            const int64_t i = first + token_of(k);
-            if (i >= p.input_slots) continue;
+            const int i = first + token_of(k);
+            if (i >= input_slots) continue;
             inputs.dt[k] = load(at.kept_dt + i * p.heads);
             inputs.x[k] = load(at.kept_x + i * at.x_size + own_channel);
         }
         inputs.load_part([&](Packed4<float>& four, int, int i, int quarter) {
-            if (first + i >= p.input_slots || 4 * quarter >= p.state_size) return;
+            if (first + i >= input_slots || 4 * quarter >= p.state_size) return;
             four = load_packed4(at.kept_B + (first + i) * at.b_size + 4 * quarter);
         });
         return inputs;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Act) == 2 && sizeof(State) ==
     Packed4<State> before[kChannels] = {};
     Window window = load_window(0);
     if (start < 0) {  // the row is left out
-        for (int64_t t = lane / kChannels; t < p.tokens; t += Lanes / kChannels) {
+        for (int t = lane / kChannels; t < tokens; t += Lanes / kChannels) {
             store(at.y + t * channels + lane % kChannels, 0.f);
         }
         return;
@@ -165,8 +165,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Act) == 2 && sizeof(State) ==
     };
     State* slot = at.states + p.write_slot * p.states_slot_stride;
     if constexpr (Replays) {
-        const int64_t count = replayed(p, start);
-        for (int64_t first = 0; first < count; first += kTokens) {
+        const int count = static_cast<int>(replayed(p, start));
+        for (int first = 0; first < count; first += kTokens) {
             inputs.give_part(block_kept_B);
             __syncthreads();
             Steps<kOwn> steps;
@@ -182,45 +182,45 @@ __global__ void __launch_bounds__(kThreads, sizeof(Act) == 2 && sizeof(State) ==
         }
         if (p.write_slot == 0 && !p.keep_last) store_to(at.states);
     }
-    for (int64_t first = 0; first < p.tokens; first += kTokens) {
+    for (int first = 0; first < tokens; first += kTokens) {
         window.give_part(block_B);
         float x[kOwn], z[kOwn];
         Steps<kOwn> steps;
 #pragma unroll
         for (int k = 0; k < kOwn; k++) {
-            const int64_t t = first + token_of(k);
+            const int t = first + token_of(k);
             x[k] = widen(window.x[k]), z[k] = widen(window.z[k]);
-            const bool none = t < nulls || t >= p.tokens;
+            const bool none = t < nulls || t >= tokens;
             steps_of(k, none ? 0.f : step_size(p, widen(window.dt[k]), dt_bias), x[k], steps);
         }
         __syncthreads();
-        if (first + kTokens < p.tokens) window = load_window(first + kTokens);
+        if (first + kTokens < tokens) window = load_window(first + kTokens);
         auto take_in = [&](auto count, int group) {
             float sums[kPairs] = {};
 #pragma unroll
             for (int i = 0; i < decltype(count)::value; i++) {
-                const int64_t t = first + group + i;
+                const int t = first + group + i;
                 feed(steps, block_B, group + i);
                 const Float4 C = load_raw(block_C + (group + i) * Lanes + lane);
 #pragma unroll
                 for (int c = 0; c < kChannels; c++) add_products(sums[c * kGroup + i], h[c], C);
-                if (!Replays && !p.keep_last && t < p.tokens) store_to(slot);
+                if (!Replays && !p.keep_last && t < tokens) store_to(slot);
                 slot += p.states_slot_stride;
             }
             const float sum = sums_of_lanes<Lanes>(sums, lane);
             constexpr int kLast = kOwn - 1;  // where lanes have two pairs, the second group's is the second
             const float own_x = group ? x[kLast] : x[0], own_z = group ? z[kLast] : z[0];
             const int token = group ? token_of(kLast) : token_of(0);
-            if (first + token >= p.tokens || token / kGroup != group / kGroup) return;  // another lane's
+            if (first + token >= tokens || token / kGroup != group / kGroup) return;  // another lane's
             store(at.y + (first + token) * channels + own_channel, result(sum, skip, own_x, at.z, own_z));
         };
 #pragma unroll
         for (int group = 0; group < kTokens; group += kGroup) {
-            const int64_t left = p.tokens - first - group;
+            const int left = tokens - first - group;
             if (left == 1) take_in(OneToken{}, group);
             if (left > 1) take_in(AGroup{}, group);
         }
-        if (first + kTokens < p.tokens) __syncthreads();
+        if (first + kTokens < tokens) __syncthreads();
     }
     if (p.keep_last) store_to(at.states);
 }
