@@ -39,6 +39,12 @@ struct Share {
     }
 };
 
+// A lane's value for the group of token i: its last for the second group, where it has one for each.
+template <int Own>
+__device__ __forceinline__ float of_group(const float (&values)[Own], int i) {
+    return i < kGroup ? values[0] : values[Own - 1];
+}
+
 __device__ __forceinline__ void add_products(float& sum, const Float4& h, const Float4& c) {
 #pragma unroll
     for (int i = 0; i < 4; i++) sum = fmaf(h.v[i], c.v[i], sum);

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 4) scan(SelectiveScanParams p) {
 
     Float4 h = widen(before);
     auto feed = [&](const float (&dt)[kOwn], const float (&dt_x)[kOwn], const Float4* B, int i) {
-        const float my_dt = of_lane<Lanes>(dt[i / Lanes], i), my_dt_x = of_lane<Lanes>(dt_x[i / Lanes], i);
+        const float my_dt = of_lane<Lanes>(of_group(dt, i), i), my_dt_x = of_lane<Lanes>(of_group(dt_x, i), i);
         step<State>(h, A, has_states ? my_dt : 0.f, my_dt_x, load_raw(B + i * Lanes + lane));
     };
     const bool to_slots = !Replays && has_states && !p.keep_last;
@@ -183,13 +183,13 @@ __global__ void __launch_bounds__(kThreads, 4) scan(SelectiveScanParams p) {
             const float sum = sums_of_lanes<Lanes>(sums, lane);
             const int t = first + group + lane % kGroup;
             if (!exists || t >= tokens || lane / kGroup != group % Lanes / kGroup) return;  // another lane's token
-            const int k = group / Lanes;
-            store(at.y + t * p.channels, result(sum, skip, x[k], at.z, z[k]));
+            const float own_x = of_group(x, group);
+            store(at.y + t * p.channels, result(sum, skip, own_x, at.z, of_group(z, group)));
             if (!Replays || p.keep_last) return;
-            store(at.kept_x + (p.write_slot + t) * p.channels, x[k]);
-            store(at.kept_dt + (p.write_slot + t) * p.channels, dt[k]);
+            store(at.kept_x + (p.write_slot + t) * p.channels, own_x);
+            store(at.kept_dt + (p.write_slot + t) * p.channels, of_group(dt, group));
         };
-#pragma unroll
+#pragma unroll 1
         for (int group = 0; group < kTokens; group += kGroup) {
             const int left = tokens - first - group;
             if (left == 1) take_in(OneToken{}, group);

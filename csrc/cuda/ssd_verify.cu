@@ -70,8 +70,7 @@ struct Steps {
 };
 
 template <typename Act, typename State, int Lanes, bool Replays>
-__global__ void __launch_bounds__(kThreads, sizeof(Act) == 2 && sizeof(State) == 4 && !Replays ? 4 : 3)
-    scan(SsdParams p) {
+__global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
     using Window = Tokens<Act, Lanes, 2>;
     using Inputs = Tokens<float, Lanes, 1>;
     constexpr int kOwn = Window::kOwn;
@@ -149,13 +148,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Act) == 2 && sizeof(State) ==
         steps.dt[k] = dt, steps.decay[k] = expf(dt * A), steps.dt_x[k] = dt * x;
     };
     auto feed = [&](const Steps<kOwn>& steps, const Float4* B, int i) {
-        const int first_pair = i / kGroup * kPairs + i % kGroup, k = first_pair / Lanes;
-        const float of_token = of_lane<Lanes>(steps.dt[k], first_pair), dt = has_states ? of_token : 0.f;
-        const float decay = of_lane<Lanes>(steps.decay[k], first_pair);
+        const int first_pair = i / kGroup * kPairs + i % kGroup;
+        const float of_token = of_lane<Lanes>(of_group(steps.dt, i), first_pair), dt = has_states ? of_token : 0.f;
+        const float decay = of_lane<Lanes>(of_group(steps.decay, i), first_pair);
         const Float4 b = load_raw(B + i * Lanes + lane);
 #pragma unroll
         for (int c = 0; c < kChannels; c++) {
-            step<State>(h[c], dt, decay, of_lane<Lanes>(steps.dt_x[k], first_pair + c * kGroup), b);
+            step<State>(h[c], dt, decay, of_lane<Lanes>(of_group(steps.dt_x, i), first_pair + c * kGroup), b);
         }
     };
     auto store_to = [&](State* slot) {
@@ -208,13 +207,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Act) == 2 && sizeof(State) ==
                 slot += p.states_slot_stride;
             }
             const float sum = sums_of_lanes<Lanes>(sums, lane);
-            constexpr int kLast = kOwn - 1;  // where lanes have two pairs, the second group's is the second
-            const float own_x = group ? x[kLast] : x[0], own_z = group ? z[kLast] : z[0];
-            const int token = group ? token_of(kLast) : token_of(0);
+            const float own_x = of_group(x, group), own_z = of_group(z, group);
+            const int token = token_of(group ? kOwn - 1 : 0);
             if (first + token >= tokens || token / kGroup != group / kGroup) return;  // another lane's
             store(at.y + (first + token) * channels + own_channel, result(sum, skip, own_x, at.z, own_z));
         };
-#pragma unroll
+#pragma unroll 1
         for (int group = 0; group < kTokens; group += kGroup) {
             const int left = tokens - first - group;
             if (left == 1) take_in(OneToken{}, group);

@@ -12,8 +12,8 @@ from shim import CUDA
 # The most that any instantiation of a file's kernels uses, on any architecture: of 64 for each of 128 threads, eight
 # blocks fit on a multiprocessor.
 REGISTERS = {
-    "attention_verify": 112, "causal_conv1d_verify": 128, "commit_tokens": 48, "gated_silu": 32, "rms_norm": 168,
-    "sample_tokens": 100, "selective_scan_verify": 136, "skinny_linear": 240, "speculative_accept": 110,
+    "attention_verify": 105, "causal_conv1d_verify": 128, "commit_tokens": 48, "gated_silu": 30, "rms_norm": 154,
+    "sample_tokens": 100, "selective_scan_verify": 128, "skinny_linear": 240, "speculative_accept": 110,
     "ssd_verify": 168,
 }  # fmt: skip
 OLDEST = 80
