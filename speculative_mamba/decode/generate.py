@@ -276,6 +276,7 @@ class _Run:
 
     def _commit(self, index: int, record: list[int], result: RoundResult) -> list[int]:
         row, (count, accepted, _, drafted, *tokens) = self.rows[index], record
+        assert count > 0, f"row {index} has ended on the device alone"
         committed = 0
         for token in tokens[:count]:
             row.commit(token, self.stops)
