@@ -28,7 +28,7 @@ class HostProposer:
         if isinstance(self.drafter, NgramDrafter):
             limits = torch.minimum(limits, torch.tensor(self.drafter.counts, dtype=torch.int32, device=limits.device))
         verdicts.zero_()
-        return Proposal(tokens.to(limits.device), laws, limits)
+        return Proposal(tokens.to(limits.device).contiguous(), laws, limits)
 
 
 def check_drafted(drafted: torch.Tensor, laws: torch.Tensor | None, rows: int, lookahead: int, vocabulary: int) -> None:
