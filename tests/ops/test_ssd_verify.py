@@ -478,9 +478,7 @@ def test_what_does_not_fit_is_refused(match: str, wrong: dict, backend: str) -> 
     ("match", "wrong"),
     {
         "states must have shape": {"states": torch.zeros(3, 8, 6, 21, 40)},
-        "write_slot 2 continues from slot 1 in every row": {
-            "write_slot": 2, "start_slot": torch.tensor([1, 0, 1], dtype=torch.int32)
-        },
+        "write_slot 2 continues from slot 1": {"write_slot": 2, "start_slot": torch.tensor([1, 0, 1], dtype=torch.int32)},
         "5 tokens from slot 4": {"write_slot": 4, "start_slot": torch.full((3,), 3, dtype=torch.int32)},
         "inputs.dt must have shape": {"dt": torch.zeros(3, 8, 5)},
         "inputs.dt must have 3 dimensions": {"dt": torch.zeros(3, 8)},
