@@ -15,7 +15,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import measure, recurrences, updates
 from benchmarks.gpu.attention import Attention
 from benchmarks.gpu.cases import OPS, Case, cases
-from benchmarks.gpu.choices import FILTERS, Accept, Sample
+from benchmarks.gpu.choices import FILTERS, Accept, Commit, Sample
 from benchmarks.gpu.recurrences import Conv, Recurrence, Scan, Ssd
 from benchmarks.gpu.row_ops import GatedSilu, Linear, Norm
 from benchmarks.gpu.work import WindowWork, Work
@@ -41,6 +41,7 @@ def tiny_works() -> Iterator[tuple[str, Callable[[torch.device], Work]]]:
         for name, filters in FILTERS.items():
             yield f"sample_tokens-{size}-{name}", partial(Sample, 67, filters, batch)
             yield f"speculative_accept-{size}-{name}", partial(Accept, 67, filters, batch, tokens)
+        yield f"commit_tokens-{size}", partial(Commit, 67, batch, tokens)
     for rows in (1, 5):
         yield f"skinny_linear-M{rows}", partial(Linear, 24, 7, rows, torch.bfloat16, torch.bfloat16)
         yield f"skinny_linear-M{rows}-int8", partial(Linear, 24, 7, rows, torch.int8, torch.float32)
@@ -115,6 +116,8 @@ def test_sizes_are_known_without_memory(name: str) -> None:
         (Sample(67, FILTERS["top-p"], 3, META), 4 * 2 * 3 * 67),
         (Sample(67, FILTERS["greedy"], 3, META), 4 * 3 * 67),
         (Accept(67, FILTERS["top-p"], 3, 5, META), 4 * 3 * 5 * 67),
+        # drafted and the next token, three numbers a row; last, position, room, active, slots; stop tokens; record
+        (Commit(67, 3, 5, META), 3 * (8 * 5 + 3 * 4 + 8 * 3 + 4 + 1 + 4 * 5 + 5 + 8 * 9)),
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip

@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.gpu: torch sees no CUDA device, and nothing else is timed here", file=sys.stderr)
         return 2
+    if options.decode:
+        return _decode(options)
     until = time.monotonic() + 60 * options.minutes
     if options.tests and not device_tests_pass():
         print("benchmarks.gpu: the device tests fail, so nothing is timed", file=sys.stderr)
@@ -99,8 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     backends = usable_backends()
     if not backends:
         return 2
-    if options.decode:
-        return _decode(options)
     chosen = [case for case in cases() if case.op in options.ops and (case.distance <= 1 or not options.quick)]
     device, card = torch.device("cuda"), torch.cuda.get_device_name()
     report, failures = time_cases(chosen, backends, device, GraphTimer(), card, until)

@@ -11,7 +11,7 @@ from speculative_mamba.models.config import ModelConfig
 from speculative_mamba.testing.models import published_config
 
 from .attention import Attention
-from .choices import FILTERS, Accept, Sample
+from .choices import FILTERS, Accept, Commit, Sample
 from .recurrences import MODES, Conv, Scan, Ssd
 from .row_ops import GatedSilu, Linear, Norm
 from .work import ACTIVATIONS, Work
@@ -140,6 +140,12 @@ def _accept() -> Iterator[Case]:
         yield Case("speculative_accept", f"{VOCABULARY}", torch.float32, distance, _window(tokens, batch), make, name)
 
 
+def _commit() -> Iterator[Case]:
+    for distance, (tokens, batch) in _product(TOKENS, BATCHES):
+        make = partial(Commit, VOCABULARY, batch, tokens)
+        yield Case("commit_tokens", f"{VOCABULARY}", torch.int64, distance, _window(tokens, batch), make)
+
+
 def _window(tokens: int, batch: int) -> dict[str, int]:
     return {"tokens": tokens, "batch": batch}
 
@@ -154,4 +160,5 @@ OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention_verify": _attention,
     "sample_tokens": _sample,
     "speculative_accept": _accept,
+    "commit_tokens": _commit,
 }

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from speculative_mamba.ops import commit_tokens
 from speculative_mamba.ops.backend import run
+from speculative_mamba.ops.commit_tokens import RowPlaces
 from speculative_mamba.ops.filters import Filters
 from speculative_mamba.ops.noise import Purpose
 
@@ -81,8 +83,42 @@ class Accept(Choice):
 
     def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
         laws = None if self.laws is None else self.laws[rows]
-        parts = self.drafted[rows], laws, self.filters, self.keys[rows], self.positions[rows], False, None, None
+        parts = self.drafted[rows], laws, self.filters, self.keys[rows], self.positions[rows], False, None, None, None
         return run("speculative_accept", backend, self.logits[rows], *parts)
 
     def baselines(self) -> dict[str, Callable[[], object]]:
         return {"torch": lambda: updates.accept(self.logits, self.drafted, self.laws, self.filters)}
+
+
+class Commit(Work):
+    """commit_tokens of windows whose drafted tokens were all accepted."""
+
+    def __init__(self, vocabulary: int, batch: int, tokens: int, device: torch.device) -> None:
+        def whole(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        lookahead, i32 = tokens - 1, torch.int32
+        self.window = [
+            whole(7, batch, lookahead), whole(lookahead, batch, dtype=i32), whole(9, batch), whole(0, batch, dtype=i32),
+            whole(lookahead, batch, dtype=i32), whole(0, vocabulary, dtype=torch.bool),
+        ]  # fmt: skip
+        self.rows = RowPlaces(
+            whole(1, batch, 2), whole(100, batch), whole(1 << 30, batch, dtype=i32),
+            whole(1, batch, dtype=torch.bool), whole(0, tokens, batch, dtype=i32),
+        )  # fmt: skip
+        per_row = nbytes(*self.window[:-1], *vars(self.rows).values()) + batch * tokens  # and who is a stop token
+        self.moved = per_row + batch * 8 * (tokens + 4)
+
+    def run(self, backend: str) -> object:
+        return commit_tokens(*self.window, self.rows, backend=backend)
+
+    def check(self, backend: str) -> None:
+        expected = RowPlaces(*(tensor.clone() for tensor in vars(self.rows).values()))
+        record = commit_tokens(*self.window, expected, backend="reference")
+        assert torch.equal(self.run(backend), record), "another record than the reference"
+        for name, tensor in vars(expected).items():
+            assert torch.equal(getattr(self.rows, name), tensor), f"{name}: not that of the reference"
+
+    def baselines(self) -> dict[str, Callable[[], object]]:
+        drafted, accepted, following, _, _, is_stop = self.window
+        return {"torch": lambda: updates.commit(drafted, accepted, following, is_stop, self.rows)}

@@ -13,7 +13,7 @@ from .recurrences import MODES
 
 BANDWIDTH = 3.0e12  # bytes per second, of a copy on the card
 PER_LAUNCH = (2.5e-6, 1.25e-6)  # seconds: a kernel after another in a graph, without and with programmatic launch
-MODEL, TOKENS, FILTERED = "2.8b", 5, "top-k+top-p"
+MODEL, DRAFT, TOKENS, FILTERED = "2.8b", "130m", 5, "top-k+top-p"
 WINDOWS = ("causal_conv1d_verify", "selective_scan_verify", "ssd_verify", "attention_verify")
 
 _LETTERS = {"rows": "M", "tokens": "T", "batch": "B"}
@@ -59,7 +59,7 @@ class Costs:
         return self.of(case.op, case.shape, case.dtype, mode, **case.sizes | {"tokens": 1}) * case.sizes["tokens"]
 
     def of_pass(self, config: ModelConfig, tokens: int) -> Cost:
-        """A row's tokens through all layers of a Mamba-1 model, and what is accepted of them."""
+        """A row's tokens through all layers of a Mamba-1 model, and the head."""
         bf16, mixer, rows = torch.bfloat16, config.blocks[0], {"rows": tokens}
         window, D = {"tokens": tokens, "batch": 1}, mixer.d_inner
         linears = {
@@ -69,8 +69,16 @@ class Costs:
         layer = sum(linears.values(), norm)
         layer += self.of("causal_conv1d_verify", f"{D}x{mixer.d_conv}", bf16, **window)
         layer += self.of("selective_scan_verify", f"{D}x{mixer.d_state}", torch.float32, "states", **window)
-        accept = self.of("speculative_accept", str(VOCABULARY), torch.float32, FILTERED, **window)
-        return layer * len(config.blocks) + norm + head + accept
+        return layer * len(config.blocks) + norm + head
+
+    def of_round(self, target: ModelConfig, draft: ModelConfig, lookahead: int) -> Cost:
+        """Draft steps, of which the first takes two tokens, the target's pass, and what comes of it."""
+        f32, window = torch.float32, {"tokens": lookahead + 1, "batch": 1}
+        drafting = self.of_pass(draft, 2) + self.of_pass(draft, 1) * (lookahead - 1)
+        drafting += self.of("sample_tokens", str(VOCABULARY), f32, FILTERED, rows=1) * lookahead
+        accept = self.of("speculative_accept", str(VOCABULARY), f32, FILTERED, **window)
+        commit = self.of("commit_tokens", str(VOCABULARY), torch.int64, **window)
+        return drafting + self.of_pass(target, lookahead + 1) + accept + commit
 
 
 def _shown(every: Iterable[Case], config: ModelConfig) -> list[Case]:
@@ -105,6 +113,10 @@ def print_predictions() -> None:
             (f"one pass of {MODEL}", "all layers", "bfloat16", "states", f"T={tokens} B=1"),
             costs.of_pass(config, tokens),
         )
+    _print_line(
+        (f"one round of {MODEL}", f"draft {DRAFT}", "bfloat16", "states", f"K={TOKENS - 1} B=1"),
+        costs.of_round(config, published_config(DRAFT), TOKENS - 1),
+    )
 
 
 def _print_line(cells: tuple[str, ...], cost: Cost | None = None, baseline: Cost | None = None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from speculative_mamba.ops.commit_tokens import RowPlaces
 from speculative_mamba.ops.filters import Filters
 
 
@@ -81,3 +82,16 @@ def accept(
     at = accepted[:, None, None].expand(-1, 1, logits.shape[-1])
     of_draft = F.pad(laws, (0, 0, 0, 1)).gather(1, at)  # nothing is taken from the law after the last token
     return accepted, draw((target.gather(1, at) - of_draft).clamp_(min=0)[:, 0])
+
+
+def commit(
+    drafted: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor, is_stop: torch.Tensor, rows: RowPlaces
+) -> torch.Tensor:
+    """commit_tokens without a budget; leaves ``rows`` alone."""
+    at = torch.arange(drafted.shape[1] + 1, device=drafted.device)
+    window = torch.where(at < accepted[:, None], F.pad(drafted, (0, 1)), following[:, None])
+    stops = is_stop[window] & (at <= accepted[:, None])
+    count = torch.where(stops.any(1), stops.int().argmax(1), accepted) + 1
+    last = torch.cat([rows.last, window], 1).gather(1, count[:, None] + at[:2])
+    slots = torch.where(rows.active & ~stops.any(1), count - 1, -1)
+    return torch.cat([count[:, None], window, last, rows.positions[:, None] + count[:, None], slots[:, None]], 1)

@@ -48,14 +48,4 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// Asks for memory to be brought into the card's cache, where a kernel can wait for the one before it. It is not read,
-// so this is allowed before wait_for_previous(). Address and size are multiples of 16.
-__device__ __forceinline__ void prefetch(const void* p, unsigned bytes) {
-#if defined(SM_HOST_SHIM)
-    shim::Machine::get().prefetch(p, bytes);
-#elif __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
-#endif
-}
-
 }  // namespace speculative_mamba::cuda

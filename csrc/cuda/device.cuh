@@ -231,26 +231,20 @@ __device__ __forceinline__ void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-
-// 1/x to a unit in the last place; 0 where that is no normal number.
-__device__ __forceinline__ float reciprocal_fast(float x) {
+// The same for a kernel that brings much of its constants in before: those after it are loaded only now, so that not
+// too many kernels share the multiprocessors.
+__device__ __forceinline__ void wait_before_next() {
 #if defined(SM_HOST_SHIM)
-    return fabsf(x) > 0x1p126f ? 0.f : 1.f / x;
-#else
-    float out;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-    return out;
+    shim::Machine::get().running->waited = true;
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+    start_next();
 }
 
 // log(1 + exp(x)), accurate for the smallest results too.
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
-// The quotient is corrected by what it leaves of x, so that it is almost always the nearest number.
-__device__ __forceinline__ float silu(float x) {
-    const float divisor = fminf(1.f + expf(-x), 0x1p127f), inverse = reciprocal_fast(divisor), near = x * inverse;
-    const float nearest = fmaf(fmaf(-near, divisor, x), inverse, near);
-    return nearest == nearest ? nearest : near;  // infinity leaves infinity less infinity
-}
+__device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
 // 2 to the power of x, to two units in the last place; 0 where that is no normal number.
 __device__ __forceinline__ float exp2_fast(float x) {

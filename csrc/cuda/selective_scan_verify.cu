@@ -63,7 +63,7 @@ struct Tokens : Share<T, Lanes, Rows> {
 };
 
 template <typename Act, typename State, int Lanes, bool Replays>
-__global__ void __launch_bounds__(kThreads, 4) scan(SelectiveScanParams p) {
+__global__ void __launch_bounds__(kThreads, Lanes == 4 && !Replays ? 5 : 4) scan(SelectiveScanParams p) {
     using Window = Tokens<Act, Lanes, 2>;
     using Inputs = Tokens<float, Lanes, 1>;
     constexpr int kOwn = Window::kOwn;

@@ -12,14 +12,13 @@
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr int kEight = 8;                    // rows of x in a product of tensor cores, and half of those of W
-constexpr int kProduct = 32;                 // features of two products of tensor cores, side by side
-constexpr int kTurn = 2 * kProduct;          // features that a warp takes before it is the next one's turn
-constexpr int kWarps = 8;                    // of a block
-constexpr int kLaneBytes = 16;               // that a lane copies at a time, of four lanes to a row
-constexpr int kRowBytes = 4 * kLaneBytes;    // of a row in a piece: what a warp copies at a time
-constexpr int kMostRows = 64;                // of x in a launch
-constexpr int kMostPrefetched = 128 * 1024;  // bytes of W that a block asks for beyond what it has memory for
+constexpr int kEight = 8;                  // rows of x in a product of tensor cores, and half of those of W
+constexpr int kProduct = 32;               // features of two products of tensor cores, side by side
+constexpr int kTurn = 2 * kProduct;        // features that a warp takes before it is the next one's turn
+constexpr int kWarps = 8;                  // of a block
+constexpr int kLaneBytes = 16;             // that a lane copies at a time, of four lanes to a row
+constexpr int kRowBytes = 4 * kLaneBytes;  // of a row in a piece: what a warp copies at a time
+constexpr int kMostRows = 64;              // of x in a launch
 
 // x has up to 8·Eights rows and a tile of W up to 8·Halves. A warp has a ring of Depth stages, each of the features of
 // so many products: a tile of W, then x.
@@ -136,27 +135,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
         }
     };
 
-    start_next();
     Position ahead = enter_tile(static_cast<int>(blockIdx.x));
     for (int stage = 0; stage < Cut::kDepth; stage++, advance(ahead)) {
         if (ahead.tile < tiles) copy_weight(ring + stage * layout.stage_bytes, ahead);
     }
-    const int in_round = kWarps * kTurn * static_cast<int>(sizeof(Weight));  // bytes of a row, of all warps
-    const int row_bytes = k_size * static_cast<int>(sizeof(Weight));
-    const int rounds = (row_bytes + in_round - 1) / in_round;
-    for (int i = lane * kWarps + warp; rounds > 0 && static_cast<int64_t>(i) * row_bytes < kMostPrefetched;
-         i += kWarps * kWarp) {
-        const int turn = i / tile_rows, requested = (Cut::kDepth * Cut::kProducts / 2 - turn * rounds) * in_round;
-        const int64_t n = (blockIdx.x + static_cast<int64_t>(turn) * blocks) * tile_rows + i % tile_rows;
-        const int first = requested < 0 ? 0 : requested;
-        if (n >= p.out_features || first >= row_bytes) continue;
-        prefetch(reinterpret_cast<const char*>(static_cast<const Weight*>(p.weight) + n * w_stride) + first,
-                 static_cast<unsigned>(row_bytes - first) / kLaneBytes * kLaneBytes);
-    }
-    const int result_row = thread % tile_rows, result_column = thread / tile_rows,
-              next_column = kWarps * kWarp / tile_rows;
+    // Threads that are left over add up nothing.
+    const int result_row = thread % tile_rows, next_column = kWarps * kWarp / tile_rows,
+              result_column = thread < next_column * tile_rows ? thread / tile_rows : kEight;
 
-    wait_for_previous();
+    wait_before_next();
     Position of_x = enter_tile(static_cast<int>(blockIdx.x));
     for (int stage = 0; stage < Cut::kDepth; stage++, advance(of_x)) {
         if (of_x.tile < tiles) copy_x(ring + stage * layout.stage_bytes, of_x.k);
@@ -272,7 +259,7 @@ Tiling best_tiling(const SkinnyLinearParams& p, int x_rows, int least_rows) {
     const int64_t memory = most_memory_of_a_block(), blocks = multiprocessors();
     const int64_t stages = blocks_for(p.in_features, kWarps * kTurn) * (kTurn / kProduct / Cut::kProducts);
     Tiling best;
-    for (int tile_rows = kEight * Cut::kHalves; tile_rows >= least_rows; tile_rows /= 2) {
+    for (int tile_rows = kEight * Cut::kHalves; tile_rows >= least_rows; tile_rows--) {
         const int64_t tiles = blocks_for(blocks_for(p.out_features, tile_rows), blocks);
         const int64_t of_feature = tile_rows * static_cast<int64_t>(sizeof(Weight)) + x_rows + kProductBytes;
         Tiling t;

@@ -1,5 +1,6 @@
 """Who proposes tokens."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -68,8 +69,8 @@ class Proposer(Protocol):
     It may have ``text``, (B, L) int64, where committed tokens are to be written.
     """
 
-    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> None:
-        """Memory for batches of this size. replayed: see ``Round``."""
+    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> "Proposer":
+        """A copy with memory of its own for batches of this size. replayed: see ``Round``."""
 
     def absorb(self, texts: list[list[int]]) -> None:
         """All rows go on from these tokens."""
@@ -92,10 +93,15 @@ class ModelDrafter:
         self.layers: list | None = None
 
     def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None:
-        self.prepare(len(prompts), lookahead, sampler, replayed=False)
+        self._allocate(len(prompts), lookahead, sampler, replayed=False)
         self.absorb(prompts)
 
-    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> None:
+    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> "ModelDrafter":
+        prepared = copy.copy(self)
+        prepared._allocate(batch, lookahead, sampler, replayed)
+        return prepared
+
+    def _allocate(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> None:
         device = self.model.device
         self._sampler = sampler
         self.layers = self.model.new_cache(batch, lookahead + 1)

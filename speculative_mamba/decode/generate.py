@@ -203,7 +203,7 @@ class _Run:
             )  # fmt: skip
             proposer = as_proposer(draft, self.texts, self.target, length, fixed) if self.most else None
             if proposer is not None:
-                proposer.prepare(batch, self.most, sampler, fixed)
+                proposer = proposer.prepare(batch, self.most, sampler, fixed)
             return Round(self.target, proposer, sampler, batch, self.most, fixed)
 
         kind = (draft.longest, draft.shortest, length) if isinstance(draft, NgramDrafter) else id(draft)
@@ -276,6 +276,7 @@ class _Run:
 
     def _commit(self, index: int, record: list[int], result: RoundResult) -> list[int]:
         row, (count, accepted, _, drafted, *tokens) = self.rows[index], record
+        assert count > 0, f"row {index} has ended on the device alone"
         committed = 0
         for token in tokens[:count]:
             row.commit(token, self.stops)

@@ -125,7 +125,7 @@ class GraphExecutor:
             eagerly()  # compiles kernels and sets up libraries, which a capture could not hold
             graph = torch.cuda.CUDAGraph()
             pool = next((replay.args[0].pool() for replay in kind.replays.values() if replay.func is _replay), None)
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 result = eagerly()
             graph.replay()  # the first time it is also brought to the device
         except torch.cuda.OutOfMemoryError as error:

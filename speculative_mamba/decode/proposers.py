@@ -1,5 +1,7 @@
 """Drafters in a round: one that has to be told the text, and prompt lookup on the device."""
 
+import copy
+
 import torch
 
 from ..ops.checks import check_tokens
@@ -15,8 +17,9 @@ class HostProposer:
     def __init__(self, drafter: Drafter, texts: list[list[int]], vocabulary: int) -> None:
         self.drafter, self._texts, self._vocabulary = drafter, texts, vocabulary
 
-    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> None:
+    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> "HostProposer":
         self._lookahead, self._sampler = lookahead, sampler
+        return self
 
     def absorb(self, texts: list[list[int]]) -> None:
         self.drafter.begin([list(text) for text in texts], self._lookahead, self._sampler)
@@ -28,7 +31,7 @@ class HostProposer:
         if isinstance(self.drafter, NgramDrafter):
             limits = torch.minimum(limits, torch.tensor(self.drafter.counts, dtype=torch.int32, device=limits.device))
         verdicts.zero_()
-        return Proposal(tokens.to(limits.device), laws, limits)
+        return Proposal(tokens.to(limits.device).contiguous(), laws, limits)
 
 
 def check_drafted(drafted: torch.Tensor, laws: torch.Tensor | None, rows: int, lookahead: int, vocabulary: int) -> None:
@@ -58,8 +61,10 @@ class NgramProposer:
         self._longest, self._shortest = drafter.longest, drafter.shortest
         self._at = torch.arange(length, device=device)
 
-    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> None:
-        self.text = torch.zeros(batch, len(self._at), dtype=torch.int64, device=self._at.device)
+    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> "NgramProposer":
+        prepared = copy.copy(self)
+        prepared.text = torch.zeros(batch, len(self._at), dtype=torch.int64, device=self._at.device)
+        return prepared
 
     def absorb(self, texts: list[list[int]]) -> None:
         for row, text in zip(self.text, texts, strict=True):

@@ -108,7 +108,7 @@ class Round:
         if drafts:
             proposal = self.proposer.draft(places, drafts, verdicts[:drafts])
         proposed = time.perf_counter()
-        window = torch.cat([places.last[:, 1:], proposal.tokens], 1)
+        window = torch.cat([places.last[:, 1:], proposal.tokens], 1) if drafts else places.last[:, 1:]
         logits = self.target.verify(window, self.layers, places.slots[0])
         verified = time.perf_counter()
         accepted, following = self.sampler.accept(

@@ -1,5 +1,6 @@
 """A draft that agrees with the target as often as it is told to."""
 
+import copy
 import random
 from collections.abc import Callable
 
@@ -63,9 +64,11 @@ class ScriptedProposer:
         longest = max(map(len, rows))
         self._proposals = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
 
-    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> None:
+    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> "ScriptedProposer":
+        prepared = copy.copy(self)
         if self._cost is not None:
-            self._cost.prepare(batch, lookahead, sampler, replayed)
+            prepared._cost = self._cost.prepare(batch, lookahead, sampler, replayed)
+        return prepared
 
     @property
     def layers(self) -> list:

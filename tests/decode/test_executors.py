@@ -108,9 +108,7 @@ def test_changing_lookaheads(pair, prompt, executor, monkeypatch, pattern, draft
 
     monkeypatch.setattr(FixedLookahead, "next", following)
     options = {"draft": models.drafts.get(draft, draft), "lookahead": 5, "max_new_tokens": 31, "stop_token_ids": ()}
-    expected = sm.generate(models.target, given, **options)
-    result = sm.generate(models.target, given, executor=executor, **options)
-    assert [a.tolist() for a in result.sequences] == [b.tolist() for b in expected.sequences]
+    both(executor, models.target, given, **options)
     assert executor.captures == 6
 
 
@@ -297,6 +295,15 @@ def test_a_call_within_a_call_is_refused(pair, prompt, executor) -> None:
     with pytest.raises(ValueError, match="of its own"):
         sm.generate(target, [prompt(3)], executor=executor, on_token=on_token)
     both(executor, target, [prompt(3)])
+
+
+def test_one_drafter_serves_several_kinds(pair, prompt, executor) -> None:
+    """Each has memory of its own, also beside calls that are not replayed."""
+    models = pair()
+    draft = sm.ModelDrafter(models.drafts["near"])
+    for batch in (1, 2, 1, 2):
+        both(executor, models.target, [prompt(5)] * batch, draft=draft, max_new_tokens=12, stop_token_ids=())
+    assert executor.captures == 2
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])

@@ -478,9 +478,7 @@ def test_what_does_not_fit_is_refused(match: str, wrong: dict, backend: str) -> 
     ("match", "wrong"),
     {
         "states must have shape": {"states": torch.zeros(3, 8, 6, 21, 40)},
-        "write_slot 2 continues from slot 1 in every row": {
-            "write_slot": 2, "start_slot": torch.tensor([1, 0, 1], dtype=torch.int32)
-        },
+        "write_slot 2 continues": {"write_slot": 2, "start_slot": torch.tensor([1, 0, 1], dtype=torch.int32)},
         "5 tokens from slot 4": {"write_slot": 4, "start_slot": torch.full((3,), 3, dtype=torch.int32)},
         "inputs.dt must have shape": {"dt": torch.zeros(3, 8, 5)},
         "inputs.dt must have 3 dimensions": {"dt": torch.zeros(3, 8)},
@@ -493,8 +491,7 @@ def test_what_does_not_fit_is_refused(match: str, wrong: dict, backend: str) -> 
 def test_replay_that_does_not_fit_is_refused(match: str, wrong: dict, backend: str) -> None:
     inputs = replayed()
     before, kept = inputs["states"].clone(), inputs["inputs"]
-    if wrong.keys() <= {"x", "dt", "B"}:
-        wrong = {"inputs": ReplayInputs(**{**vars(kept), **wrong})}
+    wrong = {"inputs": ReplayInputs(**{**vars(kept), **wrong})} if wrong.keys() <= {"x", "dt", "B"} else wrong
     with pytest.raises(ValueError, match=match) as caught:
         run(inputs, backend, **wrong)
     assert "\n" not in str(caught.value)

@@ -232,12 +232,6 @@ struct Machine {
         }
     }
 
-    void prefetch(const void* from, unsigned bytes) {
-        const uintptr_t at = reinterpret_cast<uintptr_t>(from);
-        if (at % kCopied || bytes % kCopied) fail("misaligned access");
-        if (bytes && !range_of(memory, at, bytes)) fail("prefetch out of bounds");
-    }
-
     // The same for all threads of a block.
     char* launched_memory() {
         if (launched_cells.block != block) {
