@@ -176,6 +176,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) settle_many(SpeculativeAcce
         // The first lane's is what is stored again.
         const int64_t decided = lane == 0 ? load_raw(p.decisions + blockIdx.x * p.tokens + t) : 0;
         uint64_t met = 0, winner = ~uint64_t{0};
+#pragma unroll 1
         for (int i = lane; i < chunks; i += kWarp) {
             met |= load_raw(position.scratch.met() + i);
             winner = smaller(winner, load_raw(position.scratch.rest() + i));

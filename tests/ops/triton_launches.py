@@ -91,7 +91,7 @@ def committing(everything: bool) -> tuple:
     drafted, row = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     seen = torch.zeros(1, 50280, dtype=torch.bool)
     rows = RowPlaces(drafted[:, :2], row, ROW, seen[:, 0], torch.zeros(5, 1, dtype=torch.int32))
-    return drafted, ROW, row, ROW, seen[0], rows, seen if everything else None, drafted if everything else None
+    return drafted, ROW, row, ROW, ROW, seen[0], rows, *((seen, drafted) if everything else (None, None))
 
 
 GREEDY, SAMPLED = Filters(), Filters(temperature=0.8, top_k=50, top_p=0.8, repetition_penalty=1.1)
