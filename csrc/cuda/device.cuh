@@ -246,15 +246,36 @@ __device__ __forceinline__ void wait_before_next() {
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
-// 2 to the power of x, to two units in the last place; 0 where that is no normal number.
-__device__ __forceinline__ float exp2_fast(float x) {
+// x between `least` and `most`; a NaN stays one.
+__device__ __forceinline__ float clamped(float x, float least, float most) {
 #if defined(SM_HOST_SHIM)
-    return x < -126.f ? 0.f : exp2f(x);
+    return x < least ? least : x > most ? most : x;
 #else
-    float out;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-    return out;
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(least));
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(most));
+    return x;
 #endif
+}
+
+// 2 to the power of x, to one unit in the last place, where ex2.approx can be off by more; exactly 1 at 0; 0 below the
+// normal numbers. A polynomial on [-1/2, 1/2] of the least relative error, times a whole power.
+__device__ __forceinline__ float power_of_2(float x) {
+    constexpr float kToWhole = 0x1.8p+23f;  // adding it rounds to a whole number, in the lowest bits
+    x = clamped(x, -127.f, 128.f);
+    const float shifted = x + kToWhole, rest = x - (shifted - kToWhole);
+    float sum = 0x1.41fbbcp-13f;
+    sum = fmaf(sum, rest, 0x1.5f3e54p-10f);
+    sum = fmaf(sum, rest, 0x1.3b2d4cp-7f);
+    sum = fmaf(sum, rest, 0x1.c6aee8p-5f);
+    sum = fmaf(sum, rest, 0x1.ebfbdcp-3f);
+    sum = fmaf(sum, rest, 0x1.62e430p-1f);
+    sum = fmaf(sum, rest, 1.f);
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits << 23) + 0x3f800000u;  // 2 to the whole power; 0 for -127, infinity for 128
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return sum * power;
 }
 
 // The value that another of `Lanes` neighbouring lanes has.

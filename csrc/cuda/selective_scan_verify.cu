@@ -45,7 +45,7 @@ template <typename State>
 __device__ __forceinline__ void step(Float4& h, const Float4& A, float dt, float dt_x, const Float4& b) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float next = rounded<State>(fmaf(exp2_fast(dt * A.v[i]), h.v[i], dt_x * b.v[i]));
+        const float next = rounded<State>(fmaf(power_of_2(dt * A.v[i]), h.v[i], dt_x * b.v[i]));
         h.v[i] = dt == 0.f ? h.v[i] : next;
     }
 }

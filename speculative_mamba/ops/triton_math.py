@@ -38,11 +38,29 @@ def narrow(value, dtype: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """e^x as accurate as CUDA's expf, where ``tl.exp`` loses as many units in the last place as x is large."""
+    """e^x to about one unit in the last place: a Taylor series within ln 2 / 2 of 0, times a whole power of two.
+
+    ``tl.exp`` loses as many units as x is large, ``tl.exp2`` more than one on a GPU.
+    """
     x = tl.minimum(tl.maximum(x, -104.0, propagate_nan=ALL), 89.0, propagate_nan=ALL)
-    whole = (x * LOG2_E + TO_WHOLE) - TO_WHOLE
+    shifted = x * LOG2_E + TO_WHOLE
+    whole = shifted - TO_WHOLE
     rest = tl.fma(whole, -LN_2_LOW, tl.fma(whole, -LN_2_HIGH, x))
-    return tl.exp2(rest * LOG2_E) * tl.exp2(whole)
+    series = tl.fma(rest, 1 / 5040, 1 / 720)
+    series = tl.fma(rest, series, 1 / 120)
+    series = tl.fma(rest, series, 1 / 24)
+    series = tl.fma(rest, series, 1 / 6)
+    series = tl.fma(rest, series, 0.5)
+    series = tl.fma(rest, series, 1.0)
+    series = tl.fma(rest, series, 1.0)
+    power = shifted.to(tl.int32, bitcast=True) - tl.full((), TO_WHOLE, tl.float32).to(tl.int32, bitcast=True)
+    half = power >> 1  # in two factors, as the result may be less than the least normal number
+    return series * _power_of_2(half) * _power_of_2(power - half)
+
+
+@triton.jit
+def _power_of_2(n):
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
