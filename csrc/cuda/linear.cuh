@@ -37,10 +37,21 @@ __device__ __forceinline__ void add_product(float (&sums)[4], const Packed8& low
                                             const Packed8& x) {
     const uint32_t (&a)[4] = low.pairs, (&b)[4] = high.pairs;
     float first[4] = {}, second[4] = {};
-    multiply_tiles<Act>(first, {a[0], b[0], a[1], b[1]}, {x.pairs[0], x.pairs[1]});
-    multiply_tiles<Act>(second, {a[2], b[2], a[3], b[3]}, {x.pairs[2], x.pairs[3]});
+    multiply_tiles<Act>(first, {a[0], b[0], a[2], b[2]}, {x.pairs[0], x.pairs[2]});
+    multiply_tiles<Act>(second, {a[1], b[1], a[3], b[3]}, {x.pairs[1], x.pairs[3]});
 #pragma unroll
     for (int i = 0; i < 4; i++) sums[i] += first[i] + second[i];
+}
+
+// The same for one row of W, whose values tensor cores take as they lie in registers: the one product is that of its
+// upper, the other that of its lower rows, and what else they give is nothing.
+template <typename Act>
+__device__ __forceinline__ void add_product(float (&sums)[2], const Packed8& w, const Packed8& x) {
+    float first[4] = {}, second[4] = {};
+    multiply_tiles<Act>(first, w.pairs, {x.pairs[0], x.pairs[2]});
+    multiply_tiles<Act>(second, w.pairs, {x.pairs[1], x.pairs[3]});
+#pragma unroll
+    for (int i = 0; i < 2; i++) sums[i] += first[i] + second[2 + i];
 }
 
 // What all warps give for a row of W: `at` is the first warp's sum, those of the others lie `stride` apart.

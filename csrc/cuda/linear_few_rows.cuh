@@ -48,7 +48,7 @@ struct Stream {
 // Lane l copies, and later reads, what lies in quarter l % 4 of rows l / 4 and l / 4 + 8 of a tile; no other lane
 // needs it.
 template <typename Act, typename Weight, int Turns, int Halves>
-__global__ void __launch_bounds__(kWarps* kWarp, Turns <= 10 ? 2 : 1)
+__global__ void __launch_bounds__(kWarps* kWarp, Turns <= 5 ? 2 : 1)
     multiply_few_rows(SkinnyLinearParams p, int64_t m0, int x_rows, Share share) {
     using S = Stream<Weight, Turns, Halves>;
     SM_LAUNCHED_MEMORY(memory);
@@ -111,31 +111,37 @@ __global__ void __launch_bounds__(kWarps* kWarp, Turns <= 10 ? 2 : 1)
         const float scale = kWidens && has_result ? load(p.weight_scale + n, From::constants) : 1.f;
         const float bias = p.bias && has_result ? load(p.bias + n, From::constants) : 0.f;
         char* const at = of_lane + place * S::kTileBytes;
-        float sums[4] = {};
+        float sums[Halves][2] = {};
 #pragma unroll
         for (int turn = 0; turn < Turns; turn++) {
-            Packed8 w[2][2] = {};
             wait_for_copies<S::kTiles * Turns - 1>();
+            if (warp * kTurn + turn * kAllWarps < p.in_features) {
+                Packed8 w[Halves][2];
 #pragma unroll
-            for (int half = 0; half < Halves; half++) {
+                for (int half = 0; half < Halves; half++) {
 #pragma unroll
-                for (int piece = 0; piece < S::kPieces; piece++) {
-                    w[half][piece] = load_raw(reinterpret_cast<Packed8*>(at + turn * S::kTurnBytes +
-                                                                         (half * S::kPieces + piece) * S::kHalfBytes));
+                    for (int piece = 0; piece < S::kPieces; piece++) {
+                        w[half][piece] = load_raw(reinterpret_cast<Packed8*>(
+                            at + turn * S::kTurnBytes + (half * S::kPieces + piece) * S::kHalfBytes));
+                    }
+                    if constexpr (kWidens) widen_sixteen<Act>(Packed8{w[half][0]}, w[half][0], w[half][1]);
                 }
-                if constexpr (kWidens) widen_sixteen<Act>(Packed8{w[half][0]}, w[half][0], w[half][1]);
+                copy_turn(at, turn);
+#pragma unroll
+                for (int half = 0; half < Halves; half++) {
+                    add_product<Act>(sums[half], w[half][0], x[turn][0]);
+                    add_product<Act>(sums[half], w[half][1], x[turn][1]);
+                }
             }
-            copy_turn(at, turn);
             end_group_of_copies();
-            add_product<Act>(sums, w[0][0], w[1][0], x[turn][0]);
-            add_product<Act>(sums, w[0][1], w[1][1], x[turn][1]);
         }
         next_tile();
         if (++place == S::kTiles) place = 0;
 #pragma unroll
         for (int i = 0; i < 2 * Halves; i++) {
             const int column = lane % 4 * 2 + i % 2, r = i / 2 * kEight + row;
-            if (column < x_rows) store(of_warps + warp * S::kWarpSums + column * S::kSumsStride + r, sums[i]);
+            if (column < x_rows)
+                store(of_warps + warp * S::kWarpSums + column * S::kSumsStride + r, sums[i / 2][i % 2]);
         }
         __syncthreads();
         if (has_result) {
