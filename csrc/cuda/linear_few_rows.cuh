@@ -38,6 +38,8 @@ struct Stream {
     static constexpr int kTileBytes = kWarps * Turns * kTurnBytes;
     static constexpr int kTiles = (kBytesAhead + kTileBytes - 1) / kTileBytes;
     static constexpr int kWholeTurns = whole_turns(Turns);
+    static constexpr int kTogether = 2 / Halves;  // turns in a step
+    static constexpr int kSteps = (Turns + kTogether - 1) / kTogether;
     static constexpr int kSumsStride = kEight * Halves + 4;  // spreads rows of x over the banks
     static constexpr int kWarpSums = kEight * kSumsStride, kSums = kWarps * kWarpSums;
     static constexpr int kTilesAt = 2 * kSums * static_cast<int>(sizeof(float));
@@ -46,7 +48,7 @@ struct Stream {
 };
 
 // Lane l copies, and later reads, what lies in quarter l % 4 of rows l / 4 and l / 4 + 8 of a tile; no other lane
-// needs it.
+// needs it. It has that quarter of row l / 4 of x too, or of the last row, for results that nobody stores.
 template <typename Act, typename Weight, int Turns, int Halves>
 __global__ void __launch_bounds__(kWarps* kWarp, Turns <= 5 ? 2 : 1)
     multiply_few_rows(SkinnyLinearParams p, int64_t m0, int x_rows, Share share) {
@@ -85,23 +87,22 @@ __global__ void __launch_bounds__(kWarps* kWarp, Turns <= 5 ? 2 : 1)
 #pragma unroll
         for (int turn = 0; turn < Turns; turn++) {
             if (rows_ahead > 0) copy_turn(of_lane + tile * S::kTileBytes, turn);
-            end_group_of_copies();
+            if (turn % S::kTogether == S::kTogether - 1 || turn == Turns - 1) end_group_of_copies();
         }
     }
-    Packed8 x[Turns][2] = {};
-    const Act* const of_x = reinterpret_cast<const Act*>(p.x) + (m0 + row) * p.x_row_stride + first_k;
+    const int64_t x_row = m0 + smaller(row, x_rows - 1);
+    const Act* const of_x = reinterpret_cast<const Act*>(p.x) + x_row * p.x_row_stride + first_k;
     float* of_warps = reinterpret_cast<float*>(memory);
     const int result_row = thread % (kEight * Halves), result_column = thread / (kEight * Halves);
 
     wait_before_next();
-    if (row < x_rows) {
+    Packed8 x[Turns][2];
 #pragma unroll
-        for (int turn = 0; turn < Turns; turn++) {
+    for (int turn = 0; turn < Turns; turn++) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int k = turn * kAllWarps + i * kXStep;
-                if (has_feature(turn, k)) x[turn][i] = load_raw(reinterpret_cast<const Packed8*>(of_x + k));
-            }
+        for (int i = 0; i < 2; i++) {
+            const int k = turn * kAllWarps + i * kXStep;
+            x[turn][i] = has_feature(turn, k) ? load_raw(reinterpret_cast<const Packed8*>(of_x + k)) : Packed8{};
         }
     }
     int place = 0;
@@ -113,24 +114,27 @@ __global__ void __launch_bounds__(kWarps* kWarp, Turns <= 5 ? 2 : 1)
         char* const at = of_lane + place * S::kTileBytes;
         float sums[Halves][2] = {};
 #pragma unroll
-        for (int turn = 0; turn < Turns; turn++) {
-            wait_for_copies<S::kTiles * Turns - 1>();
-            if (warp * kTurn + turn * kAllWarps < p.in_features) {
-                Packed8 w[Halves][2];
+        for (int step = 0; step < Turns; step += S::kTogether) {
+            wait_for_copies<S::kTiles * S::kSteps - 1>();
+            if (warp * kTurn + step * kAllWarps < p.in_features) {
 #pragma unroll
-                for (int half = 0; half < Halves; half++) {
+                for (int turn = step; turn < step + S::kTogether && turn < Turns; turn++) {
+                    Packed8 w[Halves][2];
 #pragma unroll
-                    for (int piece = 0; piece < S::kPieces; piece++) {
-                        w[half][piece] = load_raw(reinterpret_cast<Packed8*>(
-                            at + turn * S::kTurnBytes + (half * S::kPieces + piece) * S::kHalfBytes));
+                    for (int half = 0; half < Halves; half++) {
+#pragma unroll
+                        for (int piece = 0; piece < S::kPieces; piece++) {
+                            w[half][piece] = load_raw(reinterpret_cast<Packed8*>(
+                                at + turn * S::kTurnBytes + (half * S::kPieces + piece) * S::kHalfBytes));
+                        }
+                        if constexpr (kWidens) widen_sixteen<Act>(Packed8{w[half][0]}, w[half][0], w[half][1]);
                     }
-                    if constexpr (kWidens) widen_sixteen<Act>(Packed8{w[half][0]}, w[half][0], w[half][1]);
-                }
-                copy_turn(at, turn);
+                    copy_turn(at, turn);
 #pragma unroll
-                for (int half = 0; half < Halves; half++) {
-                    add_product<Act>(sums[half], w[half][0], x[turn][0]);
-                    add_product<Act>(sums[half], w[half][1], x[turn][1]);
+                    for (int half = 0; half < Halves; half++) {
+                        add_product<Act>(sums[half], w[half][0], x[turn][0]);
+                        add_product<Act>(sums[half], w[half][1], x[turn][1]);
+                    }
                 }
             }
             end_group_of_copies();
@@ -185,12 +189,12 @@ bool in_enough_turns(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaSt
     return false;
 }
 
-// Whether there are few enough rows of x, which lie where eight features can be read at once, and registers and memory.
+// Whether there are few enough rows of x, which lie where eight features can be read at once, and memory and registers.
 template <typename Act, typename Weight>
 bool multiply_in_registers(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t stream) {
-    const bool whole = p.in_features % (kLaneBytes / static_cast<int>(sizeof(Weight))) == 0;
-    const bool aligned = allows_group<8>(reinterpret_cast<const Act*>(p.x)) && (p.rows == 1 || p.x_row_stride % 8 == 0);
-    return x_rows <= kEight && whole && aligned && in_enough_turns<Act, Weight>(p, m0, x_rows, stream);
+    const int64_t stride = p.rows > 1 ? p.x_row_stride * static_cast<int64_t>(sizeof(Act)) : 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(p.x) % kLaneBytes == 0 && stride % kLaneBytes == 0;
+    return x_rows <= kEight && aligned && in_enough_turns<Act, Weight>(p, m0, x_rows, stream);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Three kernels. On tensor cores, where x and W have the same 16 bits or W has 8, and the rows of W are aligned: a
-// block takes one tile of W's rows after the other, and its warps share the features; that of linear_few_rows.cuh, for
-// few rows of x that lie well, keeps them in registers. By fused multiply-adds otherwise: a warp takes a row of W.
+// Three kernels. Two on tensor cores, where x and W have the same 16 bits or W has 8, and rows of W are made of whole,
+// aligned groups of 16 bytes: a block takes tiles of W's rows, and its warps share the features. For few rows of x see
+// linear_few_rows.cuh. By fused multiply-adds otherwise: a warp takes a row of W.
 //
 // Which features are added up where depends on K, the dtypes and how W lies in memory; how many rows x or a tile has
 // does not enter.
@@ -40,19 +40,15 @@ struct Layout {
     int64_t bytes() const { return sums_at + 2 * sums_size * static_cast<int64_t>(sizeof(float)); }
 };
 
-// Eight features, of which `count` exist, from where no copy in the background can begin.
+// Eight features from where no copy in the background can begin; zeros, where there are none.
 template <typename Act>
-__device__ __forceinline__ void copy_eight_at_once(char* to, const Act* from, int count) {
+__device__ __forceinline__ void copy_eight_at_once(char* to, const Act* from, bool exist) {
     Packed8 eight{};
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        if (i < count) eight.pairs[i / 2] |= static_cast<uint32_t>(load_raw(from + i).bits) << (i % 2 * 16);
+        if (exist) eight.pairs[i / 2] |= static_cast<uint32_t>(load_raw(from + i).bits) << (i % 2 * 16);
     }
     store_raw(reinterpret_cast<Packed8*>(to), eight);
-}
-
-__device__ __forceinline__ int between(int least, int value, int most) {
-    return value < least ? least : value < most ? value : most;
 }
 
 // Lane l copies, and later reads, what lies in quarter l % 4 of pieces of rows l / 4, l / 4 + 8, … of W and of x; no
@@ -100,9 +96,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
             if (r >= at.rows) break;
 #pragma unroll
             for (int piece = 0; piece < kPieces; piece++) {
-                const int count = between(0, left - piece * kProduct, kOfLane);
                 copy_async(stage + piece * layout.w_piece + r * kRowBytes, at.weight + r * w_stride + piece * kProduct,
-                           count * static_cast<int>(sizeof(Weight)), From::constants);
+                           left > piece * kProduct ? kLaneBytes : 0, From::constants);
             }
         }
     };
@@ -116,13 +111,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
             if (row + r >= rows) break;
 #pragma unroll
             for (int piece = 0; piece < Cut::kProducts; piece++) {
-                const int count = between(0, k_size - x_first - k - piece * x_next, 8);
+                const bool exists = k_size - x_first - k > piece * x_next;
                 const Act* from = x + r * x_stride + k + piece * x_next;
                 char* const to = stage + layout.w_bytes + piece * layout.x_piece + r * kRowBytes;
                 if (x_aligned) {
-                    copy_async(to, from, count * static_cast<int>(sizeof(Act)));
+                    copy_async(to, from, exists ? kLaneBytes : 0);
                 } else {
-                    copy_eight_at_once(to, from, count);
+                    copy_eight_at_once(to, from, exists);
                 }
             }
         }
@@ -345,7 +340,8 @@ void run(const SkinnyLinearParams& p, cudaStream_t stream) {
     if constexpr (sizeof(Act) == 2 && (std::is_same<Act, Weight>::value || sizeof(Weight) == 1)) {
         const int64_t stride = p.out_features > 1 ? p.weight_row_stride * static_cast<int64_t>(sizeof(Weight)) : 0;
         const bool aligned = reinterpret_cast<uintptr_t>(p.weight) % kLaneBytes == 0 && stride % kLaneBytes == 0;
-        if (aligned) return on_tensor_cores<Act, Weight>(p, stream);
+        const bool whole = p.in_features % (kLaneBytes / static_cast<int>(sizeof(Weight))) == 0;
+        if (aligned && whole) return on_tensor_cores<Act, Weight>(p, stream);
     }
     by_multiply_adds<Act, Weight>(p, stream);
 }
