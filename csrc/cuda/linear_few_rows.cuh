@@ -13,6 +13,7 @@ namespace {
 constexpr int kAllWarps = kWarps * kTurn;          // features of a turn of each warp
 constexpr int kBytesAhead = 80 * 1024;             // of W, that are on their way to a block if it has so much to do
 constexpr int kTurns[] = {1, 2, 3, 5, 8, 10, 16};  // of a warp: for those there are kernels
+constexpr int kMostBytes = 128 * 1024;             // of a tile, beside which blocks of other kernels find memory
 
 // With so many, the turns that have all their features.
 constexpr int whole_turns(int turns) {
@@ -174,9 +175,11 @@ bool launch_few_rows(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaSt
 
 template <typename Act, typename Weight, int Turns>
 bool in_turns(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t stream) {
-    const bool flat = p.out_features <= static_cast<int64_t>(kEight) * multiprocessors();
-    return (!flat && launch_few_rows<Act, Weight, Turns, 2>(p, m0, x_rows, stream)) ||
-           launch_few_rows<Act, Weight, Turns, 1>(p, m0, x_rows, stream);
+    if constexpr (Stream<Weight, Turns, 2>::kTileBytes <= kMostBytes) {
+        const bool flat = p.out_features <= static_cast<int64_t>(kEight) * multiprocessors();
+        if (!flat && launch_few_rows<Act, Weight, Turns, 2>(p, m0, x_rows, stream)) return true;
+    }
+    return launch_few_rows<Act, Weight, Turns, 1>(p, m0, x_rows, stream);
 }
 
 // With the first number of turns that is enough.
