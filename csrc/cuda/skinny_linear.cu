@@ -1,24 +1,18 @@
-// Two kernels. On tensor cores, where x and W have the same 16 bits or W has 8, and the rows of W are aligned: a block
-// takes one tile of W's rows after the other, and its warps share the features. By fused multiply-adds otherwise: a
-// warp takes a row of W.
+// Three kernels. Two on tensor cores, where x and W have the same 16 bits or W has 8, and rows of W are made of whole,
+// aligned groups of 16 bytes: a block takes tiles of W's rows, and its warps share the features. For few rows of x see
+// linear_few_rows.cuh. By fused multiply-adds otherwise: a warp takes a row of W.
 //
 // Which features are added up where depends on K, the dtypes and how W lies in memory; how many rows x or a tile has
 // does not enter.
 #include <algorithm>
 
 #include "copies.cuh"
-#include "tensor_cores.cuh"
+#include "linear_few_rows.cuh"
 
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr int kEight = 8;                  // rows of x in a product of tensor cores, and half of those of W
-constexpr int kProduct = 32;               // features of two products of tensor cores, side by side
-constexpr int kTurn = 2 * kProduct;        // features that a warp takes before it is the next one's turn
-constexpr int kWarps = 8;                  // of a block
-constexpr int kLaneBytes = 16;             // that a lane copies at a time, of four lanes to a row
-constexpr int kRowBytes = 4 * kLaneBytes;  // of a row in a piece: what a warp copies at a time
-constexpr int kMostRows = 64;              // of x in a launch
+constexpr int kMostRows = 64;  // of x in a launch
 
 // x has up to 8·Eights rows and a tile of W up to 8·Halves. A warp has a ring of Depth stages, each of the features of
 // so many products: a tile of W, then x.
@@ -46,24 +40,19 @@ struct Layout {
     int64_t bytes() const { return sums_at + 2 * sums_size * static_cast<int64_t>(sizeof(float)); }
 };
 
-// Eight features, of which `count` exist, from where no copy in the background can begin.
+// Eight features from where no copy in the background can begin; zeros, where there are none.
 template <typename Act>
-__device__ __forceinline__ void copy_eight_at_once(char* to, const Act* from, int count) {
+__device__ __forceinline__ void copy_eight_at_once(char* to, const Act* from, bool exist) {
     Packed8 eight{};
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        if (i < count) eight.pairs[i / 2] |= static_cast<uint32_t>(load_raw(from + i).bits) << (i % 2 * 16);
+        if (exist) eight.pairs[i / 2] |= static_cast<uint32_t>(load_raw(from + i).bits) << (i % 2 * 16);
     }
     store_raw(reinterpret_cast<Packed8*>(to), eight);
 }
 
-__device__ __forceinline__ int between(int least, int value, int most) {
-    return value < least ? least : value < most ? value : most;
-}
-
 // Lane l copies, and later reads, what lies in quarter l % 4 of pieces of rows l / 4, l / 4 + 8, … of W and of x; no
-// other lane needs it. Tensor cores expect other features in that lane, but as long as x and W agree on them it is the
-// same sum. They round coarsely, so only the products of 16 features are added there, and those sums in float32.
+// other lane needs it.
 template <typename Act, typename Weight, typename Cut>
 __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
     multiply_on_tensor_cores(SkinnyLinearParams p, int64_t m0, int rows, int tile_rows, int stages) {
@@ -107,9 +96,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
             if (r >= at.rows) break;
 #pragma unroll
             for (int piece = 0; piece < kPieces; piece++) {
-                const int count = between(0, left - piece * kProduct, kOfLane);
                 copy_async(stage + piece * layout.w_piece + r * kRowBytes, at.weight + r * w_stride + piece * kProduct,
-                           count * static_cast<int>(sizeof(Weight)), From::constants);
+                           left > piece * kProduct ? kLaneBytes : 0, From::constants);
             }
         }
     };
@@ -123,13 +111,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
             if (row + r >= rows) break;
 #pragma unroll
             for (int piece = 0; piece < Cut::kProducts; piece++) {
-                const int count = between(0, k_size - x_first - k - piece * x_next, 8);
+                const bool exists = k_size - x_first - k > piece * x_next;
                 const Act* from = x + r * x_stride + k + piece * x_next;
                 char* const to = stage + layout.w_bytes + piece * layout.x_piece + r * kRowBytes;
                 if (x_aligned) {
-                    copy_async(to, from, count * static_cast<int>(sizeof(Act)));
+                    copy_async(to, from, exists ? kLaneBytes : 0);
                 } else {
-                    copy_eight_at_once(to, from, count);
+                    copy_eight_at_once(to, from, exists);
                 }
             }
         }
@@ -171,15 +159,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
             if (ahead.tile < tiles) copy_weight(at, ahead);
             if constexpr (kWidens) {
 #pragma unroll
-                for (auto& half : w) {
-                    const Packed8 packed = half[0];
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        uint32_t pairs[2];
-                        widen4<Act>(packed.pairs[i], pairs);
-                        half[i / 2].pairs[i % 2 * 2] = pairs[0], half[i / 2].pairs[i % 2 * 2 + 1] = pairs[1];
-                    }
-                }
+                for (auto& half : w) widen_sixteen<Act>(Packed8{half[0]}, half[0], half[1]);
             }
 #pragma unroll
             for (int eight = 0; eight < Cut::kEights; eight++) {
@@ -197,13 +177,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
                     if (half * kEight >= tile_rows) break;
 #pragma unroll
                     for (int i = 0; i < Cut::kProducts; i++) {
-                        const uint32_t (&low)[4] = w[half][i].pairs, (&high)[4] = w[half + 1][i].pairs;
-                        const uint32_t (&b)[4] = v[i].pairs;
-                        float first[4] = {}, second[4] = {};
-                        multiply_tiles<Act>(first, {low[0], high[0], low[1], high[1]}, {b[0], b[1]});
-                        multiply_tiles<Act>(second, {low[2], high[2], low[3], high[3]}, {b[2], b[3]});
-#pragma unroll
-                        for (int j = 0; j < 4; j++) sums[eight][half / 2][j] += first[j] + second[j];
+                        add_product<Act>(sums[eight][half / 2], w[half][i], w[half + 1][i], v[i]);
                     }
                 }
             }
@@ -232,14 +206,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
             }
             __syncthreads();
             for (int c = result_column; c < kEight && c < columns && n < p.out_features; c += next_column) {
-                float total = 0.f;
-#pragma unroll
-                for (int w = 0; w < kWarps; w++) {
-                    total += load(of_warps + (w * kEight + c) * layout.sums_stride + result_row);
-                }
-                if (kWidens) total *= scale;
-                if (p.bias) total += bias;
-                store_as(p.y_dtype, p.y, (m0 + eight * kEight + c) * p.out_features + n, total);
+                const float total =
+                    sum_of_warps(of_warps + c * layout.sums_stride + result_row, kEight * layout.sums_stride);
+                store_result<Weight>(p, m0 + eight * kEight + c, n, total, scale, bias);
             }
         }
     }
@@ -281,17 +250,12 @@ void launch_tiles(const SkinnyLinearParams& p, int64_t m0, int x_rows, const Til
 // Whether there was memory enough for so many rows of x.
 template <typename Act, typename Weight>
 bool start(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t stream) {
-    using Usual = Cut<1, 2, 2, 4>;
-    using Flat = Cut<1, 1, 2, 12>;  // few rows of W a block, so much of each at a time
+    using Few = Cut<1, 2, 2, 4>;
     using Some = Cut<2, 4, 2, 2>;
     using Many = Cut<8, sizeof(Weight) == 1 ? 4 : 8, sizeof(Weight) == 1 ? 2 : 1, 2>;
+    if (multiply_in_registers<Act, Weight>(p, m0, x_rows, stream)) return true;
     if (x_rows <= kEight) {
-        const Tiling usual = best_tiling<Weight, Usual>(p, x_rows, 8), flat = best_tiling<Weight, Flat>(p, x_rows, 1);
-        if (usual.cost <= flat.cost) {
-            launch_tiles<Act, Weight, Usual>(p, m0, x_rows, usual, stream);
-        } else {
-            launch_tiles<Act, Weight, Flat>(p, m0, x_rows, flat, stream);
-        }
+        launch_tiles<Act, Weight, Few>(p, m0, x_rows, best_tiling<Weight, Few>(p, x_rows, 1), stream);
         return true;
     }
     const bool some = x_rows <= Some::kEights * kEight;
@@ -376,7 +340,8 @@ void run(const SkinnyLinearParams& p, cudaStream_t stream) {
     if constexpr (sizeof(Act) == 2 && (std::is_same<Act, Weight>::value || sizeof(Weight) == 1)) {
         const int64_t stride = p.out_features > 1 ? p.weight_row_stride * static_cast<int64_t>(sizeof(Weight)) : 0;
         const bool aligned = reinterpret_cast<uintptr_t>(p.weight) % kLaneBytes == 0 && stride % kLaneBytes == 0;
-        if (aligned) return on_tensor_cores<Act, Weight>(p, stream);
+        const bool whole = p.in_features % (kLaneBytes / static_cast<int>(sizeof(Weight))) == 0;
+        if (aligned && whole) return on_tensor_cores<Act, Weight>(p, stream);
     }
     by_multiply_adds<Act, Weight>(p, stream);
 }

@@ -245,7 +245,7 @@ def aligned(matrix: torch.Tensor, filling: float) -> torch.Tensor:
 @pytest.mark.parametrize("int8", [False, True], ids=["same dtype", "int8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("features", "outputs"), [(1, 1), (7, 3), (48, 96), (160, 201), (333, 50), (512, 5), (1100, 7), (1552, 100)]
+    ("features", "outputs"), [(1, 1), (7, 3), (48, 96), (160, 201), (333, 50), (512, 5), (1104, 7), (1552, 100)]
 )
 def test_a_row_of_16_bits_is_the_same_among_any_others(
     features: int, outputs: int, dtype: torch.dtype, int8: bool, gpu_kernels: str
@@ -271,6 +271,25 @@ def test_a_row_of_16_bits_is_the_same_among_any_others(
         assert_bitwise_equal(run(x[-count:]), y[-count:], f"last {count} rows")
     elsewhere = F.pad(x, (1, 2), value=torch.nan)[:, 1:-2]
     assert_bitwise_equal(run(elsewhere[:11]), y[:11], "x lies at odd addresses")
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("features", "outputs"),
+    [(1536, 20), (2048, 150), (2560, 2), (2560, 80), (3584, 40), (5120, 25), (5120, 56), (8192, 29), (8208, 5)],
+)
+def test_shares_of_a_weight_of_many_features(features: int, outputs: int, int8: bool, gpu_kernels: str) -> None:
+    """One output is more than a fair share, in tiles of unequal height, or there are fewer outputs than blocks."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(9, features, generator=g).bfloat16()
+    weight = torch.randn(outputs, features, generator=g)
+    weight = quantised(weight) if int8 else weight.bfloat16()
+    y = skinny_linear(x, weight, out_dtype=torch.float32, backend=gpu_kernels)
+    exact = reference.skinny_linear(x.double(), weight)
+    assert_accurate(y, reference.skinny_linear(x.float(), weight), exact)
+    for count in (1, 5, 8):
+        few = skinny_linear(x[:count], weight, out_dtype=torch.float32, backend=gpu_kernels)
+        assert_bitwise_equal(few, y[:count], f"first {count} rows")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
