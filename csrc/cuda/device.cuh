@@ -257,8 +257,8 @@ __device__ __forceinline__ float clamped(float x, float least, float most) {
 #endif
 }
 
-// 2 to the power of x, to one unit in the last place, where ex2.approx can be off by more; exactly 1 at 0; 0 below the
-// normal numbers. A polynomial on [-1/2, 1/2] of the least relative error, times a whole power.
+// 2 to the power of x, to one unit in the last place, where ex2.approx can be off by more; exactly 1 at 0; 0 below
+// -126.5, infinity above 127.5. A polynomial of least relative error on [-1/2, 1/2], times a whole power.
 __device__ __forceinline__ float power_of_2(float x) {
     constexpr float kToWhole = 0x1.8p+23f;  // adding it rounds to a whole number, in the lowest bits
     x = clamped(x, -127.f, 128.f);
