@@ -332,6 +332,19 @@ def test_the_state_is_rounded_as_by_torch(dtype: torch.dtype, backend: str) -> N
     assert torch.equal(actual.signbit() | actual.isnan(), expected.signbit() | expected.isnan()), "signs"
 
 
+def test_decays_are_accurate(kernels: str) -> None:
+    """What is left of a state of 1 after Δ = 32: errors in decays near 1 add up over a text. Far away it is 0."""
+    channels, state_size = 1024, 16
+    A = torch.linspace(-1 / 32, 0, channels * state_size).view(channels, state_size)
+    A[0, :4] = torch.tensor([-3.0, -100.0, -1e30, -torch.inf])
+    x, zeros, start_slot = torch.zeros(1, 1, channels), torch.zeros(channels), torch.zeros(1, dtype=torch.int32)
+    B, states = torch.ones(1, 1, state_size), torch.ones(1, 1, channels, state_size)
+    selective_scan_verify(x, x + 32, A, B, B, zeros, None, zeros, states, start_slot, backend=kernels)
+    decays, exact = states[0, 0].double(), (32 * A.double()).exp()
+    assert decays[0, :4].max() < 1e-37
+    assert (decays / exact - 1)[1:].abs().max() < 1.25 * torch.finfo(torch.float32).eps
+
+
 @dtypes
 def test_y_is_of_the_rounded_state(dtype: torch.dtype, backend: str) -> None:
     inputs = make({"dtype": dtype, "state_size": 1, "gate": False})
