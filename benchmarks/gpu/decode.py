@@ -26,7 +26,7 @@ from ..report import Machine, Report, number, seconds, share
 
 MODELS = ("2.8b", "1.4b", "790m", "370m", "130m", "mamba2-2.7b", "hybrid")
 LOOKAHEAD, RATE = 4, 0.875  # 3.9 tokens a round
-PROMPT_TOKENS, TOKENS, SHORT = 32, 256, 64
+PROMPT_TOKENS, TOKENS, PROFILED = 32, 256, 16
 EXECUTORS = ("eager", "graph")
 COLUMNS = {
     "case": str, "executor": str, "tokens_per_s": number, "ratio": number, "tokens_per_round": number,
@@ -50,7 +50,7 @@ def draft_of(target: sm.MambaLM, name: str) -> sm.MambaLM:
 def per_round(run: partial) -> tuple[float, float]:
     """Launches and waits of the host in a round."""
     counted, rounds = [], []
-    for tokens in (SHORT, 2 * SHORT):
+    for tokens in (PROFILED, 2 * PROFILED):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
             result = run(max_new_tokens=tokens)
             torch.cuda.synchronize()
