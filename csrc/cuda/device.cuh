@@ -5,8 +5,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -258,7 +258,7 @@ __device__ __forceinline__ float clamped(float x, float least, float most) {
 }
 
 // 2 to the power of x, to one unit in the last place, where ex2.approx can be off by more; exactly 1 at 0; 0 below
-// -126.5, infinity above 127.5. A polynomial of least relative error on [-1/2, 1/2], times a whole power.
+// -126.5, infinity from 127.5 on. A polynomial of least relative error on [-1/2, 1/2], times a whole power.
 __device__ __forceinline__ float power_of_2(float x) {
     constexpr float kToWhole = 0x1.8p+23f;  // adding it rounds to a whole number, in the lowest bits
     x = clamped(x, -127.f, 128.f);
@@ -346,38 +346,42 @@ inline int of_current_device(cudaDeviceAttr attribute) {
 inline int multiprocessors() { return of_current_device(cudaDevAttrMultiProcessorCount); }
 inline int64_t most_memory_of_a_block() { return of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-// Whether the current device can load a kernel while the one before it ends.
-inline bool overlaps_kernels() { return of_current_device(cudaDevAttrComputeCapabilityMajor) >= 9; }
-
-// A multiprocessor divides one memory between blocks and cache, and to divide it anew it must be idle, which kernels
-// that overlap never leave it: so all of them ask for the same.
-inline void divide_memory_as_all_do(const void* kernel) {
-    constexpr int kPercentForBlocks = 75;
+// Prepares a kernel for the current device, once. Whether it can be loaded while the one before it ends: it waits for
+// that one where it was compiled for 9.0 or later, but code of an earlier architecture, translated for this card, does
+// not. A multiprocessor divides one memory between blocks and cache, and to divide it anew it must be idle, which
+// kernels that overlap never leave it: so all of them ask for the same.
+inline bool prepare(const void* kernel) {
+    constexpr int kPercentForBlocks = 75, kFirstThatWaits = 90;
     static std::mutex mutex;
-    static std::set<std::pair<const void*, int>> done;
+    static std::map<std::pair<const void*, int>, bool> overlaps;
     const std::lock_guard<std::mutex> lock(mutex);
-    if (!done.emplace(kernel, current_device()).second) return;
+    const std::pair<const void*, int> key(kernel, current_device());
+    const auto known = overlaps.find(key);
+    if (known != overlaps.end()) return known->second;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kPercentForBlocks));
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, kernel));
+    return overlaps[key] = attributes.ptxVersion >= kFirstThatWaits;
 }
 #else
 inline int multiprocessors() { return shim::kMultiprocessors; }
-inline int64_t most_memory_of_a_block() { return shim::kMemoryOfBlock; }
+inline int64_t most_memory_of_a_block() { return shim::memory_of_block(); }
 #endif
 
-// Starts a kernel, unless it has no blocks, with `bytes` of launched memory each, beside which a
-// kernel has none if they are many. Through the runtime's function and not
-// by launch syntax, which only nvcc knows.
+// Starts a kernel, unless it has no blocks, with `bytes` of launched memory each, beside which a kernel has none if
+// they are many. Through the runtime's function and not by launch syntax, which only nvcc knows.
 template <typename... Parameters, typename... Arguments>
 inline void launch_with_memory(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int64_t bytes,
                                cudaStream_t stream, Arguments... arguments) {
     if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
-    if (blocks.y > 65535) throw std::invalid_argument("a CUDA kernel takes at most 65535 rows");
+    if (blocks.y > 65535 || blocks.z > 65535)
+        throw std::invalid_argument("a CUDA kernel takes at most 65535 rows, and as many tokens of each");
 #if defined(SM_HOST_SHIM)
     (void)stream;
     shim::Machine::get().launch(blocks, threads, static_cast<size_t>(bytes), [=] { kernel(arguments...); });
 #else
     const void* function = reinterpret_cast<const void*>(kernel);
-    divide_memory_as_all_do(function);
+    const bool overlaps = prepare(function);
     constexpr int64_t kUnasked = 48 * 1024;
     if (bytes > kUnasked) {
         check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -392,7 +396,7 @@ inline void launch_with_memory(void (*kernel)(Parameters...), dim3 blocks, dim3 
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &overlap;
-    config.numAttrs = overlaps_kernels() ? 1 : 0;
+    config.numAttrs = overlaps ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, arguments...));
 #endif
 }

@@ -338,7 +338,7 @@ void by_multiply_adds(const SkinnyLinearParams& p, cudaStream_t stream) {
 template <typename Act, typename Weight>
 void run(const SkinnyLinearParams& p, cudaStream_t stream) {
     if constexpr (sizeof(Act) == 2 && (std::is_same<Act, Weight>::value || sizeof(Weight) == 1)) {
-        const int64_t stride = p.out_features > 1 ? p.weight_row_stride * static_cast<int64_t>(sizeof(Weight)) : 0;
+        const int64_t stride = p.weight_row_stride * static_cast<int64_t>(sizeof(Weight));
         const bool aligned = reinterpret_cast<uintptr_t>(p.weight) % kLaneBytes == 0 && stride % kLaneBytes == 0;
         const bool whole = p.in_features % (kLaneBytes / static_cast<int>(sizeof(Weight))) == 0;
         if (aligned && whole) return on_tensor_cores<Act, Weight>(p, stream);
@@ -354,7 +354,9 @@ void with_activations(const SkinnyLinearParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-void skinny_linear(const SkinnyLinearParams& p, cudaStream_t stream) {
+void skinny_linear(const SkinnyLinearParams& given, cudaStream_t stream) {
+    SkinnyLinearParams p = given;
+    if (p.out_features == 1) p.weight_row_stride = 0;  // so that rows that do not exist have aligned addresses
     constexpr int64_t kMost = INT32_MAX / 2 - 65536;
     if (p.in_features > kMost || p.out_features > kMost)
         throw std::invalid_argument("skinny_linear: too large for CUDA");

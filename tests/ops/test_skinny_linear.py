@@ -292,6 +292,29 @@ def test_shares_of_a_weight_of_many_features(features: int, outputs: int, int8: 
         assert_bitwise_equal(few, y[:count], f"first {count} rows")
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize(("features", "outputs"), [(1536, 70), (2560, 80), (3584, 40), (8192, 29)])
+def test_a_card_of_less_memory_gives_the_same_bits(
+    features: int, outputs: int, int8: bool, gpu_kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(9, features, generator=g).bfloat16(), torch.randn(outputs, features, generator=g)
+    weight = quantised(weight) if int8 else weight.bfloat16()
+    expected = skinny_linear(x, weight, backend=gpu_kernels)
+    monkeypatch.setenv("SHIM_MEMORY_OF_BLOCK", str(99 * 1024))
+    for count in (3, 9):
+        assert_bitwise_equal(skinny_linear(x[:count], weight, backend=gpu_kernels), expected[:count], f"{count} rows")
+
+
+def test_a_weight_of_one_row_has_no_stride(gpu_kernels: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(12, 64, generator=g).bfloat16(), torch.randn(4, 77, generator=g).bfloat16()
+    expected = skinny_linear(x, weights[:1, :64].clone(), backend=gpu_kernels)
+    for count in (3, 12):
+        actual = skinny_linear(x[:count], weights[:1, :64], backend=gpu_kernels)
+        assert_bitwise_equal(actual, expected[:count], f"{count} rows")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_value_of_int8_is_read_exactly_beside_16_bits(dtype: torch.dtype, gpu_kernels: str) -> None:
     values = torch.arange(-128, 128, dtype=torch.int8).view(16, 16)
