@@ -122,7 +122,7 @@ class ModelDrafter:
             absorb(self.model, self.layers, row, text[:-2], self.states[row] if self.states else None)
 
     def reserve(self, entries: int) -> bool:
-        return self.model.reserve(self.layers, entries)
+        return hasattr(self.model, "reserve") and self.model.reserve(self.layers, entries)
 
     def propose(
         self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int

@@ -8,6 +8,19 @@ from typing import Protocol
 from .round import Round, RoundResult
 
 
+class Same:
+    """A key that an object is equal to itself by, and that keeps it: no later object can have its place."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 class Executor(Protocol):
     """Runs rounds in their order.
 
@@ -45,10 +58,13 @@ class EagerExecutor:
 
     def __init__(self) -> None:
         self._results: deque[tuple[RoundResult, float]] = deque()
+        self._round: Round | None = None
 
     def open(
         self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
     ) -> Round:
+        if self._round is not None:
+            raise ValueError("this executor runs another call of generate; give each call one of its own")
         self._round = make()
         return self._round
 
@@ -67,3 +83,4 @@ class EagerExecutor:
 
     def close(self) -> None:
         self._results.clear()
+        self._round = None

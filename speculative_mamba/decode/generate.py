@@ -10,7 +10,7 @@ import torch
 from ..models.language_model import MambaLM
 from .cache import GenerationCache, RowState
 from .drafter import Drafter, LanguageModel, ModelDrafter
-from .executors import Executor
+from .executors import Executor, Same
 from .graphs import as_executor
 from .inputs import check_generation, check_models, read_prompts
 from .lookahead import AUTO_AT_MOST, AUTO_LOOKAHEADS, AdaptiveLookahead, FixedLookahead
@@ -206,9 +206,9 @@ class _Run:
                 proposer = proposer.prepare(batch, self.most, sampler, fixed)
             return Round(self.target, proposer, sampler, batch, self.most, fixed)
 
-        kind = (draft.longest, draft.shortest, length) if isinstance(draft, NgramDrafter) else id(draft)
+        kind = (draft.longest, draft.shortest, length) if isinstance(draft, NgramDrafter) else Same(draft)
         options = dataclasses.replace(sampling, seed=0), acceptance
-        key = (id(self.target), kind, batch, lookahead.all, *options)
+        key = (Same(self.target), kind, batch, lookahead.all, *options)
         self.round = self.executor.open(key, make, entries, lookahead.all, self.output_logits)
         self.round.sampler.reseed(sampling)
         drafter = getattr(self.round.proposer, "drafter", self.round.proposer)

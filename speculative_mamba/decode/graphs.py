@@ -12,6 +12,7 @@ import torch
 
 from ..models.language_model import MambaLM
 from ..ops.backend import current_device
+from ..ops.filters import is_whole
 from ..ops.int8 import Int8Weight
 from .executors import EagerExecutor, Executor
 from .ngram import NgramDrafter
@@ -27,7 +28,7 @@ class Kind:
     """A round, its replays by lookahead, and what they rely on."""
 
     round: Round
-    weights: list[tuple]
+    reliances: list[tuple]
     replays: dict[int, Callable[[], RoundResult]] = field(default_factory=dict)
     graph_bytes: int = 0
 
@@ -68,11 +69,14 @@ class GraphExecutor:
     device_type = "cuda"
 
     def __init__(self, keep: int = 4) -> None:
+        if not is_whole(keep) or keep < 1:
+            raise ValueError(f"keep must be a whole number of at least 1, got {keep!r}")
         self._keep = keep
         self._kinds: OrderedDict[tuple, Kind] = OrderedDict()
         self._arrivals: deque[Arrival] = deque()
         self._turn = threading.Lock()
         self._owner: int | None = None  # the thread whose turn it is
+        self._kind: Kind | None = None  # that it runs
 
     @property
     def nbytes(self) -> int:
@@ -83,14 +87,14 @@ class GraphExecutor:
 
     def clear(self) -> None:
         """Frees the graphs and their memory."""
+        self._refuse_callbacks()
         with self._turn:
             self._kinds.clear()
 
     def open(
         self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
     ) -> Round:
-        if self._owner == threading.get_ident():
-            raise ValueError("a callback of generate cannot use the same executor; give it a GraphExecutor of its own")
+        self._refuse_callbacks()
         self._turn.acquire()
         self._owner, self._output_logits = threading.get_ident(), output_logits
         try:
@@ -100,14 +104,18 @@ class GraphExecutor:
             raise
         return self._kind.round
 
+    def _refuse_callbacks(self) -> None:
+        if self._owner == threading.get_ident():
+            raise ValueError("a callback of generate cannot use the same executor; give it a GraphExecutor of its own")
+
     def _prepared(self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int]) -> Kind:
         kind = self._kinds.pop(key, None)
-        if kind is None or kind.weights != _weights(kind.round):
+        if kind is None or kind.reliances != _reliances(kind.round):
             kind = None  # frees its memory before more is asked for
             while len(self._kinds) >= self._keep:
                 self._kinds.popitem(last=False)
             round = make()
-            kind = Kind(round, _weights(round))
+            kind = Kind(round, _reliances(round))
         self._kinds[key] = kind
         with current_device(kind.round.places.last):
             kind.round.leave_all_out()
@@ -151,7 +159,7 @@ class GraphExecutor:
 
     def close(self) -> None:
         self._arrivals.clear()
-        self._owner = None
+        self._kind = self._owner = None
         self._turn.release()
 
 
@@ -160,21 +168,20 @@ def _replay(graph: torch.cuda.CUDAGraph, result: RoundResult) -> RoundResult:
     return result
 
 
-def _weights(round: Round) -> list[tuple]:
-    """What a graph knows the models' weights by."""
+def _reliances(round: Round) -> list[tuple]:
+    """Of the models, what a captured round takes for granted: where weights lie, and options of a cache."""
     models = [round.target, getattr(round.proposer, "model", None)]
     known = [model for model in models if isinstance(model, MambaLM)]
     weights = [weight for model in known for weight in (model.embedding, *model.weights())]
     tensors = [weight.values if isinstance(weight, Int8Weight) else weight for weight in weights]
-    return [(tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
+    options = [(model.state_dtype, model.checkpoint, model.backend) for model in known]
+    return [*options, *((tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors)]
 
 
 _shared = GraphExecutor()
 
 
-def as_executor(
-    executor: Executor | str, target: object, draft: object, processor: LogitsProcessor | None
-) -> Executor:
+def as_executor(executor: Executor | str, target: object, draft: object, processor: LogitsProcessor | None) -> Executor:
     """The executor of that name, if it can run this.
 
     Raises:
@@ -182,7 +189,7 @@ def as_executor(
     """
     if executor == "eager":
         return EagerExecutor()
-    if executor != "graph" and not hasattr(executor, "launch"):
+    if executor != "graph" and (isinstance(executor, type) or not hasattr(executor, "launch")):
         raise ValueError(f"unknown executor {executor!r}; choose from: eager, graph")
     chosen = _shared if executor == "graph" else executor
     if not chosen.fixed:

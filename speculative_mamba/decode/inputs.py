@@ -11,6 +11,7 @@ from .sampling import SamplingParams
 ACCEPTANCES = ("rejection", "coupled")
 NAMED_DRAFTS = ("ngram",)
 MAX_LOOKAHEAD = 15
+MAX_NEW_TOKENS = 2**31 - 1
 
 
 def read_prompts(prompt_ids: torch.Tensor | Sequence[Sequence[int]], vocabulary: int) -> list[list[int]]:
@@ -87,8 +88,8 @@ def check_generation(
     """
     if lookahead != "auto" and not (is_whole(lookahead) and 1 <= lookahead <= MAX_LOOKAHEAD):
         raise ValueError(f"lookahead (K) must be auto or a whole number from 1 to {MAX_LOOKAHEAD}, got {lookahead!r}")
-    if not is_whole(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
+    if not is_whole(max_new_tokens) or not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise ValueError(f"max_new_tokens must be a whole number from 0 to {MAX_NEW_TOKENS}, got {max_new_tokens!r}")
     if not isinstance(sampling, SamplingParams):
         raise ValueError(f"sampling must be SamplingParams, got {sampling!r}")
     if isinstance(sampling.seed, tuple) and len(sampling.seed) != rows:

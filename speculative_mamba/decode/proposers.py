@@ -101,5 +101,6 @@ def as_proposer(
     if fixed and isinstance(draft, NgramDrafter):
         return NgramProposer(draft, length, target.device)
     if is_told_the_text(draft):
-        return HostProposer(draft, texts, target.vocab_size)
+        drafter = copy.copy(draft) if type(draft) is NgramDrafter else draft
+        return HostProposer(drafter, texts, target.vocab_size)
     return draft if hasattr(draft, "draft") else ModelDrafter(draft)

@@ -118,7 +118,12 @@ class MambaLM:
         Time and memory are linear in the number of tokens: a chunk of 64 at a time. Every token goes through the same
         kernels in the same order as in ``verify``, so the state has the same bits however the tokens are cut.
         """
-        self._make_room(cache, len(tokens))
+        attention = [layer for layer in cache if isinstance(layer, AttentionCache)]
+        if attention:
+            length = int(attention[0].lengths[row, 0]) + len(tokens)
+            self.reserve(cache, length)
+            for layer in attention:
+                layer.at_most = max(layer.at_most, length)
         one_row = [layer.row(row) for layer in cache]
         window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), keep_last=True)
         ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)

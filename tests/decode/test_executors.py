@@ -5,15 +5,18 @@ read stays what it was when the tape was made, with all rows left out.
 """
 
 import dataclasses
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
 
 import speculative_mamba as sm
+from speculative_mamba.decode.executors import EagerExecutor
 from speculative_mamba.decode.lookahead import FixedLookahead
 from speculative_mamba.ops import backend as backends
-from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_config
+from speculative_mamba.testing.models import ARCHITECTURES, TableModel, random_model, tiny_config
 from speculative_mamba.testing.recording import RecordingExecutor, Tape
 from speculative_mamba.testing.scripted import ScriptedDraft, ScriptedProposer, agree_at_rate
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
@@ -139,6 +142,14 @@ def test_a_cache_that_grows_is_captured_again(family, prompt, executor) -> None:
     assert 1 < executor.captures < 4 and executor.nbytes > 0
 
 
+@pytest.mark.parametrize("kind", ["llama", "mamba2-in-llama"])
+def test_rows_that_are_together_longer_than_a_cache(family, prompt, executor, kind) -> None:
+    """Each fits, so nothing may move when they are read."""
+    target, drafts = family(kind)
+    prompts = [prompt(length) for length in (40, 41, 43)]
+    both(executor, target, prompts, draft=drafts["near"], lookahead=3, max_new_tokens=12, stop_token_ids=())
+
+
 @pytest.mark.parametrize("draft", ["near", "ngram", None])
 def test_going_on_from_a_cache(pair, prompt, executor, assert_states_fit, draft) -> None:
     """Rows that ended by a stop token or the budget left their state as it was, while the others went on."""
@@ -254,7 +265,23 @@ def test_a_weight_that_was_replaced_is_captured_again(pair, prompt, executor) ->
     assert not torch.equal(both(executor, target, [prompt(7)], draft=models.drafts["near"]).sequences[0], before)
     target.head = target.head.bfloat16()
     both(executor, target, [prompt(7)], draft=models.drafts["near"])
-    assert executor.captures == 3
+    target.state_dtype = torch.float16
+    both(executor, target, [prompt(7)], draft=models.drafts["near"], output_logits=True)
+    assert executor.captures == 4
+
+
+def test_a_drafter_in_the_place_of_another_is_another(pair, prompt, executor) -> None:
+    models = pair()
+    for name in ("equal", "random"):
+        draft = sm.ModelDrafter(models.drafts[name])  # the second gets the address of the first
+        both(executor, models.target, [prompt(7)], draft=draft, max_new_tokens=20, stop_token_ids=())
+        del draft
+    assert executor.captures == 2
+
+
+def test_models_that_have_no_cache_to_reserve(executor) -> None:
+    target, draft = (TableModel(torch.eye(5).roll(by, 1) + 0.01) for by in (1, 2))
+    both(executor, target, [[1], [2, 3]], draft=draft, max_new_tokens=9)
 
 
 def test_only_so_many_kinds_are_kept(pair, prompt) -> None:
@@ -263,8 +290,12 @@ def test_only_so_many_kinds_are_kept(pair, prompt) -> None:
         both(executor, target, [prompt(3)] * batch, max_new_tokens=4)
     assert executor.captures == 4
     kept = executor.nbytes
+    held = [weakref.ref(kind.round) for kind in executor._kinds.values()]
     executor.clear()
-    assert executor.nbytes == 0 < kept
+    gc.collect()
+    assert executor.nbytes == 0 < kept and not any(round() for round in held)
+    with pytest.raises(ValueError, match="keep must be a whole number of at least 1, got 0"):
+        RecordingExecutor(keep=0)
 
 
 def test_threads_take_turns(pair, prompt, plain, executor) -> None:
@@ -286,8 +317,9 @@ def test_threads_take_turns(pair, prompt, plain, executor) -> None:
     assert len(results) == 6 and executor.captures == 1
 
 
-def test_a_call_within_a_call_is_refused(pair, prompt, executor) -> None:
-    target = pair().target
+@pytest.mark.parametrize("kind", [RecordingExecutor, EagerExecutor])
+def test_a_call_within_a_call_is_refused(pair, prompt, kind) -> None:
+    target, executor = pair().target, kind()
 
     def on_token(row: int, token: int) -> None:
         sm.generate(target, [prompt(2)], executor=executor)
@@ -295,6 +327,21 @@ def test_a_call_within_a_call_is_refused(pair, prompt, executor) -> None:
     with pytest.raises(ValueError, match="of its own"):
         sm.generate(target, [prompt(3)], executor=executor, on_token=on_token)
     both(executor, target, [prompt(3)])
+
+
+def test_graphs_cannot_be_cleared_while_they_run(pair, prompt, executor) -> None:
+    with pytest.raises(ValueError, match="of its own"):
+        sm.generate(pair().target, [prompt(3)], executor=executor, on_token=lambda row, token: executor.clear())
+
+
+def test_an_ngram_drafter_may_serve_calls_within_calls(pair, prompt, plain) -> None:
+    target, draft = pair().target, sm.NgramDrafter(61)
+
+    def on_token(row: int, token: int) -> None:
+        sm.generate(target, [prompt(5), prompt(6)], draft=draft, max_new_tokens=2)
+
+    result = sm.generate(target, [prompt(9)], draft=draft, max_new_tokens=12, stop_token_ids=(), on_token=on_token)
+    assert result.sequences[0].tolist() == plain(target, prompt(9), 12)[0]
 
 
 def test_one_drafter_serves_several_kinds(pair, prompt, executor) -> None:
@@ -322,11 +369,12 @@ def test_a_scripted_proposer(pair, prompt, plain, executor, rate) -> None:
     ("options", "words"),
     [
         ({"executor": "fast"}, "unknown executor 'fast'; choose from: eager, graph"),
+        ({"executor": RecordingExecutor}, "unknown executor <class"),
         ({"executor": "graph"}, "needs a CUDA device, and the model is on cpu"),
         ({"logits_processor": lambda row, tokens, logits: logits}, "logits_processor is Python"),
         ({"draft": ScriptedDraft([[1]], 61, agree_at_rate(1))}, "ScriptedDraft is Python"),
     ],
-    ids=["name", "device", "processor", "drafter"],
+    ids=["name", "class", "device", "processor", "drafter"],
 )
 def test_what_cannot_be_captured_is_refused(pair, options, words) -> None:
     with pytest.raises(ValueError, match=words) as caught:

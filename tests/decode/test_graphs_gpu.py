@@ -80,9 +80,7 @@ def test_no_memory_for_a_graph_is_one_line(monkeypatch: pytest.MonkeyPatch, caps
     target, draft = models("mamba1")
     expected = sm.generate(target, PROMPTS, draft=draft, max_new_tokens=9, stop_token_ids=())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", full)
-    result = sm.generate(
-        target, PROMPTS, draft=draft, max_new_tokens=9, stop_token_ids=(), executor=sm.GraphExecutor()
-    )
+    result = sm.generate(target, PROMPTS, draft=draft, max_new_tokens=9, stop_token_ids=(), executor=sm.GraphExecutor())
     assert_same(result, expected)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no memory for a CUDA graph" in err
@@ -94,9 +92,7 @@ def test_the_host_waits_for_nothing_between_rounds() -> None:
     graphs, counts = sm.GraphExecutor(), []
     for tokens in (20, 20, 60):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
-            sm.generate(
-                target, [[1, 2, 3]], draft=draft, max_new_tokens=tokens, stop_token_ids=(), executor=graphs
-            )
+            sm.generate(target, [[1, 2, 3]], draft=draft, max_new_tokens=tokens, stop_token_ids=(), executor=graphs)
         waits = ("Synchronize", "cudaMemcpy")
         names = [event.name for event in trace.events() if event.name.startswith("cuda")]
         counts.append(sum("Synchronize" in name or name == waits[1] for name in names))

@@ -61,7 +61,7 @@ NO_WHOLE_NUMBERS = (2.0, 2.5, True, "3", None, [3], NAN)
     ("options", "words"),
     [
         *[({"lookahead": k}, ["lookahead", k, "1 to 15"]) for k in (0, -1, 16, 1000, *NO_WHOLE_NUMBERS)],
-        *[({"max_new_tokens": n}, ["max_new_tokens", n]) for n in (-1, *NO_WHOLE_NUMBERS)],
+        *[({"max_new_tokens": n}, ["max_new_tokens", n]) for n in (-1, 2**31, *NO_WHOLE_NUMBERS)],
         *[({"acceptance": a}, ["acceptance", a, "rejection, coupled"]) for a in ("always", "", 1, None, ["coupled"])],
         *[({"sampling": s}, ["SamplingParams", s]) for s in ({"temperature": 1}, {}, 0.8, False, "greedy", ())],
         ({"sampling": sm.SamplingParams}, ["SamplingParams"]),
