@@ -115,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _say(f"error: {error}")
         return FAILURE
+    except torch.cuda.OutOfMemoryError as error:
+        _say(f"error: {str(error).splitlines()[0]} Try a smaller --dtype, --checkpoint inputs or fewer tokens.")
+        return FAILURE
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -344,6 +344,16 @@ def test_ctrl_c_without_a_stream(run, monkeypatch):
     assert code == 130 and report["text"] == " heard" and report["stats"] is None
 
 
+def test_a_gpu_without_room_is_one_line(run, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee also …")
+
+    monkeypatch.setattr(cli, "generate", full)
+    code, _, err = run(*SHORT)
+    assert code == 2 and err.splitlines()[-1].startswith("speculative-mamba: error: CUDA out of memory. Tried to")
+    assert "--dtype" in err and "See also" not in err
+
+
 def test_ctrl_c_while_comparing_keeps_the_text(run, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
