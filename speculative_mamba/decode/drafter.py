@@ -86,11 +86,15 @@ class ModelDrafter:
     were accepted; then slot j holds the state before the j-th drafted token's successor, as the target's does.
     """
 
-    def __init__(self, model: LanguageModel, states: list[RowState | None] | None = None) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.vocab_size = model.vocab_size
-        self.states = states
+        self.states: list[RowState | None] | None = None  # that ``absorb`` goes on from
         self.layers: list | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None:
         self._allocate(len(prompts), lookahead, sampler, replayed=False)

@@ -15,7 +15,7 @@ from .graphs import as_executor
 from .inputs import check_generation, check_models, read_prompts
 from .lookahead import AUTO_AT_MOST, AUTO_LOOKAHEADS, AdaptiveLookahead, FixedLookahead
 from .ngram import NgramDrafter
-from .proposers import as_proposer
+from .proposers import as_proposer, searches_on_device
 from .round import Round, RoundResult, broken
 from .sampling import LogitsProcessor, Sampler, SamplingParams
 from .stats import GenerationStats
@@ -44,8 +44,8 @@ class _Row:
     stream: TextStream | None
     logits: list[torch.Tensor] = field(default_factory=list)
     finish_reason: str | None = None
-    slot: int | None = 0  # that the text goes on from; None where it was written over
-    draft_at: tuple[int, int] = (0, 0)  # the draft's slot, and the text's length, when the draft was last asked
+    slot: int | None = 0  # that the text goes on from; None where it was written over, or not all is booked
+    draft_at: tuple[int, int] | None = None  # the draft's slot, and the text's length, when the draft was last asked
 
     def commit(self, token: int, stop_token_ids: frozenset[int]) -> None:
         self.tokens.append(token)
@@ -130,6 +130,7 @@ def generate(
         acceptance=acceptance, stop_strings=stop_strings, stop_token_ids=stop_token_ids, on_token=on_token,
         logits_processor=logits_processor, cache=cache,
     )  # fmt: skip
+    max_new_tokens, lookahead = int(max_new_tokens), lookahead if lookahead == "auto" else int(lookahead)
     rows = [
         _Row(list(prompt), max_new_tokens, TextStream(target.tokenizer, stop_strings) if stop_strings else None)
         for prompt in prompts
@@ -146,16 +147,15 @@ def generate(
         return run.result()
     lookaheads = tuple(k for k in AUTO_LOOKAHEADS if k <= most) if most and lookahead == "auto" else (most,)
     chooser = AdaptiveLookahead(lookaheads) if len(lookaheads) > 1 else FixedLookahead(most)
-    run.open(draft, chooser, sampling, acceptance, logits_processor)
     try:
+        run.open(draft, chooser, sampling, acceptance, logits_processor)
         run.prefill()
         while run.generating():
             run.launch()
             while executor.waiting > executor.lag:
                 run.collect()
     finally:
-        run.save()
-        executor.close()
+        run.close()
     return run.result()
 
 
@@ -178,6 +178,7 @@ class _Run:
         self.texts = [row.tokens for row in rows]
         self.stats = GenerationStats(sum(map(len, self.texts)))
         self.stats.tested_per_position, self.stats.accepted_per_position = [0] * most, [0] * most
+        self.round: Round | None = None
         self.draft: ModelDrafter | None = None
         self.in_flight = True  # a model may be running: states of rows that have not ended are not to be trusted
         self.skipped = False  # the draft was left out of the last round
@@ -206,9 +207,12 @@ class _Run:
                 proposer = proposer.prepare(batch, self.most, sampler, fixed)
             return Round(self.target, proposer, sampler, batch, self.most, fixed)
 
-        kind = (draft.longest, draft.shortest, length) if isinstance(draft, NgramDrafter) else Same(draft)
+        draft = draft if self.most else None
+        kind = Same(draft), Same(getattr(draft, "model", None))
+        if searches_on_device(draft):
+            kind = draft.longest, draft.shortest, length
         options = dataclasses.replace(sampling, seed=0), acceptance
-        key = (Same(self.target), kind, batch, lookahead.all, *options)
+        key = (Same(self.target), *kind, batch, lookahead.all, *options)
         self.round = self.executor.open(key, make, entries, lookahead.all, self.output_logits)
         self.round.sampler.reseed(sampling)
         drafter = getattr(self.round.proposer, "drafter", self.round.proposer)
@@ -223,6 +227,8 @@ class _Run:
             self.draft.states = cache.draft_states if cache else None
         if proposer is not None:
             proposer.absorb(self.texts)
+        if proposer is self.draft and proposer is not None:
+            self.draft.states = None  # they are the cache's
         self.round.begin(self.texts, self.rows[0].budget, self.stops)
         for row in self.rows:
             row.draft_at = 0, len(row.tokens)
@@ -252,7 +258,9 @@ class _Run:
             self.collect()
         for index in self.generating():
             row = self.rows[index]
-            self.draft.catch_up(index, row.tokens, *row.draft_at)
+            at, row.draft_at = row.draft_at, None
+            self.draft.catch_up(index, row.tokens, *at)
+            row.draft_at = 0, len(row.tokens)
 
     def collect(self) -> None:
         """Waits for the oldest round, and appends to each row what it gained, up to a stop."""
@@ -261,14 +269,16 @@ class _Run:
             if verdict and self.rows[index].finish_reason is None:
                 raise ValueError(broken(index, accepted, verdict))
         tested, agreed, fresh = self.stats.tested, self.stats.accepted, []
+        unmatched = 0  # rows beside whose tokens none counts: as good as a refused one
         for index in self.generating():
+            unmatched += result.proposed > 0 and record[index][3] == 0
             fresh += [(index, token) for token in self._commit(index, record[index], result)]
         self.in_flight = self.executor.waiting > 0
         self.stats.rounds += bool(fresh)
         self.stats.draft_s += result.draft_s
         self.stats.verify_s += result.verify_s
         tested, agreed = self.stats.tested - tested, self.stats.accepted - agreed
-        self.lookahead.observe(result.proposed, tested, agreed, seconds)
+        self.lookahead.observe(result.proposed, tested + unmatched, agreed, seconds)
         self.stats.decode_s = time.perf_counter() - self.decoding
         if self.on_token is not None:
             for row, token in fresh:
@@ -277,7 +287,7 @@ class _Run:
     def _commit(self, index: int, record: list[int], result: RoundResult) -> list[int]:
         row, (count, accepted, _, drafted, *tokens) = self.rows[index], record
         assert count > 0, f"row {index} has ended on the device alone"
-        committed = 0
+        row.slot, committed = None, 0
         for token in tokens[:count]:
             row.commit(token, self.stops)
             if self.output_logits:
@@ -286,13 +296,22 @@ class _Run:
             if row.finish_reason is not None:
                 break
         self.stats.count(drafted, accepted, committed)
-        row.slot = committed - 1
         if result.drafts:
             row.draft_at = committed - 1, len(row.tokens)
         if row.finish_reason == "stop":  # which the device does not know of
             self.round.leave_out(index)
-            row.slot = None if self.executor.waiting else row.slot
+        if row.finish_reason != "stop" or not self.executor.waiting:
+            row.slot = committed - 1
         return tokens[:committed]
+
+    def close(self) -> None:
+        """Saves what is known, whatever happened, and gives the executor back if this call has it."""
+        if self.round is None:
+            return
+        try:
+            self.save()
+        finally:
+            self.executor.close()
 
     def save(self) -> None:
         """Leaves in the cache the states of all rows that are known to be those of their texts."""
@@ -300,7 +319,7 @@ class _Run:
             if row.slot is None or (self.in_flight and row.finish_reason is None):
                 continue
             self.cache.target_states[index] = RowState.of(self.round.layers, index, row.slot, len(row.tokens) - 1)
-            if self.draft is not None:
+            if self.draft is self.round.proposer is not None and row.draft_at is not None:
                 self.cache.draft_states[index] = self.draft.state(index, *row.draft_at)
 
     def result(self) -> GenerationResult:
@@ -308,7 +327,7 @@ class _Run:
         logits = [torch.stack(row.logits) if row.logits else torch.empty(0, vocabulary) for row in self.rows]
         return GenerationResult(
             sequences=[torch.tensor(row.tokens) for row in self.rows],
-            finish_reasons=[row.finish_reason or "length" for row in self.rows],
+            finish_reasons=[row.finish_reason for row in self.rows],
             stats=self.stats,
             logits=logits if self.output_logits else None,
             cache=self.cache,

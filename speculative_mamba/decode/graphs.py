@@ -1,5 +1,6 @@
 """A whole round as one CUDA graph, and rounds queued ahead of the host."""
 
+import contextlib
 import functools
 import sys
 import threading
@@ -15,8 +16,7 @@ from ..ops.backend import current_device
 from ..ops.filters import is_whole
 from ..ops.int8 import Int8Weight
 from .executors import EagerExecutor, Executor
-from .ngram import NgramDrafter
-from .proposers import is_told_the_text
+from .proposers import is_told_the_text, searches_on_device
 from .round import Round, RoundResult
 from .sampling import LogitsProcessor
 
@@ -30,6 +30,7 @@ class Kind:
     round: Round
     reliances: list[tuple]
     replays: dict[int, Callable[[], RoundResult]] = field(default_factory=dict)
+    without: set[int] = field(default_factory=set)  # lookaheads for whose graphs there was no memory
     graph_bytes: int = 0
 
 
@@ -58,8 +59,8 @@ class GraphExecutor:
 
     Nothing a round depends on is read by the host: tokens come back through pinned memory, and rounds that were queued
     behind the last token change nothing. A kind is models, batch, lookaheads, sampling parameters but for the seed, and
-    acceptance. Texts may have any length; graphs are captured anew when a cache has to grow or a weight has moved.
-    Calls from several threads take turns.
+    acceptance. Texts may have any length; graphs are captured anew when a cache has to grow, or when a weight or an
+    option of a model is another. Calls from several threads take turns.
 
     keep: kinds whose graphs and caches stay in memory (``nbytes``) after a call; ``clear`` frees them. If there is no
     memory for a graph, one line on stderr says so and its rounds run kernel by kernel.
@@ -80,10 +81,11 @@ class GraphExecutor:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all captured kinds: caches, what lies between kernels, and the graphs."""
-        layers = [layer for kind in self._kinds.values() for layer in kind.round.all_layers()]
-        of_layers = sum(tensor.nbytes for layer in layers for tensor in layer.tensors())
-        return of_layers + sum(kind.graph_bytes for kind in self._kinds.values())
+        """Memory of all captured kinds: caches, texts of n-gram drafts, what lies between kernels, and the graphs."""
+        rounds = [kind.round for kind in self._kinds.values()]
+        tensors = [tensor for round in rounds for layer in round.all_layers() for tensor in layer.tensors()]
+        tensors += [round.proposer.text for round in rounds if hasattr(round.proposer, "text")]
+        return sum(tensor.nbytes for tensor in tensors) + sum(kind.graph_bytes for kind in self._kinds.values())
 
     def clear(self) -> None:
         """Frees the graphs and their memory."""
@@ -96,9 +98,9 @@ class GraphExecutor:
     ) -> Round:
         self._refuse_callbacks()
         self._turn.acquire()
-        self._owner, self._output_logits = threading.get_ident(), output_logits
         try:
-            self._kind = self._prepared(key, make, entries, lookaheads)
+            self._owner, self._output_logits = threading.get_ident(), output_logits
+            self._kind = self._prepared_somehow(key, make, entries, lookaheads)
         except BaseException:
             self.close()
             raise
@@ -108,6 +110,14 @@ class GraphExecutor:
         if self._owner == threading.get_ident():
             raise ValueError("a callback of generate cannot use the same executor; give it a GraphExecutor of its own")
 
+    def _prepared_somehow(self, *arguments: object) -> Kind:
+        """A second time without other kinds, if there is no memory beside them."""
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            return self._prepared(*arguments)
+        self._kinds.clear()
+        torch.cuda.empty_cache()
+        return self._prepared(*arguments)
+
     def _prepared(self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int]) -> Kind:
         kind = self._kinds.pop(key, None)
         if kind is None or kind.reliances != _reliances(kind.round):
@@ -116,14 +126,16 @@ class GraphExecutor:
                 self._kinds.popitem(last=False)
             round = make()
             kind = Kind(round, _reliances(round))
-        self._kinds[key] = kind
         with current_device(kind.round.places.last):
             kind.round.leave_all_out()
             if kind.round.reserve(entries):
                 kind.replays.clear()
+                kind.graph_bytes = 0
             for drafts in lookaheads:
-                if drafts not in kind.replays:
+                if drafts not in kind.replays or drafts in kind.without:
                     kind.replays[drafts] = self._capture(kind, drafts)
+                    kind.round.leave_all_out()
+        self._kinds[key] = kind  # complete: what fails half way is not kept
         return kind
 
     def _capture(self, kind: Kind, drafts: int) -> Callable[[], RoundResult]:
@@ -139,7 +151,9 @@ class GraphExecutor:
         except torch.cuda.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             print(f"speculative_mamba: no memory for a CUDA graph, so rounds run without: {reason}", file=sys.stderr)
+            kind.without.add(drafts)
             return eagerly
+        kind.without.discard(drafts)
         kind.graph_bytes += max(0, free - torch.cuda.mem_get_info()[0])
         return functools.partial(_replay, graph, result)
 
@@ -155,7 +169,8 @@ class GraphExecutor:
         return len(self._arrivals)
 
     def collect(self) -> tuple[RoundResult, list[list[int]], float]:
-        return self._arrivals.popleft().wait()
+        result, record, seconds = self._arrivals.popleft().wait()
+        return replace(result, draft_s=0.0, verify_s=0.0), record, seconds  # a whole round is one call
 
     def close(self) -> None:
         self._arrivals.clear()
@@ -173,8 +188,10 @@ def _reliances(round: Round) -> list[tuple]:
     models = [round.target, getattr(round.proposer, "model", None)]
     known = [model for model in models if isinstance(model, MambaLM)]
     weights = [weight for model in known for weight in (model.embedding, *model.weights())]
-    tensors = [weight.values if isinstance(weight, Int8Weight) else weight for weight in weights]
-    options = [(model.state_dtype, model.checkpoint, model.backend) for model in known]
+    int8 = [weight for weight in weights if isinstance(weight, Int8Weight)]
+    tensors = [weight for weight in weights if not isinstance(weight, Int8Weight)]
+    tensors += [tensor for weight in int8 for tensor in (weight.values, weight.scale)]
+    options = [(model.state_dtype, model.checkpoint, model.backend, model.config) for model in known]
     return [*options, *((tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors)]
 
 
@@ -196,11 +213,12 @@ def as_executor(executor: Executor | str, target: object, draft: object, process
         return chosen
     if isinstance(chosen, GraphExecutor) and target.device.type != chosen.device_type:
         raise ValueError(f"executor 'graph' needs a CUDA device, and the model is on {target.device}; use 'eager'")
-    if target.device.type == "cuda" and "reference" in (target.backend, getattr(draft, "backend", None)):
+    backends = [getattr(model, "backend", None) for model in (target, getattr(draft, "model", draft))]
+    if target.device.type == "cuda" and "reference" in backends:
         raise ValueError("executor 'graph' needs backend cuda or triton; 'reference' reads values on the host")
     if processor is not None:
         raise ValueError("a logits_processor is Python and cannot be in a CUDA graph; use executor='eager'")
-    if is_told_the_text(draft) and not isinstance(draft, NgramDrafter):
+    if is_told_the_text(draft) and not searches_on_device(draft):
         name = type(draft).__name__
         raise ValueError(f"the drafter {name} is Python and cannot be in a CUDA graph; use executor='eager'")
     return chosen

@@ -25,7 +25,10 @@ class HostProposer:
         self.drafter.begin([list(text) for text in texts], self._lookahead, self._sampler)
 
     def draft(self, places: RowPlaces, lookahead: int, verdicts: torch.Tensor) -> Proposal:
-        tokens, laws = self.drafter.propose(self._texts, places.slots[0].clamp(min=0), lookahead)
+        proposal = self.drafter.propose(self._texts, places.slots[0].clamp(min=0), lookahead)
+        if not isinstance(proposal, tuple) or len(proposal) != 2:
+            raise ValueError(f"the draft's propose must return (tokens, laws), got {type(proposal).__name__}")
+        tokens, laws = proposal
         check_drafted(tokens, laws, len(self._texts), lookahead, self._vocabulary)
         limits = places.room
         if isinstance(self.drafter, NgramDrafter):
@@ -94,11 +97,16 @@ def is_told_the_text(draft: object) -> bool:
     return hasattr(draft, "propose") and not hasattr(draft, "draft")
 
 
+def searches_on_device(draft: object) -> bool:
+    """Whether ``NgramProposer`` drafts as this does."""
+    return isinstance(draft, NgramDrafter) and type(draft).propose is NgramDrafter.propose
+
+
 def as_proposer(
     draft: Drafter | LanguageModel | Proposer, texts: list[list[int]], target: LanguageModel, length: int, fixed: bool
 ) -> Proposer:
     """What drafts in rounds of these texts, which have room to grow to ``length`` tokens. fixed: see ``Executor``."""
-    if fixed and isinstance(draft, NgramDrafter):
+    if fixed and searches_on_device(draft):
         return NgramProposer(draft, length, target.device)
     if is_told_the_text(draft):
         drafter = copy.copy(draft) if type(draft) is NgramDrafter else draft

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,7 +97,7 @@ class _Arrived(Arrival):
     def __init__(self, replay: Callable[[], RoundResult], output_logits: bool) -> None:
         result = replay()
         logits = result.logits.clone() if output_logits else result.logits
-        self.result = RoundResult(result.drafts, result.proposed, result.record, logits)
+        self.result = replace(result, logits=logits)
         self._record = result.record.tolist()
 
     def wait(self) -> tuple[RoundResult, list[list[int]], float]:

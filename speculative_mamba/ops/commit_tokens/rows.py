@@ -7,7 +7,7 @@ import torch
 
 @dataclass
 class RowPlaces:
-    """Contiguous tensors on the rows' device. Between two rounds ``commit_tokens`` alone needs to write them.
+    """Contiguous tensors on the rows' device. Within rounds ``commit_tokens`` alone writes them.
 
     last: (B, 2) int64, the last two tokens of each text.
     positions: (B) int64, the length of each text, which is the position of its next token.
