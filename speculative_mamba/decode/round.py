@@ -61,6 +61,7 @@ class Round:
         self.is_stop = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)
         self._nothing = Proposal(torch.empty(batch, 0, dtype=torch.int64, device=device), None, self.places.room)
         self._verdicts = torch.zeros(lookahead + 1, batch, dtype=torch.int32, device=device)
+        self._steps = torch.arange(lookahead, dtype=torch.int32, device=device)[:, None]
 
     def absorb(self, texts: list[list[int]], states: Sequence[RowState | None] | None) -> None:
         """The target reads each row's text but for its last token, from the fresh state on or a saved one."""
@@ -115,6 +116,7 @@ class Round:
             logits, proposal.tokens, proposal.laws, limits=proposal.limits, verdicts=verdicts[drafts]
         )
         if drafts:
+            verdicts[:drafts].masked_fill_(self._steps[:drafts] >= proposal.limits, 0)  # of tokens that do not count
             verdicts[drafts].add_(verdicts[:drafts].amax(0), alpha=_OF_DRAFT)
         record = commit_tokens(
             proposal.tokens, accepted, following, verdicts[drafts], proposal.limits, self.is_stop, places,

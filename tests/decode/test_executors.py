@@ -257,6 +257,23 @@ def test_logits_that_become_nan_are_one_line(pair, prompt, executor, victim) -> 
     both(executor, models.target, [prompt(3)], draft=models.drafts["near"])
 
 
+@pytest.mark.parametrize("budget", range(1, 10))
+def test_a_draft_that_breaks_beyond_the_budget_does_no_harm(executor, budget) -> None:
+    """After token 4 its logits are NaN; the target's text is 0 1 2 3 4 5 0 …"""
+    law = torch.eye(6).roll(1, 1) * 0.9 + 0.02
+    target, draft = TableModel(law), TableModel(law.clone().index_fill_(0, torch.tensor([4]), torch.nan))
+    for start in range(5):
+        for lookahead in (1, 3, 4):
+            options = {"draft": draft, "lookahead": lookahead, "max_new_tokens": budget, "stop_token_ids": ()}
+            outcomes = []
+            for how in ("eager", executor):
+                try:
+                    outcomes.append(outcome(sm.generate(target, [[start]], executor=how, **options)))
+                except ValueError as error:
+                    outcomes.append(str(error))
+            assert outcomes[0] == outcomes[1], (start, lookahead)
+
+
 def test_a_weight_that_was_replaced_is_captured_again(pair, prompt, executor) -> None:
     models = pair()
     target = dataclasses.replace(models.target)
