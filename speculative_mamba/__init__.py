@@ -12,7 +12,7 @@ from .decode import (
     SamplingParams,
     generate,
 )
-from .models import MambaLM, ModelConfig, load_model
+from .models import MambaLM, ModelConfig, load_model, load_pair
 
 __version__ = "0.1.0"
 
@@ -30,4 +30,5 @@ __all__ = [
     "SamplingParams",
     "generate",
     "load_model",
+    "load_pair",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..models.language_model import MambaLM
+from ..models.vocabulary import known_vocabulary
 from .cache import GenerationCache, RowState
 from .drafter import Drafter, LanguageModel, ModelDrafter
 from .executors import Executor, Same
@@ -120,7 +121,7 @@ def generate(
     check_models(target, draft)
     if isinstance(draft, str):
         draft = NgramDrafter(target.vocab_size)
-    prompts = read_prompts(prompt_ids, target.vocab_size)
+    prompts = read_prompts(prompt_ids, target.vocab_size, known_vocabulary(target).unused)
     sampling = SamplingParams() if sampling is None else sampling
     if stop_token_ids is None:
         eos = target.eos_token_id

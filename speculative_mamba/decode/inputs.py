@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from ..models.vocabulary import check_same_vocabulary, known_vocabulary
 from ..ops.filters import is_whole
 from .cache import GenerationCache
 from .sampling import SamplingParams
@@ -14,8 +15,10 @@ MAX_LOOKAHEAD = 15
 MAX_NEW_TOKENS = 2**31 - 1
 
 
-def read_prompts(prompt_ids: torch.Tensor | Sequence[Sequence[int]], vocabulary: int) -> list[list[int]]:
-    """Prompts as lists.
+def read_prompts(
+    prompt_ids: torch.Tensor | Sequence[Sequence[int]], vocabulary: int, unused: Collection[int] = ()
+) -> list[list[int]]:
+    """Prompts as lists. unused: ids that no tokenizer has.
 
     Raises:
         ValueError: no rows, an empty row, or something other than token ids of the vocabulary.
@@ -40,6 +43,8 @@ def read_prompts(prompt_ids: torch.Tensor | Sequence[Sequence[int]], vocabulary:
                 raise ValueError(f"the prompt of row {index} holds {token!r}, which is no token id")
             if not 0 <= token < vocabulary:
                 raise ValueError(f"token id {token} in row {index} is outside the vocabulary of {vocabulary} tokens")
+            if token in unused:
+                raise ValueError(f"token id {token} in row {index} is padding: the model's tokenizer has no such token")
     return [list(map(int, prompt)) for prompt in prompts]
 
 
@@ -60,11 +65,7 @@ def check_models(target: object, draft: object) -> None:
         raise ValueError(f"draft must be a model, as load_model gives it, or a Drafter, got {type(draft).__name__}")
     if getattr(draft, "device", target.device) != target.device:
         raise ValueError(f"draft and target are on two devices, {draft.device} and {target.device}; use one")
-    if draft.vocab_size != target.vocab_size:
-        raise ValueError(
-            f"draft and target have different vocabularies ({draft.vocab_size} and {target.vocab_size} tokens); "
-            "a draft must be trained on the same tokens"
-        )
+    check_same_vocabulary(known_vocabulary(target), known_vocabulary(draft))
 
 
 def check_generation(
