@@ -14,10 +14,11 @@ from .decode import GenerationResult, SamplingParams, generate
 from .decode.inputs import ACCEPTANCES, NAMED_DRAFTS, check_generation, check_models
 from .decode.text import TextStream
 from .info import print_info
-from .models import MambaLM, load_model
+from .models import MambaLM, load_model, load_pair
 from .models.language_model import CHECKPOINTS
 
 PROMPT = '"You are very kind," said'
+BUILTIN_TARGET, BUILTIN_DRAFT = "builtin:target", "builtin:draft"
 FAILURE, INTERRUPTED = 2, 130
 
 
@@ -55,17 +56,22 @@ def build_parser() -> argparse.ArgumentParser:
     option("prompt", default=PROMPT, help="text to continue")
     option("n_tokens_to_generate", type=int, default=64, metavar="N", help="tokens to generate at most")
     option("K", type=_lookahead, default=4, help="tokens drafted per round, 1 to 15, or auto")
-    option("model_target", default="builtin:target", metavar="MODEL", help="folder, hub id or builtin:target")
-    option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
+    option("model_target", default=BUILTIN_TARGET, metavar="MODEL", help="folder, hub id or builtin:target")
     option(
-        "draft", choices=("model", *NAMED_DRAFTS, "none"), default="model",
-        help="who drafts: model_draft, or the text so far without a model; none is plain decoding",
+        "model_draft", metavar="MODEL", default=argparse.SUPPRESS,
+        help="folder, hub id or builtin:draft (default: builtin:draft for builtin:target, else no model)",
+    )  # fmt: skip
+    option(
+        "draft", choices=("model", *NAMED_DRAFTS, "none"), default=argparse.SUPPRESS,
+        help="who drafts: model_draft, or the text so far without a model; none is plain decoding (default: model, or "
+        "ngram where only a target is named)",
     )  # fmt: skip
     option("dtype", help="float32, bfloat16, float16 or int8 weights (default: as stored)", default=argparse.SUPPRESS)
     option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
     option("checkpoint", choices=CHECKPOINTS, default="auto", help="how to go back: states, or inputs to compute again")
     option("device", default="cpu", help="cpu or cuda")
     option("backend", default="auto", help="auto, cpu (C++), cuda (CUDA C++), triton or reference (PyTorch)")
+    option("no_mmap", action="store_true", help="copy the weights into memory, so that their files may change")
     option("threads", type=_positive, help="threads to use (default: one per core)", default=argparse.SUPPRESS)
     option("temperature", type=float, default=0.0, help="0 is greedy")
     option("top_k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
@@ -145,11 +151,13 @@ def _run(options: argparse.Namespace) -> int:
     common = {
         "dtype": getattr(options, "dtype", None), "state_dtype": options.state_dtype,
         "checkpoint": options.checkpoint, "device": options.device, "backend": options.backend,
+        "mmap": not options.no_mmap,
     }  # fmt: skip
-    target = load_model(options.model_target, **common)
-    draft = options.draft if options.draft in NAMED_DRAFTS else None
-    if options.draft == "model":
-        draft = load_model(options.model_draft, **common)
+    draft, model_draft = _choose_draft(options)
+    if model_draft is None:
+        target = load_model(options.model_target, **common)
+    else:
+        target, draft = load_pair(options.model_target, model_draft, **common)
     check_models(target, draft)
     check_generation(
         target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
@@ -190,6 +198,23 @@ def _run(options: argparse.Namespace) -> int:
     else:
         _write("\n" if show else f"{options.prompt}{output.text}\n")
     return code
+
+
+def _choose_draft(options: argparse.Namespace) -> tuple[str | None, str | None]:
+    """A draft without a model, or None, and the model that drafts, or None. The embedded draft is the embedded
+    target's alone: beside another target it would have to be named."""
+    model_draft = getattr(options, "model_draft", BUILTIN_DRAFT if options.model_target == BUILTIN_TARGET else None)
+    draft = getattr(options, "draft", None)
+    if draft is None and model_draft is None:
+        _say("no draft is named: drafting from the text so far (--draft ngram); --model_draft names a model")
+        draft = "ngram"
+    if draft in NAMED_DRAFTS:
+        return draft, None
+    if draft == "none":
+        return None, None
+    if model_draft is None:
+        raise ValueError(f"--draft model needs a --model_draft for the target {options.model_target}")
+    return None, model_draft
 
 
 def _encode(target: MambaLM, prompt: str) -> list[int]:

@@ -15,13 +15,14 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class HeaderSource:
-    """Checks names, shapes and dtypes of all that a config calls for. No weights are read: its tensors have no memory.
+    """Checks names, shapes and dtypes of all that a config calls for. No weights are read: it gives zeros, of which a
+    tensor takes the memory of one.
 
     Raises:
         ValueError: a tensor is missing, or has another shape, or holds numbers of another kind.
     """
 
-    device = torch.device("meta")
+    device = torch.device("cpu")
 
     def __init__(self, folder: Path, stored: dict[str, StoredTensor]) -> None:
         self._folder, self._stored = folder, stored
@@ -50,7 +51,7 @@ class HeaderSource:
                 "(quantised checkpoints are not supported)"
             )
         self._asked.add(name)
-        return torch.empty(shape, dtype=tensor.dtype, device=self.device)
+        return torch.zeros((), dtype=tensor.dtype, device=self.device).expand(shape)
 
     float32 = weight
 
