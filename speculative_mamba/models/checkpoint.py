@@ -4,13 +4,13 @@ import re
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from ..ops import backend as backends
 from ..ops.int8 import Int8Weight, quantised
 from .builder import build
 from .formats import parse_config
 from .language_model import CHECKPOINTS, MambaLM
+from .tokenizer import load_tokenizer
 from .weights import read_json, read_tensors, release_pages
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -18,7 +18,6 @@ WEIGHT_DTYPES = {**DTYPES, "int8": torch.int8}
 BUILTIN = ("target", "draft")
 _MAMBA_CONFIG = "mamba_config.json"
 _CONFIG_FILES = ("config.json", "tokenizer.json", _MAMBA_CONFIG)
-DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 
 def load_model(
@@ -73,7 +72,7 @@ def load_model(
     model.name, model.state_dtype, model.checkpoint = str(source), state_dtype, checkpoint
     # State-spaces checkpoints come without the tokenizer they were trained with, gpt-neox-20b's.
     fall_back = "model_type" not in raw_config or (is_hub and raw_config["model_type"] == "mamba")
-    model.load_tokenizer = lambda: load_tokenizer(folder, fall_back)
+    model.load_tokenizer = lambda: load_tokenizer(folder, fall_back, _download)
     return model
 
 
@@ -130,28 +129,6 @@ def _download(repository: str, patterns: list[str]) -> Path:
             f"no folder {repository} here, and the hub does not give it ({type(error).__name__}: {reason}); check the "
             f"name and the network, or download it elsewhere and give the path of the folder"
         ) from None
-
-
-def load_tokenizer(folder: Path, fall_back: bool) -> Tokenizer | None:
-    """The tokenizer of a checkpoint: ``tokenizer.json`` in its folder; with ``fall_back`` else gpt-neox-20b's.
-
-    None when there is none.
-
-    Raises:
-        ValueError: the file is broken, or the fall-back cannot be downloaded.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        if not fall_back:
-            return None
-        try:
-            path = _download(DEFAULT_TOKENIZER, ["tokenizer.json"]) / "tokenizer.json"
-        except ValueError as error:
-            raise ValueError(f"{folder} has no tokenizer.json, and text needs one: {error}") from None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer file: {error}") from None
 
 
 class _CheckpointTensors:
