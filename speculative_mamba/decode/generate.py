@@ -133,7 +133,7 @@ def generate(
     )  # fmt: skip
     max_new_tokens, lookahead = int(max_new_tokens), lookahead if lookahead == "auto" else int(lookahead)
     rows = [
-        _Row(list(prompt), max_new_tokens, TextStream(target.tokenizer, stop_strings) if stop_strings else None)
+        _Row(list(prompt), max_new_tokens, TextStream(target.tokenizer, stop_strings, prompt) if stop_strings else None)
         for prompt in prompts
     ]
     executor = as_executor(executor, target, draft, logits_processor)

@@ -16,11 +16,11 @@ from .formats import Names, parse_config
 from .formats.fields import shown, with_eos_token_ids
 from .language_model import CHECKPOINTS, MambaLM
 from .sources import FLOAT_DTYPES, HeaderSource, StoredSource
+from .tokenizer import load_tokenizer
 from .vocabulary import Vocabulary, check_same_vocabulary, read_tokens, vocabulary_of
 from .weights import read_tensors
 
 WEIGHT_DTYPES = {**FLOAT_DTYPES, "int8": torch.int8}
-DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 
 def load_model(
@@ -136,7 +136,7 @@ class _Checkpoint:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder}: {error}") from None
         try:
-            tokenizer = load_tokenizer(folder, fall_back=False)
+            tokenizer = load_tokenizer(folder, False, download)
         except ValueError:
             tokenizer = None  # said when text is first needed
         tokens = None if tokenizer is None else read_tokens(folder, tokenizer)
@@ -160,7 +160,7 @@ class _Checkpoint:
         model.files = tuple(source.mapped.values())
         model.vocabulary = self.vocabulary
         model.forbid(self.vocabulary.unused)
-        model.load_tokenizer = partial(load_tokenizer, folder, self.falls_back)
+        model.load_tokenizer = partial(load_tokenizer, folder, self.falls_back, download)
         if self.tokenizer is not None:
             model.tokenizer = self.tokenizer
         return model
@@ -189,25 +189,3 @@ def parse_device(device: object) -> torch.device:
     if parsed.type == "cuda" and parsed.index is not None and parsed.index >= torch.cuda.device_count():
         raise ValueError(f"device '{device}' does not exist; torch sees {torch.cuda.device_count()} CUDA devices")
     return parsed
-
-
-def load_tokenizer(folder: Path, fall_back: bool) -> Tokenizer | None:
-    """The tokenizer of a checkpoint: ``tokenizer.json`` in its folder; with ``fall_back`` else gpt-neox-20b's.
-
-    None when there is none.
-
-    Raises:
-        ValueError: the file is broken, or the fall-back cannot be downloaded.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        if not fall_back:
-            return None
-        try:
-            path = download(DEFAULT_TOKENIZER, ["tokenizer.json"]) / "tokenizer.json"
-        except ValueError as error:
-            raise ValueError(f"{folder} has no tokenizer.json, and text needs one: {error}") from None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer file: {error}") from None
