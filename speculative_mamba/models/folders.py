@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from .files import read_json
+from .formats.fields import shown
 from .weights import check_unpickling
 
 BUILTIN = ("target", "draft")
@@ -25,12 +26,10 @@ def find_folder(source: object) -> tuple[Path, bool]:
     Raises:
         ValueError: there is no such model, or ``source`` is something else.
     """
-    if not isinstance(source, str | Path):
-        kind, what = type(source).__name__, "a folder, a hub id, builtin:target or builtin:draft"
-        saved = (
-            "; save it with save_pretrained(folder) and give the folder" if hasattr(source, "save_pretrained") else ""
-        )
-        raise ValueError(f"load_model takes {what}, not {'an' if kind[:1] in 'AEIOU' else 'a'} {kind}{saved}")
+    if not isinstance(source, str | Path) or not str(source):
+        got = shown(source) if isinstance(source, str | Path) else type(source).__name__
+        how = "; save it with save_pretrained and give the folder" if hasattr(source, "save_pretrained") else ""
+        raise ValueError(f"load_model takes a folder, a hub id, builtin:target or builtin:draft, got {got}{how}")
     source = str(source)
     if source.startswith("builtin:"):
         name = source.removeprefix("builtin:")
@@ -44,11 +43,11 @@ def find_folder(source: object) -> tuple[Path, bool]:
             return path, False
         is_file = path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, ~ of a user who does not exist
-        raise ValueError(f"{source!r:.100} is no name of a folder: {error}") from None
+        raise ValueError(f"{shown(source)} is no name of a folder: {error}") from None
     if is_file:
         raise ValueError(f"{source} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise ValueError(f"folder {source!r:.100} does not exist, and it is no hub id (owner/name)")
+        raise ValueError(f"folder {shown(source)} does not exist, and it is no hub id (owner/name)")
     folder = download(source, _TEXT_FILES)
     _refuse_adapters(folder)
     return folder, True
