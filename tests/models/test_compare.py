@@ -9,9 +9,15 @@ import torch
 from published import FORMATS, VOCABULARY
 from tokenizers import Tokenizer, models
 
+from speculative_mamba import compare
 from speculative_mamba.cli import main
 
 CHARACTERS = (string.ascii_letters + string.digits + " .")[:VOCABULARY]
+
+
+@pytest.fixture(autouse=True)
+def few_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "_MOST", 2)
 
 
 def folder_of(name: str, folder: Path, seed: int) -> str:
