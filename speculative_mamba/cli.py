@@ -16,6 +16,7 @@ from .decode.text import TextStream
 from .info import print_info
 from .models import MambaLM, load_model
 from .models.language_model import CHECKPOINTS
+from .ops.threads import num_threads, set_num_threads
 
 PROMPT = '"You are very kind," said'
 FAILURE, INTERRUPTED = 2, 130
@@ -140,8 +141,7 @@ def _run(options: argparse.Namespace) -> int:
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
         repetition_penalty=options.repetition_penalty, seed=options.seed,
     )  # fmt: skip
-    if hasattr(options, "threads"):
-        torch.set_num_threads(options.threads)
+    set_num_threads(getattr(options, "threads", num_threads()))
     common = {
         "dtype": getattr(options, "dtype", None), "state_dtype": options.state_dtype,
         "checkpoint": options.checkpoint, "device": options.device, "backend": options.backend,

@@ -8,6 +8,7 @@ import torch
 import speculative_mamba
 
 from .ops import backend as backends
+from .ops.threads import num_threads
 
 
 def print_info() -> None:
@@ -16,7 +17,7 @@ def print_info() -> None:
     print(f"python            {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy"):
         print(f"{package:17} {metadata.version(package)}")
-    print(f"threads           {torch.get_num_threads()}")
+    print(f"threads           {num_threads()}")
     for name, (devices, probe) in backends.BACKENDS.items():
         ok, reason = probe()
         print(f"backend {name:9} {'on ' if ok else 'off'}  on {', '.join(devices)}: {reason}")

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from .threads import num_threads
+
 _REBUILD = "SPECULATIVE_MAMBA_CUDA=on pip install -e ."
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as in csrc/params.h
 
@@ -138,7 +140,7 @@ def compiled(like: torch.Tensor) -> tuple[ModuleType, int]:
     """The compiled kernels for a tensor's device, and their last argument: the number of threads, or the stream."""
     if like.is_cuda:
         return cuda_extension()[0], torch.cuda.current_stream(like.device).cuda_stream
-    return extension()[0], torch.get_num_threads()
+    return extension()[0], num_threads()
 
 
 def current_device(like: torch.Tensor) -> AbstractContextManager:
