@@ -2,12 +2,14 @@
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backend import compiled, current_device
 
@@ -15,12 +17,19 @@ _SHARED_FROM = 32768  # elements from which PyTorch shares a copy among threads
 _this_thread = threading.local()
 
 
+class StaleRecordingError(ValueError):
+    """A tensor that was passed to an op has other memory than when the op was recorded."""
+
+
 class Recording:
     """The calls of ops on backends ``cpu`` and ``cuda`` made inside ``record()``, on the device of ``like``.
 
-    ``run()`` makes them again on the same memory: what lies in the tensors may have changed, their addresses and shapes
-    may not. Results of ops are kept alive, and shared as ``next_stage`` says; the caller keeps what it passed.
-    PyTorch's own operations are not recorded.
+    ``run()`` makes them again on the same memory: what lies in the tensors may have changed, their addresses, dtypes
+    and shapes may not. All of that memory lives as long as the recording; results of ops are shared as ``next_stage``
+    says.
+
+    PyTorch's own operations would not be run again. Inside ``record()`` they raise a ValueError that names them, but
+    for views and uninitialised memory.
     """
 
     def __init__(self, like: torch.Tensor) -> None:
@@ -28,18 +37,35 @@ class Recording:
         self._program = compiled(like)[0].Program()
         self._stages: tuple[list[torch.Tensor], ...] = ([], [])
         self._used = 0  # results of the current stage so far
+        self._passed: list[torch.Tensor] = []  # to ops, by the caller
+        self._places: list[tuple] = []  # where they lay
+        self._storages: list[torch.UntypedStorage] = []
 
     @contextmanager
     def record(self) -> Iterator[None]:
         self._program.record(self._program)
         _this_thread.recording = self
+        uses, kernels = _Uses(), _KernelsOnly()
         try:
-            yield
+            with uses, kernels:
+                yield
         finally:
             self._program.record(None)
             _this_thread.recording = None
+        used = uses.tensors.values()
+        self._storages = [tensor.untyped_storage() for tensor in (*used, *kernels.allocated)]
+        own = {tensor.untyped_storage().data_ptr() for tensor in kernels.allocated}
+        self._passed = [tensor for tensor in used if tensor.untyped_storage().data_ptr() not in own]
+        self._places = list(map(_place, self._passed))
 
     def run(self) -> None:
+        """Makes the calls again.
+
+        Raises:
+            StaleRecordingError: a tensor lies elsewhere or has another dtype or shape; nothing was run.
+        """
+        if self._places != list(map(_place, self._passed)):
+            raise StaleRecordingError("a recorded op's tensor has other memory, dtype or shape by now; record again")
         with current_device(self._like):
             self._program.run(compiled(self._like)[1])
 
@@ -52,6 +78,48 @@ class Recording:
         if at == len(results) or results[at].shape != shape or results[at].dtype != dtype:
             results.insert(at, like.new_empty(shape, dtype=dtype))
         return results[at]
+
+
+def _place(tensor: torch.Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+class _Uses(TorchFunctionMode):
+    """Notes every tensor of which anything is asked: its address, or a view whose address a kernel gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[int, torch.Tensor] = {}  # by identity
+
+    def __torch_function__(self, function: Callable, types: object, arguments: tuple = (), options: dict | None = None):
+        self.tensors.update((id(used), used) for used in arguments if isinstance(used, torch.Tensor))
+        return function(*arguments, **(options or {}))
+
+
+class _KernelsOnly(TorchDispatchMode):
+    """Refuses PyTorch's operations, but for views and uninitialised memory, which it notes.
+
+    Raises:
+        ValueError: another operation is used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function: Callable, types: object, arguments: tuple = (), options: dict | None = None):
+        returned = [returns.alias_info for returns in function._schema.returns]
+        allocates = function.overloadpacket in _ALLOCATIONS
+        if not allocates and not all(alias is not None and not alias.is_write for alias in returned):
+            raise ValueError(f"{function} is PyTorch's and would not be run again, so it cannot be in a recorded step")
+        result = function(*arguments, **(options or {}))
+        if allocates:
+            self.allocated.append(result)
+        return result
+
+
+_aten = torch.ops.aten
+_ALLOCATIONS = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided}
 
 
 class ResultPool:
