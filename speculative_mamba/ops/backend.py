@@ -4,6 +4,7 @@ import functools
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -153,8 +154,19 @@ def _implementation(op: str, backend: str) -> Callable:
     return getattr(importlib.import_module(f"speculative_mamba.ops.{op}.{_SOURCE[backend]}"), op)
 
 
+class _Recorder(threading.local):
+    """Of each thread: the ``Recording`` that is being made, and what notes the arguments of its ops."""
+
+    recording = kernels = None
+
+
+recorder = _Recorder()
+
+
 def run(op: str, backend: str, first: torch.Tensor, *arguments: object) -> object:
     """Calls an op's implementation, which takes these arguments, on the first one's device."""
+    if recorder.kernels is not None:
+        recorder.kernels.use(first, *arguments)
     implementation = _implementation(op, resolve(backend, first.device.type))
     with current_device(first):
         return implementation(first, *arguments)

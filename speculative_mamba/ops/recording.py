@@ -1,6 +1,7 @@
 """Kernel calls recorded once and run again without Python between them."""
 
-import threading
+import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,13 +9,11 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backend import compiled, current_device
+from .backend import compiled, current_device, recorder
 
 _SHARED_FROM = 32768  # elements from which PyTorch shares a copy among threads
-_this_thread = threading.local()
 
 
 class StaleRecordingError(ValueError):
@@ -44,19 +43,16 @@ class Recording:
     @contextmanager
     def record(self) -> Iterator[None]:
         self._program.record(self._program)
-        _this_thread.recording = self
-        uses, kernels = _Uses(), _KernelsOnly()
+        recorder.recording, recorder.kernels = self, _KernelsOnly()
         try:
-            with uses, kernels:
+            with recorder.kernels as kernels:
                 yield
         finally:
             self._program.record(None)
-            _this_thread.recording = None
-        used = uses.tensors.values()
-        self._storages = [tensor.untyped_storage() for tensor in (*used, *kernels.allocated)]
-        own = {tensor.untyped_storage().data_ptr() for tensor in kernels.allocated}
-        self._passed = [tensor for tensor in used if tensor.untyped_storage().data_ptr() not in own]
-        self._places = list(map(_place, self._passed))
+            recorder.recording = recorder.kernels = None
+            self._storages = [tensor.untyped_storage() for tensor in (kernels.used | kernels.made).values()]
+            self._passed = [tensor for key, tensor in kernels.used.items() if key not in kernels.made]
+            self._places = _places(self._passed)
 
     def run(self) -> None:
         """Makes the calls again.
@@ -64,7 +60,7 @@ class Recording:
         Raises:
             StaleRecordingError: a tensor lies elsewhere or has another dtype or shape; nothing was run.
         """
-        if self._places != list(map(_place, self._passed)):
+        if self._places != _places(self._passed):
             raise StaleRecordingError("a recorded op's tensor has other memory, dtype or shape by now; record again")
         with current_device(self._like):
             self._program.run(compiled(self._like)[1])
@@ -80,24 +76,18 @@ class Recording:
         return results[at]
 
 
-def _place(tensor: torch.Tensor) -> tuple:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+def _places(tensors: list[torch.Tensor]) -> list[list]:
+    """What kernels know of tensors."""
+    return [list(map(known, tensors)) for known in _KNOWN]
 
 
-class _Uses(TorchFunctionMode):
-    """Notes every tensor of which anything is asked: its address, or a view whose address a kernel gets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tensors: dict[int, torch.Tensor] = {}  # by identity
-
-    def __torch_function__(self, function: Callable, types: object, arguments: tuple = (), options: dict | None = None):
-        self.tensors.update((id(used), used) for used in arguments if isinstance(used, torch.Tensor))
-        return function(*arguments, **(options or {}))
+_KNOWN = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size, operator.attrgetter("dtype")
 
 
 class _KernelsOnly(TorchDispatchMode):
-    """Refuses PyTorch's operations, but for views and uninitialised memory, which it notes.
+    """Refuses PyTorch's operations, but for views and uninitialised memory.
+
+    used: tensors that were passed to ops or of which views were taken. made: the views and the memory. By identity.
 
     Raises:
         ValueError: another operation is used.
@@ -105,17 +95,33 @@ class _KernelsOnly(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocated: list[torch.Tensor] = []
+        self.used: dict[int, torch.Tensor] = {}
+        self.made: dict[int, torch.Tensor] = {}
+
+    def use(self, *values: object) -> None:
+        """Notes the tensors among arguments of an op, also those that an argument holds."""
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                self.used[id(value)] = value
+            elif hasattr(value, "__dict__"):
+                self.use(*vars(value).values())
 
     def __torch_dispatch__(self, function: Callable, types: object, arguments: tuple = (), options: dict | None = None):
-        returned = [returns.alias_info for returns in function._schema.returns]
-        allocates = function.overloadpacket in _ALLOCATIONS
-        if not allocates and not all(alias is not None and not alias.is_write for alias in returned):
+        if not _computes_nothing(function):
             raise ValueError(f"{function} is PyTorch's and would not be run again, so it cannot be in a recorded step")
-        result = function(*arguments, **(options or {}))
-        if allocates:
-            self.allocated.append(result)
-        return result
+        self.use(*arguments)
+        results = function(*arguments, **(options or {}))
+        for result in results if isinstance(results, list | tuple) else [results]:
+            self.made[id(result)] = result
+        return results
+
+
+@functools.cache
+def _computes_nothing(function: torch._ops.OpOverload) -> bool:
+    """Whether it gives a view, or memory as it is."""
+    aliases = [returned.alias_info for returned in function._schema.returns]
+    is_view = bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+    return is_view or function.overloadpacket in _ALLOCATIONS
 
 
 _aten = torch.ops.aten
@@ -148,13 +154,13 @@ def next_stage() -> None:
 
     Keeps the memory of a deep model's activations small enough for the caches.
     """
-    if recording := getattr(_this_thread, "recording", None):
+    if recording := recorder.recording:
         recording.next_stage()
 
 
 def new_result(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised tensor for an op's result, of the device and, unless told otherwise, the dtype of ``like``."""
-    recording = getattr(_this_thread, "recording", None)
+    recording = recorder.recording
     dtype = dtype or like.dtype
     return like.new_empty(shape, dtype=dtype) if recording is None else recording.new_result(like, shape, dtype)
 
