@@ -14,7 +14,9 @@ struct f16_t {
     uint16_t bits;
 };
 
+// Outside of kernels, whose files may hold no code of the standard library.
 [[noreturn]] void throw_unknown_dtype(DType dtype);
+[[noreturn]] void throw_out_of_memory();
 
 }  // namespace speculative_mamba
 

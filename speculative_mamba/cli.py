@@ -19,6 +19,7 @@ from .models import MambaLM, load_model, load_pair
 from .models.language_model import CHECKPOINTS
 from .models.tokenizer import added_around, encode
 from .ops.filters import GREEDY_BELOW
+from .ops.threads import available_cpus, num_threads, set_num_threads
 from .streams import FAILURE, PROGRAM, OutputError, check_output, exit_code, say, signs_of_life, write
 
 PROMPT = '"You are very kind," said'
@@ -214,8 +215,7 @@ def _run(options: argparse.Namespace, given: set[str]) -> int:
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
         repetition_penalty=options.repetition_penalty, seed=options.seed,
     )  # fmt: skip
-    if "threads" in given:
-        torch.set_num_threads(options.threads)
+    set_num_threads(getattr(options, "threads", num_threads()))
     common = {
         "dtype": getattr(options, "dtype", None), "state_dtype": options.state_dtype,
         "checkpoint": options.checkpoint, "device": options.device, "backend": options.backend,
@@ -235,11 +235,12 @@ def _run(options: argparse.Namespace, given: set[str]) -> int:
     )  # fmt: skip
     executor = "graph" if options.cg and target.device.type == "cuda" else "eager"
     prompt, about_prompt = _encode(target, options.prompt, not options.no_special_tokens)
-    cores = _cores()
     if options.cg and executor == "eager":
         say(f"--cg: no CUDA graphs on device {target.device.type}; the text is the same without")
-    if torch.get_num_threads() > cores and "threads" in given:
-        say(f"--threads {options.threads} is more than the {cores} cores that this process may use, and slower")
+    if "threads" in given and options.threads > available_cpus():
+        say(
+            f"--threads {options.threads} is more than the {available_cpus()} cores that this process may use, and slower"
+        )
 
     def once(draft: MambaLM | str | None, output: _Output | None = None) -> GenerationResult:
         return generate(
@@ -277,11 +278,6 @@ def _run(options: argparse.Namespace, given: set[str]) -> int:
     return code
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _encode(target: MambaLM, prompt: str, special_tokens: bool) -> tuple[list[int], list[str]]:
     """The prompt's token ids, and what a user should know about them."""
     tokenizer = target.tokenizer
@@ -316,7 +312,7 @@ def _about_prompt(
 def _report(target: MambaLM, draft: MambaLM | str | None, result: GenerationResult) -> None:
     stats = result.stats
     names = target.name if draft is None else f"{target.name} with draft {getattr(draft, 'name', draft)}"
-    say(f"{names}, backend {target.backend}, {torch.get_num_threads()} threads")
+    say(f"{names}, backend {target.backend}, {num_threads()} threads")
     if not stats.tokens:
         return
     line = f"{stats.tokens} tokens in {stats.decode_s:.3f} s: {stats.tokens_per_s:.1f} tokens/s"

@@ -8,6 +8,7 @@ import torch
 import speculative_mamba
 
 from .ops import backend as backends
+from .ops.threads import num_threads
 
 
 def describe() -> str:
@@ -18,7 +19,7 @@ def describe() -> str:
     ]
     for package in ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy"):
         lines.append(f"{package:17} {metadata.version(package)}")
-    lines.append(f"threads           {torch.get_num_threads()}")
+    lines.append(f"threads           {num_threads()}")
     for name, (devices, probe) in backends.BACKENDS.items():
         ok, reason = probe()
         lines.append(f"backend {name:9} {'on ' if ok else 'off'}  on {', '.join(devices)}: {reason}")

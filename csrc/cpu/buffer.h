@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "../dtype.h"
+
 namespace speculative_mamba::SM_ISA {
 
 class Buffer {
@@ -14,15 +16,15 @@ class Buffer {
     Buffer& operator=(const Buffer&) = delete;
     ~Buffer() { std::free(data_); }
 
-    // Room for `count` values, of which nothing is known.
+    // Room for `count` values, of which nothing is known. Throws where there is no memory.
     template <typename T>
     T* room(int64_t count) {
         const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
         if (bytes_ < bytes) {
             std::free(data_);
             data_ = std::malloc(bytes);
-            bytes_ = bytes;
-            if (!data_) std::abort();
+            bytes_ = data_ ? bytes : 0;
+            if (!data_) throw_out_of_memory();
         }
         return static_cast<T*>(data_);
     }

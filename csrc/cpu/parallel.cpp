@@ -5,8 +5,12 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
+
+#include "float_mode.h"
 
 namespace speculative_mamba {
 namespace {
@@ -25,7 +29,8 @@ inline void relax() {
 // One job runs at a time. `ticket` holds (generation << 32 | next chunk); odd generations are closed, while the fields
 // of the next job are written. A worker claims a chunk by compare-and-swap on the ticket, so one that read the fields
 // of another job, or fields half written, claims nothing: the generation has moved on. The caller returns when every
-// chunk is done, so it waits only for workers that hold one.
+// chunk is done, so it waits only for workers that hold one. Workers compute as the caller would: in its floating-point
+// mode, and what a chunk throws is thrown by the caller.
 class Pool {
  public:
     void run(int64_t chunks, int threads, ChunkFunction function, void* context) {
@@ -34,6 +39,8 @@ class Pool {
         function_.store(function, std::memory_order_release);
         context_.store(context, std::memory_order_release);
         chunks_.store(chunks, std::memory_order_release);
+        mode_.store(float_mode(), std::memory_order_release);
+        failure_ = nullptr;
         participants_.store(threads - 1, std::memory_order_release);
         done_.store(0, std::memory_order_relaxed);
         uint32_t current = generation() + 1;
@@ -48,14 +55,20 @@ class Pool {
             else std::this_thread::yield();
         }
         ticket_.store(static_cast<uint64_t>(current + 1) << 32, std::memory_order_seq_cst);
+        if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
     std::mutex busy;
 
  private:
+    // Where the system gives no more threads, those that there are do the work, from then on.
     void grow(int workers) {
-        for (; workers_ < workers && workers_ < kMaxWorkers; workers_++)
-            std::thread(&Pool::loop, this, workers_).detach();
+        try {
+            for (; workers_ < workers && workers_ < most_; workers_++)
+                std::thread(&Pool::loop, this, workers_).detach();
+        } catch (const std::exception&) {
+            most_ = workers_;
+        }
     }
 
     void work(uint32_t generation) {
@@ -64,10 +77,17 @@ class Pool {
             if (static_cast<uint32_t>(ticket >> 32) != generation) return;
             ChunkFunction function = function_.load(std::memory_order_acquire);
             void* context = context_.load(std::memory_order_acquire);
+            const uint64_t mode = mode_.load(std::memory_order_acquire);
             int64_t chunk = static_cast<uint32_t>(ticket);
             if (chunk >= chunks_.load(std::memory_order_acquire)) return;
             if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-            function(context, chunk);
+            if (float_mode() != mode) set_float_mode(mode);
+            try {
+                function(context, chunk);
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(mutex_);
+                failure_ = std::current_exception();
+            }
             done_.fetch_add(1, std::memory_order_release);
         }
     }
@@ -102,11 +122,13 @@ class Pool {
     std::atomic<uint64_t> ticket_{uint64_t{1} << 32};
     std::atomic<ChunkFunction> function_{nullptr};
     std::atomic<void*> context_{nullptr};
+    std::atomic<uint64_t> mode_{0};
     std::atomic<int64_t> chunks_{0}, done_{0};
     std::atomic<int> participants_{0}, sleeping_{0};
     std::mutex mutex_;
     std::condition_variable wake_;
-    int workers_ = 0;
+    std::exception_ptr failure_;  // of any chunk; read by the caller when all are done
+    int workers_ = 0, most_ = kMaxWorkers;
 };
 
 std::atomic<Pool*> shared{nullptr};  // never destroyed: its threads may outlive the statics

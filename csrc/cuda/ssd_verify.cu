@@ -42,7 +42,7 @@ struct Place {
 __host__ __device__ __forceinline__ int64_t rounded_to_fours(int64_t values) { return (values + 3) / 4 * 4; }
 
 __device__ __forceinline__ float step_size(const SsdParams& p, float dt, float bias) {
-    return fmaxf(p.dt_min, fminf(p.dt_max, softplus(dt + bias)));
+    return clamped(softplus(dt + bias), p.dt_min, p.dt_max);
 }
 
 // Δ = 0 leaves every bit alone, whatever x and B are.

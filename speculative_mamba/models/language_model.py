@@ -3,6 +3,7 @@
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, W
 from ..ops import rms_norm, skinny_linear
 from ..ops.checks import check_follows, check_start_slot
 from ..ops.int8 import Int8Weight
-from ..ops.recording import Recording, ResultPool, next_stage
+from ..ops.recording import Recording, ResultPool, StaleRecordingError, next_stage
 from .config import ModelConfig
 from .files import MappedFile
 from .vocabulary import Vocabulary
@@ -42,7 +43,7 @@ class ModelCache(list[LayerCache]):
 class _RecordedStep:
     """A model's calls for one shape of step: tensors to fill, a recording to run, logits to read."""
 
-    addressed: list[object]  # whose memory the recording knows by its address
+    model: list[object]  # all that the recorded calls were made from
     hidden: torch.Tensor
     window: Window
     recording: Recording
@@ -254,20 +255,23 @@ class MambaLM:
         if any(isinstance(layer, MambaCache) and layer.inputs is not None for layer in cache):
             check_follows(window.start_slot, window.write_slot)
         key = (id(self), *tokens.shape, window.write_slot, window.null_columns is None)
-        step, addressed = cache.steps.get(key), [self, *self._addressed(cache)]
-        if step is not None and all(map(operator.is_, step.addressed, addressed)):
+        step, parts = cache.steps.get(key), self._parts(cache)
+        if step is not None and len(step.model) == len(parts) and all(map(operator.is_, step.model, parts)):
             step.hidden.copy_(self._embed(tokens))
             step.window.start_slot.copy_(window.start_slot)
             if window.null_columns is not None:
                 step.window.null_columns.copy_(window.null_columns)
-            step.recording.run()
-            return step.results.copy(step.logits)
+            with suppress(StaleRecordingError):
+                step.recording.run()
+                return step.results.copy(step.logits)
+        if step is not None:  # it and others of this model hold memory that may be in use nowhere else
+            cache.steps = {other: steps for other, steps in cache.steps.items() if other[0] != id(self)}
         nulls = None if window.null_columns is None else window.null_columns.clone()
         own = Window(window.start_slot.clone(), window.write_slot, nulls)
         hidden, recording = self._embed(tokens), Recording(self.norm_weight)
         with recording.record():
             logits = self._logits(hidden, len(tokens), cache, own)
-        cache.steps[key] = _RecordedStep(addressed, hidden, own, recording, logits)
+        cache.steps[key] = _RecordedStep(parts, hidden, own, recording, logits)
         return logits.clone()
 
     def _addressed(self, cache: ModelCache) -> Iterator[object]:
@@ -276,5 +280,7 @@ class MambaLM:
         yield self.head
         yield self.head_bias
         yield from self.blocks
+from contextlib import suppress
         for layer in cache:
-            yield from layer.tensors()
+            parts += layer.tensors()
+        return parts

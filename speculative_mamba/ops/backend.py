@@ -4,11 +4,14 @@ import functools
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
+
+from .threads import num_threads
 
 _REBUILD = "SPECULATIVE_MAMBA_CUDA=on pip install -e ."
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as in csrc/params.h
@@ -138,7 +141,7 @@ def compiled(like: torch.Tensor) -> tuple[ModuleType, int]:
     """The compiled kernels for a tensor's device, and their last argument: the number of threads, or the stream."""
     if like.is_cuda:
         return cuda_extension()[0], torch.cuda.current_stream(like.device).cuda_stream
-    return extension()[0], torch.get_num_threads()
+    return extension()[0], num_threads()
 
 
 def current_device(like: torch.Tensor) -> AbstractContextManager:
@@ -151,8 +154,19 @@ def _implementation(op: str, backend: str) -> Callable:
     return getattr(importlib.import_module(f"speculative_mamba.ops.{op}.{_SOURCE[backend]}"), op)
 
 
+class _Recorder(threading.local):
+    """Of each thread: the ``Recording`` that is being made, and what notes the arguments of its ops."""
+
+    recording = kernels = None
+
+
+recorder = _Recorder()
+
+
 def run(op: str, backend: str, first: torch.Tensor, *arguments: object) -> object:
     """Calls an op's implementation, which takes these arguments, on the first one's device."""
+    if recorder.kernels is not None:
+        recorder.kernels.use(first, *arguments)
     implementation = _implementation(op, resolve(backend, first.device.type))
     with current_device(first):
         return implementation(first, *arguments)

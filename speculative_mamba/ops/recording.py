@@ -1,26 +1,34 @@
 """Kernel calls recorded once and run again without Python between them."""
 
-import threading
+import functools
+import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backend import compiled, current_device
+from .backend import compiled, current_device, recorder
 
 _SHARED_FROM = 32768  # elements from which PyTorch shares a copy among threads
-_this_thread = threading.local()
+
+
+class StaleRecordingError(ValueError):
+    """A tensor that was passed to an op has other memory than when the op was recorded."""
 
 
 class Recording:
     """The calls of ops on backends ``cpu`` and ``cuda`` made inside ``record()``, on the device of ``like``.
 
-    ``run()`` makes them again on the same memory: what lies in the tensors may have changed, their addresses and shapes
-    may not. Results of ops are kept alive, and shared as ``next_stage`` says; the caller keeps what it passed.
-    PyTorch's own operations are not recorded.
+    ``run()`` makes them again on the same memory: what lies in the tensors may have changed, their addresses, dtypes
+    and shapes may not. All of that memory lives as long as the recording; results of ops are shared as ``next_stage``
+    says.
+
+    PyTorch's own operations would not be run again. Inside ``record()`` they raise a ValueError that names them, but
+    for views and uninitialised memory.
     """
 
     def __init__(self, like: torch.Tensor) -> None:
@@ -28,18 +36,32 @@ class Recording:
         self._program = compiled(like)[0].Program()
         self._stages: tuple[list[torch.Tensor], ...] = ([], [])
         self._used = 0  # results of the current stage so far
+        self._passed: list[torch.Tensor] = []  # to ops, by the caller
+        self._places: list[tuple] = []  # where they lay
+        self._storages: list[torch.UntypedStorage] = []
 
     @contextmanager
     def record(self) -> Iterator[None]:
         self._program.record(self._program)
-        _this_thread.recording = self
+        recorder.recording, recorder.kernels = self, _KernelsOnly()
         try:
-            yield
+            with recorder.kernels as kernels:
+                yield
         finally:
             self._program.record(None)
-            _this_thread.recording = None
+            recorder.recording = recorder.kernels = None
+            self._storages = [tensor.untyped_storage() for tensor in (kernels.used | kernels.made).values()]
+            self._passed = [tensor for key, tensor in kernels.used.items() if key not in kernels.made]
+            self._places = _places(self._passed)
 
     def run(self) -> None:
+        """Makes the calls again.
+
+        Raises:
+            StaleRecordingError: a tensor lies elsewhere or has another dtype or shape; nothing was run.
+        """
+        if self._places != _places(self._passed):
+            raise StaleRecordingError("a recorded op's tensor has other memory, dtype or shape by now; record again")
         with current_device(self._like):
             self._program.run(compiled(self._like)[1])
 
@@ -52,6 +74,58 @@ class Recording:
         if at == len(results) or results[at].shape != shape or results[at].dtype != dtype:
             results.insert(at, like.new_empty(shape, dtype=dtype))
         return results[at]
+
+
+def _places(tensors: list[torch.Tensor]) -> list[list]:
+    """What kernels know of tensors."""
+    return [list(map(known, tensors)) for known in _KNOWN]
+
+
+_KNOWN = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size, operator.attrgetter("dtype")
+
+
+class _KernelsOnly(TorchDispatchMode):
+    """Refuses PyTorch's operations, but for views and uninitialised memory.
+
+    used: tensors that were passed to ops or of which views were taken. made: the views and the memory. By identity.
+
+    Raises:
+        ValueError: another operation is used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: dict[int, torch.Tensor] = {}
+        self.made: dict[int, torch.Tensor] = {}
+
+    def use(self, *values: object) -> None:
+        """Notes the tensors among arguments of an op, also those that an argument holds."""
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                self.used[id(value)] = value
+            elif hasattr(value, "__dict__"):
+                self.use(*vars(value).values())
+
+    def __torch_dispatch__(self, function: Callable, types: object, arguments: tuple = (), options: dict | None = None):
+        if not _computes_nothing(function):
+            raise ValueError(f"{function} is PyTorch's and would not be run again, so it cannot be in a recorded step")
+        self.use(*arguments)
+        results = function(*arguments, **(options or {}))
+        for result in results if isinstance(results, list | tuple) else [results]:
+            self.made[id(result)] = result
+        return results
+
+
+@functools.cache
+def _computes_nothing(function: torch._ops.OpOverload) -> bool:
+    """Whether it gives a view, or memory as it is."""
+    aliases = [returned.alias_info for returned in function._schema.returns]
+    is_view = bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+    return is_view or function.overloadpacket in _ALLOCATIONS
+
+
+_aten = torch.ops.aten
+_ALLOCATIONS = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided}
 
 
 class ResultPool:
@@ -80,13 +154,13 @@ def next_stage() -> None:
 
     Keeps the memory of a deep model's activations small enough for the caches.
     """
-    if recording := getattr(_this_thread, "recording", None):
+    if recording := recorder.recording:
         recording.next_stage()
 
 
 def new_result(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised tensor for an op's result, of the device and, unless told otherwise, the dtype of ``like``."""
-    recording = getattr(_this_thread, "recording", None)
+    recording = recorder.recording
     dtype = dtype or like.dtype
     return like.new_empty(shape, dtype=dtype) if recording is None else recording.new_result(like, shape, dtype)
 

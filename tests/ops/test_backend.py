@@ -13,6 +13,7 @@ import torch
 
 from speculative_mamba.ops import backend as backends
 from speculative_mamba.ops import rms_norm, selective_scan_verify, skinny_linear
+from speculative_mamba.ops import threads as threads_of
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 PACKAGE = Path(backends.__file__).parents[1]
@@ -247,3 +248,104 @@ def test_an_op_on_tensors_that_are_not_aligned_is_refused() -> None:
     x = torch.frombuffer(memory, dtype=torch.float32, offset=1).view(2, 4)
     with pytest.raises(ValueError, match=r"^x must lie at a multiple of its 4 bytes per element; copy it"):
         rms_norm(x, torch.ones(4))
+
+
+LIMITS = """
+import os, re, resource
+import torch
+from speculative_mamba.ops import sample_tokens, skinny_linear
+from speculative_mamba.ops.filters import Filters
+
+x, weight = torch.randn(4, 512), torch.randn(512, 512)
+logits, keys, at = torch.randn(2, 1_000_000), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+torch.set_num_threads(1)
+wanted = skinny_linear(x, weight)
+size = 4096 * int(open("/proc/self/statm").read().split()[0])
+if os.fork():
+    assert os.wait()[1] == 0, "the forked child"
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**22, size + 2**22))  # no room for the stack of a thread
+torch.set_num_threads(4)
+for _ in range(3):
+    assert torch.equal(skinny_linear(x, weight), wanted)
+try:
+    sample_tokens(logits, Filters(1.0), keys, at)
+except MemoryError:
+    os._exit(0)
+os._exit(1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux enforces RLIMIT_AS")
+def test_threads_and_memory_that_the_system_does_not_give() -> None:
+    """The work is done by fewer threads, in a forked child too; what needs memory says so."""
+    result = python(LIMITS)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("mode", ["flush", "subnormals"])
+def test_threads_take_the_floating_point_mode_of_the_caller(mode: str, kernels: str) -> None:
+    """Halves of the smallest normal number: whether they count as zero is a setting of each thread."""
+    x, weight = torch.full((1, 4), 2.0**-64), torch.full((20_000, 4), 2.0**-63)
+    try:
+        for threads in (3, 3, 1):
+            torch.set_flush_denormal(threads == 1)
+            torch.set_num_threads(threads)
+            skinny_linear(x, weight, backend=kernels)
+        for threads in (1, 3):
+            torch.set_flush_denormal(mode == "flush")
+            torch.set_num_threads(threads)
+            y = skinny_linear(x, weight, backend=kernels)
+            assert bool(y.count_nonzero() == 0) == (mode == "flush"), f"{threads} threads"
+    finally:
+        torch.set_flush_denormal(False)
+
+
+GROUPS = {
+    "v2": ("0::/pod/box", {"pod/box/cpu.max": "150000 100000", "cpu.max": "max 100000"}, 1.5),
+    "v2, set above": ("0::/pod/box", {"pod/cpu.max": "400000 200000", "pod/box/cpu.max": "max 100000"}, 2.0),
+    "v2, the smallest counts": ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "50000 100000"}, 0.5),
+    "v2, inside a container": ("0::/", {"cpu.max": "300000 100000"}, 3.0),
+    "v2, path of the host": ("0::/docker/1f", {"cpu.max": "300000 100000"}, 3.0),
+    "v1": (
+        "4:cpu,cpuacct:/a\n2:memory:/m",
+        {"cpu,cpuacct/a/cpu.cfs_quota_us": "250000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"},
+        2.5,
+    ),
+    "v1, path of the host": (
+        "3:cpuset:/\n1:cpu:/docker/1f",
+        {"cpu/cpu.cfs_quota_us": "20000", "cpu/cpu.cfs_period_us": "10000"},
+        2.0,
+    ),
+    "v1, none": ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    "another controller": ("1:memory:/", {"memory/cpu.max": "100000 100000"}, None),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS.values(), ids=GROUPS)
+def test_the_quota_of_a_container(case: tuple[str, dict, float | None], tmp_path: Path) -> None:
+    groups, files, expected = case
+    (tmp_path / "cgroup").write_text(groups + "\n")
+    for name, text in files.items():
+        (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mount" / name).write_text(text + "\n")
+    assert threads_of.cpu_quota(tmp_path / "cgroup", tmp_path / "mount") == expected
+    assert threads_of.cpu_quota(tmp_path / "nothing", tmp_path / "mount") is None
+
+
+def test_default_threads_respect_the_quota_and_those_that_were_asked_for_do_not(monkeypatch) -> None:
+    monkeypatch.setattr(threads_of, "available_cpus", lambda: 2)
+    monkeypatch.setattr(threads_of, "_default", 5)
+    asked = {}
+    for threads in (5, 4, 1):
+        torch.set_num_threads(threads)
+        asked[threads] = backends.compiled(torch.empty(0))[1]
+    assert asked == {5: 2, 4: 4, 1: 1}
+    threads_of.set_num_threads(5)
+    assert threads_of.num_threads() == 5
+
+
+def test_cpus_are_those_of_the_affinity_and_the_quota(monkeypatch) -> None:
+    monkeypatch.setattr(threads_of.os, "sched_getaffinity", lambda process: {3, 4, 7}, raising=False)
+    for quota, expected in ((None, 3), (8.0, 3), (2.9, 2), (0.5, 1)):
+        monkeypatch.setattr(threads_of, "cpu_quota", lambda quota=quota: quota)
+        assert threads_of.available_cpus.__wrapped__() == expected

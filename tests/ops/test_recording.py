@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from speculative_mamba.models.language_model import ModelCache
-from speculative_mamba.ops import rms_norm, skinny_linear, ssd_verify
-from speculative_mamba.ops.recording import Recording, ResultPool
+from speculative_mamba.ops import gated_silu, rms_norm, skinny_linear, ssd_verify
+from speculative_mamba.ops.recording import Recording, ResultPool, StaleRecordingError
 from speculative_mamba.ops.replay import ReplayInputs
-from speculative_mamba.testing.models import random_model, tiny_config
+from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture, tiny_config
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 
@@ -129,3 +129,87 @@ def test_a_start_slot_out_of_range_is_refused_at_every_call():
         model.verify(torch.tensor([[1]]), cache, torch.zeros(1, dtype=torch.int32))
         with pytest.raises(ValueError, match="start_slot"):
             model.verify(torch.tensor([[1]]), cache, torch.tensor([2], dtype=torch.int32))
+
+
+def test_memory_that_was_replaced_is_noticed_and_kept():
+    """``.data = …``, as adapters are merged: not read as it was, and the memory from before is not free for others."""
+    x, weight, norm = torch.randn(3, 20), torch.randn(10, 20), torch.randn(9)
+    for change in (
+        lambda: setattr(weight, "data", weight.clone()),  # of which the step takes a part
+        lambda: setattr(x, "data", x.data[:2]),  # the same address
+        lambda: setattr(norm, "data", norm.data.view(torch.int32).view(torch.float32).flip(0)),
+        lambda: norm.share_memory_(),  # the same tensor and storage, elsewhere
+        lambda: setattr(norm, "data", norm.data.bfloat16()),
+    ):
+        recording = Recording(torch.empty(0))
+        with recording.record():
+            chain(x, weight[1:], norm)
+        recording.run()
+        change()
+        with pytest.raises(StaleRecordingError, match="record again"):
+            recording.run()
+
+
+REFUSED = {
+    "add.Tensor": lambda y: y + 1,
+    "mul_.Tensor": lambda y: y.mul_(2),
+    "clone": lambda y: y.t().contiguous(),
+    "copy_": lambda y: y[0].copy_(y[1]),
+    "cat": lambda y: torch.cat([y, y]),
+    "zeros": lambda y: torch.zeros(2),
+    "_to_copy": lambda y: y.double(),
+    "_local_scalar_dense": lambda y: y[0, 0].item(),
+    "silu": torch.nn.functional.silu,
+    "transpose_": lambda y: y.transpose_(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_not_be_run_again_is_refused_by_name(name):
+    x, weight = torch.randn(3, 20), torch.randn(9, 20)
+    recording = Recording(torch.empty(0))
+    with pytest.raises(ValueError, match=rf"aten.{name}.*cannot be in a recorded step"), recording.record():
+        REFUSED[name](skinny_linear(x, weight, backend="cpu"))
+    REFUSED[name](skinny_linear(x, weight, backend="cpu"))  # outside it may
+
+
+def test_views_and_new_memory_are_no_operations():
+    """Memory that a step takes lives as long as its recording, whoever forgets it."""
+    x, weight = torch.randn(3, 20), torch.randn(8, 20)
+    recording = Recording(torch.empty(0))
+    with recording.record():
+        y = skinny_linear(x, weight, backend="cpu")
+        left, right = y.split([4, 4], 1)
+        product = gated_silu(left, right.unflatten(1, (2, 2)).flatten(1), backend="cpu")
+        addresses = [torch.empty(5, 7).data_ptr(), torch.empty_like(y).data_ptr()]
+    assert not {torch.empty(5, 7).data_ptr(), torch.empty_like(y).data_ptr()} & set(addresses)
+    x.normal_()
+    recording.run()
+    y = skinny_linear(x, weight, backend="cpu")
+    assert_bitwise_equal(product, gated_silu(y[:, :4], y[:, 4:], backend="cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_weight_with_other_memory_is_used_from_the_next_step_on(kind, dtype):
+    """Whatever weight it is; steps of other shapes notice it too, and states go on where they were."""
+    model = random_model(tiny_architecture(kind, seed=1), dtype=dtype)
+    recorded, plain = model.new_cache(1, 2), list(model.new_cache(1, 2))
+    start, tokens = torch.zeros(1, dtype=torch.int32), torch.tensor([[7]])
+
+    def check(tokens):
+        assert_bitwise_equal(model.verify(tokens, recorded, start), model.verify(tokens, plain, start))
+
+    pair = tokens.expand(1, 2)
+    check(pair)
+    for weight in model.weights():
+        for tensor in vars(weight).values() if dtype is torch.int8 and not torch.is_tensor(weight) else [weight]:
+            check(tokens)
+            tensor.data = tensor.clone(memory_format=torch.preserve_format)
+            tensor[(0,) * tensor.ndim] += 1
+            check(tokens)
+    check(pair)
+    mixer = model.blocks[0].mixer
+    name, weight = next((name, part) for name, part in vars(mixer).items() if torch.is_tensor(part) and part.ndim == 1)
+    object.__setattr__(mixer, name, weight * 2)
+    check(tokens)
