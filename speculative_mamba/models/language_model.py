@@ -274,13 +274,11 @@ class MambaLM:
         cache.steps[key] = _RecordedStep(parts, hidden, own, recording, logits)
         return logits.clone()
 
-    def _addressed(self, cache: ModelCache) -> Iterator[object]:
-        """What a recorded step works on; blocks and mixers themselves cannot be changed."""
-        yield self.norm_weight
-        yield self.head
-        yield self.head_bias
-        yield from self.blocks
-from contextlib import suppress
+    def _parts(self, cache: ModelCache) -> list[object]:
+        """All that a step is made from. Whether a tensor has the same memory as before, the recording knows."""
+        parts = [self, *vars(self).values()]
+        for block in self.blocks:
+            parts += (block, *vars(block).values(), *vars(block.mixer).values())
         for layer in cache:
             parts += layer.tensors()
         return parts
