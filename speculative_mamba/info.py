@@ -2,6 +2,7 @@
 
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,7 @@ from .ops import backend as backends
 
 def print_info() -> None:
     """Prints versions, backends with the reason each is on or off, instruction sets and CUDA architectures."""
-    print(f"speculative-mamba {speculative_mamba.__version__}")
+    print(f"speculative-mamba {speculative_mamba.__version__} in {Path(speculative_mamba.__file__).parent}")
     print(f"python            {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy"):
         print(f"{package:17} {metadata.version(package)}")
