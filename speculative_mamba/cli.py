@@ -237,10 +237,9 @@ def _run(options: argparse.Namespace, given: set[str]) -> int:
     prompt, about_prompt = _encode(target, options.prompt, not options.no_special_tokens)
     if options.cg and executor == "eager":
         say(f"--cg: no CUDA graphs on device {target.device.type}; the text is the same without")
-    if "threads" in given and options.threads > available_cpus():
-        say(
-            f"--threads {options.threads} is more than the {available_cpus()} cores that this process may use, and slower"
-        )
+    cores = available_cpus()
+    if "threads" in given and options.threads > cores:
+        say(f"--threads {options.threads} is more than the {cores} cores that this process may use, and slower")
 
     def once(draft: MambaLM | str | None, output: _Output | None = None) -> GenerationResult:
         return generate(

@@ -2,6 +2,7 @@
 
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,7 @@ from .ops.threads import num_threads
 def describe() -> str:
     """Versions, backends with the reason each is on or off, instruction sets and CUDA architectures, one a line."""
     lines = [
-        f"speculative-mamba {speculative_mamba.__version__}",
+        f"speculative-mamba {speculative_mamba.__version__} in {Path(speculative_mamba.__file__).parent}",
         f"python            {platform.python_version()} on {platform.system()} {platform.machine()}",
     ]
     for package in ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy"):

@@ -7,6 +7,8 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -20,6 +22,16 @@ DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8:
 _SOURCE = {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"}  # file of each op
 
 
+def _cure(name: str, build: str) -> str:
+    """What to do about a compiled module that cannot be loaded; another copy of the package may have it."""
+    here = Path(__file__).resolve().parents[1]
+    for entry in sys.path:
+        folder = Path(entry, "speculative_mamba").resolve()
+        if folder != here and any((folder / f"{name}{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+            return f"{here} hides the installed copy in {folder}, which has it: run from another folder or use {build}"
+    return f"build it with: {build}"
+
+
 @functools.cache
 def extension() -> tuple[ModuleType | None, str]:
     """The compiled CPU kernels, or None, and the reason."""
@@ -27,7 +39,7 @@ def extension() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("speculative_mamba._C")
     except ImportError as error:
         first_line = str(error).splitlines()[0]
-        return None, f"speculative_mamba._C cannot be loaded ({first_line}); rebuild it with: pip install -e ."
+        return None, f"speculative_mamba._C cannot be loaded ({first_line}); {_cure('_C', 'pip install -e .')}"
     isa = os.environ.get("SPECULATIVE_MAMBA_ISA")
     if isa:
         try:
@@ -46,7 +58,10 @@ def cuda_extension() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("speculative_mamba._C_cuda")
     except ImportError as error:
         first_line = str(error).splitlines()[0]
-        return None, f"speculative_mamba._C_cuda cannot be loaded ({first_line}); with nvcc, build it with: {_REBUILD}"
+        return (
+            None,
+            f"speculative_mamba._C_cuda cannot be loaded ({first_line}); with nvcc, {_cure('_C_cuda', _REBUILD)}",
+        )
     if module.problem():
         return None, f"the CUDA kernels cannot run: {module.problem()}"
     for index in range(torch.cuda.device_count()):

@@ -1,5 +1,6 @@
 """Which backend runs, what happens when the extension is broken, and the pool of threads."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -67,10 +68,42 @@ def test_a_broken_extension_costs_one_line_and_the_reference_runs(how: str, tmp_
     assert result.returncode == 0, result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith("speculative_mamba: backend 'cpu' is off: speculative_mamba._C cannot be loaded (")
-    assert line.endswith("rebuild it with: pip install -e .")
+    assert line.endswith("; build it with: pip install -e .")
     file, backend, lengths, refusal = result.stdout.splitlines()
     assert (file, backend, lengths) == (str(copy / "__init__.py"), "reference", "[9, 7]")
     assert refusal == line.removeprefix("speculative_mamba: ")
+
+
+@pytest.mark.parametrize("name", ["_C", "_C_cuda"])
+def test_a_folder_without_kernels_names_the_installed_copy_that_it_hides(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "speculative_mamba"
+    installed.mkdir()
+    (installed / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, f"speculative_mamba.{name}", None)
+    probe = backends.extension if name == "_C" else backends.cuda_extension
+    module, reason = probe.__wrapped__()
+    assert module is None and f"{PACKAGE} hides the installed copy in {installed}, which has it" in reason
+    assert reason.endswith("pip install -e .") and "\n" not in reason
+
+
+def test_the_script_says_that_another_copy_runs_or_that_none_is_installed(tmp_path: Path) -> None:
+    checkout = tmp_path / "speculative_mamba"
+    checkout.mkdir()
+    script = shutil.copy(PACKAGE / "run.py", checkout)
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, script, "info"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+    (line,) = result.stderr.splitlines()
+    assert f"this runs the installed copy in {PACKAGE}, not {checkout}" in line and result.returncode == 0
+    assert result.stdout.splitlines()[0].endswith(f" in {PACKAGE}")
+    command = [sys.executable, "-I", "-S", script, "info"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    (line,) = result.stderr.splitlines()
+    assert "speculative_mamba is not installed here; install it with: " in line and result.returncode == 2
 
 
 def test_a_named_backend_runs_or_raises() -> None:
