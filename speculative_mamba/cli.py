@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .decode import GenerationResult, SamplingParams, generate
+from .decode import GenerationResult, GraphExecutor, SamplingParams, generate
 from .decode.inputs import ACCEPTANCES, NAMED_DRAFTS, check_generation, check_models
 from .decode.text import TextStream
 from .info import print_info
@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace) -> int:
         target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
         acceptance=options.acceptance, stop_strings=options.stop,
     )  # fmt: skip
-    executor = "graph" if options.cg and target.device.type == "cuda" else "eager"
+    executor = GraphExecutor() if options.cg and target.device.type == "cuda" else "eager"
     if options.cg and executor == "eager":
         _say(f"--cg: no CUDA graphs on device {target.device.type}; the text is the same without")
     prompt = _encode(target, options.prompt)
@@ -216,6 +216,8 @@ def _report(target: MambaLM, draft: MambaLM | str | None, result: GenerationResu
         line += f"; acceptance rate {stats.acceptance_rate:.2f} ({stats.accepted} of {stats.tested} tested)"
         line += f", {stats.tokens_per_round:.2f} tokens per round"
     _say(line)
+    if stats.draft_dropped_at is not None:
+        _say(f"--K auto: the draft did not pay, so after {stats.draft_dropped_at} rounds it was left out")
 
 
 def _compare(
