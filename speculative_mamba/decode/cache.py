@@ -63,15 +63,19 @@ class KnownModel:
     def __init__(self, model: object) -> None:
         self._model, self._fingerprint = weakref.ref(model), _fingerprint(model)
 
+    def __getstate__(self) -> dict:
+        return {"_model": None, "_fingerprint": self._fingerprint}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KnownModel) and other._fingerprint == self._fingerprint
+
     def model(self) -> object:
         """The model, while somebody else holds it."""
         return self._model and self._model()
 
-    def __getstate__(self) -> dict:
-        return {"_model": None, "_fingerprint": self._fingerprint}
 
-    def is_of(self, model: object) -> bool:
-        return self.model() is model or self._fingerprint == _fingerprint(model)
+def _known(model: object, known: KnownModel | None) -> KnownModel:
+    return known if known is not None and known.model() is model else KnownModel(model)
 
 
 def _fingerprint(model: object) -> str:
@@ -135,29 +139,30 @@ class GenerationCache:
         Raises:
             ValueError: the cache belongs to another model, another number of rows or another text.
         """
-        if self._target is not None:
-            if not self._target.is_of(target):
+        known = _known(target, self._target)
+        if self._target is None:
+            self.target_states = [None] * len(prompts)
+        else:
+            if known != self._target:
                 raise ValueError("the cache belongs to another model; use one cache per target model")
             if len(self.target_states) != len(prompts):
                 count = len(self.target_states)
                 raise ValueError(f"the cache holds {count} rows, but there are {len(prompts)} prompts")
             for row, (prompt, state) in enumerate(zip(prompts, self.target_states, strict=True)):
-                for known in (*self.sequences[row : row + 1], [] if state is None else state.tokens):
-                    if prompt[: len(known)] != known:
+                for text in (*self.sequences[row : row + 1], [] if state is None else state.tokens):
+                    if prompt[: len(text)] != text:
                         raise ValueError(
-                            f"the prompt of row {row} does not begin with the {len(known)} tokens of its cache"
+                            f"the prompt of row {row} does not begin with the {len(text)} tokens of its cache"
                         )
                 if state is not None and len(state.tokens) >= len(prompt):
                     raise ValueError(f"the prompt of row {row} is no longer than the tokens that its cache has read")
-        else:
-            self.target_states = [None] * len(prompts)
-        if len(self.draft_states) != len(prompts) or (draft is not None and not self._drafted_by(draft)):
-            self._draft, self.draft_states = None if draft is None else KnownModel(draft), [None] * len(prompts)
+        if draft is not None:
+            drafted = _known(draft, self._draft)
+            if drafted != self._draft:
+                self.draft_states = []
+            self._draft = drafted
+        if len(self.draft_states) != len(prompts):
+            self.draft_states = [None] * len(prompts)
         states = zip(self.draft_states, prompts, strict=True)
         self.draft_states = [state if state and state.begins(prompt[:-2]) else None for state, prompt in states]
-        if self.target is not target:
-            self._target = KnownModel(target)
-        self.sequences = [list(prompt) for prompt in prompts]
-
-    def _drafted_by(self, draft: object) -> bool:
-        return self._draft is not None and self._draft.is_of(draft)
+        self._target, self.sequences = known, [list(prompt) for prompt in prompts]

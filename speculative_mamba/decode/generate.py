@@ -141,7 +141,8 @@ def generate(
     check_models(target, draft)
     if isinstance(draft, str):
         draft = NgramDrafter(target.vocab_size)
-    prompts = read_prompts(prompt_ids, attention_mask, target, target.vocab_size)
+    goes_on = isinstance(cache, GenerationCache) and bool(cache.sequences)
+    prompts = read_prompts(prompt_ids, attention_mask, target, may_be_padded=not goes_on)
     sampling = SamplingParams() if sampling is None else sampling
     if stop_token_ids is None:
         eos = target.eos_token_id

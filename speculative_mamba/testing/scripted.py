@@ -38,7 +38,7 @@ class ScriptedDraft:
         for index, row in enumerate(rows):
             positions = range(len(row), len(row) + lookahead)
             proposals.append([self._token(index, position) for position in positions])
-        return torch.tensor(proposals), None
+        return torch.tensor(proposals, dtype=torch.int64, device="cpu"), None
 
     def _token(self, row: int, position: int) -> int:
         text = self._texts[row]
