@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .compare import compare
-from .decode import GenerationResult, SamplingParams, generate
+from .decode import GenerationResult, GraphExecutor, SamplingParams, generate
 from .decode.inputs import ACCEPTANCES, NAMED_DRAFTS, check_generation, check_models
 from .decode.text import TextStream
 from .info import describe
@@ -233,7 +233,7 @@ def _run(options: argparse.Namespace, given: set[str]) -> int:
         target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
         acceptance=options.acceptance, stop_strings=options.stop,
     )  # fmt: skip
-    executor = "graph" if options.cg and target.device.type == "cuda" else "eager"
+    executor = GraphExecutor() if options.cg and target.device.type == "cuda" else "eager"
     prompt, about_prompt = _encode(target, options.prompt, not options.no_special_tokens)
     if options.cg and executor == "eager":
         say(f"--cg: no CUDA graphs on device {target.device.type}; the text is the same without")
@@ -320,6 +320,8 @@ def _report(target: MambaLM, draft: MambaLM | str | None, result: GenerationResu
         line += f"; acceptance rate {stats.acceptance_rate:.2f} ({stats.accepted} of {stats.tested} tested)"
         line += f", {stats.tokens_per_round:.2f} tokens per round"
     say(line)
+    if stats.draft_dropped_at is not None:
+        say(f"--K auto: the draft did not pay, so after {stats.draft_dropped_at} rounds it was left out")
 
 
 def _compare(

@@ -13,6 +13,7 @@ import torch
 import speculative_mamba as sm
 from speculative_mamba import cli
 from speculative_mamba import compare as compare_module
+from speculative_mamba.decode.lookahead import AdaptiveLookahead
 
 PROMPT = "She had not"
 SCRIPT = Path(sm.__file__).parent / "run.py"
@@ -439,3 +440,12 @@ def test_without_the_compiled_kernels():
     process = start("-c", program, *SHORT, "--backend", "cpu")
     out, err = process.communicate()
     assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
+
+
+def test_a_draft_that_was_dropped_is_mentioned(capsys, monkeypatch):
+    """In one line on stderr, and in the statistics."""
+    monkeypatch.setattr(AdaptiveLookahead, "_speed", lambda self, drafts, rate, known: -drafts)
+    assert cli.main(["--K", "auto", "--n_tokens_to_generate", "30", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["stats"]["draft_dropped_at"] == 4
+    assert [line for line in err.splitlines() if "left out" in line and "4 rounds" in line and "--K auto" in line]

@@ -1,17 +1,20 @@
 """Who proposes tokens."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from ..models.language_model import MambaLM
 from ..ops.commit_tokens import RowPlaces
 from .cache import RowState, absorb
 from .sampling import Sampler
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """What the loop asks of a model; ``MambaLM`` documents each."""
 
@@ -31,6 +34,7 @@ class LanguageModel(Protocol):
     ) -> torch.Tensor: ...
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes tokens for every row of a batch. Any class with these methods and ``vocab_size`` is a draft."""
 
@@ -47,9 +51,10 @@ class Drafter(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drafts up to ``lookahead`` tokens after each row's committed text.
 
-        rows: all committed tokens. accepted: (B) int32, how many tokens of the last round's draft were accepted
-        (0 at first). Returns tokens (B, k) int64, 0 <= k <= lookahead, and the laws (B, k, V) float32 they were drawn
-        from; None when they were not drawn at random (then the loop takes each as certain).
+        rows: all committed tokens, in lists of the drafter's own. accepted: (B) int32, how many tokens of the last
+        round's draft were accepted (0 at first). Returns tokens (B, k) int64, 0 <= k <= lookahead, and the laws
+        (B, k, V) float32 they were drawn from; None when they were not drawn at random (then the loop takes each as
+        certain).
         """
 
 
@@ -63,23 +68,39 @@ class Proposal:
     limits: torch.Tensor
 
 
-class Proposer(Protocol):
+class Proposer(ABC):
     """Drafts within a round: nothing it does depends on a value that the host would have to read.
 
-    It may have ``text``, (B, L) int64, where committed tokens are to be written.
+    text: (B, L) int64, where committed tokens are to be written, or None. model: whose weights it reads, or None;
+    layers: that model's cache.
     """
 
+    text: torch.Tensor | None = None
+    model: LanguageModel | None = None
+    layers: Sequence = ()
+
+    @abstractmethod
     def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> "Proposer":
         """A copy with memory of its own for batches of this size. replayed: see ``Round``."""
 
+    @abstractmethod
     def absorb(self, texts: list[list[int]]) -> None:
         """All rows go on from these tokens."""
 
+    def reserve(self, entries: int) -> bool:
+        """Makes room for texts of so many tokens. Whether anything moved."""
+        return False
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Its memory."""
+        return [tensor for layer in self.layers for tensor in layer.tensors()]
+
+    @abstractmethod
     def draft(self, places: RowPlaces, lookahead: int, verdicts: torch.Tensor) -> Proposal:
         """Up to ``lookahead`` tokens a row. verdicts: (lookahead, B) int32, written: those of ``sample_tokens``."""
 
 
-class ModelDrafter:
+class ModelDrafter(Proposer):
     """A smaller model as the draft, with one cache slot per position like the target's.
 
     A round's first step takes the last *two* committed tokens, so the draft never lacks one, even after all its tokens
@@ -90,7 +111,6 @@ class ModelDrafter:
         self.model = model
         self.vocab_size = model.vocab_size
         self.states: list[RowState | None] | None = None  # that ``absorb`` goes on from
-        self.layers: list | None = None
 
     @property
     def device(self) -> torch.device:
@@ -115,39 +135,41 @@ class ModelDrafter:
         self._slots = slots[:, None].repeat(1, batch)  # row s: slot s for every row of the batch
         self._laws = None
         if not sampler.sampling.greedy and not sampler.coupled:
-            self._laws = torch.empty(batch, lookahead, self.vocab_size, device=device)
-        self._null_columns = torch.zeros(batch, dtype=torch.int32, device=device)
+            self._laws = torch.empty(batch, lookahead, self.vocab_size, dtype=torch.float32, device=device)
 
     def absorb(self, texts: list[list[int]]) -> None:
         """Reads each row's text but for its last two tokens, from the fresh state on or from that of ``states``."""
-        # A text of one token has none before its last: a null column stands for it.
-        self._null_columns.copy_(torch.tensor([int(len(text) < 2) for text in texts], dtype=torch.int32))
         for row, text in enumerate(texts):
             absorb(self.model, self.layers, row, text[:-2], self.states[row] if self.states else None)
 
     def reserve(self, entries: int) -> bool:
-        return hasattr(self.model, "reserve") and self.model.reserve(self.layers, entries)
+        return isinstance(self.model, MambaLM) and self.model.reserve(self.layers, entries)
 
     def propose(
         self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         last_two = [[row[-2] if len(row) > 1 else 0, row[-1]] for row in rows]
         slots = [accepted, *self._slots[1:]]
-        return self._draft(torch.tensor(last_two, device=self.model.device), slots, lookahead)
+        device = self.model.device
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
+        last_two = torch.tensor(last_two, dtype=torch.int64, device=device)
+        return self._draft(last_two, lengths, slots, lookahead)
 
     def draft(self, places: RowPlaces, lookahead: int, verdicts: torch.Tensor) -> Proposal:
-        tokens, laws = self._draft(places.last, places.slots, lookahead, verdicts)
+        tokens, laws = self._draft(places.last, places.positions, places.slots, lookahead, verdicts)
         return Proposal(tokens, laws, places.room)
 
     def _draft(
         self,
         last_two: torch.Tensor,
+        lengths: torch.Tensor,
         slots: Sequence[torch.Tensor],
         lookahead: int,
         verdicts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits = self.model.verify(last_two, self.layers, slots[0], 0, self._null_columns)[:, -1]
-        self._null_columns.zero_()
+        # A text of one token has none before its last: a null column stands for it.
+        null_columns = (lengths < 2).int()
+        logits = self.model.verify(last_two, self.layers, slots[0], 0, null_columns)[:, -1]
         tokens = last_two.new_empty(len(last_two), lookahead)
         laws = None if self._laws is None else self._laws[:, :lookahead]
         for step in range(lookahead):
@@ -164,9 +186,8 @@ class ModelDrafter:
 
         slot, length: where the row stood, and the length of its text, when the draft was last asked.
         """
-        absorb(self.model, self.layers, row, text[:-2], self.state(row, slot, length))
-        self._null_columns[row] = int(len(text) < 2)
+        absorb(self.model, self.layers, row, text[:-2], self.state(row, text[:length], slot))
 
-    def state(self, row: int, slot: int, length: int) -> RowState:
-        """A copy of the state in a slot from which a text of ``length`` tokens would be continued."""
-        return RowState.of(self.layers, row, slot, max(length - 2, 0))
+    def state(self, row: int, text: list[int], slot: int) -> RowState:
+        """A copy of the state in a slot from which a text would be continued."""
+        return RowState.of(self.layers, row, slot, text[:-2])

@@ -1,9 +1,10 @@
 """Who runs the rounds of ``generate``: at once, or queued ahead."""
 
+import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from .round import Round, RoundResult
 
@@ -21,8 +22,8 @@ class Same:
         return id(self.value)
 
 
-class Executor(Protocol):
-    """Runs rounds in their order.
+class Executor(ABC):
+    """Runs rounds in their order, of one call of ``generate`` at a time: ``with executor:`` waits for other threads.
 
     lag: how many rounds may be waiting to be collected while others are queued. With ``fixed`` only lookaheads that
     ``open`` was told may be launched, and rounds are not re-run as Python: what a round reads must be on the device.
@@ -31,40 +32,78 @@ class Executor(Protocol):
     lag: int
     fixed: bool
 
+    def __init__(self) -> None:
+        self._turn = threading.RLock()
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()  # a copy has rounds of its own
+
+    # ``with`` calls the lock's own functions, which are not Python: no signal can come between taking it and the block,
+    # nor between the block and giving it back.
+    @property
+    def __enter__(self) -> Callable:
+        self.refuse_callbacks()
+        return self._turn.__enter__
+
+    @property
+    def __exit__(self) -> Callable:
+        return self._turn.__exit__
+
+    def refuse_callbacks(self) -> None:
+        """
+        Raises:
+            ValueError: this thread is within a call that runs here.
+        """
+        if self._turn._is_owned():
+            raise ValueError("a callback of generate cannot use the same executor; give it an executor of its own")
+
+    @abstractmethod
     def open(
         self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
     ) -> Round:
         """A round for a call of ``generate``, all of whose rows are left out; it may be that of an earlier call with
-        the same key. entries: tokens that the longest text will have."""
+        the same key, and what that left behind is forgotten. entries: tokens that the longest text may have."""
 
+    def fits(self, entries: int) -> bool:
+        """Whether the longest text may have so many tokens."""
+        return True
+
+    def grow(self, entries: int) -> None:
+        """Makes room for so many, while no round is waiting."""
+        raise NotImplementedError
+
+    @abstractmethod
     def launch(self, drafts: int) -> None:
         """Queues a round."""
 
     @property
+    @abstractmethod
     def waiting(self) -> int:
         """Rounds that were launched and not collected."""
 
+    @abstractmethod
     def collect(self) -> tuple[RoundResult, list[list[int]], float]:
         """The oldest round that waits, its record read back, and its seconds."""
 
+    @abstractmethod
     def close(self) -> None:
         """The call has ended; rounds that wait are forgotten."""
 
 
-class EagerExecutor:
+class EagerExecutor(Executor):
     """Runs each round when it is launched, kernel by kernel."""
 
     lag, fixed = 0, False
 
     def __init__(self) -> None:
+        super().__init__()
         self._results: deque[tuple[RoundResult, float]] = deque()
         self._round: Round | None = None
 
     def open(
         self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
     ) -> Round:
-        if self._round is not None:
-            raise ValueError("this executor runs another call of generate; give each call one of its own")
+        self._results.clear()
         self._round = make()
         return self._round
 

@@ -1,26 +1,30 @@
 """The loop: draft, verify, accept."""
 
+import copy
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from tokenizers import Tokenizer
 
 from ..models.language_model import MambaLM
-from ..models.vocabulary import known_vocabulary
 from .cache import GenerationCache, RowState
 from .drafter import Drafter, LanguageModel, ModelDrafter
 from .executors import Executor, Same
 from .graphs import as_executor
-from .inputs import check_generation, check_models, read_prompts
+from .inputs import check_generation, check_models
 from .lookahead import AUTO_AT_MOST, AUTO_LOOKAHEADS, AdaptiveLookahead, FixedLookahead
 from .ngram import NgramDrafter
-from .proposers import as_proposer, searches_on_device
+from .prompts import read_prompts
+from .proposers import HostProposer, as_proposer, draft_model, is_ngram
 from .round import Round, RoundResult, broken
 from .sampling import LogitsProcessor, Sampler, SamplingParams
 from .stats import GenerationStats
 from .text import TextStream
+
+_AHEAD = 256  # tokens for which memory is made at a time
 
 
 @dataclass
@@ -45,6 +49,7 @@ class _Row:
     stream: TextStream | None
     logits: list[torch.Tensor] = field(default_factory=list)
     finish_reason: str | None = None
+    tokenizer: Tokenizer | None = None
     slot: int | None = 0  # that the text goes on from; None where it was written over, or not all is booked
     draft_at: tuple[int, int] | None = None  # the draft's slot, and the text's length, when the draft was last asked
 
@@ -60,12 +65,24 @@ class _Row:
         elif self.budget == 0:
             self.finish_reason = "length"
 
+    def ends_within(self, tokens: Sequence[int], stop_token_ids: frozenset[int]) -> bool:
+        """Whether the text is complete with some of these tokens."""
+        if len(tokens) >= self.budget or not stop_token_ids.isdisjoint(tokens):
+            return True
+        if self.stream is None or not tokens:
+            return False
+        ahead = copy.deepcopy(self.stream, {id(self.tokenizer): self.tokenizer})
+        for token in tokens:
+            ahead.push(token)
+        return ahead.stopped
+
 
 @torch.no_grad()
 def generate(
     target: MambaLM | LanguageModel,
-    prompt_ids: torch.Tensor | Sequence[Sequence[int]],
+    prompt_ids: torch.Tensor | Sequence[Sequence[int]] | Mapping,
     *,
+    attention_mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
     draft: MambaLM | LanguageModel | Drafter | str | None = None,
     lookahead: int | str = 4,
     max_new_tokens: int = 64,
@@ -86,7 +103,10 @@ def generate(
 
     Args:
         target: the model whose text is wanted.
-        prompt_ids: LongTensor (B, L), or a list of B lists of token ids, which may differ in length.
+        prompt_ids: LongTensor (B, L), or a list of B lists of token ids, which may differ in length; also what a
+            tokenizer returns, of tokenizers or transformers, for one text or for several.
+        attention_mask: (B, L), 0 where ``prompt_ids`` hold padding, at either end of a row; tokenizers of transformers
+            return one. A row's text is that of the row alone, without padding.
         draft: a smaller model with the same vocabulary, or any ``Drafter``; ``"ngram"`` for ``NgramDrafter``, which
             needs no model and copies from the text so far; None decodes plainly.
         lookahead: K, tokens drafted per round, 1 to 15; or ``"auto"``: chosen round by round from running acceptance
@@ -121,7 +141,8 @@ def generate(
     check_models(target, draft)
     if isinstance(draft, str):
         draft = NgramDrafter(target.vocab_size)
-    prompts = read_prompts(prompt_ids, target.vocab_size, known_vocabulary(target).unused)
+    goes_on = isinstance(cache, GenerationCache) and bool(cache.sequences)
+    prompts = read_prompts(prompt_ids, attention_mask, target, may_be_padded=not goes_on)
     sampling = SamplingParams() if sampling is None else sampling
     if stop_token_ids is None:
         eos = target.eos_token_id
@@ -132,13 +153,17 @@ def generate(
         logits_processor=logits_processor, cache=cache,
     )  # fmt: skip
     max_new_tokens, lookahead = int(max_new_tokens), lookahead if lookahead == "auto" else int(lookahead)
+    tokenizer = target.tokenizer if stop_strings else None
     rows = [
-        _Row(list(prompt), max_new_tokens, TextStream(target.tokenizer, stop_strings, prompt) if stop_strings else None)
+        _Row(
+            list(prompt), max_new_tokens, TextStream(tokenizer, stop_strings, prompt) if stop_strings else None,
+            tokenizer=tokenizer,
+        )
         for prompt in prompts
-    ]
+    ]  # fmt: skip
     executor = as_executor(executor, target, draft, logits_processor)
     if cache is not None:
-        cache.open([row.tokens for row in rows], target, draft)
+        cache.open(prompts, target, draft_model(draft))
     most = AUTO_AT_MOST if lookahead == "auto" else lookahead
     most = 0 if draft is None else min(most, max(max_new_tokens - 1, 0))
     run = _Run(target, rows, frozenset(stop_token_ids), most, executor, on_token, output_logits, cache)
@@ -148,15 +173,16 @@ def generate(
         return run.result()
     lookaheads = tuple(k for k in AUTO_LOOKAHEADS if k <= most) if most and lookahead == "auto" else (most,)
     chooser = AdaptiveLookahead(lookaheads) if len(lookaheads) > 1 else FixedLookahead(most)
-    try:
-        run.open(draft, chooser, sampling, acceptance, logits_processor)
-        run.prefill()
-        while run.generating():
-            run.launch()
-            while executor.waiting > executor.lag:
-                run.collect()
-    finally:
-        run.close()
+    with executor:
+        try:
+            run.open(draft, chooser, sampling, acceptance, logits_processor)
+            run.prefill()
+            while run.generating():
+                run.launch()
+                while executor.waiting > executor.lag:
+                    run.collect()
+        finally:
+            run.close()
     return run.result()
 
 
@@ -195,28 +221,28 @@ class _Run:
         """Gets a round from the executor, with memory for these texts."""
         started = time.perf_counter()
         self.lookahead, batch, fixed = lookahead, len(self.rows), self.executor.fixed
-        entries = max(map(len, self.texts)) + self.rows[0].budget + self.most + 1
-        length = 1 << entries.bit_length()
+        entries = self._entries(_AHEAD)
 
         def make() -> Round:
             sampler = Sampler(
                 sampling, batch, self.target.vocab_size, acceptance=acceptance, processor=processor,
                 device=self.target.device, backend=getattr(self.target, "backend", "auto"),
             )  # fmt: skip
-            proposer = as_proposer(draft, self.texts, self.target, length, fixed) if self.most else None
+            proposer = as_proposer(draft, self.texts, self.target, fixed) if self.most else None
             if proposer is not None:
                 proposer = proposer.prepare(batch, self.most, sampler, fixed)
             return Round(self.target, proposer, sampler, batch, self.most, fixed)
 
         draft = draft if self.most else None
-        kind = Same(draft), Same(getattr(draft, "model", None))
-        if searches_on_device(draft):
-            kind = draft.longest, draft.shortest, length
+        kind = Same(draft), Same(draft_model(draft))
+        if is_ngram(draft):
+            kind = draft.longest, draft.shortest
         options = dataclasses.replace(sampling, seed=0), acceptance
         key = (Same(self.target), *kind, batch, lookahead.all, *options)
         self.round = self.executor.open(key, make, entries, lookahead.all, self.output_logits)
         self.round.sampler.reseed(sampling)
-        drafter = getattr(self.round.proposer, "drafter", self.round.proposer)
+        drafter = self.round.proposer
+        drafter = drafter.drafter if isinstance(drafter, HostProposer) else drafter
         self.draft = drafter if isinstance(drafter, ModelDrafter) else None
         self.stats.setup_s = time.perf_counter() - started
 
@@ -241,22 +267,43 @@ class _Run:
         return [index for index, row in enumerate(self.rows) if row.finish_reason is None]
 
     def launch(self) -> None:
-        """Queues the next round."""
-        active, drafts = self.generating(), self.lookahead.next()
+        """Queues the next round, unless the last tokens have come meanwhile."""
+        drafts = self.lookahead.next()
+        if self.lookahead.dropped and self.stats.draft_dropped_at is None:
+            self.stats.draft_dropped_at = self.stats.rounds
+        if self.draft is not None and drafts and self.skipped:
+            self._catch_up()
+        self._make_room()
+        active = self.generating()
+        if not active:
+            return
         if not self.executor.fixed:  # what goes beyond every row's budget need not be drafted
             drafts = min(drafts, max(self.rows[index].budget for index in active) - 1)
-        if self.draft is not None:
-            if drafts and self.skipped:
-                self._catch_up()
-            self.skipped = not drafts
+        self.skipped = not drafts
         self.in_flight = True
-        self.round.sampler.follow(self.texts, active)
+        self.round.sampler.follow({index: self.texts[index] for index in active}, self._ends_within)
         self.executor.launch(drafts)
+
+    def _make_room(self) -> None:
+        """Memory for the tokens of the rounds that are queued and of the next one."""
+        if not self.executor.fits(self._entries(self.executor.waiting * (self.most + 1))):
+            self._drain()
+            self.executor.grow(self._entries(_AHEAD))
+
+    def _entries(self, tokens: int) -> int:
+        """What the longest text takes when each row has so many more, within its budget, and a window is verified."""
+        return max(len(row.tokens) + min(row.budget, tokens) for row in self.rows) + self.most + 1
+
+    def _drain(self) -> None:
+        while self.executor.waiting:
+            self.collect()
+
+    def _ends_within(self, index: int, tokens: list[int]) -> bool:
+        return self.rows[index].ends_within(tokens, self.stops)
 
     def _catch_up(self) -> None:
         """The draft reads what came in rounds without it."""
-        while self.executor.waiting:
-            self.collect()
+        self._drain()
         for index in self.generating():
             row = self.rows[index]
             at, row.draft_at = row.draft_at, None
@@ -266,9 +313,11 @@ class _Run:
     def collect(self) -> None:
         """Waits for the oldest round, and appends to each row what it gained, up to a stop."""
         result, record, seconds = self.executor.collect()
-        for index, (_, accepted, verdict, *_) in enumerate(record):
+        for index, (_, accepted, verdict, _, *tokens) in enumerate(record):
             if verdict and self.rows[index].finish_reason is None:
-                raise ValueError(broken(index, accepted, verdict))
+                if not self._ends_within(index, tokens[:accepted]):
+                    raise ValueError(broken(index, accepted, verdict))
+                record[index][0] = accepted  # a stop string, of which the device does not know
         tested, agreed, fresh = self.stats.tested, self.stats.accepted, []
         unmatched = 0  # rows beside whose tokens none counts: as good as a refused one
         for index in self.generating():
@@ -315,19 +364,25 @@ class _Run:
             self.executor.close()
 
     def save(self) -> None:
-        """Leaves in the cache the states of all rows that are known to be those of their texts."""
-        for index, row in enumerate(self.rows if self.cache is not None else ()):
+        """Leaves in the cache the texts, and the states of all rows that are known to be those of their texts."""
+        if self.cache is None:
+            return
+        targets, drafts = list(self.cache.target_states), list(self.cache.draft_states)
+        for index, row in enumerate(self.rows):
             if row.slot is None or (self.in_flight and row.finish_reason is None):
                 continue
-            self.cache.target_states[index] = RowState.of(self.round.layers, index, row.slot, len(row.tokens) - 1)
+            targets[index] = RowState.of(self.round.layers, index, row.slot, row.tokens[:-1])
             if self.draft is self.round.proposer is not None and row.draft_at is not None:
-                self.cache.draft_states[index] = self.draft.state(index, *row.draft_at)
+                slot, length = row.draft_at
+                drafts[index] = self.draft.state(index, row.tokens[:length], slot)
+        self.cache.store([list(text) for text in self.texts], targets, drafts)
 
     def result(self) -> GenerationResult:
         vocabulary = self.target.vocab_size
-        logits = [torch.stack(row.logits) if row.logits else torch.empty(0, vocabulary) for row in self.rows]
+        nothing = torch.empty(0, vocabulary, dtype=torch.float32, device=self.target.device)
+        logits = [torch.stack(row.logits) if row.logits else nothing for row in self.rows]
         return GenerationResult(
-            sequences=[torch.tensor(row.tokens) for row in self.rows],
+            sequences=[torch.tensor(row.tokens, dtype=torch.int64, device="cpu") for row in self.rows],
             finish_reasons=[row.finish_reason for row in self.rows],
             stats=self.stats,
             logits=logits if self.output_logits else None,

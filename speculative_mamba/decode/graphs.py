@@ -3,10 +3,9 @@
 import contextlib
 import functools
 import sys
-import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,9 +13,9 @@ import torch
 from ..models.language_model import MambaLM
 from ..ops.backend import current_device
 from ..ops.filters import is_whole
-from ..ops.int8 import Int8Weight
+from .cache import options_of, weights_of
 from .executors import EagerExecutor, Executor
-from .proposers import is_told_the_text, searches_on_device
+from .proposers import draft_model, is_ngram, is_told_the_text
 from .round import Round, RoundResult
 from .sampling import LogitsProcessor
 
@@ -27,8 +26,10 @@ _POLL_S = 20e-6
 class Kind:
     """A round, its replays by lookahead, and what they rely on."""
 
+    key: tuple
     round: Round
     reliances: list[tuple]
+    entries: int = 0  # tokens that a text may have
     replays: dict[int, Callable[[], RoundResult]] = field(default_factory=dict)
     without: set[int] = field(default_factory=set)  # lookaheads for whose graphs there was no memory
     graph_bytes: int = 0
@@ -54,13 +55,13 @@ class Arrival:
         return self.result, self._record.tolist(), self._began.elapsed_time(self._ended) / 1e3
 
 
-class GraphExecutor:
+class GraphExecutor(Executor):
     """Captures each kind of round once as a CUDA graph, and launches it two rounds ahead of the host.
 
     Nothing a round depends on is read by the host: tokens come back through pinned memory, and rounds that were queued
     behind the last token change nothing. A kind is models, batch, lookaheads, sampling parameters but for the seed, and
-    acceptance. Texts may have any length; graphs are captured anew when a cache has to grow, or when a weight or an
-    option of a model is another. Calls from several threads take turns.
+    acceptance. Texts may have any length; memory follows them. Graphs are captured anew when it has to move, or when a
+    weight or an option of a model is another. Calls from several threads take turns.
 
     keep: kinds whose graphs and caches stay in memory (``nbytes``) after a call; ``clear`` frees them. If there is no
     memory for a graph, one line on stderr says so and its rounds run kernel by kernel.
@@ -72,43 +73,35 @@ class GraphExecutor:
     def __init__(self, keep: int = 4) -> None:
         if not is_whole(keep) or keep < 1:
             raise ValueError(f"keep must be a whole number of at least 1, got {keep!r}")
+        super().__init__()
         self._keep = keep
         self._kinds: OrderedDict[tuple, Kind] = OrderedDict()
         self._arrivals: deque[Arrival] = deque()
-        self._turn = threading.Lock()
-        self._owner: int | None = None  # the thread whose turn it is
         self._kind: Kind | None = None  # that it runs
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._keep,)
 
     @property
     def nbytes(self) -> int:
         """Memory of all captured kinds: caches, texts of n-gram drafts, what lies between kernels, and the graphs."""
         rounds = [kind.round for kind in self._kinds.values()]
-        tensors = [tensor for round in rounds for layer in round.all_layers() for tensor in layer.tensors()]
-        tensors += [round.proposer.text for round in rounds if hasattr(round.proposer, "text")]
+        tensors = [tensor for round in rounds for tensor in round.tensors()]
         return sum(tensor.nbytes for tensor in tensors) + sum(kind.graph_bytes for kind in self._kinds.values())
 
     def clear(self) -> None:
         """Frees the graphs and their memory."""
-        self._refuse_callbacks()
+        self.refuse_callbacks()
         with self._turn:
             self._kinds.clear()
 
     def open(
         self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
     ) -> Round:
-        self._refuse_callbacks()
-        self._turn.acquire()
-        try:
-            self._owner, self._output_logits = threading.get_ident(), output_logits
-            self._kind = self._prepared_somehow(key, make, entries, lookaheads)
-        except BaseException:
-            self.close()
-            raise
+        self._arrivals.clear()
+        self._output_logits = output_logits
+        self._kind = self._prepared_somehow(key, make, entries, lookaheads)
         return self._kind.round
-
-    def _refuse_callbacks(self) -> None:
-        if self._owner == threading.get_ident():
-            raise ValueError("a callback of generate cannot use the same executor; give it a GraphExecutor of its own")
 
     def _prepared_somehow(self, *arguments: object) -> Kind:
         """A second time without other kinds, if there is no memory beside them."""
@@ -125,18 +118,32 @@ class GraphExecutor:
             while len(self._kinds) >= self._keep:
                 self._kinds.popitem(last=False)
             round = make()
-            kind = Kind(round, _reliances(round))
+            kind = Kind(key, round, _reliances(round))
+        kind.round.reset()
+        self._reserve(kind, entries, lookaheads)
+        self._kinds[key] = kind  # complete: what fails half way is not kept
+        return kind
+
+    def _reserve(self, kind: Kind, entries: int, lookaheads: Iterable[int]) -> None:
+        """Memory for texts of so many tokens, and replays that work on it."""
         with current_device(kind.round.places.last):
-            kind.round.leave_all_out()
             if kind.round.reserve(entries):
                 kind.replays.clear()
                 kind.graph_bytes = 0
+            kind.entries = entries
             for drafts in lookaheads:
                 if drafts not in kind.replays or drafts in kind.without:
-                    kind.replays[drafts] = self._capture(kind, drafts)
-                    kind.round.leave_all_out()
-        self._kinds[key] = kind  # complete: what fails half way is not kept
-        return kind
+                    with kind.round.held():
+                        kind.replays[drafts] = self._capture(kind, drafts)
+
+    def fits(self, entries: int) -> bool:
+        return entries <= self._kind.entries
+
+    def grow(self, entries: int) -> None:
+        kind = self._kind
+        self._kinds.pop(kind.key)  # until it is complete again
+        self._reserve(kind, entries, tuple(kind.replays))
+        self._kinds[kind.key] = kind
 
     def _capture(self, kind: Kind, drafts: int) -> Callable[[], RoundResult]:
         eagerly = functools.partial(kind.round.run, drafts)
@@ -174,8 +181,7 @@ class GraphExecutor:
 
     def close(self) -> None:
         self._arrivals.clear()
-        self._kind = self._owner = None
-        self._turn.release()
+        self._kind = None
 
 
 def _replay(graph: torch.cuda.CUDAGraph, result: RoundResult) -> RoundResult:
@@ -185,17 +191,10 @@ def _replay(graph: torch.cuda.CUDAGraph, result: RoundResult) -> RoundResult:
 
 def _reliances(round: Round) -> list[tuple]:
     """Of the models, what a captured round takes for granted: where weights lie, and options of a cache."""
-    models = [round.target, getattr(round.proposer, "model", None)]
+    models = [round.target, round.proposer and round.proposer.model]
     known = [model for model in models if isinstance(model, MambaLM)]
-    weights = [weight for model in known for weight in (model.embedding, *model.weights())]
-    int8 = [weight for weight in weights if isinstance(weight, Int8Weight)]
-    tensors = [weight for weight in weights if not isinstance(weight, Int8Weight)]
-    tensors += [tensor for weight in int8 for tensor in (weight.values, weight.scale)]
-    options = [(model.state_dtype, model.checkpoint, model.backend, model.config) for model in known]
-    return [*options, *((tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors)]
-
-
-_shared = GraphExecutor()
+    tensors = [tensor for model in known for tensor in weights_of(model)]
+    return [*map(options_of, known), *((tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors)]
 
 
 def as_executor(executor: Executor | str, target: object, draft: object, processor: LogitsProcessor | None) -> Executor:
@@ -206,19 +205,19 @@ def as_executor(executor: Executor | str, target: object, draft: object, process
     """
     if executor == "eager":
         return EagerExecutor()
-    if executor != "graph" and (isinstance(executor, type) or not hasattr(executor, "launch")):
+    if executor != "graph" and not isinstance(executor, Executor):
         raise ValueError(f"unknown executor {executor!r}; choose from: eager, graph")
-    chosen = _shared if executor == "graph" else executor
+    chosen = GraphExecutor(keep=1) if executor == "graph" else executor
     if not chosen.fixed:
         return chosen
     if isinstance(chosen, GraphExecutor) and target.device.type != chosen.device_type:
         raise ValueError(f"executor 'graph' needs a CUDA device, and the model is on {target.device}; use 'eager'")
-    backends = [getattr(model, "backend", None) for model in (target, getattr(draft, "model", draft))]
+    backends = [getattr(model, "backend", None) for model in (target, draft_model(draft))]
     if target.device.type == "cuda" and "reference" in backends:
         raise ValueError("executor 'graph' needs backend cuda or triton; 'reference' reads values on the host")
     if processor is not None:
         raise ValueError("a logits_processor is Python and cannot be in a CUDA graph; use executor='eager'")
-    if is_told_the_text(draft) and not searches_on_device(draft):
+    if is_told_the_text(draft) and not is_ngram(draft):
         name = type(draft).__name__
         raise ValueError(f"the drafter {name} is Python and cannot be in a CUDA graph; use executor='eager'")
     return chosen

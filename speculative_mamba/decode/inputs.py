@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Collection, Sequence
 
-import torch
-
 from ..models.vocabulary import check_same_vocabulary, known_vocabulary
 from ..ops.filters import is_whole
 from .cache import GenerationCache
+from .drafter import Drafter, LanguageModel, Proposer
+from .proposers import draft_model
 from .sampling import SamplingParams
 
 ACCEPTANCES = ("rejection", "coupled")
@@ -15,57 +15,24 @@ MAX_LOOKAHEAD = 15
 MAX_NEW_TOKENS = 2**31 - 1
 
 
-def read_prompts(
-    prompt_ids: torch.Tensor | Sequence[Sequence[int]], vocabulary: int, unused: Collection[int] = ()
-) -> list[list[int]]:
-    """Prompts as lists. unused: ids that no tokenizer has.
-
-    Raises:
-        ValueError: no rows, an empty row, or something other than token ids of the vocabulary.
-    """
-    if isinstance(prompt_ids, torch.Tensor):
-        if prompt_ids.ndim != 2 or prompt_ids.is_floating_point() or prompt_ids.dtype == torch.bool:
-            raise ValueError(
-                f"prompt_ids must be a LongTensor (B, L), got {prompt_ids.dtype} of shape {tuple(prompt_ids.shape)}"
-            )
-        prompt_ids = prompt_ids.tolist()
-    try:
-        prompts = [list(row.tolist() if isinstance(row, torch.Tensor) else row) for row in prompt_ids]
-    except TypeError:
-        raise ValueError("prompt_ids must be a LongTensor (B, L) or a list of lists of token ids") from None
-    if not prompts:
-        raise ValueError("prompt_ids has no rows; give at least one prompt")
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"the prompt of row {index} is empty; give at least one token")
-        for token in prompt:
-            if not is_whole(token):
-                raise ValueError(f"the prompt of row {index} holds {token!r}, which is no token id")
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"token id {token} in row {index} is outside the vocabulary of {vocabulary} tokens")
-            if token in unused:
-                raise ValueError(f"token id {token} in row {index} is padding: the model's tokenizer has no such token")
-    return [list(map(int, prompt)) for prompt in prompts]
-
-
 def check_models(target: object, draft: object) -> None:
     """Target and draft of ``generate``.
 
     Raises:
         ValueError: one is no model, or they do not fit together.
     """
-    if not all(hasattr(target, name) for name in ("vocab_size", "prefill", "verify")):
+    if not isinstance(target, LanguageModel) or isinstance(target, type):
         raise ValueError(f"target must be a model, as load_model gives it, got {type(target).__name__}")
     if isinstance(draft, str) and draft not in NAMED_DRAFTS:
         raise ValueError(f"unknown draft {draft!r}; by name there is: {', '.join(NAMED_DRAFTS)}")
     if draft is None or isinstance(draft, str):
         return
-    kinds = (("begin", "propose"), ("prefill", "verify"), ("prepare", "draft"))
-    if not any(all(hasattr(draft, name) for name in ("vocab_size", *names)) for names in kinds):
+    if isinstance(draft, type) or not isinstance(draft, LanguageModel | Drafter | Proposer):
         raise ValueError(f"draft must be a model, as load_model gives it, or a Drafter, got {type(draft).__name__}")
-    if getattr(draft, "device", target.device) != target.device:
-        raise ValueError(f"draft and target are on two devices, {draft.device} and {target.device}; use one")
-    check_same_vocabulary(known_vocabulary(target), known_vocabulary(draft))
+    model = draft_model(draft)
+    if model is not None and model.device != target.device:
+        raise ValueError(f"draft and target are on two devices, {model.device} and {target.device}; use one")
+    check_same_vocabulary(known_vocabulary(target), known_vocabulary(draft if model is None else model))
 
 
 def check_generation(

@@ -11,6 +11,8 @@ AUTO_AT_MOST = AUTO_LOOKAHEADS[-1]
 class FixedLookahead:
     """The same K in every round."""
 
+    dropped = False
+
     def __init__(self, most: int) -> None:
         self.all = (most,)
 
@@ -24,9 +26,10 @@ class AdaptiveLookahead:
     """Of a few lookaheads K the one that promises most tokens per second, from running acceptance and measured costs.
 
     With acceptance rate α, K drafted tokens give (1 - α^(K+1)) / (1 - α) tokens a round. Rounds cost what they took in
-    this run; those of a K not yet tried lie on a line through the others. To draw it, two rounds are plain decoding,
-    after the first that drafts. When even a hopeful estimate of α promises less than plain decoding, the draft is
-    dropped for the rest of the run and ``next`` is 0.
+    this run; the first of a K takes longer (memory, caches, compilers), so it is no evidence. Those of a K not yet
+    measured lie on a line through the others. To draw it, two rounds are plain decoding, after the first that drafts.
+    When these plans are measured and even a hopeful estimate of α promises less than plain decoding, the draft is
+    ``dropped`` for the rest of the run and ``next`` is 0.
 
     lookaheads: in rising order, from 0 on. ``observe`` may come a few rounds after ``next``.
     """
@@ -37,37 +40,31 @@ class AdaptiveLookahead:
 
     def __init__(self, lookaheads: Sequence[int]) -> None:
         self.all = tuple(lookaheads)
+        self.dropped = False
         self._first = max(k for k in self.all if k <= self._FIRST)
         self._to_try = deque([self._first, 0, 0, self._first])
         self._tested, self._accepted = 2.0, 1.4  # before anything is known
         self._rounds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
-        self._dropped = False
 
     def next(self) -> int:
-        if self._dropped:
+        if self.dropped:
             return 0
-        known = self._known()
-        if 0 in known and len(known) > 1:
-            rate = self._accepted / self._tested
-            error = (max(rate * (1 - rate), 0.04) / self._tested) ** 0.5
-            hope = 1.0 if self._to_try else min(rate + self._HOPE * error, 1.0)
-            if max(self._speed(k, hope, known) for k in self.all[1:]) < self._speed(0, hope, known):
-                self._dropped = True
-                return 0
-            if not self._to_try:
-                return max(self.all[1:], key=lambda k: self._speed(k, rate, known))
-        return self._to_try.popleft() if self._to_try else self._first
+        if self._to_try:
+            return self._to_try.popleft()
+        known = {k: statistics.median([*times][1:]) for k, times in self._rounds.items() if len(times) > 1}
+        if not known.keys() >= {0, self._first}:
+            return self._first
+        rate = self._accepted / self._tested
+        error = (max(rate * (1 - rate), 0.04) / self._tested) ** 0.5
+        hope = min(rate + self._HOPE * error, 1.0)
+        self.dropped = max(self._speed(k, hope, known) for k in self.all[1:]) < self._speed(0, hope, known)
+        return 0 if self.dropped else max(self.all[1:], key=lambda k: self._speed(k, rate, known))
 
     def observe(self, drafts: int, tested: int, accepted: int, seconds: float) -> None:
         """One round: ``drafts`` proposed per row; ``tested``, ``accepted`` of all rows; what it took."""
         fade = self._MEMORY**tested
         self._tested, self._accepted = self._tested * fade + tested, self._accepted * fade + accepted
         self._rounds[drafts].append(seconds)
-
-    def _known(self) -> dict[int, float]:
-        """Seconds of rounds by K. The first of a kind takes longer and counts only while there is too little else."""
-        known = {k: statistics.median([*times][1:]) for k, times in self._rounds.items() if len(times) > 1}
-        return known if len(known) > 1 else {k: times[-1] for k, times in self._rounds.items()}
 
     def _speed(self, drafts: int, rate: float, known: dict[int, float]) -> float:
         tokens = sum(rate**k for k in range(drafts + 1))

@@ -55,10 +55,11 @@ class NgramDrafter:
         if all(place is None for place in places):
             lookahead = 0
         self.counts = [0 if place is None else lookahead for place in places]
-        tokens = torch.empty(len(rows), lookahead, dtype=torch.int64)
+        tokens = torch.empty(len(rows), lookahead, dtype=torch.int64, device="cpu")
         for row, (text, place) in enumerate(zip(rows, places, strict=True) if lookahead else ()):
             period = len(text) - (len(text) - 1 if place is None else place)
-            tokens[row] = torch.tensor([text[step % period - period] for step in range(lookahead)])
+            copied = [text[step % period - period] for step in range(lookahead)]
+            tokens[row] = torch.tensor(copied, dtype=torch.int64, device="cpu")
         return tokens, None
 
 

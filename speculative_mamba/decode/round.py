@@ -1,11 +1,14 @@
 """One round of a batch, on the models' device: draft, verify, accept, commit."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from ..layers.cache import AttentionCache
+from ..models.language_model import MambaLM
 from ..ops import commit_tokens
 from ..ops.commit_tokens import RowPlaces
 from ..ops.law import VERDICTS
@@ -58,6 +61,7 @@ class Round:
             active=sampler.active,
             slots=torch.full((lookahead + 1, batch), -1, dtype=torch.int32, device=device),
         )
+        self._replayed = replayed
         self.is_stop = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)
         self._nothing = Proposal(torch.empty(batch, 0, dtype=torch.int64, device=device), None, self.places.room)
         self._verdicts = torch.zeros(lookahead + 1, batch, dtype=torch.int32, device=device)
@@ -72,35 +76,55 @@ class Round:
         """Every row goes on from its text, which the models have read."""
         places, device = self.places, self.places.last.device
         self.sampler.begin(texts)
-        places.last.copy_(torch.tensor([[text[-2] if len(text) > 1 else 0, text[-1]] for text in texts], device=device))
+        last = [[text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]
+        places.last.copy_(torch.tensor(last, dtype=torch.int64, device=device))
         places.room.fill_(budget - 1)
         slots = torch.arange(len(places.slots), dtype=torch.int32, device=device)
         places.slots.copy_(slots[:, None].expand_as(places.slots))
         self.is_stop.zero_()
         known = [token for token in stop_token_ids if 0 <= token < self.target.vocab_size]
         if known:
-            self.is_stop[torch.tensor(known, device=device)] = True
+            self.is_stop[torch.tensor(known, dtype=torch.int64, device=device)] = True
 
     def leave_out(self, row: int) -> None:
         """From the next round on this row stays as it is."""
         self.places.active[row].fill_(False)
         self.places.slots[:, row].fill_(-1)
 
-    def leave_all_out(self) -> None:
-        """All rows, whatever an earlier call left behind: until ``begin`` rounds change nothing."""
-        self.places.active.fill_(False)
-        self.places.slots.fill_(-1)
-        for layer in self.all_layers():
+    def reset(self) -> None:
+        """Leaves all rows out, whatever an earlier call left behind: until ``begin`` rounds change nothing."""
+        self._leave_all_out()
+        for layer in self._all_layers():
             layer.reset()
 
-    def all_layers(self) -> list:
-        """Of both models."""
-        return [*self.layers, *getattr(self.proposer, "layers", [])]
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Rounds that run meanwhile change nothing."""
+        places, caches = self.places, [layer for layer in self._all_layers() if isinstance(layer, AttentionCache)]
+        active, slots, bounds = places.active.clone(), places.slots.clone(), [cache.at_most for cache in caches]
+        self._leave_all_out()
+        yield
+        places.active.copy_(active)
+        places.slots.copy_(slots)
+        for cache, bound in zip(caches, bounds, strict=True):
+            cache.at_most = bound
+
+    def _leave_all_out(self) -> None:
+        self.places.active.fill_(False)
+        self.places.slots.fill_(-1)
+
+    def _all_layers(self) -> list:
+        return [*self.layers, *(self.proposer.layers if self.proposer else ())]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Memory of caches and texts."""
+        own = [tensor for layer in self.layers for tensor in layer.tensors()]
+        return own + (self.proposer.tensors() if self.proposer else [])
 
     def reserve(self, entries: int) -> bool:
-        """Makes room for texts of so many tokens. Whether anything moved, so that what was captured is void."""
-        moved = hasattr(self.target, "reserve") and self.target.reserve(self.layers, entries)
-        return (hasattr(self.proposer, "reserve") and self.proposer.reserve(entries)) or moved
+        """Makes room for texts of so many tokens. Whether anything moved."""
+        moved = isinstance(self.target, MambaLM) and self.target.reserve(self.layers, entries)
+        return (self.proposer is not None and self.proposer.reserve(entries)) or moved
 
     def run(self, drafts: int) -> RoundResult:
         """Drafts so many tokens for every row, or fewer if the proposer has no more."""
@@ -112,17 +136,36 @@ class Round:
         window = torch.cat([places.last[:, 1:], proposal.tokens], 1) if drafts else places.last[:, 1:]
         logits = self.target.verify(window, self.layers, places.slots[0])
         verified = time.perf_counter()
+        limits = proposal.limits
+        if proposal.tokens.shape[1]:
+            limits = self._up_to_a_stop(proposal, logits)
         accepted, following = self.sampler.accept(
-            logits, proposal.tokens, proposal.laws, limits=proposal.limits, verdicts=verdicts[drafts]
+            logits, proposal.tokens, proposal.laws, limits=limits, verdicts=verdicts[drafts]
         )
         if drafts:
-            verdicts[:drafts].masked_fill_(self._steps[:drafts] >= proposal.limits, 0)  # of tokens that do not count
+            verdicts[:drafts].masked_fill_(self._steps[:drafts] >= limits, 0)  # of tokens that do not count
             verdicts[drafts].add_(verdicts[:drafts].amax(0), alpha=_OF_DRAFT)
         record = commit_tokens(
             proposal.tokens, accepted, following, verdicts[drafts], proposal.limits, self.is_stop, places,
-            seen=self.sampler.seen, text=getattr(self.proposer, "text", None), backend=self.sampler.backend,
+            seen=self.sampler.seen, text=self.proposer.text if self.proposer else None, backend=self.sampler.backend,
         )  # fmt: skip
         return RoundResult(drafts, proposal.tokens.shape[1], record, logits, proposed - began, verified - proposed)
+
+    def _up_to_a_stop(self, proposal: Proposal, logits: torch.Tensor) -> torch.Tensor:
+        """How many of a row's drafted tokens count, now that none does behind a stop token.
+
+        Nor do the logits there, which may be anything: those that would be looked at are made harmless.
+        """
+        stops = self.is_stop[proposal.tokens]
+        if not self._replayed and not stops.any():
+            return proposal.limits
+        behind = stops.cumsum(1, dtype=torch.int32) - stops.int() > 0
+        limits = torch.minimum(proposal.limits, (~behind).sum(1, dtype=torch.int32))
+        last = (limits.long() - 1).clamp(min=0)[:, None]
+        ends = (limits > 0) & stops.gather(1, last)[:, 0]
+        after = (last + 1)[..., None].expand(-1, 1, logits.shape[2])
+        logits.scatter_(1, after, logits.gather(1, after).masked_fill(ends[:, None, None], 0))
+        return limits
 
 
 def broken(row: int, position: int, verdict: int) -> str:

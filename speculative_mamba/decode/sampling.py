@@ -38,8 +38,10 @@ class SamplingParams(Filters):
     def keys(self, rows: int) -> torch.Tensor:
         """Seed and stream of each row, (rows, 2) int64."""
         if isinstance(self.seed, tuple):
-            return torch.tensor([[seed, 0] for seed in self.seed])
-        return torch.tensor([[self.seed, row] for row in range(rows)])
+            streams = [[seed, 0] for seed in self.seed]
+        else:
+            streams = [[self.seed, row] for row in range(rows)]
+        return torch.tensor(streams, dtype=torch.int64, device="cpu")
 
 
 class Sampler:
@@ -69,25 +71,26 @@ class Sampler:
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
         self._processor = processor
-        self.follow([[]] * rows, [])
+        self.follow({}, lambda row, tokens: False)
 
     def begin(self, texts: Sequence[Sequence[int]]) -> None:
         """All rows go on from these tokens."""
         device = self.keys.device
-        self.positions.copy_(torch.tensor([len(text) for text in texts], device=device))
+        self.positions.copy_(torch.tensor([len(text) for text in texts], dtype=torch.int64, device=device))
         self.active.fill_(True)
         if self.seen is not None:
             self.seen.zero_()
             for row, text in enumerate(texts):
-                self.seen[row, torch.tensor(text, device=device)] = True
+                self.seen[row, torch.tensor(text, dtype=torch.int64, device=device)] = True
 
     def reseed(self, sampling: SamplingParams) -> None:
         """The seed of what follows; the other parameters must be those from before."""
         self.keys.copy_(sampling.keys(len(self.keys)))
 
-    def follow(self, texts: list[list[int]], rows: list[int]) -> None:
-        """What a logits processor is told: all committed tokens, and the rows that are generating."""
-        self._texts, self._rows = texts, rows
+    def follow(self, texts: dict[int, list[int]], ends: Callable[[int, list[int]], bool]) -> None:
+        """What a logits processor is told: the committed tokens of the rows that are generating, and whether a row's
+        text is complete with some further tokens, so that nobody is asked what comes after them."""
+        self._texts, self._ends = texts, ends
 
     def draft(
         self,
@@ -107,8 +110,10 @@ class Sampler:
         """
         if self._processor is not None:
             logits = logits.clone()
-            for row in self._rows:
-                logits[row] = self._process(row, drafted[row].tolist(), logits[row])
+            for row in self._texts:
+                tokens = drafted[row].tolist()
+                if not self._ends(row, tokens):
+                    logits[row] = self._process(row, tokens, logits[row])
         purpose = Purpose.TOKEN if self.coupled else Purpose.DRAFT
         recent = None if self.seen is None else drafted.contiguous()
         try:
@@ -134,17 +139,21 @@ class Sampler:
             ValueError: logits or laws that matter are broken, and no ``verdicts`` are asked for.
         """
         if self._processor is not None:
-            logits = self._processed(logits, drafted)
+            logits = self._processed(logits, drafted, limits)
         return speculative_accept(
             logits, drafted.contiguous(), laws, self.sampling, self.keys, self.positions, coupled=self.coupled,
             seen=self.seen, active=self.active, limits=limits, verdicts=verdicts, backend=self.backend,
         )  # fmt: skip
 
-    def _processed(self, logits: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
+    def _processed(self, logits: torch.Tensor, drafted: torch.Tensor, limits: torch.Tensor | None) -> torch.Tensor:
         logits = logits.clone()
-        for row in self._rows:
-            tokens = drafted[row].tolist()
+        counts = [drafted.shape[1]] * len(drafted) if limits is None else limits.tolist()
+        for row in self._texts:
+            tokens = drafted[row, : counts[row]].tolist()
             for position in range(len(tokens) + 1):
+                if self._ends(row, tokens[:position]):
+                    logits[row, position] = 0  # harmless, and never drawn from
+                    break
                 logits[row, position] = self._process(row, tokens[:position], logits[row, position])
                 # A token that is impossible now ends the window: the text behind it will never be.
                 if position < len(tokens) and logits[row, position, tokens[position]] == -torch.inf:

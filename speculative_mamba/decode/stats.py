@@ -14,6 +14,8 @@ class GenerationStats:
     setup_s covers memory and CUDA graphs, where they are not there from an earlier call; prefill_s both models'
     prompts; decode_s everything after, of which draft_s and verify_s are the models' calls (0 with executor "graph",
     where a whole round is one call).
+    draft_dropped_at: with lookahead "auto", after how many rounds the draft was given up because it did not pay; None:
+    never.
     """
 
     prompt_tokens: int = 0
@@ -30,6 +32,7 @@ class GenerationStats:
     decode_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
+    draft_dropped_at: int | None = None
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -38,7 +38,7 @@ class ScriptedDraft:
         for index, row in enumerate(rows):
             positions = range(len(row), len(row) + lookahead)
             proposals.append([self._token(index, position) for position in positions])
-        return torch.tensor(proposals), None
+        return torch.tensor(proposals, dtype=torch.int64, device="cpu"), None
 
     def _token(self, row: int, position: int) -> int:
         text = self._texts[row]
@@ -46,7 +46,7 @@ class ScriptedDraft:
         return right if self._agree(row, position) else (right + 1) % self.vocab_size
 
 
-class ScriptedProposer:
+class ScriptedProposer(Proposer):
     """The same on the device, for rounds that are not run as Python."""
 
     def __init__(
@@ -58,6 +58,7 @@ class ScriptedProposer:
         cost: Proposer | None = None,
     ) -> None:
         self.vocab_size, self._cost = vocab_size, cost
+        self.model = None if cost is None else cost.model
         rows = []
         for row, text in enumerate(texts):
             rows.append([token if agree(row, at) else (token + 1) % vocab_size for at, token in enumerate(text)])

@@ -133,13 +133,13 @@ def assert_states_fit(assert_slot_holds) -> Callable[..., None]:
         for model, states in ((cache.target, cache.target_states), (cache.draft, cache.draft_states)):
             for row, state in enumerate(states):
                 if complete and model is cache.target and states is cache.target_states:
-                    assert state.absorbed == len(cache.sequences[row]) - 1
+                    assert len(state.tokens) == len(cache.sequences[row]) - 1
                 if state is not None:
-                    assert state.absorbed < len(cache.sequences[row])
+                    assert len(state.tokens) < len(cache.sequences[row])
                     restored = model.new_cache(1, 1)
                     for layer, saved in zip(restored, state.layers, strict=True):
                         layer.restore(0, saved)
-                    assert_slot_holds(model, restored, 0, 0, cache.sequences[row][: state.absorbed])
+                    assert_slot_holds(model, restored, 0, 0, cache.sequences[row][: len(state.tokens)])
 
     return check
 

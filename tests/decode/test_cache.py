@@ -1,13 +1,19 @@
 """The state after a call is the state of its text: several calls with a cache equal one longer call, bit for bit."""
 
+import copy
 import dataclasses
+import gc
+import pickle
 import random
+import weakref
 
 import pytest
 import torch
 
 import speculative_mamba as sm
-from speculative_mamba.testing.models import random_model, tiny_config
+from speculative_mamba.decode.executors import EagerExecutor
+from speculative_mamba.testing.models import ARCHITECTURES, TableModel, random_model, tiny_config
+from speculative_mamba.testing.recording import RecordingExecutor
 from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -294,3 +300,111 @@ def test_a_refused_argument_loses_nothing(pair, prompt, plain, bad):
         sm.generate(target, [[*cache.sequences[0], 1]], cache=cache, **bad)
     result = sm.generate(target, cache.sequences, max_new_tokens=5, stop_token_ids=(), cache=cache)
     assert result.sequences[0].tolist() == plain(target, prompt(4), 10)[0]
+
+
+EDITS = {
+    "cut": lambda texts: texts[0].__delitem__(slice(-3, None)),
+    "cut by one": lambda texts: texts[0].pop(),
+    "cut to one token": lambda texts: texts[1].__delitem__(slice(1, None)),
+    "changed": lambda texts: texts[0].__setitem__(2, 60 - texts[0][2]),
+    "turned round": lambda texts: texts.reverse(),
+    "one row less": lambda texts: texts.pop(),
+    "one row more": lambda texts: texts.append([1]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_text_that_was_edited_in_place_is_refused(family, prompt, assert_states_fit, kind, edit):
+    """A state knows what it has read; what the list of texts says by then does not matter."""
+    target, drafts = family(kind)
+    cache, options = sm.GenerationCache(), {"draft": drafts["near"], "stop_token_ids": ()}
+    sm.generate(target, [prompt(5), prompt(9)], max_new_tokens=7, cache=cache, **options)
+    whole = [list(text) for text in cache.sequences]
+    EDITS[edit](cache.sequences)
+    with pytest.raises(ValueError, match="row") as caught:
+        sm.generate(target, cache.sequences, cache=cache, **options)
+    assert "\n" not in str(caught.value)
+    cache.sequences = whole
+    result = sm.generate(target, whole, max_new_tokens=4, cache=cache, output_logits=True, **options)
+    check_parts([result], sm.generate(target, whole, max_new_tokens=4, output_logits=True, stop_token_ids=()))
+    assert_states_fit(cache)
+
+
+def test_an_edit_behind_what_was_read_is_the_users_word(pair, prompt):
+    target, cache = pair().target, sm.GenerationCache()
+    sm.generate(target, [prompt(5)], max_new_tokens=7, cache=cache, stop_token_ids=())
+    cache.sequences[0][-1] = 60 - cache.sequences[0][-1]
+    cache.sequences[0] += [3, 4]
+    text = [list(cache.sequences[0])]
+    result = sm.generate(target, cache.sequences, max_new_tokens=4, cache=cache, **OPTIONS)
+    check_parts([result], sm.generate(target, text, max_new_tokens=4, **OPTIONS))
+
+
+def test_what_a_callback_does_to_the_texts_of_a_cache_is_its_own(pair, prompt, plain):
+    cache = sm.GenerationCache()
+    result = sm.generate(
+        pair().target, [prompt(5)], draft=pair().target, max_new_tokens=9, stop_token_ids=(), cache=cache,
+        on_token=lambda row, token: cache.sequences[row].clear(),
+    )  # fmt: skip
+    assert result.sequences[0].tolist() == cache.sequences[0] == plain(pair().target, prompt(5), 9)[0]
+
+
+def same_again(model):
+    """A model of the same weights, as if it had been loaded again."""
+    return dataclasses.replace(model, head=model.head.clone(), norm_weight=model.norm_weight.clone())
+
+
+@pytest.mark.parametrize(
+    "again", [lambda it: pickle.loads(pickle.dumps(it)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
+@pytest.mark.parametrize("draft", ["near", "ngram", None])
+def test_a_result_can_be_pickled_and_gone_on_from_elsewhere(pair, prompt, plain, assert_states_fit, again, draft):
+    """Its models are known by their weights, where they are loaded again."""
+    models, given = pair(), [prompt(5), prompt(66)]
+    draft = models.drafts.get(draft, draft)
+    options = {"draft": draft, "stop_token_ids": ()}
+    result = sm.generate(
+        models.target, given, max_new_tokens=7, cache=sm.GenerationCache(), output_logits=True, **options
+    )
+    copied = again(result)
+    assert lists(copied) == lists(result) and copied.stats == result.stats
+    assert len(pickle.dumps(result)) < 500_000, "no weights"
+    for target in (models.target, same_again(models.target)):
+        cache = again(copied.cache)
+        if draft is models.drafts["near"]:
+            options["draft"] = same_again(draft)
+        whole = sm.generate(target, cache.sequences, max_new_tokens=5, cache=cache, **options)
+        for row, text in enumerate(lists(whole)):
+            assert text == plain(models.target, given[row], 12)[0]
+        assert_states_fit(cache)
+    other = dataclasses.replace(models.target, norm_weight=models.target.norm_weight * 1.5)
+    for changed in (other, dataclasses.replace(models.target, state_dtype=torch.float16)):
+        with pytest.raises(ValueError, match="another model"):
+            sm.generate(changed, copied.cache.sequences, cache=copied.cache)
+
+
+def test_a_result_does_not_hold_the_models(prompt):
+    target, draft = random_model(tiny_config()), random_model(tiny_config(), seed=1)
+    held = [weakref.ref(target), weakref.ref(draft)]
+    result = sm.generate(target, [prompt(3)], draft=draft, max_new_tokens=5, cache=sm.GenerationCache())
+    del target, draft
+    gc.collect()
+    assert [model() for model in held] == [None, None]
+    assert result.cache.target is result.cache.draft is None
+
+
+@pytest.mark.parametrize(
+    "again", [lambda it: pickle.loads(pickle.dumps(it)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
+def test_drafters_and_executors_can_be_copied(again):
+    """Also after they were used; a copy of an executor has no graphs yet."""
+    target = TableModel(torch.eye(11).roll(1, 1) + 0.01)
+    graphs = RecordingExecutor(keep=3)
+    for draft in (sm.NgramDrafter(11, shortest=1), sm.ModelDrafter(target)):
+        options = {"draft": draft, "max_new_tokens": 12, "sampling": sm.SamplingParams(temperature=1.0, seed=1)}
+        expected = lists(sm.generate(target, [[1, 2, 1]], executor=graphs, **options))
+        options["draft"] = again(draft)
+        assert lists(sm.generate(target, [[1, 2, 1]], executor=again(graphs), **options)) == expected
+        assert lists(sm.generate(target, [[1, 2, 1]], executor=again(EagerExecutor()), **options)) == expected
+    assert again(graphs)._keep == 3

@@ -105,7 +105,6 @@ def test_few_tokens_of_an_equal_model_are_all_accepted(pair, prompt, assert_stat
         stop_token_ids=(), cache=cache,
     ).stats  # fmt: skip
     assert stats.accepted == stats.tested > 0
-    cache.draft = target  # the drafter's model, whose states these are
     assert_states_fit(cache)
 
 
@@ -123,6 +122,68 @@ def test_a_draft_that_never_proposes_is_plain_decoding(pair, plain, prompt):
     stats = result.stats
     assert stats.drafted == stats.tested == stats.accepted == 0 and stats.rounds == stats.tokens == 9
     assert stats.acceptance_rate is None and stats.tokens_per_round == 1
+
+
+class Answers:
+    """An attribute of any name, as those have that pass on to something else."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+def decorated(base, **attributes):
+    return type("Decorated", (base,), attributes)
+
+
+NAMES = (
+    "draft", "prepare", "model", "device", "text", "layers", "reserve", "drafter", "backend", "counts", "name",
+    "tokenizer", "launch", "snapshot", "capturable", "allocate", "prefill",
+)  # fmt: skip
+
+
+def not_called(*arguments, **options):
+    pytest.fail("called")
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        *(dict.fromkeys(NAMES, value) for value in (None, "cpu", not_called)),
+        dict.fromkeys(("new_cache", "prefill", "verify", "eos_token_id", "device"), not_called),
+    ],
+    ids=["None", "a string", "methods", "those of a model"],
+)
+def test_what_else_a_drafter_has_does_not_matter(pair, plain, prompt, attributes):
+    """It is one because it proposes."""
+    text = plain(pair().target, prompt(3), 9)[0]
+    draft = decorated(ScriptedDraft, **attributes)([text], 61, lambda row, at: at % 4 != 0)
+    result = sm.generate(pair().target, [prompt(3)], draft=draft, max_new_tokens=9, stop_token_ids=())
+    assert result.sequences[0].tolist() == text and 0 < result.stats.accepted < result.stats.tested
+
+
+def test_a_drafter_that_answers_to_every_name(pair, plain, prompt):
+    text = plain(pair().target, prompt(3), 9)[0]
+    draft = decorated(ScriptedDraft, __getattr__=Answers.__getattr__)([text], 61, lambda row, at: True)
+    result = sm.generate(
+        pair().target, [prompt(3)], draft=draft, max_new_tokens=9, stop_token_ids=(), cache=sm.GenerationCache()
+    )
+    assert result.sequences[0].tolist() == text and result.stats.acceptance_rate == 1
+
+
+def test_the_texts_that_a_drafter_gets_are_its_own(pair, plain, prompt):
+    class Careless(ScriptedDraft):
+        def propose(self, rows, accepted, lookahead):
+            proposal = super().propose(rows, accepted, lookahead)
+            for row in rows:
+                row.clear()
+            return proposal
+
+    text = plain(pair().target, prompt(3), 9)[0]
+    draft = Careless([text], 61, lambda row, at: at % 3 != 0)
+    result = sm.generate(pair().target, [prompt(3)], draft=draft, max_new_tokens=9, stop_token_ids=())
+    assert result.sequences[0].tolist() == text
 
 
 def test_what_a_drafter_is_told(pair, prompt):

@@ -1,6 +1,10 @@
 """Calls that break off, wherever they do, leave executor and cache such that the next call is right."""
 
 import dataclasses
+import functools
+import sys
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy
 import pytest
@@ -48,6 +52,66 @@ def test_an_executor_is_given_back(pair, prompt, monkeypatch, kind, owner, name,
         with pytest.raises(error):
             sm.generate(models.target, [prompt(3)], cache=sm.GenerationCache(), **options)
     assert sm.generate(models.target, [prompt(3)], **options).stats.tokens == 9
+
+
+INNER = ("drafter.py", "proposers.py", "model.py", "sampling.py", "round.py", "stats.py", "inputs.py", "prompts.py")
+
+
+def interrupted_at(call: int, run: Callable[[], object]) -> bool:
+    """Runs with a KeyboardInterrupt when for the ``call``-th time a function of the loop begins or ends, which is where
+    signals arrive. Whether there were so many. What rounds and drafts do inside is left out."""
+    left = call
+
+    def trace(frame: object, event: str, argument: object) -> object:
+        nonlocal left
+        folder, _, file = frame.f_code.co_filename.rpartition("/")
+        if "/speculative_mamba/decode" not in folder or file in INNER:
+            return None
+        if event in ("call", "return"):
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return left <= 0
+
+
+@both_kinds
+def test_an_interrupt_anywhere_leaves_executor_and_cache_right(kind) -> None:
+    """The next call is right in this thread, while the error is still held, and in another."""
+    target, executor = TableModel(torch.eye(11).roll(1, 1)), kind()
+
+    def call(cache: sm.GenerationCache | None = None, prompts: Sequence = ([3, 4],)) -> list[int]:
+        result = sm.generate(
+            target, cache.sequences or prompts if cache else prompts, draft=sm.ModelDrafter(target), lookahead=2,
+            max_new_tokens=7, executor=executor, cache=cache,
+        )  # fmt: skip
+        return result.sequences[0].tolist()
+
+    call()
+    at, interrupts = 1, 0
+    while True:
+        cache = sm.GenerationCache()
+        if not interrupted_at(at, functools.partial(call, cache)):
+            break
+        interrupts += 1
+        text = cache.sequences[0] if cache.sequences else [3, 4]
+        assert text == [(3 + step) % 11 for step in range(len(text))]
+        assert call(cache) == [(3 + step) % 11 for step in range(len(text) + 7)]
+        at += 1 + at // 10
+    assert interrupts > 15
+    other = threading.Thread(target=call)
+    other.start()
+    other.join(5)
+    assert not other.is_alive()
 
 
 @both_kinds

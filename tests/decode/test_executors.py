@@ -6,6 +6,7 @@ read stays what it was when the tape was made, with all rows left out.
 
 import dataclasses
 import gc
+import importlib
 import threading
 import weakref
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import speculative_mamba as sm
+from speculative_mamba.decode import graphs
 from speculative_mamba.decode.executors import EagerExecutor
 from speculative_mamba.decode.lookahead import FixedLookahead
 from speculative_mamba.ops import backend as backends
@@ -140,6 +142,34 @@ def test_a_cache_that_grows_is_captured_again(family, prompt, executor) -> None:
     for length in (3, 40, 200, 50):
         both(executor, target, [prompt(length)], draft=drafts["near"], lookahead=3, max_new_tokens=12)
     assert 1 < executor.captures < 4 and executor.nbytes > 0
+
+
+@pytest.mark.parametrize("kind", ["mamba2-in-llama", "mamba1"])
+@pytest.mark.parametrize("draft", ["llama", "ngram"])
+def test_memory_that_follows_the_text(family, prompt, monkeypatch, kind, draft) -> None:
+    """Whatever the budget; what is queued is not lost when a buffer moves."""
+    (target, drafts), executor = family(kind), RecordingExecutor()
+    options = {"draft": drafts.get(draft, draft), "lookahead": 3, "max_new_tokens": 2**31 - 1, "output_logits": True}
+    given = [prompt(length) for length in (1, 9)]
+    whole = sm.generate(target, given, max_new_tokens=80, stop_token_ids=())
+    new = [text[len(p) :].tolist() for text, p in zip(whole.sequences, given, strict=True)]
+    last = max(set(new[0]) & set(new[1]), key=lambda token: min(text.index(token) for text in new), default=new[0][-1])
+    for ahead in (1, 17):
+        monkeypatch.setattr(importlib.import_module("speculative_mamba.decode.generate"), "_AHEAD", ahead)
+        both(executor, target, given, stop_token_ids=(last, new[1][-1]), **options)
+        assert executor.nbytes < 3_000_000
+    assert executor.captures < 6
+
+
+def test_a_named_executor_keeps_nothing_alive(monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "GraphExecutor", RecordingExecutor)
+    target, draft = (random_model(tiny_config(), seed=seed) for seed in (0, 1))
+    held = [weakref.ref(target), weakref.ref(draft)]
+    sm.generate(target, [[1, 2]], draft=draft, executor="graph")
+    sm.generate(target, [[1, 2]], draft=sm.ModelDrafter(draft), executor="graph")
+    del target, draft
+    gc.collect()
+    assert [model() for model in held] == [None, None]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba2-in-llama"])
@@ -272,6 +302,30 @@ def test_a_draft_that_breaks_beyond_the_budget_does_no_harm(executor, budget) ->
                 except ValueError as error:
                     outcomes.append(str(error))
             assert outcomes[0] == outcomes[1], (start, lookahead)
+
+
+@pytest.mark.parametrize("ends", [{"stop_token_ids": (9,)}, {"stop_strings": ["89"]}], ids=["token", "string"])
+@pytest.mark.parametrize("broken", ["target", "draft", "both"])
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_logits_that_break_behind_the_end_do_no_harm(chain, executor, ends, broken, sampling) -> None:
+    """Plain decoding never sees them."""
+    law = torch.eye(20).roll(1, 1) + 1e-9
+    nan = law.index_fill(0, torch.tensor([9]), torch.nan)
+    target, draft = (TableModel(nan if broken in (who, "both") else law) for who in ("target", "draft"))
+    target.tokenizer = chain([str(token).encode() for token in range(20)]).tokenizer
+    for prompts in ([[3]], [[3], [0, 1, 2, 3]], [[7]]):
+        for lookahead in (1, 4, 15):
+            options = {
+                "lookahead": lookahead,
+                "stop_token_ids": (),
+                **ends,
+                **SAMPLING[sampling],
+                "output_logits": True,
+            }
+            result = both(executor, target, prompts, draft=draft, **options)
+            assert all(text[-1] == 9 for text in result.sequences)
+            assert not any(logits.isnan().any() for logits in result.logits)
+            both(executor, target, [[3, 4, 5, 6, 7, 8, 9, 3], *prompts[1:]], draft="ngram", **options)
 
 
 def test_a_weight_that_was_replaced_is_captured_again(pair, prompt, executor) -> None:

@@ -1,10 +1,18 @@
 """Bad arguments of generate: one line that names the value, before anything runs."""
 
+import copy
+
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 import speculative_mamba as sm
 from speculative_mamba.testing.models import TableModel, random_model, tiny_config
+from speculative_mamba.testing.recording import RecordingExecutor
+from speculative_mamba.testing.scripted import ScriptedDraft
 
 
 def refuse(*words, call):
@@ -188,3 +196,148 @@ def test_accepted_forms_of_a_prompt(pair):
     ]
     texts = [sm.generate(target, form, max_new_tokens=4).sequences[0].tolist() for form in forms]
     assert all(text == texts[0] for text in texts)
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A model with a tokenizer of transformers and its own: words w0 to w50, and special tokens."""
+    specials = {"<pad>": 51, "<s>": 52, "</s>": 53, "<unk>": 54}
+    vocabulary = {f"w{token}": token for token in range(51)} | specials
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(list(specials))
+    target = random_model(tiny_config(vocab_size=61, tie_embeddings=False))
+    target.load_tokenizer = lambda: tokenizer
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    return target, fast, tokenizer
+
+
+TEXTS = ["w1 w2 w3 w4 w5", "w7", "w9 w8 w7"]
+IDS = [[1, 2, 3, 4, 5], [7], [9, 8, 7]]
+
+
+def continued(target, prompts, **options):
+    result = sm.generate(target, prompts, max_new_tokens=6, stop_token_ids=(), **options)
+    return [sequence.tolist() for sequence in result.sequences]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("returned", ["pt", "np", None])
+def test_what_tokenizers_of_transformers_return(words, side, returned):
+    """Padded rows equal those of single runs: the whole object, its parts, and each text by itself."""
+    target, fast, _ = words
+    expected = [continued(target, [ids])[0] for ids in IDS]
+    encoded = fast(TEXTS, padding=True, padding_side=side, return_tensors=returned)
+    mask = encoded["attention_mask"]
+    for prompts, options in (
+        (encoded, {}),
+        (dict(encoded), {}),
+        (encoded["input_ids"], {"attention_mask": mask}),
+        (encoded["input_ids"], {"attention_mask": mask.tolist() if returned else mask}),
+        (fast(TEXTS), {}),
+        ([fast(text) for text in TEXTS], {}),
+        (torch.as_tensor(encoded["input_ids"]), {"attention_mask": torch.as_tensor(mask).bool()}),
+    ):
+        assert continued(target, prompts, **options) == expected
+    assert continued(target, fast(TEXTS[0])) == expected[:1]
+    assert continued(target, fast(TEXTS[0], return_tensors="pt")) == expected[:1]
+
+
+def test_what_tokenizers_return(words):
+    target, _, tokenizer = words
+    expected = [continued(target, [ids])[0] for ids in IDS]
+    padding = copy.deepcopy(tokenizer)
+    padding.enable_padding(pad_id=51, pad_token="<pad>")
+    for encode in (tokenizer, padding):
+        assert continued(target, encode.encode_batch(TEXTS)) == expected
+    assert continued(target, tokenizer.encode(TEXTS[0])) == expected[:1]
+    assert continued(target, [tokenizer.encode(TEXTS[0])]) == expected[:1]
+
+
+@pytest.mark.parametrize("make", [torch.tensor, lambda rows: rows], ids=["tensor", "lists"])
+@pytest.mark.parametrize(
+    ("rows", "token"),
+    [
+        ([[1, 2, 3], [7, 51, 51]], 51),
+        ([[1, 2, 3], [51, 51, 7]], 51),
+        ([[1, 2], [7, 51]], 51),
+        ([[1, 51], [7, 51]], 51),
+        ([[1, 2, 51, 51]], 51),
+        ([[51, 51], [1, 2]], 51),
+        ([[1, 2, 3], [7, 53, 53]], 53),
+        ([[1, 2, 4], [53, 53, 1]], 53),
+        ([[54, 54, 1], [1, 2, 3]], 54),
+    ],
+    ids=str,
+)
+def test_rows_that_look_padded_are_refused_by_name(words, make, rows, token):
+    target, _, _ = words
+    if token == 51 or make is torch.tensor:
+        refuse("padded", f"token {token}", "attention_mask", call=lambda: sm.generate(target, make(rows)))
+    ones = [[1] * len(row) for row in rows]
+    alone = [continued(target, [row], attention_mask=[[1] * len(row)])[0] for row in rows]
+    assert continued(target, make(rows), attention_mask=ones) == alone
+
+
+@pytest.mark.parametrize("rows", [[[52, 1], [52, 2]], [[1, 53], [2, 53]], [[1, 1], [2, 2]], [[51, 1], [2]]], ids=str)
+def test_rows_that_do_not_look_padded(words, rows):
+    target, _, _ = words
+    alone = [continued(target, [row], attention_mask=[[1] * len(row)])[0] for row in rows]
+    assert continued(target, rows) == alone
+    if len(rows[0]) == len(rows[1]):
+        assert continued(target, torch.tensor(rows)) == continued(target, rows)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "mask", "told"),
+    [
+        ([[1, 2]], [[1, 1], [1, 1]], ["attention_mask", "2 rows"]),
+        ([[1, 2]], [[1]], ["attention_mask", "row 0", "1 entries for 2"]),
+        ([[1, 2, 3]], [[1, 0, 1]], ["row 0", "middle"]),
+        ([[1, 2]], [[0, 0]], ["row 0", "empty"]),
+        ([[1, 2]], [[1, 2]], ["0 and 1"]),
+        ([[1, 2]], [[1, None]], ["0 and 1"]),
+        ([[1, 2]], 1, ["attention_mask"]),
+        ([[1, 2]], [1, 1], ["attention_mask"]),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}, [[1, 1]], ["twice"]),
+        ({"ids": [[1, 2]]}, None, ["input_ids"]),
+        ({}, None, ["input_ids"]),
+        ({"input_ids": ["a"]}, None, ["'a'"]),
+        ([{"input_ids": [[1]]}], None, ["[1]"]),
+    ],
+    ids=str,
+)
+def test_masks(pair, prompts, mask, told):
+    refuse(*told, call=lambda: sm.generate(pair().target, prompts, attention_mask=mask))
+
+
+@pytest.mark.parametrize("replayed", [True, False], ids=["replayed", "eager"])
+@pytest.mark.parametrize("draft", ["model", "ngram", "scripted", None])
+def test_defaults_of_torch_do_not_matter(draft, replayed):
+    """No tensor of the loop is made without its dtype and device."""
+    target = TableModel(torch.eye(11).roll(1, 1) + 0.02)
+    drafts = {
+        "model": TableModel(torch.eye(11).roll(1, 1) + 0.1),
+        "scripted": ScriptedDraft([[1, 2]] * 2, 11, lambda r, at: True),
+    }
+    executor = RecordingExecutor() if replayed and draft != "scripted" else "eager"
+    texts = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "meta"), (torch.float64, "meta")):
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        try:
+            for acceptance in ("rejection", "coupled"):
+                for sampling in (
+                    sm.SamplingParams(),
+                    sm.SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=[1, 2]),
+                ):
+                    result = sm.generate(
+                        target, [[1, 2, 1], [4]], draft=drafts.get(draft, draft), max_new_tokens=8, sampling=sampling,
+                        acceptance=acceptance, executor=executor, output_logits=True, cache=sm.GenerationCache(),
+                    )  # fmt: skip
+                    assert result.sequences[0].device.type == "cpu" and result.logits[0].dtype == torch.float32
+                    texts.append([text.tolist() for text in result.sequences])
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    assert texts[:4] == texts[4:8] == texts[8:]

@@ -176,6 +176,54 @@ def test_rows_that_have_ended_are_left_alone(pair, plain, prompts, draft):
     assert set(calls[last + 1 :]) <= {1, 2} and len(calls) - last > 8
 
 
+ENDS = {
+    "stop token": {"stop_token_ids": (9,)},
+    "stop string": {"stop_strings": ["89"]},
+    "budget": {"max_new_tokens": 6},
+    "stop string within a token": {"stop_strings": ["9"]},
+}
+
+
+class Grammar:
+    """Knows texts up to 9 alone: what comes after it is an error, as in parsers."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, row, tokens, logits):
+        self.asked += 1
+        if 9 in tokens:
+            raise RuntimeError(f"the text has ended: {tokens}")
+        return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor([(tokens[-1] + 1) % 20]), 0.0)
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("draft", ["scripted", "model", "ngram", None])
+def test_it_is_not_asked_what_comes_behind_the_end(chain, ends, draft):
+    """The text is 3 4 5 6 7 8 9; the second row gets there three tokens later and has to stop there, too."""
+    target = chain([str(token).encode() for token in range(20)])
+    drafts = {
+        "scripted": ScriptedDraft(
+            [[token % 20 for token in range(first, 60)] for first in (3, 0)], 20, lambda r, at: True
+        ),
+        "model": TableModel(torch.eye(20).roll(1, 1) + 1e-3),
+    }
+    options = {"max_new_tokens": 60, "stop_token_ids": (), **ENDS[ends]}
+    for prompts in ([[3]], [[3], [0, 1, 2, 3]], [[7]]):
+        if ends == "budget":
+            prompts = [[3], [3]]
+        for lookahead in (1, 4, 15, "auto"):
+            for sampling in SAMPLING.values():
+                grammar = Grammar()
+                result = sm.generate(
+                    target, prompts, draft=drafts.get(draft, draft), lookahead=lookahead, logits_processor=grammar,
+                    sampling=sampling, **options,
+                )  # fmt: skip
+                for given, text in zip(prompts, result.sequences, strict=True):
+                    assert text.tolist() == given + list(range(given[-1] + 1, 10))
+                assert grammar.asked > 0 and set(result.finish_reasons) <= {"eos", "stop", "length"}
+
+
 @pytest.mark.parametrize(
     "returned",
     [

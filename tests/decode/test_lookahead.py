@@ -66,6 +66,45 @@ def test_a_draft_that_gains_is_left_out_twice():
         assert chosen[:-1].count(0) == 2 and set(chosen) <= set(AUTO_LOOKAHEADS)
 
 
+@pytest.mark.parametrize("late", [0, 2], ids=["at once", "late"])
+@pytest.mark.parametrize("cold", [(4,), (0,), (0, 4), AUTO_LOOKAHEADS], ids=str)
+@pytest.mark.parametrize("factor", [4, 1000])
+def test_the_first_round_of_a_lookahead_is_no_evidence(cold, factor, late):
+    """A draft that is always right and nearly free is kept, however long they take and whenever that is known."""
+    chooser, seen, waiting = AdaptiveLookahead(AUTO_LOOKAHEADS), set(), []
+    for _ in range(60):
+        drafts = chooser.next()
+        slow = factor if drafts in cold and drafts not in seen else 1
+        seen.add(drafts)
+        waiting.append((drafts, drafts, drafts, slow * (1 + 0.1 * drafts)))
+        if len(waiting) > late:
+            chooser.observe(*waiting.pop(0))
+    assert not chooser.dropped and chooser.next() == AUTO_AT_MOST
+
+
+@pytest.mark.parametrize("late", [0, 2], ids=["at once", "late"])
+def test_nothing_is_dropped_before_all_is_measured(late):
+    """Not even a draft that costs a hundred rounds: two rounds with and two without are planned."""
+    chooser, waiting, measured = AdaptiveLookahead(AUTO_LOOKAHEADS), [], []
+    while (drafts := chooser.next()) or not chooser.dropped:
+        waiting.append(drafts)
+        if len(waiting) > late:
+            measured.append(waiting.pop(0))
+            chooser.observe(measured[-1], measured[-1], 0, 1.0 + 100 * measured[-1])
+    assert measured.count(0) == 2 and measured.count(4) >= 2
+
+
+def test_a_dropped_draft_is_in_the_statistics(pair, prompt, monkeypatch):
+    models, options = pair(), {"lookahead": "auto", "max_new_tokens": 40, "stop_token_ids": ()}
+    for drops in (False, True):
+        monkeypatch.setattr(
+            AdaptiveLookahead, "_speed", lambda self, k, rate, known, d=drops: 1 if (k == 0) == d else 0
+        )
+        stats = sm.generate(models.target, [prompt(3)], draft=models.drafts["near"], **options).stats
+        assert (stats.draft_dropped_at == 4) if drops else stats.draft_dropped_at is None
+        assert stats.as_dict()["draft_dropped_at"] == stats.draft_dropped_at
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 15])
 def test_never_more_than_allowed(most):
     allowed = [drafts for drafts in AUTO_LOOKAHEADS if drafts <= most]
