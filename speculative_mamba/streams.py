@@ -76,7 +76,12 @@ def interrupt(number: int, _: FrameType | None) -> None:
 
 def say(message: str) -> None:
     """A line on stderr."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
+    print(f"{PROGRAM}: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def one_line(message: str) -> str:
+    """Names that a message repeats may hold line ends."""
+    return message.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def check_output() -> None:
