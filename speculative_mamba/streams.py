@@ -13,7 +13,7 @@ from types import FrameType
 PROGRAM = "speculative-mamba"
 FAILURE = 2
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-_FIRST_S, _LONGEST_S = 2.0, 60.0  # until the first sign of life, and between two at most
+_FIRST_S, _LONGEST_S = 2.0, 30.0  # until the first sign of life, and between two at most
 
 
 class OutputError(Exception):
@@ -113,7 +113,7 @@ def write(text: str) -> None:
 
 @contextlib.contextmanager
 def signs_of_life(describe: Callable[[], str | None]) -> Iterator[None]:
-    """Says on stderr what is going on, if it takes long: after 2 seconds, 4, 8 and so on, at least once a minute.
+    """Says on stderr what is going on, if it takes long: after 2 seconds, 4, 8 and so on, at least every half minute.
 
     describe: gives the line, to which the time is added; None says nothing.
     """
