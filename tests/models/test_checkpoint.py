@@ -276,6 +276,7 @@ def test_copies_of_a_model(name, dtype, tmp_path):
     expected = logits(model)
     for file in [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")]:
         file.unlink()
+    assert copy.copy(model).files == model.files and copy.copy(model).head is model.head
     for other in (pickle.loads(pickled), copy.deepcopy(model), pickle.loads(pickle.dumps(copy.copy(model)))):
         assert torch.equal(logits(other), expected)
         assert (other.head is other.embedding) == (model.head is model.embedding)
