@@ -147,7 +147,9 @@ class _Checkpoint:
         return _Checkpoint(str(source), folder, is_hub, parsed, names, vocabulary, tokenizer, falls_back)
 
     def load(self, options: _Options) -> MambaLM:
-        folder = fetch_weights(self.source) if self.is_hub else self.folder
+        folder = self.folder
+        if self.is_hub:
+            fetch_weights(self.source, folder)
         stored = read_tensors(folder)
         headers = HeaderSource(folder, stored)
         build(self.config, self.names, headers, "reference")

@@ -64,7 +64,7 @@ class MambaLM:
     float16) is that of the recurrent state and of cached keys and values; ``checkpoint`` ("auto", "states", "inputs")
     as in ``load_model``. vocabulary: what the ids mean, as far as it is known. files: those in which weights lie.
 
-    A pickled or copied model holds its weights itself.
+    A pickled or deeply copied model holds its weights itself.
     """
 
     config: ModelConfig
@@ -97,6 +97,12 @@ class MambaLM:
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"files": ()}
+
+    def __copy__(self) -> "MambaLM":
+        """Another model with the same weights, which lie in the same files."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
 
     def forbid(self, tokens: Collection[int]) -> None:
         """Makes these ids impossible: their logits are -inf from now on. All others keep their bits."""
