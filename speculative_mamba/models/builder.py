@@ -174,7 +174,7 @@ class _Builder:
             n_heads=c.n_heads,
             n_kv_heads=c.n_kv_heads,
             head_dim=c.head_dim,
-            inv_freq=torch.tensor(c.inv_freq, device=s.device) if c.inv_freq else None,
+            inv_freq=torch.tensor(c.inv_freq, dtype=torch.float32, device=s.device) if c.inv_freq else None,
             scale=c.scale,
             conv_weight=s.weight(p + "conv1d.weight", packed, 1, c.d_conv)[:, 0] if c.d_conv else None,
             conv_bias=s.float32(p + "conv1d.bias", packed) if c.d_conv else None,

@@ -71,4 +71,4 @@ def eos_token_id(config: dict[str, Any], default: int | None) -> int | tuple[int
 
 def rotary_frequencies(theta: float, dims: int) -> torch.Tensor:
     """(dims / 2) float32, as the published implementations compute them."""
-    return 1.0 / (theta ** (torch.arange(0, dims, 2).float() / dims))
+    return 1.0 / (theta ** (torch.arange(0, dims, 2, dtype=torch.float32, device="cpu") / dims))
