@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 import threading
@@ -169,6 +170,23 @@ def _implementation(op: str, backend: str) -> Callable:
     return getattr(importlib.import_module(f"speculative_mamba.ops.{op}.{_SOURCE[backend]}"), op)
 
 
+@functools.cache
+def _parameters(op: str) -> list[str]:
+    return list(inspect.signature(_implementation(op, "reference")).parameters)
+
+
+def _refuse_gradients(op: str, arguments: dict[str, object], prefix: str = "") -> None:
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                raise ValueError(
+                    f"{prefix}{name} requires grad, which the kernels of {op} cannot give; "
+                    'use torch.no_grad() or backend="reference"'
+                )
+        elif hasattr(value, "__dict__"):
+            _refuse_gradients(op, vars(value), f"{name}.")
+
+
 class _Recorder(threading.local):
     """Of each thread: the ``Recording`` that is being made, and what notes the arguments of its ops."""
 
@@ -179,9 +197,16 @@ recorder = _Recorder()
 
 
 def run(op: str, backend: str, first: torch.Tensor, *arguments: object) -> object:
-    """Calls an op's implementation, which takes these arguments, on the first one's device."""
+    """Calls an op's implementation, which takes these arguments, on the first one's device.
+
+    Raises:
+        ValueError: an argument requires grad, where gradients are enabled and the implementation has none.
+    """
     if recorder.kernels is not None:
         recorder.kernels.use(first, *arguments)
-    implementation = _implementation(op, resolve(backend, first.device.type))
+    name = resolve(backend, first.device.type)
+    implementation = _implementation(op, name)
+    if name != "reference" and torch.is_grad_enabled():
+        _refuse_gradients(op, dict(zip(_parameters(op), (first, *arguments), strict=True)))
     with current_device(first):
         return implementation(first, *arguments)

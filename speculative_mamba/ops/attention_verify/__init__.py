@@ -3,7 +3,15 @@
 import torch
 
 from ..backend import run
-from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous, check_null_columns, check_slots
+from ..checks import (
+    WEIGHT_DTYPES,
+    check,
+    check_activations,
+    check_contiguous,
+    check_null_columns,
+    check_slots,
+    check_written,
+)
 
 
 def attention_verify(
@@ -80,6 +88,8 @@ def attention_verify(
         check("inv_freq", inv_freq, inv_freq.shape, q)
     check_slots(q[:, :, 0], slots, start_slot, write_slot, keep_last)
     check_null_columns(null_columns, batch, q)
+    read = {"q": q, "k": k, "v": v, "start_slot": start_slot, "inv_freq": inv_freq, "null_columns": null_columns}
+    check_written({"keys": keys, "values": values, "lengths": lengths}, read)
     if q.device.type == "cpu":
         _check_room(tokens, capacity, lengths, start_slot, null_columns)
     scale = dims**-0.5 if scale is None else scale

@@ -3,7 +3,15 @@
 import torch
 
 from ..backend import run
-from ..checks import MAX_CONV_WIDTH, WEIGHT_DTYPES, check, check_activations, check_null_columns, check_slots
+from ..checks import (
+    MAX_CONV_WIDTH,
+    WEIGHT_DTYPES,
+    check,
+    check_activations,
+    check_null_columns,
+    check_slots,
+    check_written,
+)
 
 
 def causal_conv1d_verify(
@@ -74,6 +82,8 @@ def causal_conv1d_verify(
     check("window", window, (batch, window.shape[1], channels), x)
     check_slots(x, slots, start_slot, write_slot, keep_last)
     check_null_columns(null_columns, batch, x)
+    read = {"x": x, "weight": weight, "bias": bias, "start_slot": start_slot, "null_columns": null_columns}
+    check_written({"window": window}, read)
     return run(
         "causal_conv1d_verify", backend,
         x, weight, bias, window, start_slot, write_slot, null_columns, keep_last, silu, repeat, block,

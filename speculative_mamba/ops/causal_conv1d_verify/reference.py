@@ -24,11 +24,11 @@ def causal_conv1d_verify(
     channels, width = weight.shape
     x = x.unflatten(2, (-1, 1, block)).expand(-1, -1, -1, repeat, -1).flatten(2)
     weight = weight.to(x.dtype)
-    columns = torch.arange(tokens, device=x.device)
+    columns = torch.arange(tokens, dtype=torch.int64, device=x.device)
     if null_columns is not None:
         x = x.masked_fill((columns < null_columns[:, None])[..., None], 0)
-    rows = torch.arange(batch, device=x.device)[:, None]
-    history = window[rows, start_slot[:, None].long() + 1 + torch.arange(width - 1, device=x.device)]
+    rows = torch.arange(batch, dtype=torch.int64, device=x.device)[:, None]
+    history = window[rows, start_slot[:, None].long() + 1 + torch.arange(width - 1, dtype=torch.int64, device=x.device)]
     inputs = torch.cat([history, x], 1)
     taken = (start_slot >= 0)[:, None, None]
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..backend import run
-from ..checks import check, check_contiguous, check_tokens
+from ..checks import check, check_contiguous, check_tokens, check_written
 from .rows import RowPlaces
 
 __all__ = ["RowPlaces", "commit_tokens"]
@@ -80,6 +80,9 @@ def commit_tokens(
         if tensor is not None:
             check(name, tensor, shape, drafted, dtype)
             check_contiguous(name, tensor)
+    written = {f"rows.{name}": tensor for name, tensor in vars(rows).items()} | {"seen": seen, "text": text}
+    read = {"drafted": drafted, "accepted": accepted, "following": following, "verdicts": verdicts, "is_stop": is_stop}
+    check_written(written, read)  # limits may be rows.room: a row's are read first
     if drafted.device.type == "cpu":
         _check_range("accepted", accepted, 0, lookahead)
         _check_range("rows.positions", rows.positions, 0)

@@ -35,7 +35,9 @@ def commit_tokens(
             if text is not None:
                 into = text[row, position : position + count]
                 into[:] = tokens[: len(into)]
-        rows.slots[:, row] = torch.arange(len(rows.slots)) if rows.active[row] else -1
+        rows.slots[:, row] = torch.arange(len(rows.slots), dtype=torch.int32, device=rows.slots.device)
+        if not rows.active[row]:
+            rows.slots[:, row] = -1
         if rows.active[row]:
             rows.slots[0, row] = record[row, 0] - 1
     return record

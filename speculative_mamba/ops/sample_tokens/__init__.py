@@ -3,7 +3,7 @@
 import torch
 
 from ..backend import run
-from ..checks import check, check_active, check_keys, check_seen, check_tokens, check_verdicts
+from ..checks import check, check_active, check_keys, check_seen, check_tokens, check_verdicts, check_written
 from ..filters import Filters
 from ..law import raise_for
 from ..noise import Purpose
@@ -59,6 +59,8 @@ def sample_tokens(
     recent = logits.new_empty(batch, 0, dtype=torch.int64) if recent is None else recent
     check_tokens("recent", recent, (batch, recent.shape[-1]), vocabulary, logits)
     check_seen(filters, seen, batch, vocabulary, logits)
+    read = {"logits": logits, "keys": keys, "positions": positions, "seen": seen, "recent": recent, "active": active}
+    check_written({"laws": laws, "verdicts": verdicts}, read)
     tokens, found = run(
         "sample_tokens", backend, logits, filters, keys, positions, int(purpose), laws, seen, recent, active
     )

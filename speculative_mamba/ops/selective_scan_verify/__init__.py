@@ -11,8 +11,9 @@ from ..checks import (
     check_inputs,
     check_null_columns,
     check_slots,
+    check_written,
 )
-from ..replay import ReplayInputs
+from ..replay import ReplayInputs, replay_tensors
 
 
 def selective_scan_verify(
@@ -97,6 +98,8 @@ def selective_scan_verify(
     if inputs is not None:
         check_follows(start_slot, write_slot)
     check_null_columns(null_columns, batch, x)
+    read = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "start_slot": start_slot}
+    check_written({"states": states, **replay_tensors(inputs)}, read | {"null_columns": null_columns})
     return run(
         "selective_scan_verify", backend,
         x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, null_columns, keep_last, inputs,

@@ -3,7 +3,16 @@
 import torch
 
 from ..backend import run
-from ..checks import check, check_active, check_keys, check_limits, check_seen, check_tokens, check_verdicts
+from ..checks import (
+    check,
+    check_active,
+    check_keys,
+    check_limits,
+    check_seen,
+    check_tokens,
+    check_verdicts,
+    check_written,
+)
 from ..filters import Filters
 from ..law import raise_for
 
@@ -65,6 +74,8 @@ def speculative_accept(
     if laws is not None:
         check("laws", laws, (batch, tokens - 1, vocabulary), logits)
     check_seen(filters, seen, batch, vocabulary, logits)
+    read = {"logits": logits, "drafted": drafted, "laws": laws, "keys": keys, "positions": positions}
+    check_written({"verdicts": verdicts}, read | {"seen": seen, "active": active, "limits": limits})
     accepted, following, found = run(
         "speculative_accept", backend, logits, drafted, laws, filters, keys, positions, coupled, seen, active, limits
     )
