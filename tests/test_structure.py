@@ -69,7 +69,7 @@ def test_every_op_is_public() -> None:
 
 
 def test_files_are_short() -> None:
-    folders = ("speculative_mamba", "csrc", "tests", "benchmarks", "training")
+    folders = ("speculative_mamba", "csrc", "tests", "benchmarks", "examples")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     files = [path for path in [*files, ROOT / "setup.py"] if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in files}

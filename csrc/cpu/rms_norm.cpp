@@ -47,4 +47,3 @@ void run(const RmsNormParams& p, int threads) {
 void rms_norm(const RmsNormParams& p, int threads) { SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t>(p, threads)); }
 
 }  // namespace speculative_mamba::SM_ISA
-// touched

@@ -1,8 +1,8 @@
 """Bits per byte of exported models on the held-out novel, and how often the draft is right.
 
-    python -m training.evaluate --text TEXT --target builtin/target --draft builtin/draft
+    python -m examples.embedded_pair.evaluate --text TEXT --target builtin/target --draft builtin/draft
 
-TEXT is the folder written by ``training.corpus``.
+TEXT is the folder written by ``examples.embedded_pair.corpus``.
 """
 
 import argparse
@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.data import bits_per_byte, read
-from training.distill import acceptance
-from training.model import ByteMamba, Size
+from examples.embedded_pair.data import bits_per_byte, read
+from examples.embedded_pair.distill import acceptance
+from examples.embedded_pair.model import ByteMamba, Size
 
 
 def load_exported(folder: Path) -> ByteMamba:
-    """The model that ``training.export`` wrote, its rounded weights as float32."""
+    """The model that ``examples.embedded_pair.export`` wrote, its rounded weights as float32."""
     config = json.loads((folder / "config.json").read_text())
     model = ByteMamba(Size(config["hidden_size"], config["num_hidden_layers"], config["time_step_rank"]))
     weights = load_file(folder / "model.safetensors")

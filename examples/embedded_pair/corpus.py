@@ -12,7 +12,7 @@ Paragraphs are re-flowed into one line each with a blank line between them; vers
 chapter of a novel, a chapter of the Bible, a scene) end with byte 0, the end-of-text token. *Northanger Abbey* is
 held out whole; of the rest every 50th document goes to validation.
 
-    python -m training.corpus OUT        # OUT/{austen,bible,shakespeare}.{train,val}.bin, OUT/heldout.{bin,txt}
+    python -m examples.embedded_pair.corpus OUT  # OUT/{austen,bible,shakespeare}.{train,val}.bin, OUT/heldout.*
 """
 
 import argparse

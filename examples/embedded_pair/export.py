@@ -1,6 +1,6 @@
 """Writes a trained model as a Hugging Face ``MambaForCausalLM`` folder: config.json, model.safetensors, tokenizer.json.
 
-    python -m training.export OUT/target/final.pt speculative_mamba/models/builtin/target
+    python -m examples.embedded_pair.export OUT/target/final.pt speculative_mamba/models/builtin/target
 
 Matrices and norms become bfloat16; A_log, D and the bias of the time step stay float32. The tokenizer maps every byte
 to the token of the same number.
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from training.model import EPSILON, STATES, TAPS, VOCABULARY, ByteMamba, load
+from examples.embedded_pair.model import EPSILON, STATES, TAPS, VOCABULARY, ByteMamba, load
 
 KEPT_FLOAT32 = ("A_log", ".D", "dt_proj.bias")
 

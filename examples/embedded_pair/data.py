@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.corpus import SOURCES
-from training.model import ByteMamba
+from examples.embedded_pair.corpus import SOURCES
+from examples.embedded_pair.model import ByteMamba
 
 # Austen counts double: the held-out text is hers, and it is the only prose.
 WEIGHTS = {"austen": 2.0, "bible": 1.0, "shakespeare": 1.0}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.scan import STATES, ConvSiLU, GatedScan, RMSNorm
+from examples.embedded_pair.scan import STATES, ConvSiLU, GatedScan, RMSNorm
 
 VOCABULARY = 256
 TAPS = 4

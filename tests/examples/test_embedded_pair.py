@@ -13,7 +13,7 @@ def scan(tmp_path_factory):
         pytest.skip("training compiles its kernels with g++")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        from training import scan
+        from examples.embedded_pair import scan
     return scan
 
 

@@ -1,9 +1,10 @@
 """Trains the target on text, or the draft on text and on the target's predictions. CPU, float32.
 
-    python -m training.train target --minutes 64 --text TEXT --out OUT/target
-    python -m training.train draft --minutes 11 --text TEXT --out OUT/draft --teacher OUT/target
+    python -m examples.embedded_pair.train target --minutes 64 --text TEXT --out OUT/target
+    python -m examples.embedded_pair.train draft --minutes 11 --text TEXT --out OUT/draft --teacher OUT/target
 
-TEXT is the folder written by ``training.corpus``. The learning rate follows the time spent, not the number of steps.
+TEXT is the folder written by ``examples.embedded_pair.corpus``. The learning rate follows the time spent, not the
+number of steps.
 A run that was stopped goes on from its last checkpoint, OUT/.../last.pt; a finished one leaves final.pt.
 """
 
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training import model as models
-from training.data import Corpus, bits_per_byte, read
-from training.distill import Pool, acceptance
-from training.muon import Muon
+from examples.embedded_pair import model as models
+from examples.embedded_pair.data import Corpus, bits_per_byte, read
+from examples.embedded_pair.distill import Pool, acceptance
+from examples.embedded_pair.muon import Muon
 
 SETTINGS = {  # learning rates of matrices and of the rest, rows and length of a batch
     "target": {"matrix_rate": 6e-3, "rate": 3e-3, "rows": 8, "length": 512},

@@ -5,8 +5,8 @@ import time
 import torch
 from torch import Tensor
 
-from training.data import Corpus
-from training.model import ByteMamba
+from examples.embedded_pair.data import Corpus
+from examples.embedded_pair.model import ByteMamba
 
 PROMPT = 128
 BATCH = 128
