@@ -387,5 +387,5 @@ def test_a_draft_that_was_dropped_is_mentioned(capsys, monkeypatch):
     monkeypatch.setattr(AdaptiveLookahead, "_speed", lambda self, drafts, rate, known: -drafts)
     assert cli.main(["--K", "auto", "--n_tokens_to_generate", "30", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["stats"]["draft_dropped_at"] == 4
-    assert [line for line in err.splitlines() if "left out" in line and "4 rounds" in line and "--K auto" in line]
+    assert json.loads(out)["stats"]["draft_dropped_at"] == 5
+    assert [line for line in err.splitlines() if "left out" in line and "5 rounds" in line and "--K auto" in line]
