@@ -19,7 +19,7 @@ from speculative_mamba.ops import selective_scan_verify, ssd_verify
 from speculative_mamba.testing.models import published_config, random_model
 from speculative_mamba.testing.timing import interleaved_medians, rotate
 
-from .report import Report, number, parser, seconds, share
+from .report import Report, number, parser, progress, seconds, share
 
 SHAPES = ("130m", "2.8b", "mamba2-130m", "mamba2-2.7b")
 BATCHES = (1, 4, 16, 64)
@@ -80,6 +80,7 @@ def check(layer: Layer) -> None:
 
 
 def bench(report: Report, shape: str, batch: int, tokens: int) -> None:
+    progress(f"{shape}, {batch} rows")
     config = published_config(shape)
     layer = Layer(config, batch, tokens)
     check(layer)

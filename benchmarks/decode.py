@@ -27,7 +27,7 @@ from speculative_mamba.ops.recording import Recording
 from speculative_mamba.testing.models import MAMBA2_SHAPES, SHAPES, published_config, random_model
 from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
 
-from .report import Report, number, parser, share
+from .report import Report, number, parser, progress, share
 
 RATES = (0.6, 0.7, 0.8, 0.9)
 LOOKAHEAD = 4
@@ -108,6 +108,7 @@ def share_outside_kernels(target: sm.MambaLM, prompt: list, settings: dict) -> f
 
 
 def bench_shape(report: Report, name: str, draft_name: str | None, tokens: int, repeats: int) -> None:
+    progress(f"drawing the weights of mamba-{name} and its draft")
     target = random_model(published_config(name), dtype=torch.bfloat16)
     config = draft_config(target) if draft_name is None else published_config(draft_name)
     cost = random_model(config, dtype=torch.bfloat16, seed=1)
@@ -125,6 +126,7 @@ def bench_shape(report: Report, name: str, draft_name: str | None, tokens: int, 
 
     runs: dict[float | None, list[sm.GenerationStats]] = {rate: [] for rate in (None, *RATES)}
     for repeat in range(repeats):
+        progress(f"mamba-{name}: plain and with every draft, {repeat + 1} of {repeats}")
         plain = sm.generate(target, prompt, **settings)
         runs[None].append(plain.stats)
         text = plain.sequences[0].tolist()
@@ -149,6 +151,7 @@ def bench_embedded(report: Report, tokens: int) -> None:
     settings = {"lookahead": LOOKAHEAD, "max_new_tokens": tokens}
     sm.generate(target, prompt, draft=draft, **settings)
     plain, speculative = [], []
+    progress("embedded pair")
     for _ in range(9):
         plain.append(sm.generate(target, prompt, **settings))
         speculative.append(sm.generate(target, prompt, draft=draft, **settings))

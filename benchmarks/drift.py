@@ -22,7 +22,7 @@ from speculative_mamba.models.checkpoint import DTYPES, WEIGHT_DTYPES
 from speculative_mamba.testing import oracle
 from speculative_mamba.testing.models import published_config, random_model
 
-from .report import parser
+from .report import parser, progress
 
 WINDOW = 256
 RANDOM_TOKENS = 256
@@ -69,6 +69,7 @@ def random_130m() -> list[dict]:
     config = dataclasses.replace(published_config("130m"), tie_embeddings=False)
     ids = torch.randint(0, config.vocab_size, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0))
     print(f"a random model of the 130m shape, {RANDOM_TOKENS} random tokens, against its float32 weights in float64")
+    progress("the exact logits")
     exact = oracle.full_forward(random_model(config), ids.tolist())
     models = ((name, random_model(config, dtype=dtype)) for name, dtype in WEIGHT_DTYPES.items())
     rows = table("weights", exact, ids, ((name, logits(model, ids)) for name, model in models))
@@ -85,6 +86,7 @@ def main() -> None:
         arguments.error(f"--tokens must be from 2 to {len(text)}, the length of the text")
     ids = torch.tensor(list(text[: options.tokens]))
     model = sm.load_model("builtin:target")
+    progress("the exact logits")
     exact = oracle.full_forward(model, ids.tolist())
     print(f"{len(ids)} bytes of unseen text, against the stored weights with float64 in every operation")
     if options.weights:

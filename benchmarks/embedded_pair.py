@@ -15,7 +15,7 @@ import torch
 
 import speculative_mamba as sm
 
-from .report import parser
+from .report import parser, progress
 
 CHUNK = 256
 PASSAGES, PASSAGE_BYTES, NEW_BYTES, LOOKAHEAD = 24, 160, 128, 4
@@ -63,12 +63,14 @@ def main() -> None:
     rows = []
     print(f"{len(text)} bytes of unseen text")
     for name, model in (("target", target), ("draft", draft)):
+        progress(f"bits per byte of the {name}")
         rows.append({"model": name, "bytes": model.weight_bytes, "bits_per_byte": bits_per_byte(model, text)})
         print(f"{name}: {rows[-1]['bits_per_byte']:.3f} bits per byte, {model.weight_bytes} bytes of weights")
     print(f"acceptance rate at K = {LOOKAHEAD}, {PASSAGES} passages of {NEW_BYTES} new bytes")
     for name, values in SAMPLING.items():
         sampling = sm.SamplingParams(**values)
         for how in ("rejection",) if sampling.greedy else ("rejection", "coupled"):
+            progress(f"acceptance rate, {name}, {how}")
             row = {"sampling": name, "acceptance": how, **acceptance(target, draft, text, sampling, how)}
             rows.append(row)
             label = name if sampling.greedy else f"{name}, {how}"

@@ -19,7 +19,7 @@ import torch
 import speculative_mamba as sm
 from speculative_mamba.testing.models import SHAPES, published_config, random_model
 
-from .report import Report, number, parser, share
+from .report import Report, number, parser, progress, share
 
 SOURCE = Path(sm.__file__).parent / "decode" / "generate.py"
 PROMPT_TOKENS, COPY_TOKENS = 256, 200
@@ -70,9 +70,11 @@ def bench(report: Report, name: str, case: str, target: sm.MambaLM, text: list[i
           lookahead: int | str, repeats: int) -> None:  # fmt: skip
     prompt, budget = text[:prompt_tokens], len(text) - prompt_tokens
     settings = {"lookahead": lookahead, "max_new_tokens": budget, "stop_token_ids": ()}
+    progress(f"mamba-{name}, {case}: the target's own text")
     own = sm.generate(target, [prompt], **settings).sequences[0].tolist()
     plain, drafted = [], []
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        progress(f"mamba-{name}, {case}: pair of runs {repeat + 1} of {repeats}")
         plain.append(sm.generate(target, [prompt], **settings).stats)
         result = sm.generate(target, [prompt], draft=Replay(text, own, target.vocab_size), **settings)
         if result.sequences[0].tolist() != own:
@@ -105,6 +107,7 @@ def main() -> None:
         }
     )  # fmt: skip
     for name in options.models:
+        progress(f"drawing the weights of mamba-{name}")
         target = random_model(published_config(name), dtype=torch.bfloat16)
         for case, (text, prompt_tokens) in texts(options.text, options.tokens, target.vocab_size).items():
             bench(report, name, case, target, text, prompt_tokens, options.K, options.repeats)

@@ -28,7 +28,7 @@ from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.testing.models import SHAPES, published_config
 from speculative_mamba.testing.timing import interleaved_medians, rotate
 
-from .report import Report, number, parser, seconds, share
+from .report import Report, number, parser, progress, seconds, share
 
 TOKENS = (1, 5)
 CACHE_BYTES = 2**30  # weights used in turn must not fit into any cache
@@ -39,9 +39,11 @@ def check(op: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
     error = (actual - expected).abs().max().item() / expected.abs().max().item()
     if not error < 1e-4:
         raise SystemExit(f"{op}: relative error {error:.2e} against the reference; not timed")
+    progress(f"timing {op}, which is right")
 
 
 def bench_linear(report: Report, in_features: int, out_features: int, rows_list: tuple[int, ...] = TOKENS) -> None:
+    progress(f"drawing weights of {out_features}x{in_features}")
     size = in_features * out_features * 2
     weight = (torch.randn(out_features, in_features) * in_features**-0.5).bfloat16()
     weights = [weight.clone() for _ in range(min(200, CACHE_BYTES // size))]
@@ -64,6 +66,7 @@ def bench_linear(report: Report, in_features: int, out_features: int, rows_list:
 
 def bench_int8(report: Report, in_features: int, out_features: int, rows_list: tuple[int, ...] = TOKENS) -> None:
     """int8 against our own bf16."""
+    progress(f"drawing int8 weights of {out_features}x{in_features}")
     size = in_features * out_features
     weight = torch.randn(out_features, in_features) * in_features**-0.5
     narrow, wide = quantised(weight), weight.bfloat16()
@@ -255,6 +258,7 @@ def bench_accept(report: Report, vocabulary: int = 50280, lookahead: int = 4) ->
 
         if [t.tolist() for t in ours()] != [t.tolist() for t in ours(backend="reference")]:
             raise SystemExit(f"speculative_accept, {name}: differs from the reference; not timed")
+        progress(f"timing speculative_accept, {name}, which is right")
         times = interleaved_medians({"ours": ours, "torch": theirs})
         _add(report, "speculative_accept", name, times, logits.nbytes, "torch", "float32", tokens=lookahead + 1)
 
@@ -296,7 +300,7 @@ def main() -> None:
     for name in options.models:
         c = published_config(name)
         mixer = c.blocks[0]
-        print(f"mamba-{name}")
+        print(f"mamba-{name}", flush=True)
         bench_linear(report, c.d_model, 2 * mixer.d_inner)
         bench_linear(report, mixer.d_inner, mixer.dt_rank + 2 * mixer.d_state)
         bench_linear(report, mixer.dt_rank, mixer.d_inner)

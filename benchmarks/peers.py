@@ -38,7 +38,7 @@ from speculative_mamba.testing.timing import interleaved_medians
 
 from .decode import LOOKAHEAD, PROMPT_TOKENS, draft_config
 from .peer_files import gguf_file, write_checkpoint
-from .report import Report, number, parser, seconds, share
+from .report import Report, number, parser, progress, seconds, share
 
 # What each engine calls the weights that are timed side by side.
 DTYPES = {
@@ -233,7 +233,11 @@ def time_calls(engines: list[Engine], prompt: list[int], options: argparse.Names
         "prefill": {engine.name: lambda engine=engine: engine.prefill(prompt[: options.prefill]) for engine in engines},
     }
     rounds = {"prefill": max(1, options.rounds // 5)}
-    return {op: interleaved_medians(functions, rounds.get(op, options.rounds)) for op, functions in calls.items()}
+    times = {}
+    for op, functions in calls.items():
+        progress(f"timing {op}: {', '.join(functions)}")
+        times[op] = interleaved_medians(functions, rounds.get(op, options.rounds))
+    return times
 
 
 def time_texts(
@@ -248,6 +252,7 @@ def time_texts(
         cost = random_model(draft_config(ours.model), dtype=torch.bfloat16, seed=1)
         assert cost.weight_bytes * 20 <= ours.weight_bytes
     for repeat in range(options.repeats):
+        progress(f"timing texts, {repeat + 1} of {options.repeats}")
         for engine in engines:
             spent[engine.name].append(engine.seconds_per_token(prompt, options.tokens))
         if ours is not None:
@@ -311,6 +316,7 @@ def bench(report: Report, model: str, kinds: list[type[Engine]], options: argpar
     failed, expected = set(), None
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         checkpoint = Path(folder) / "checkpoint"
+        progress(f"writing a random checkpoint of mamba-{model}")
         write_checkpoint(random_model(config, dtype=torch.bfloat16), checkpoint)
         for dtype in dict.fromkeys(("float32", *options.dtypes)):
             errors: dict[Engine, float] = {}
@@ -318,6 +324,7 @@ def bench(report: Report, model: str, kinds: list[type[Engine]], options: argpar
                 for kind in kinds:
                     if kind in failed or kind.name not in DTYPES[dtype]:
                         continue
+                    progress(f"loading {model} {kind.name} {DTYPES[dtype][kind.name]}, and comparing its logits")
                     try:
                         engine = kind(checkpoint, DTYPES[dtype][kind.name], longest)
                         opened.callback(engine.close)

@@ -5,6 +5,7 @@ import csv
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,13 @@ class Machine:
     bandwidth: float
 
 
+def progress(doing: str) -> None:
+    """A line on stderr: what takes time now."""
+    print(f"… {doing}", file=sys.stderr, flush=True)
+
+
 def this_processor() -> Machine:
+    progress("measuring the bandwidth of memory")
     bandwidth = read_bandwidth_gb_per_s()
     module, reason = backends.extension()
     name = f"{_processor()}, {torch.get_num_threads()} threads; reads {bandwidth:.1f} GB/s at best"
@@ -41,7 +48,7 @@ class Report:
         self.bandwidth = machine.bandwidth
         print(f"machine: {machine.name}")
         print(f"commit {_commit()}, torch {torch.__version__}, {machine.kernels}")
-        print("  ".join(f"{name:>{self._width(name)}}" for name in columns))
+        print("  ".join(f"{name:>{self._width(name)}}" for name in columns), flush=True)
 
     @staticmethod
     def _width(name: str) -> int:

@@ -20,7 +20,7 @@ from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
 from speculative_mamba.testing.timing import interleaved_medians
 
 from .decode import PROMPT_TOKENS, draft_config
-from .report import Report, number, parser, seconds
+from .report import Report, number, parser, progress, seconds
 
 RATES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
 LOOKAHEADS = (1, 2, 3, 4, 5, 7, 9, "auto")
@@ -36,6 +36,7 @@ def sweep_lookahead(report: Report, target: sm.MambaLM, tokens: int, repeats: in
     for rate in RATES:
         speeds: dict[int | str, list[float]] = {}
         for repeat in range(repeats):
+            progress(f"acceptance {rate}, every K in turn, {repeat + 1} of {repeats}")
             for lookahead in (0, *LOOKAHEADS):
                 draft = ScriptedDraft([text], target.vocab_size, agree_at_rate(rate, repeat), ModelDrafter(cost))
                 options = {"draft": draft, "lookahead": lookahead} if lookahead else {}
@@ -55,6 +56,7 @@ def sweep_lookahead(report: Report, target: sm.MambaLM, tokens: int, repeats: in
 
 def sweep_passes(report: Report, target: sm.MambaLM) -> None:
     for op, cases in (("tokens", [(1, tokens) for tokens in PASSES]), ("batch", [(batch, 5) for batch in BATCHES])):
+        progress(f"one pass against {op}")
         functions = {}
         for batch, tokens in cases:
             cache, start = target.new_cache(batch, tokens), torch.zeros(batch, dtype=torch.int32)

@@ -5,43 +5,65 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from .compare import compare
 from .decode import GenerationResult, GraphExecutor, SamplingParams, generate
 from .decode.inputs import ACCEPTANCES, NAMED_DRAFTS, check_generation, check_models
 from .decode.text import TextStream
-from .info import print_info
-from .models import MambaLM, load_model
+from .info import describe
+from .models import MambaLM, load_model, load_pair
 from .models.language_model import CHECKPOINTS
+from .models.tokenizer import added_around, encode
+from .ops.filters import GREEDY_BELOW
+from .streams import FAILURE, PROGRAM, OutputError, check_output, exit_code, say, signs_of_life, write
 
 PROMPT = '"You are very kind," said'
-FAILURE, INTERRUPTED = 2, 130
+MAX_THREADS = 1024
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(FAILURE, f"{self.prog}: error: {message} (--help lists the options)\n")
 
+    def _print_message(self, message: str, file: object = None) -> None:
+        if message and file is sys.stdout:
+            write(message)
+        else:
+            super()._print_message(message, file)
 
-def _lookahead(value: str) -> int | str:
-    try:
-        return value if value == "auto" else int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be auto or a whole number, got {value!r}") from None
+
+def _value(parse: Callable[[str], object], what: str) -> Callable[[str], object]:
+    """A type of argparse: ``parse`` raises ValueError for what is not ``what``."""
+
+    def read(value: str) -> object:
+        try:
+            return parse(value)
+        except ValueError:
+            shown = value if len(value) <= 40 else f"{value[:40]}…"
+            raise argparse.ArgumentTypeError(f"must be {what}, got {shown!r}") from None
+
+    return read
 
 
-def _positive(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {value!r}")
+def _count_of_threads(value: str) -> int:
+    if not 1 <= int(value) <= MAX_THREADS:
+        raise ValueError
     return int(value)
+
+
+_WHOLE, _NUMBER = _value(int, "a whole number"), _value(float, "a number")
+_LOOKAHEAD = _value(lambda value: value if value == "auto" else int(value), "auto or a whole number")
+_THREADS = _value(_count_of_threads, f"a whole number from 1 to {MAX_THREADS}")
+_TEXT = _value(lambda value: os.fsencode(value).decode(), "valid UTF-8")  # whatever the locale took it for
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="speculative-mamba",
+        prog=PROGRAM,
         description="Generates text with a Mamba target model, sped up by a draft model without changing the output. "
         "With no options it runs the embedded byte-level pair. 'speculative-mamba info' describes the installation.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -52,29 +74,33 @@ def build_parser() -> argparse.ArgumentParser:
         names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))  # both spellings
         parser.add_argument(*names, **settings)
 
-    option("prompt", default=PROMPT, help="text to continue")
-    option("n_tokens_to_generate", type=int, default=64, metavar="N", help="tokens to generate at most")
-    option("K", type=_lookahead, default=4, help="tokens drafted per round, 1 to 15, or auto")
+    option("prompt", type=_TEXT, default=PROMPT, help="text to continue")
+    option("n_tokens_to_generate", type=_WHOLE, default=64, metavar="N", help="tokens to generate at most")
+    option("K", type=_LOOKAHEAD, default=4, help="tokens drafted per round, 1 to 15, or auto")
     option("model_target", default="builtin:target", metavar="MODEL", help="folder, hub id or builtin:target")
     option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
     option(
-        "draft", choices=("model", *NAMED_DRAFTS, "none"), default="model",
-        help="who drafts: model_draft, or the text so far without a model; none is plain decoding",
+        "draft", choices=("model", *NAMED_DRAFTS, "none"), default=argparse.SUPPRESS,
+        help="who drafts: model_draft, or the text so far without a model; none is plain decoding (default: model, but "
+        "ngram for a target that comes without a model_draft)",
     )  # fmt: skip
     option("dtype", help="float32, bfloat16, float16 or int8 weights (default: as stored)", default=argparse.SUPPRESS)
     option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
     option("checkpoint", choices=CHECKPOINTS, default="auto", help="how to go back: states, or inputs to compute again")
     option("device", default="cpu", help="cpu or cuda")
     option("backend", default="auto", help="auto, cpu (C++), cuda (CUDA C++), triton or reference (PyTorch)")
-    option("threads", type=_positive, help="threads to use (default: one per core)", default=argparse.SUPPRESS)
-    option("temperature", type=float, default=0.0, help="0 is greedy")
-    option("top_k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
-    option("top_p", type=float, default=1.0, help="keep the smallest set of tokens with this probability")
-    option("min_p", type=float, default=0.0, help="keep tokens of at least p times the largest probability")
-    option("repetition_penalty", type=float, default=1.0, help="above 1, tokens of the text become less likely")
+    option("no_mmap", action="store_true", help="copy the weights into memory, so that their files may change")
+    option("threads", type=_THREADS, help="threads to use (default: one per core)", default=argparse.SUPPRESS)
+    option("temperature", type=_NUMBER, default=0.0, help="0 is greedy")
+    option("top_k", type=_WHOLE, default=0, help="keep the k likeliest tokens; 0 keeps all")
+    option("top_p", type=_NUMBER, default=1.0, help="keep the smallest set of tokens with this probability")
+    option("min_p", type=_NUMBER, default=0.0, help="keep tokens of at least p times the largest probability")
+    option("repetition_penalty", type=_NUMBER, default=1.0, help="above 1, tokens of the text become less likely")
     option("acceptance", choices=ACCEPTANCES, default="rejection", help="coupled: the text of plain sampling, exactly")
-    option("seed", type=int, default=0, help="seed for sampling")
-    option("stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
+    option("seed", type=_WHOLE, default=0, help="seed for sampling")
+    option("stop", type=_TEXT, action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
+    option("no_special_tokens", action="store_true", help="encode the prompt as it is, without a BOS before it")
+    option("no_skip_special_tokens", action="store_true", help="print special tokens of the new text too")
     option("cg", action="store_true", help="run every round as one CUDA graph, two ahead of the host")
     option("stream", action="store_true", help="print text as it is made")
     option("compare", action="store_true", help="also decode plainly; print both speeds and compare the tokens")
@@ -95,6 +121,12 @@ class _Output:
         self.tokens.append(token)
         self._add(self.stream.push(token))
 
+    def progress(self, prompt_tokens: int, budget: int) -> str | None:
+        """What is going on, where it cannot be seen."""
+        if not self.tokens:
+            return f"reading {prompt_tokens} prompt tokens"
+        return None if self.show else f"generating, {len(self.tokens)} of {budget} tokens"
+
     def finish(self) -> None:
         self._add(self.stream.finish())
 
@@ -108,57 +140,106 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        check_output()
         if arguments[:1] == ["info"]:
-            print_info()
+            _Parser(prog=f"{PROGRAM} info", description="Describes the installation.").parse_args(arguments[1:])
+            write(describe() + "\n")
             return 0
-        return _run(build_parser().parse_args(arguments))
-    except ValueError as error:
-        _say(f"error: {error}")
+        return _run(*_parse(arguments))
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
         return FAILURE
-    except torch.cuda.OutOfMemoryError as error:
-        _say(f"error: {str(error).splitlines()[0]} Try a smaller --dtype, --checkpoint inputs or fewer tokens.")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = (str(error).splitlines() or ["out of memory."])[0]
+        say(f"error: {reason} Try a smaller --dtype, --checkpoint inputs or fewer tokens.")
         return FAILURE
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout has gone; what is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except KeyboardInterrupt as interrupt:
+        return exit_code(interrupt)
+    except OutputError as error:
+        if not str(error):
+            return 0
+        say(f"error: {error}")
+        return FAILURE
 
 
-def _say(message: str) -> None:
-    print(f"speculative-mamba: {message}", file=sys.stderr, flush=True)
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, set[str]]:
+    """The options, and the names of those that were given."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    unset = argparse.Namespace(**dict.fromkeys(vars(options)))
+    given = {name for name, value in vars(parser.parse_args(arguments, unset)).items() if value is not None}
+    if "draft" not in given:
+        named = "model_draft" in given or options.model_target.startswith("builtin:")
+        options.draft = "model" if named else "ngram"
+    if options.compare and options.draft == "none":
+        parser.error("--compare sets plain decoding against a draft, and --draft none has none")
+    return options, given
 
 
-def _write(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+@dataclass(frozen=True)
+class _Idle:
+    """Options that do nothing in some runs."""
+
+    names: tuple[str, ...]
+    when: Callable[[argparse.Namespace, SamplingParams], bool]
+    why: str
 
 
-def _run(options: argparse.Namespace) -> int:
+_IDLE = (
+    _Idle(("top_k",), lambda o, s: s.temperature <= GREEDY_BELOW, "temperature 0 takes the likeliest token"),
+    _Idle(("top_p", "min_p", "seed"), lambda o, s: s.greedy, "greedy decoding draws nothing"),
+    _Idle(("acceptance",), lambda o, s: s.greedy, "greedy text needs no choice of test"),
+    _Idle(("acceptance",), lambda o, s: not s.greedy and o.draft == "none", "without a draft nothing is tested"),
+    _Idle(("temperature",), lambda o, s: o.top_k == 1 and s.temperature > GREEDY_BELOW, "top_k 1 is greedy"),
+    _Idle(("model_draft",), lambda o, s: o.draft != "model", "another --draft was asked for"),
+    _Idle(("K",), lambda o, s: o.draft == "none", "without a draft nothing is drafted"),
+    _Idle(("stream",), lambda o, s: o.json, "--json prints all at the end"),
+)
+
+
+def _notices(options: argparse.Namespace, given: set[str], sampling: SamplingParams) -> Iterator[str]:
+    """What a user should know about the options, a line each."""
+    for idle in _IDLE:
+        for name in idle.names:
+            if name in given and idle.when(options, sampling):
+                yield f"--{name} has no effect: {idle.why}"
+    if "draft" not in given and options.draft == "ngram":
+        yield "no --model_draft was named, so the text so far is the draft (--draft ngram)"
+
+
+def _run(options: argparse.Namespace, given: set[str]) -> int:
     sampling = SamplingParams(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
         repetition_penalty=options.repetition_penalty, seed=options.seed,
     )  # fmt: skip
-    if hasattr(options, "threads"):
+    if "threads" in given:
         torch.set_num_threads(options.threads)
     common = {
         "dtype": getattr(options, "dtype", None), "state_dtype": options.state_dtype,
         "checkpoint": options.checkpoint, "device": options.device, "backend": options.backend,
+        "mmap": not options.no_mmap,
     }  # fmt: skip
-    target = load_model(options.model_target, **common)
     draft = options.draft if options.draft in NAMED_DRAFTS else None
     if options.draft == "model":
-        draft = load_model(options.model_draft, **common)
+        with signs_of_life(lambda: f"loading {options.model_target} and {options.model_draft}"):
+            target, draft = load_pair(options.model_target, options.model_draft, **common)
+    else:
+        with signs_of_life(lambda: f"loading {options.model_target}"):
+            target = load_model(options.model_target, **common)
     check_models(target, draft)
     check_generation(
         target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
         acceptance=options.acceptance, stop_strings=options.stop,
     )  # fmt: skip
     executor = GraphExecutor() if options.cg and target.device.type == "cuda" else "eager"
+    prompt, about_prompt = _encode(target, options.prompt, not options.no_special_tokens)
+    cores = _cores()
     if options.cg and executor == "eager":
-        _say(f"--cg: no CUDA graphs on device {target.device.type}; the text is the same without")
-    prompt = _encode(target, options.prompt)
+        say(f"--cg: no CUDA graphs on device {target.device.type}; the text is the same without")
+    if torch.get_num_threads() > cores and "threads" in given:
+        say(f"--threads {options.threads} is more than the {cores} cores that this process may use, and slower")
 
     def once(draft: MambaLM | str | None, output: _Output | None = None) -> GenerationResult:
         return generate(
@@ -167,47 +248,75 @@ def _run(options: argparse.Namespace) -> int:
             on_token=output.on_token if output else None, executor=executor,
         )  # fmt: skip
 
-    show = _write if options.stream and not options.json else None
-    output = _Output(TextStream(target.tokenizer, options.stop), show)
+    show = write if options.stream and not options.json else None
+    skip = not options.no_skip_special_tokens
+    output = _Output(TextStream(target.tokenizer, options.stop, prompt, skip_special_tokens=skip), show)
     if show:
         show(options.prompt)
     result, comparison, code = None, None, 0
     try:
-        result = once(draft, output)
+        with signs_of_life(lambda: output.progress(len(prompt), options.n_tokens_to_generate)):
+            result = once(draft, output)
         _report(target, draft, result)
+        for notice in (*about_prompt, *_notices(options, given, sampling)):
+            say(notice)
         if options.compare:
             comparison = _compare(once, draft, result, sampling.greedy or options.acceptance == "coupled")
-    except KeyboardInterrupt:
-        _say(f"interrupted after {len(output.tokens)} tokens")
-        code = INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        say(f"interrupted after {len(output.tokens)} tokens")
+        code = exit_code(interrupt)
     output.finish()
     if options.json:
         report = {"prompt_tokens": prompt, "tokens": output.tokens, "text": output.text}
         report["stats"] = result.stats.as_dict() if result else None
         if comparison is not None:
             report["compare"] = comparison
-        _write(json.dumps(report) + "\n")
+        write(json.dumps(report) + "\n")
     else:
-        _write("\n" if show else f"{options.prompt}{output.text}\n")
+        write("\n" if show else f"{options.prompt}{output.text}\n")
     return code
 
 
-def _encode(target: MambaLM, prompt: str) -> list[int]:
-    if target.tokenizer is None:
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _encode(target: MambaLM, prompt: str, special_tokens: bool) -> tuple[list[int], list[str]]:
+    """The prompt's token ids, and what a user should know about them."""
+    tokenizer = target.tokenizer
+    if tokenizer is None:
         raise ValueError(
             f"{target.name} has no tokenizer; put tokenizer.json into its folder (state-spaces models use that of "
             "EleutherAI/gpt-neox-20b), or pass token ids from Python"
         )
-    ids = target.tokenizer.encode(prompt).ids
+    ids = encode(tokenizer, prompt, special_tokens)
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")
-    return ids
+    before, behind = (("".join(map(tokenizer.id_to_token, tokens)), tokens) for tokens in added_around(tokenizer))
+    return ids, list(_about_prompt(ids, special_tokens, before, behind))
+
+
+def _about_prompt(
+    ids: list[int], special_tokens: bool, before: tuple[str, list[int]], behind: tuple[str, list[int]]
+) -> Iterator[str]:
+    """before, behind: what the tokenizer adds, as text and as ids."""
+    (text_before, ids_before), (text_behind, ids_behind) = before, behind
+    count = len(ids_before)
+    if not special_tokens:
+        if not ids_before and not ids_behind:
+            yield "--no_special_tokens has no effect: the tokenizer adds none"
+        return
+    if count and ids[count : 2 * count] == ids_before:
+        yield f"the prompt begins with {text_before}, and the tokenizer adds it once more; see --no_special_tokens"
+    if ids_behind:
+        yield f"the tokenizer adds {text_behind} behind the prompt, which may end the text; see --no_special_tokens"
 
 
 def _report(target: MambaLM, draft: MambaLM | str | None, result: GenerationResult) -> None:
     stats = result.stats
     names = target.name if draft is None else f"{target.name} with draft {getattr(draft, 'name', draft)}"
-    _say(f"{names}, backend {target.backend}, {torch.get_num_threads()} threads")
+    say(f"{names}, backend {target.backend}, {torch.get_num_threads()} threads")
     if not stats.tokens:
         return
     line = f"{stats.tokens} tokens in {stats.decode_s:.3f} s: {stats.tokens_per_s:.1f} tokens/s"
@@ -215,9 +324,9 @@ def _report(target: MambaLM, draft: MambaLM | str | None, result: GenerationResu
     if stats.tested:
         line += f"; acceptance rate {stats.acceptance_rate:.2f} ({stats.accepted} of {stats.tested} tested)"
         line += f", {stats.tokens_per_round:.2f} tokens per round"
-    _say(line)
+    say(line)
     if stats.draft_dropped_at is not None:
-        _say(f"--K auto: the draft did not pay, so after {stats.draft_dropped_at} rounds it was left out")
+        say(f"--K auto: the draft did not pay, so after {stats.draft_dropped_at} rounds it was left out")
 
 
 def _compare(
@@ -226,21 +335,35 @@ def _compare(
     shown: GenerationResult,
     same_text: bool,
 ) -> dict:
-    """Times plain and speculative decoding in turn, three times each if that is quick; the medians are compared."""
-    plain_speeds, speeds = [], []
-    for _ in range(3 if shown.stats.decode_s < 2 else 1):
-        plain, speculative = once(None), once(draft)
-        plain_speeds.append(plain.stats.tokens_per_s or 0.0)
-        speeds.append(speculative.stats.tokens_per_s or 0.0)
-    plain_speed, speed = statistics.median(plain_speeds), statistics.median(speeds)
+    """Times plain and speculative decoding in turn; says and returns what came out."""
+    plain = None
+
+    def speed(draft: MambaLM | str | None) -> float:
+        nonlocal plain
+        result = once(draft)
+        plain = result if draft is None else plain
+        return result.stats.tokens_per_s or 0.0
+
+    if not shown.stats.tokens:
+        say("nothing was generated, so there is nothing to compare")
+        return {"tokens_equal": None, "plain_tokens_per_s": None, "ratio": None, "ratio_range": None, "pairs": 0}
+    with signs_of_life(lambda: "comparing with plain decoding"):
+        timed = compare(lambda: speed(None), lambda: speed(draft))
     # Under rejection sampling the law is equal, not the text.
     equal = torch.equal(plain.sequences[0], shown.sequences[0]) if same_text else None
-    ratio = speed / plain_speed if plain_speed else None
     verdicts = {True: "the tokens are equal", False: "THE TOKENS DIFFER", None: "sampled: equal in law, not in text"}
-    if ratio is not None:
-        _say(f"plain {plain_speed:.1f} tokens/s, with draft {speed:.1f} tokens/s, ratio {ratio:.2f}; {verdicts[equal]}")
-    return {"tokens_equal": equal, "plain_tokens_per_s": plain_speed, "ratio": ratio}
+    plain_speed, ratio, ratios = statistics.median(timed.plain), statistics.median(timed.ratios), sorted(timed.ratios)
+    say(
+        f"plain {plain_speed:.1f} tokens/s, with draft {statistics.median(timed.drafted):.1f} tokens/s, "
+        f"ratio {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs of runs); {verdicts[equal]}"
+    )
+    return {
+        "tokens_equal": equal, "plain_tokens_per_s": plain_speed, "ratio": ratio,
+        "ratio_range": [ratios[0], ratios[-1]], "pairs": len(ratios),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from speculative_mamba.run import main as run
+
+    sys.exit(run())

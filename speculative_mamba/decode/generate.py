@@ -156,7 +156,7 @@ def generate(
     tokenizer = target.tokenizer if stop_strings else None
     rows = [
         _Row(
-            list(prompt), max_new_tokens, TextStream(tokenizer, stop_strings) if stop_strings else None,
+            list(prompt), max_new_tokens, TextStream(tokenizer, stop_strings, prompt) if stop_strings else None,
             tokenizer=tokenizer,
         )
         for prompt in prompts

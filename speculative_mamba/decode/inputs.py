@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 
+from ..models.vocabulary import check_same_vocabulary, known_vocabulary
 from ..ops.filters import is_whole
 from .cache import GenerationCache
 from .drafter import Drafter, LanguageModel, Proposer
@@ -31,11 +32,7 @@ def check_models(target: object, draft: object) -> None:
     model = draft_model(draft)
     if model is not None and model.device != target.device:
         raise ValueError(f"draft and target are on two devices, {model.device} and {target.device}; use one")
-    if draft.vocab_size != target.vocab_size:
-        raise ValueError(
-            f"draft and target have different vocabularies ({draft.vocab_size} and {target.vocab_size} tokens); "
-            "a draft must be trained on the same tokens"
-        )
+    check_same_vocabulary(known_vocabulary(target), known_vocabulary(draft))
 
 
 def check_generation(

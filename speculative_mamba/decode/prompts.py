@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from tokenizers import Encoding, Tokenizer
 
+from ..models.vocabulary import Vocabulary, known_vocabulary
 from ..ops.filters import is_whole
 
 # Names by which vocabularies call the token that stands for nothing.
@@ -41,7 +42,7 @@ def read_prompts(
         if len(masks) != len(rows):
             raise ValueError(f"attention_mask has {len(masks)} rows, prompt_ids {len(rows)}")
     pairs = enumerate(zip(rows, masks, strict=True))
-    prompts = [_row(index, row, mask, target.vocab_size) for index, (row, mask) in pairs]
+    prompts = [_row(index, row, mask, known_vocabulary(target)) for index, (row, mask) in pairs]
     if attention_mask is None and may_be_padded and len(set(map(len, prompts))) == 1:
         _refuse_padding(prompts, target, is_tensor)
     return prompts
@@ -77,7 +78,7 @@ def _is_encoded(row: object) -> bool:
     return isinstance(row, Encoding | Mapping)
 
 
-def _row(index: int, row: object, mask: object, vocabulary: int) -> list[int]:
+def _row(index: int, row: object, mask: object, vocabulary: Vocabulary) -> list[int]:
     if isinstance(row, Encoding):
         row, mask = row.ids, row.attention_mask if mask is None else mask
     elif isinstance(row, Mapping):
@@ -90,8 +91,10 @@ def _row(index: int, row: object, mask: object, vocabulary: int) -> list[int]:
     for token in row:
         if not is_whole(token):
             raise ValueError(f"the prompt of row {index} holds {token!r}, which is no token id")
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"token id {token} in row {index} is outside the vocabulary of {vocabulary} tokens")
+        if not 0 <= token < vocabulary.size:
+            raise ValueError(f"token id {token} in row {index} is outside the vocabulary of {vocabulary.size} tokens")
+        if token in vocabulary.unused:
+            raise ValueError(f"token id {token} in row {index} is padding: the model's tokenizer has no such token")
     return list(map(int, row))
 
 

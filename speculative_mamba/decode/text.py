@@ -1,49 +1,203 @@
-"""Text as it grows: whole characters only, and nothing behind a stop string."""
+"""Text as it grows: the text of all tokens, in pieces that stay, and nothing behind a stop string."""
 
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+from ..models.tokenizer import as_tokenizer
+
+CONTEXT = 128  # tokens of a prompt, of which the last few are needed
+MAX_RUN = 64  # bytes that are held until the run ends which they belong to
+UNFINISHED = "\ufffd"  # stands for bytes that are no character, or not yet
+
+_Segments = list[tuple[str, bool]]  # parts of a text, and whether they are shown
+
+
+class Detokenizer:
+    """The text of tokens that come one by one: together it is what decoding all at once gives behind the prompt.
+
+    What a token looks like depends on its neighbours: a decoder drops the space of the first one, and joins bytes to
+    characters. Therefore tokens are decoded behind the few before them, and again until nothing that follows can change
+    them. Decoders with byte-fallback spoil a whole run of byte tokens (``<0x0A>``) when one byte of it is wrong, so the
+    text of a run is settled when it ends, when it is spoilt, or after ``MAX_RUN`` bytes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._bytes: dict[int, bytes] = {}
+        self._tokens: list[int] = []  # whose text is not settled
+        self.pending = ""  # the text of those, if nothing followed
+        start = len(prompt) - self._run_length(prompt)
+        run = list(prompt[start:])
+        # What follows whole characters is a run of its own.
+        self._set_context(prompt[max(start - 8, 0) : start], run if self._decode(run).endswith(UNFINISHED) else [])
+
+    def push(self, token: int) -> str:
+        """Takes a token and returns the text that has been settled by it."""
+        if self._tokenizer.id_to_token(token) is None:
+            return ""
+        tokens, before = self._tokens, self.pending
+        tokens.append(token)
+        self.pending = self._text_of(tokens)
+        if run := self._run_length(tokens):
+            earlier = self._run if run == len(tokens) else []
+            joined = [*earlier, *tokens[-run:]]
+            whole = self._is_text(joined)
+            if whole is None:
+                spoilt = earlier if self._is_text(earlier) is None else joined
+                self._set_context(tokens[:-run] or self._context, spoilt)
+                return self._settle(keep=0)
+            if whole and run >= MAX_RUN and self._context:
+                self._set_context(self._context)
+                return self._settle(keep=0)
+        elif not (self._before + self.pending).endswith(UNFINISHED):
+            self._set_context(tokens if self._decode(tokens) else self._context + self._run + tokens)
+            return self._settle(keep=0)
+        elif len(tokens) > 1:
+            # Where the last token adds what it is on its own, it does not complete what was unfinished before it.
+            unfinished = self._before.endswith(UNFINISHED)
+            alone = self._decode([token]) if unfinished else self._text_of([token])
+            if alone and self.pending == before + alone:
+                if unfinished:
+                    self._set_context(tokens[:-1])
+                return self._settle(keep=1)
+        return ""
+
+    def _settle(self, keep: int) -> str:
+        """Settles all pending tokens but for the last ``keep``."""
+        kept = self._tokens[len(self._tokens) - keep :]
+        left = self._text_of(kept) if kept else ""
+        text = self.pending[: len(self.pending) - len(left)]
+        self._tokens, self.pending = kept, left
+        return text
+
+    def _set_context(self, context: Sequence[int], run: Sequence[int] = ()) -> None:
+        """Tokens before the pending ones: some that end cleanly, then a run of bytes that is not over, if any."""
+        self._context, self._run = list(context), list(run)
+        self._before = self._decode([*context, *run])
+
+    def _text_of(self, tokens: list[int]) -> str:
+        """What tokens add behind the context."""
+        text = self._decode(self._context + self._run + tokens)
+        if text.startswith(self._before):
+            return text[len(self._before) :]
+        pairs = enumerate(zip(text, self._before, strict=False))
+        return text[next((at for at, (new, old) in pairs if new != old), len(text)) :]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def _run_length(self, tokens: Sequence[int]) -> int:
+        """How many byte tokens are at the end."""
+        count = 0
+        while count < len(tokens) and self._byte(tokens[-1 - count]):
+            count += 1
+        return count
+
+    def _is_text(self, run: Sequence[int]) -> bool | None:
+        """Whether byte tokens are whole characters; None if they cannot become any."""
+        try:
+            b"".join(map(self._byte, run)).decode()
+        except UnicodeDecodeError as error:
+            return False if error.reason == "unexpected end of data" else None
+        return True
+
+    def _byte(self, token: int) -> bytes:
+        """The byte that a byte-fallback token stands for, b"" for other tokens."""
+        if token not in self._bytes:
+            name = self._tokenizer.id_to_token(token) or ""
+            digits = name[3:5] if len(name) == 6 and name.startswith("<0x") and name.endswith(">") else ""
+            is_byte = digits.isalnum() and digits.isascii() and self._decode([token]) != name
+            self._bytes[token] = bytes.fromhex(digits) if is_byte else b""
+        return self._bytes[token]
 
 
 class TextStream:
-    """Turns tokens into text piece by piece and finds stop strings.
+    """Turns new tokens into text piece by piece and finds stop strings.
 
-    ``push`` returns what can be shown: characters that are complete and cannot be the start of a stop string. After a
+    tokenizer: a ``tokenizers.Tokenizer``, or a fast one of transformers. prompt: token ids before the new ones.
+    Stop strings match the text with its special tokens, which are shown only without ``skip_special_tokens``.
+
+    ``push`` returns what can be shown: text that nothing changes any more and that cannot begin a stop string. After a
     stop string was found, ``stopped`` is set and the text ends before it. The pieces plus ``finish()`` are the text.
+    A token costs the same however long the text is.
+
+    Raises:
+        ValueError: the tokenizer is of another kind.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._text = ""  # what the decoder gave so far
-        self._held = ""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        tokenizer = as_tokenizer(tokenizer)
+        added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
+        self._hidden = {token: entry.content for token, entry in added.items() if entry.special}
+        self._stop_strings = tuple(stop_strings)
+        self._detokenizer = Detokenizer(tokenizer, [token for token in prompt[-CONTEXT:] if token not in self._hidden])
+        self._held: _Segments = []  # settled text that may be the start of a stop string
+        self._marks: list[tuple[int, str]] = []  # hidden tokens within the pending text
         self.stopped = False
 
     def push(self, token: int) -> str:
-        self._tokens.append(token)
-        piece = self._decoder.step(self._tokenizer, token) or ""
-        self._text += piece
-        if self.stopped or not piece:
+        if self.stopped:
             return ""
-        text = self._held + piece
-        found = [at for at in (text.find(stop) for stop in self._stop_strings) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        settled = ""
+        if token in self._hidden:
+            self._marks.append((len(self._detokenizer.pending), self._hidden[token]))
+        else:
+            settled = self._detokenizer.push(token)
+        pending = self._detokenizer.pending
+        if settled or not pending:
+            self._held += _interleaved(settled, self._marks)
+            self._marks = []
+        return self._found(pending) if self._stop_strings else self._take(_length(self._held))
 
     def finish(self) -> str:
         """What was held back: the possible start of a stop string that never came, an unfinished character."""
         if self.stopped:
             return ""
-        whole = self._tokenizer.decode(self._tokens)
-        rest = whole[len(self._text) :] if whole.startswith(self._text) else ""
-        held, self._held = self._held + rest, ""
-        return held
+        return self._take(_length(self._held)) + self._detokenizer.pending
+
+    def _found(self, pending: str) -> str:
+        """Looks for stop strings; the text that is safe from them."""
+        settled = "".join(text for text, _ in self._held)
+        text = settled + "".join(text for text, _ in _interleaved(pending, self._marks))
+        if not (pending and text.endswith(UNFINISHED)):
+            found = [at for at in (text.find(stop) for stop in self._stop_strings) if at >= 0]
+            if found:
+                self.stopped = True
+                self._held += _interleaved(pending, self._marks)
+                return self._take(min(found))
+        return self._take(len(settled) - max(_overlap(settled, stop) for stop in self._stop_strings))
+
+    def _take(self, count: int) -> str:
+        """Removes the first ``count`` held characters; those of them that are shown."""
+        shown, rest = "", []
+        for text, visible in self._held:
+            shown += text[:count] if visible else ""
+            if text[count:]:
+                rest.append((text[count:], visible))
+            count = max(count - len(text), 0)
+        self._held = rest
+        return shown
+
+
+def _interleaved(text: str, marks: list[tuple[int, str]]) -> _Segments:
+    """A text with hidden tokens at their places."""
+    segments, done = [], 0
+    for at, token in marks:
+        segments += [(text[done:at], True), (token, False)]
+        done = max(done, min(at, len(text)))
+    return [*segments, (text[done:], True)]
+
+
+def _length(segments: _Segments) -> int:
+    return sum(len(text) for text, _ in segments)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -45,7 +45,8 @@ class Attention:
         lengths, window = torch.zeros(sizes.batch, sizes.slots, dtype=torch.int32, device=device), None
         if self.conv_weight is not None:
             channels, width = self.conv_weight.shape
-            window = torch.full((sizes.batch, width - 1 + sizes.slots, channels), torch.nan, device=device)
+            shape = sizes.batch, width - 1 + sizes.slots, channels
+            window = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
             window[:, :width] = 0
         return AttentionCache(keys, values, lengths, window)
 

@@ -43,7 +43,8 @@ class Mamba1Mixer:
         # Stored with the channels of a tap side by side, which is how the kernel reads them.
         object.__setattr__(self, "conv_weight", self.conv_weight.t().contiguous().t())
         if self.norm_eps is not None:  # those norms have no weights
-            object.__setattr__(self, "_ones", torch.ones(self.x_proj.shape[0], device=self.A.device))
+            ones = torch.ones(self.x_proj.shape[0], dtype=torch.float32, device=self.A.device)
+            object.__setattr__(self, "_ones", ones)
 
     def new_cache(self, sizes: CacheSizes) -> MambaCache:
         channels, state_size = self.A.shape

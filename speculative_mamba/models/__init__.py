@@ -1,7 +1,8 @@
 """Mamba language models and their checkpoints."""
 
-from .checkpoint import load_model
+from .checkpoint import load_model, load_pair
 from .config import ModelConfig
 from .language_model import MambaLM
+from .tokenizer import encode_continuation
 
-__all__ = ["MambaLM", "ModelConfig", "load_model"]
+__all__ = ["MambaLM", "ModelConfig", "encode_continuation", "load_model", "load_pair"]

@@ -28,13 +28,18 @@ Weight = torch.Tensor | Int8Weight
 
 
 class Source(Protocol):
-    """Gives tensors by name, on the device and in the dtype in which they are used.
+    """Gives tensors by name, on ``device`` and in the dtype in which they are used.
 
     Raises:
         ValueError: there is none of that name and shape.
     """
 
+    device: torch.device
+
     def has(self, name: str) -> bool: ...
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are stored with the same bits."""
+
     def matrix(self, name: str, *shape: int, rows: slice | None = None) -> Weight:
         """A matrix that multiplies or is looked up; it may be int8. rows: only those of the named tensor."""
 
@@ -45,7 +50,10 @@ class Source(Protocol):
 def build(config: ModelConfig, names: Names, source: Source, backend: str) -> MambaLM:
     """The model of a config whose tensors come from ``source``."""
     embedding_name = next(filter(source.has, names.embedding), names.embedding[0])
-    embedding = source.matrix(embedding_name, config.vocab_size, config.d_model)
+    table, rows = (config.stored_vocab_size, config.d_model), slice(0, config.vocab_size)
+    embedding = source.matrix(embedding_name, *table, rows=rows)
+    # A head of its own is used wherever there is one, as transformers does, whatever the config says.
+    tied = config.tie_embeddings and (not source.has(names.head) or source.equal(names.head, embedding_name))
     builder = _Builder(config.d_model, source, backend)
     return MambaLM(
         config=config,
@@ -55,7 +63,7 @@ def build(config: ModelConfig, names: Names, source: Source, backend: str) -> Ma
             for (norm, prefix), block in zip(names.blocks, config.blocks, strict=True)
         ],
         norm_weight=source.weight(names.norm, config.d_model),
-        head=embedding if config.tie_embeddings else source.matrix(names.head, config.vocab_size, config.d_model),
+        head=embedding if tied else source.matrix(names.head, *table, rows=rows),
         backend=backend,
     )
 
@@ -174,7 +182,7 @@ class _Builder:
             n_heads=c.n_heads,
             n_kv_heads=c.n_kv_heads,
             head_dim=c.head_dim,
-            inv_freq=torch.tensor(c.inv_freq, device=s.device) if c.inv_freq else None,
+            inv_freq=torch.tensor(c.inv_freq, dtype=torch.float32, device=s.device) if c.inv_freq else None,
             scale=c.scale,
             conv_weight=s.weight(p + "conv1d.weight", packed, 1, c.d_conv)[:, 0] if c.d_conv else None,
             conv_bias=s.float32(p + "conv1d.bias", packed) if c.d_conv else None,

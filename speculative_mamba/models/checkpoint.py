@@ -1,24 +1,26 @@
 """load_model: from a folder, a hub id or the embedded pair to a model."""
 
-import re
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
 from ..ops import backend as backends
-from ..ops.int8 import Int8Weight, quantised
 from .builder import build
-from .formats import parse_config
+from .config import ModelConfig
+from .folders import GENERATION_CONFIG, download, fetch_weights, find_folder, read_configs
+from .formats import Names, parse_config
+from .formats.fields import shown, with_eos_token_ids
 from .language_model import CHECKPOINTS, MambaLM
-from .weights import read_json, read_tensors, release_pages
+from .sources import FLOAT_DTYPES, HeaderSource, StoredSource
+from .tokenizer import load_tokenizer
+from .vocabulary import Vocabulary, check_same_vocabulary, read_tokens, vocabulary_of
+from .weights import read_tensors
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_DTYPES = {**DTYPES, "int8": torch.int8}
-BUILTIN = ("target", "draft")
-_MAMBA_CONFIG = "mamba_config.json"
-_CONFIG_FILES = ("config.json", "tokenizer.json", _MAMBA_CONFIG)
-DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
+WEIGHT_DTYPES = {**FLOAT_DTYPES, "int8": torch.int8}
 
 
 def load_model(
@@ -27,8 +29,9 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     state_dtype: str | torch.dtype | None = None,
     checkpoint: str = "auto",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     backend: str = "auto",
+    mmap: bool = True,
 ) -> MambaLM:
     """Loads a language model: Mamba-1, Mamba-2, Falcon-Mamba, Llama, or a hybrid of Mamba and attention.
 
@@ -37,7 +40,9 @@ def load_model(
             folder holds ``config.json`` and weights in state-spaces format (``pytorch_model.bin``; also Mamba-2 and
             ``mamba2attn``) or Hugging Face format (``model.safetensors``, also sharded; ``MambaForCausalLM``,
             ``Mamba2ForCausalLM``, ``FalconMambaForCausalLM``, ``LlamaForCausalLM``, or with ``mamba_config.json`` a
-            hybrid of *The Mamba in the Llama*), and for text ``tokenizer.json``.
+            hybrid of *The Mamba in the Llama*), and for text ``tokenizer.json``. Ids that end a text are those of
+            ``config.json`` and of ``generation_config.json``. Ids that the tokenizer lacks, or that without one lie
+            beyond the stated size, are padding: no text can hold them.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` for the weights; None keeps the stored one,
             which needs no copy: the weights stay in the mapped file. With ``"int8"`` the matrices and the embedding
             are rounded to int8 with a scale per row, one by one, and the rest keeps its stored dtype. A, D and the dt
@@ -51,45 +56,134 @@ def load_model(
         device: ``"cpu"`` or ``"cuda"``.
         backend: ``"auto"``, ``"cpu"`` (C++ kernels), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch).
             With the two for GPUs activations have the dtype of the weights, with the others they are float32.
+        mmap: False copies the weights into memory. A mapped file must stay as it is: one that is written over or cut
+            short is noticed when the model is next called, but not within a call, where a cut ends the process (bus
+            error). Deleting it, or renaming another file over it, does no harm.
 
     Raises:
-        ValueError: anything in the list above is missing, broken, unknown, or does not fit the rest.
+        ValueError: anything in the list above is missing, broken, unknown, or does not fit the rest. Names, shapes and
+            dtypes of all tensors are checked before any weights are read.
     """
-    dtype, torch_device = parse_dtype(dtype, "dtype", WEIGHT_DTYPES), parse_device(device)
-    state_dtype = parse_dtype(state_dtype, "state_dtype", DTYPES) or torch.float32
-    if checkpoint not in CHECKPOINTS:
-        raise ValueError(f"unknown checkpoint {checkpoint!r}; choose from: {', '.join(CHECKPOINTS)}")
-    backend = backends.resolve(backend, torch_device.type)
-    folder, is_hub = find_folder(str(source))
-    raw_config, mamba_config = read_json(folder / "config.json"), None
-    if (folder / _MAMBA_CONFIG).is_file():
-        mamba_config = read_json(folder / _MAMBA_CONFIG)
-    try:
-        config, names = parse_config(raw_config, mamba_config)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder}: {error}") from None
-    tensors = _CheckpointTensors(folder, read_tensors(folder), dtype, torch_device)
-    model = build(config, names, tensors, backend)
-    model.name, model.state_dtype, model.checkpoint = str(source), state_dtype, checkpoint
-    # State-spaces checkpoints come without the tokenizer they were trained with, gpt-neox-20b's.
-    fall_back = "model_type" not in raw_config or (is_hub and raw_config["model_type"] == "mamba")
-    model.load_tokenizer = lambda: load_tokenizer(folder, fall_back)
-    return model
+    options = _Options.of(dtype, state_dtype, checkpoint, device, backend, mmap)
+    return _Checkpoint.open(source).load(options)
 
 
-def parse_dtype(dtype: str | torch.dtype | None, name: str, known: dict[str, torch.dtype]) -> torch.dtype | None:
-    if dtype is None or dtype in known.values():
+def load_pair(target: str | Path, draft: str | Path, **options: object) -> tuple[MambaLM, MambaLM]:
+    """A target and its draft, as ``load_model`` loads each; their vocabularies are compared before any weights are
+    downloaded or read.
+
+    Raises:
+        ValueError: as ``load_model``, or the draft's tokens are not the target's.
+    """
+    parsed = _Options.of(**options)
+    pair = _Checkpoint.open(target), _Checkpoint.open(draft)
+    check_same_vocabulary(*(checkpoint.vocabulary for checkpoint in pair))
+    return pair[0].load(parsed), pair[1].load(parsed)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of ``load_model`` after they were checked."""
+
+    dtype: torch.dtype | None
+    state_dtype: torch.dtype
+    checkpoint: str
+    device: torch.device
+    backend: str
+    mmap: bool
+
+    @staticmethod
+    def of(
+        dtype: object = None,
+        state_dtype: object = None,
+        checkpoint: object = "auto",
+        device: object = "cpu",
+        backend: object = "auto",
+        mmap: object = True,
+    ) -> "_Options":
+        dtype = parse_dtype(dtype, "dtype", WEIGHT_DTYPES)
+        state_dtype = parse_dtype(state_dtype, "state_dtype", FLOAT_DTYPES) or torch.float32
+        if not isinstance(checkpoint, str) or checkpoint not in CHECKPOINTS:
+            raise ValueError(f"unknown checkpoint {shown(checkpoint)}; choose from: {', '.join(CHECKPOINTS)}")
+        if not isinstance(mmap, bool):
+            raise ValueError(f"mmap must be True or False, got {shown(mmap)}")
+        device = parse_device(device)
+        if not isinstance(backend, str):
+            raise ValueError(f"unknown backend {shown(backend)}; choose from: auto, {', '.join(backends.BACKENDS)}")
+        return _Options(dtype, state_dtype, checkpoint, device, backends.resolve(backend, device.type), mmap)
+
+
+@dataclass
+class _Checkpoint:
+    """A model's files, of which all but the weights have been read."""
+
+    source: str
+    folder: Path
+    is_hub: bool
+    config: ModelConfig
+    names: Names
+    vocabulary: Vocabulary
+    tokenizer: Tokenizer | None
+    falls_back: bool  # to the tokenizer of gpt-neox-20b
+
+    @staticmethod
+    def open(source: str | Path) -> "_Checkpoint":
+        folder, is_hub = find_folder(source)
+        config, mamba_config, generation_config = read_configs(folder)
+        try:
+            config = with_eos_token_ids(config, generation_config, GENERATION_CONFIG)
+            parsed, names = parse_config(config, mamba_config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder}: {error}") from None
+        try:
+            tokenizer = load_tokenizer(folder, False, download)
+        except ValueError:
+            tokenizer = None  # said when text is first needed
+        tokens = None if tokenizer is None else read_tokens(folder, tokenizer)
+        vocabulary = vocabulary_of(tokens, parsed.vocab_size, parsed.stored_vocab_size, parsed.eos_token_ids)
+        parsed = dataclasses.replace(parsed, vocab_size=vocabulary.size, padded_vocab_size=parsed.stored_vocab_size)
+        # State-spaces checkpoints come without the tokenizer they were trained with, gpt-neox-20b's.
+        falls_back = "model_type" not in config or (is_hub and config["model_type"] == "mamba")
+        return _Checkpoint(str(source), folder, is_hub, parsed, names, vocabulary, tokenizer, falls_back)
+
+    def load(self, options: _Options) -> MambaLM:
+        folder = self.folder
+        if self.is_hub:
+            fetch_weights(self.source, folder)
+        stored = read_tensors(folder)
+        headers = HeaderSource(folder, stored)
+        build(self.config, self.names, headers, "reference")
+        headers.refuse_others()
+        source = StoredSource(folder, stored, options.dtype, options.device, options.mmap)
+        model = build(self.config, self.names, source, options.backend)
+        for file in {stored.file for stored in stored.values()}:
+            file.check()
+        model.name, model.state_dtype, model.checkpoint = self.source, options.state_dtype, options.checkpoint
+        model.files = tuple(source.mapped.values())
+        model.vocabulary = self.vocabulary
+        model.forbid(self.vocabulary.unused)
+        model.load_tokenizer = partial(load_tokenizer, folder, self.falls_back, download)
+        if self.tokenizer is not None:
+            model.tokenizer = self.tokenizer
+        return model
+
+
+def parse_dtype(dtype: object, name: str, known: dict[str, torch.dtype]) -> torch.dtype | None:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in known.values()):
         return dtype
-    if dtype not in known:
-        raise ValueError(f"unknown {name} '{dtype}'; choose from: {', '.join(known)}")
+    if not isinstance(dtype, str) or dtype not in known:
+        value = dtype if isinstance(dtype, str | torch.dtype) else shown(dtype)
+        raise ValueError(f"unknown {name} '{value}'; choose from: {', '.join(known)}")
     return known[dtype]
 
 
-def parse_device(device: str) -> torch.device:
+def parse_device(device: object) -> torch.device:
     try:
-        parsed = torch.device(device)
+        parsed = torch.device(device) if isinstance(device, str | torch.device) else None
     except RuntimeError:
-        raise ValueError(f"unknown device '{device}'; choose from: cpu, cuda") from None
+        parsed = None
+    if parsed is None:
+        raise ValueError(f"unknown device '{device!s:.60}'; choose from: cpu, cuda")
     if parsed.type not in ("cpu", "cuda"):
         raise ValueError(f"device '{device}' is not supported; choose from: cpu, cuda")
     if parsed.type == "cuda" and not torch.cuda.is_available():
@@ -97,108 +191,3 @@ def parse_device(device: str) -> torch.device:
     if parsed.type == "cuda" and parsed.index is not None and parsed.index >= torch.cuda.device_count():
         raise ValueError(f"device '{device}' does not exist; torch sees {torch.cuda.device_count()} CUDA devices")
     return parsed
-
-
-def find_folder(source: str) -> tuple[Path, bool]:
-    """The folder of a model, downloaded if ``source`` is a hub id; and whether it was."""
-    if source.startswith("builtin:"):
-        name = source.removeprefix("builtin:")
-        if name not in BUILTIN:
-            raise ValueError(f"unknown embedded model '{source}'; choose from: builtin:target, builtin:draft")
-        return Path(__file__).parent / "builtin" / name, False
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path, False
-    if path.exists():
-        raise ValueError(f"{source} is a file; give the folder that holds config.json and the weights")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise ValueError(f"folder {source} does not exist, and it is no hub id (owner/name)")
-    folder = _download(source, [*_CONFIG_FILES, "model*.safetensors*"])
-    if not list(folder.glob("*.safetensors")):
-        folder = _download(source, [*_CONFIG_FILES, "pytorch_model*"])
-    return folder, True
-
-
-def _download(repository: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(
-            f"no folder {repository} here, and the hub does not give it ({type(error).__name__}: {reason}); check the "
-            f"name and the network, or download it elsewhere and give the path of the folder"
-        ) from None
-
-
-def load_tokenizer(folder: Path, fall_back: bool) -> Tokenizer | None:
-    """The tokenizer of a checkpoint: ``tokenizer.json`` in its folder; with ``fall_back`` else gpt-neox-20b's.
-
-    None when there is none.
-
-    Raises:
-        ValueError: the file is broken, or the fall-back cannot be downloaded.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        if not fall_back:
-            return None
-        try:
-            path = _download(DEFAULT_TOKENIZER, ["tokenizer.json"]) / "tokenizer.json"
-        except ValueError as error:
-            raise ValueError(f"{folder} has no tokenizer.json, and text needs one: {error}") from None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer file: {error}") from None
-
-
-class _CheckpointTensors:
-    """The tensors of a folder: shapes checked against the config, those converted that need it."""
-
-    def __init__(
-        self, folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None, device: torch.device
-    ) -> None:
-        self.folder, self.tensors, self.dtype, self.device = folder, tensors, dtype, device
-
-    def has(self, name: str) -> bool:
-        return name in self.tensors
-
-    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | Int8Weight:
-        stored = self._stored(name, shape)
-        stored = stored if rows is None else stored[rows]
-        if self.dtype is not torch.int8:
-            return self._converted(stored, self._dtype_of(stored))
-        try:
-            weight = quantised(stored)
-        except ValueError as error:
-            raise ValueError(f"{self.folder}: {name}: {error}") from None
-        if stored.is_contiguous():
-            release_pages(stored)
-        return Int8Weight(weight.values.to(self.device), weight.scale.to(self.device))
-
-    def weight(self, name: str, *shape: int) -> torch.Tensor:
-        stored = self._stored(name, shape)
-        return self._converted(stored, self._dtype_of(stored))
-
-    def float32(self, name: str, *shape: int) -> torch.Tensor:
-        return self._converted(self._stored(name, shape), torch.float32)
-
-    def _dtype_of(self, stored: torch.Tensor) -> torch.dtype:
-        as_stored = stored.dtype if stored.dtype in DTYPES.values() else torch.float32
-        return as_stored if self.dtype in (None, torch.int8) else self.dtype
-
-    def _converted(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        tensor = stored.to(self.device, dtype).contiguous()
-        if tensor.data_ptr() != stored.data_ptr() and stored.is_contiguous():
-            release_pages(stored)
-        return tensor
-
-    def _stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        stored = self.tensors.get(name)
-        if stored is None:
-            raise ValueError(f"{self.folder}: the weights lack {name}, which config.json calls for")
-        if stored.shape != shape:
-            raise ValueError(f"{self.folder}: {name} has shape {tuple(stored.shape)}, but config.json gives {shape}")
-        return stored

@@ -91,7 +91,8 @@ BlockConfig = Mamba1Config | GroupedMamba1Config | Mamba2Config | AttentionConfi
 class ModelConfig:
     """A language model of pre-norm residual blocks, one mixer each; an MLP is a block of its own.
 
-    vocab_size counts the rows of the embedding, padding included.
+    vocab_size: token ids are below it. padded_vocab_size: rows of the stored embedding and head, where there are more;
+    they are never read.
     """
 
     d_model: int
@@ -99,7 +100,21 @@ class ModelConfig:
     blocks: tuple[BlockConfig, ...]
     eps: float = 1e-5
     tie_embeddings: bool = True
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    padded_vocab_size: int | None = None
+
+    @property
+    def stored_vocab_size(self) -> int:
+        return self.padded_vocab_size or self.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return token_ids(self.eos_token_id)
+
+
+def token_ids(ids: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """One, several or no ids as a tuple."""
+    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
 
 def mamba1_config(d_model: int, n_layer: int, vocab_size: int, **other: Any) -> ModelConfig:

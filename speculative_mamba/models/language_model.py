@@ -1,7 +1,8 @@
 """A language model: embedding, blocks, norm, head."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,6 +17,8 @@ from ..ops.checks import check_follows, check_start_slot
 from ..ops.int8 import Int8Weight
 from ..ops.recording import Recording, ResultPool, next_stage
 from .config import ModelConfig
+from .files import MappedFile
+from .vocabulary import Vocabulary
 
 PREFILL_CHUNK = 64
 CHECKPOINTS = ("auto", "states", "inputs")
@@ -31,6 +34,9 @@ class ModelCache(list[LayerCache]):
     def __reduce__(self) -> tuple:
         return ModelCache, (list(self),)  # a copy records anew
 
+    def __repr__(self) -> str:
+        return f"ModelCache({len(self)} layers, {sum(t.nbytes for layer in self for t in layer.tensors())} bytes)"
+
 
 @dataclass
 class _RecordedStep:
@@ -44,13 +50,20 @@ class _RecordedStep:
     results: ResultPool = field(default_factory=ResultPool)
 
 
-@dataclass
+def _no_tokenizer() -> None:
+    return None
+
+
+@dataclass(repr=False)
 class MambaLM:
     """Weights and the two ways to run them; all state lives in the cache that the caller passes.
 
-    embedding and head: (V, d), the same tensor when tied; norm_weight: (d). ``load_tokenizer`` is called when text is
-    first needed; token ids need none. ``state_dtype`` (float32, bfloat16, float16) is that of the recurrent state and
-    of cached keys and values; ``checkpoint`` ("auto", "states", "inputs") as in ``load_model``.
+    embedding and head: (V, d), the same tensor when tied; norm_weight: (d); head_bias: (V) float32 or None.
+    ``load_tokenizer`` is called when text is first needed; token ids need none. ``state_dtype`` (float32, bfloat16,
+    float16) is that of the recurrent state and of cached keys and values; ``checkpoint`` ("auto", "states", "inputs")
+    as in ``load_model``. vocabulary: what the ids mean, as far as it is known. files: those in which weights lie.
+
+    A pickled or copied model holds its weights itself.
     """
 
     config: ModelConfig
@@ -59,10 +72,41 @@ class MambaLM:
     norm_weight: torch.Tensor
     head: torch.Tensor | Int8Weight
     name: str = "model"
-    load_tokenizer: Callable[[], Tokenizer | None] = field(default=lambda: None, repr=False)
+    load_tokenizer: Callable[[], Tokenizer | None] = _no_tokenizer
     backend: str = "auto"
     state_dtype: torch.dtype = torch.float32
     checkpoint: str = "auto"
+    head_bias: torch.Tensor | None = None
+    vocabulary: Vocabulary | None = None
+    files: tuple[MappedFile, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.vocabulary is None:
+            self.vocabulary = Vocabulary(self.vocab_size)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(
+            f"{count} {kind}" for kind, count in Counter(type(b.mixer).__name__ for b in self.blocks).items()
+        )
+        return (
+            f"MambaLM({self.name!r}: {kinds}; d_model {self.config.d_model}, {self.vocab_size} tokens; "
+            f"{str(self.embedding.dtype).removeprefix('torch.')} weights of {self.weight_bytes / 1e6:.1f} MB on "
+            f"{self.device}, backend {self.backend})"
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"files": ()}
+
+    def forbid(self, tokens: Collection[int]) -> None:
+        """Makes these ids impossible: their logits are -inf from now on. All others keep their bits."""
+        if not tokens:
+            return
+        ids = torch.tensor(list(tokens), dtype=torch.long, device=self.device)
+        head = self.head.values if isinstance(self.head, Int8Weight) else self.head
+        head.index_fill_(0, ids, 0)  # padding may hold anything, also NaN; a mapped file stays as it is
+        if self.head_bias is None:
+            self.head_bias = torch.full((self.vocab_size,), -0.0, dtype=torch.float32, device=self.device)
+        self.head_bias.index_fill_(0, ids, -torch.inf)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -100,6 +144,8 @@ class MambaLM:
     def weights(self) -> Iterator[torch.Tensor | Int8Weight]:
         """Those that every step reads; of the embedding it reads a few rows."""
         yield from (self.norm_weight, self.head)
+        if self.head_bias is not None:
+            yield self.head_bias
         for block in self.blocks:
             yield block.norm_weight
             for value in vars(block.mixer).values():
@@ -118,6 +164,7 @@ class MambaLM:
         Time and memory are linear in the number of tokens: a chunk of 64 at a time. Every token goes through the same
         kernels in the same order as in ``verify``, so the state has the same bits however the tokens are cut.
         """
+        self._check_files()
         attention = [layer for layer in cache if isinstance(layer, AttentionCache)]
         if attention:
             length = int(attention[0].lengths[row, 0]) + len(tokens)
@@ -145,8 +192,10 @@ class MambaLM:
         Returns logits (B, T, V) float32.
 
         Raises:
-            ValueError: the cache belongs to a model of another depth, or the window does not fit into its slots.
+            ValueError: the cache belongs to a model of another depth, the window does not fit into its slots, or a file
+                in which weights lie was changed.
         """
+        self._check_files()
         stateful = sum(block.mixer.stateful for block in self.blocks)
         if len(cache) != stateful:
             raise ValueError(f"the cache has {len(cache)} layers, the model {stateful}; use model.new_cache")
@@ -174,6 +223,10 @@ class MambaLM:
             if isinstance(layer, AttentionCache) and layer.may_overflow(tokens):
                 self.reserve(cache, layer.at_most)
 
+    def _check_files(self) -> None:
+        for file in self.files:
+            file.check()
+
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         ids, table = tokens.reshape(-1), self.embedding
         rows = table.rows(ids) if isinstance(table, Int8Weight) else F.embedding(ids, table)
@@ -192,7 +245,7 @@ class MambaLM:
     def _logits(self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window) -> torch.Tensor:
         hidden, residual = self._blocks(hidden, batch, cache, window)
         hidden, _ = rms_norm(hidden, self.norm_weight, residual, eps=self.config.eps, backend=self.backend)
-        return skinny_linear(hidden, self.head, out_dtype=torch.float32, backend=self.backend)
+        return skinny_linear(hidden, self.head, self.head_bias, out_dtype=torch.float32, backend=self.backend)
 
     def _run_recorded(self, tokens: torch.Tensor, cache: ModelCache, window: Window) -> torch.Tensor:
         """``_logits``, without Python between the kernels from the second call of a shape on."""
@@ -221,6 +274,7 @@ class MambaLM:
         """What a recorded step works on; blocks and mixers themselves cannot be changed."""
         yield self.norm_weight
         yield self.head
+        yield self.head_bias
         yield from self.blocks
         for layer in cache:
             yield from layer.tensors()

@@ -1,76 +1,108 @@
 """Reads the tensors of a checkpoint folder: safetensors or PyTorch files, one or many, memory-mapped."""
 
 import ctypes
-import json
 import mmap
 import pickle
 import sys
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.torch_version import TorchVersion
 
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+from .files import MappedFile, check_readable, read_json
 
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: missing or not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+SAFE_UNPICKLING = (2, 10)  # before it torch.load could be made to run code: CVE-2025-32434, CVE-2026-24747
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in the memory of a mapped file."""
+
+    tensor: torch.Tensor
+    file: MappedFile
+
+
+def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint by name. They lie in the mapped files; a page is read when it is first used.
 
     Raises:
         ValueError: no weights, a missing shard, a truncated or corrupt file, or one that holds more than tensors.
     """
-    for name in _WEIGHT_FILES:
-        if (folder / name).is_file():
+    for name in WEIGHT_FILES:
+        if (folder / name).exists() or (folder / name).is_symlink():
             return _read_file(folder / name)
         if (folder / f"{name}.index.json").is_file():
             return _read_shards(folder, folder / f"{name}.index.json")
-    raise ValueError(f"{folder} has no weights: neither {' nor '.join(_WEIGHT_FILES)}, nor an index of shards")
+    raise ValueError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES)}, nor an index of shards")
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
+def check_unpickling(path: object) -> None:
+    """
+    Raises:
+        ValueError: this PyTorch does not read pickled weights safely.
+    """
+    if TorchVersion(torch.__version__) < SAFE_UNPICKLING:
+        raise ValueError(
+            f"{path} holds pickled weights, and torch {torch.__version__} can be made to run code by such a file "
+            "(CVE-2026-24747); take the checkpoint as safetensors, or torch 2.10 or newer"
+        )
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
-    shards = {}
-    for name in sorted({str(name) for name in weight_map.values()}):
-        if not (folder / name).is_file():
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    tensors: dict[str, StoredTensor] = {}
+    held: dict[str, set[str]] = {}
+    for name in sorted({_shard_name(index, name) for name in weight_map.values()}):
+        if not (folder / name).exists():
             raise ValueError(f"{folder} lacks the shard {name}, which {index.name} names; download it again")
-        shards[name] = _read_file(folder / name)
-    missing = sorted(tensor for tensor, name in weight_map.items() if tensor not in shards[name])
+        if Path(name).suffix != suffix:
+            raise ValueError(f"{index} names the shard {name}, which is no {suffix} file")
+        shard = _read_file(folder / name)
+        held[name] = set(shard)
+        # What a shard holds beyond the index counts as well: nothing of it may be left out in silence.
+        tensors |= {tensor: stored for tensor, stored in shard.items() if weight_map.get(tensor, name) == name}
+    missing = sorted(tensor for tensor, name in weight_map.items() if tensor not in held[name])
     if missing:
         raise ValueError(f"{folder}: {missing[0]} is not in the shard that {index.name} names")
-    return {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
+    return tensors
 
 
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
+def _shard_name(index: Path, name: object) -> str:
+    """A name below the folder of the index."""
+    inside = isinstance(name, str) and name and "\0" not in name
+    for path in (PurePosixPath(name), PureWindowsPath(name)) if inside else ():
+        inside = inside and not path.anchor and ".." not in path.parts
+    if not inside:
+        raise ValueError(f"{index} names the shard {name!r:.60}, which is no file in its folder")
+    return name
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    check_readable(path)
+    if path.suffix != ".safetensors":
+        check_unpickling(path)
     try:
+        file = MappedFile(path)
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with safe_open(path, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path} is truncated, corrupt or not a weights file: {reason[0]}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise ValueError(f"{path} must hold a dictionary of tensors")
-    return tensors
+    file.check(path)
+    return {name: StoredTensor(tensor.detach(), file) for name, tensor in tensors.items()}
 
 
 def release_pages(tensor: torch.Tensor) -> None:

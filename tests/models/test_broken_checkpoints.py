@@ -20,6 +20,10 @@ def refuse(source, *words, **options):
         assert word in message, f"{word!r} is not in: {message}"
 
 
+def ascii_start(content):
+    return ascii(content[:30])
+
+
 def weights_of(folder):
     return load_file(folder / "model.safetensors")
 
@@ -57,7 +61,11 @@ def test_folder_without_config(checkpoint):
     refuse(folder, "config.json")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "\xff\xfe", "null"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", "\xff\xfe", "null", "[" * 10**5, '{"hidden_size": ' + "9" * 5000 + "}"],
+    ids=ascii_start,
+)
 def test_config_that_is_no_json_object(checkpoint, content):
     folder = checkpoint().folder
     (folder / "config.json").write_bytes(content.encode("latin-1"))
@@ -86,6 +94,41 @@ def test_config_that_is_no_json_object(checkpoint, content):
         ("state-spaces", {"d_model": None}, ["d_model"]),
         ("state-spaces", {"ssm_cfg": "Mamba1"}, ["ssm_cfg"]),
         ("state-spaces", {"pad_vocab_size_multiple": 0}, ["pad_vocab_size_multiple"]),
+        ("safetensors", {"num_hidden_layers": 10**10}, ["num_hidden_layers", "10000000000"]),
+        ("safetensors", {"num_hidden_layers": 1e10}, ["num_hidden_layers"]),
+        ("safetensors", {"hidden_size": True}, ["hidden_size"]),
+        ("safetensors", {"hidden_size": 10**400}, ["hidden_size"]),
+        ("safetensors", {"layer_norm_epsilon": 10**400}, ["layer_norm_epsilon"]),
+        ("safetensors", {"layer_norm_epsilon": float("inf")}, ["layer_norm_epsilon"]),
+        ("safetensors", {"layer_norm_epsilon": float("nan")}, ["layer_norm_epsilon"]),
+        ("safetensors", {"layer_norm_epsilon": 1e-300}, ["layer_norm_epsilon"]),
+        ("safetensors", {"expand": float("inf"), "intermediate_size": None}, ["expand"]),
+        ("safetensors", {"expand": 1e29, "intermediate_size": None}, ["expand"]),
+        ("safetensors", {"expand": 1e-3, "intermediate_size": None}, ["expand"]),
+        ("safetensors", {"conv_kernel": 1}, ["conv_kernel", "from 2 to 8"]),
+        ("safetensors", {"conv_kernel": 9}, ["conv_kernel", "from 2 to 8"]),
+        ("safetensors", {"state_size": 10**6}, ["state_size"]),
+        ("safetensors", {"eos_token_id": "0"}, ["eos_token_id"]),
+        ("safetensors", {"eos_token_id": [1, None]}, ["eos_token_id"]),
+        ("safetensors", {"eos_token_id": 1.5}, ["eos_token_id"]),
+        ("safetensors", {"eos_token_id": -1}, ["eos_token_id"]),
+        ("safetensors", {"model_type": ["mamba"]}, ["['mamba']", "not supported"]),
+        ("safetensors", {"model_type": None, "architectures": {"a": 1}}, ["not supported"]),
+        ("safetensors", {"hidden_act": ["x" * 5000]}, ["hidden_act", "…"]),
+        ("safetensors", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "fp8", "int8"]),
+        ("state-spaces", {"quantization_config": "awq"}, ["quantization_config", "awq"]),
+        ("state-spaces", {"n_layer": 10**9}, ["n_layer"]),
+        ("state-spaces", {"ssm_cfg": {"expand": float("inf")}}, ["expand"]),
+        ("state-spaces", {"ssm_cfg": {"layer": {}}}, ["ssm_cfg.layer"]),
+        ("state-spaces", {"ssm_cfg": {"d_conv": 1}}, ["d_conv"]),
+        ("state-spaces", {"ssm_cfg": {"dt_rank": []}}, ["dt_rank"]),
+        ("state-spaces", {"ssm_cfg": []}, ["ssm_cfg"]),
+        ("state-spaces", {"attn_layer_idx": {}}, ["attn_layer_idx"]),
+        (
+            "state-spaces",
+            {"attn_layer_idx": [1], "attn_cfg": {"causal": True, "num_heads": 6, "d_conv": 9}},
+            ["d_conv"],
+        ),
     ],
     ids=str,
 )
@@ -99,6 +142,66 @@ def test_config_of_no_known_format(checkpoint):
     folder = checkpoint().folder
     (folder / "config.json").write_text(json.dumps({"hidden_size": 24}))
     refuse(folder, "architecture")
+
+
+@pytest.mark.parametrize("content", ["{", '{"eos_token_id": "x"}', '{"eos_token_id": [true]}'])
+def test_generation_config_that_makes_no_sense(checkpoint, content):
+    folder = checkpoint().folder
+    (folder / "generation_config.json").write_text(content)
+    refuse(folder, "generation_config.json")
+
+
+def rewrite(folder, tensors):
+    if (folder / "model.safetensors").exists():
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        torch.save(tensors, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "state-spaces"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int32, torch.bool], ids=str)
+@pytest.mark.parametrize("name", ["backbone.layers.1.mixer.in_proj.weight", "backbone.layers.0.mixer.D"])
+def test_weights_that_are_other_numbers(checkpoint, layout, dtype, name):
+    folder = checkpoint(layout).folder
+    tensors = weights_of(folder) if layout == "safetensors" else torch.load(folder / "pytorch_model.bin")
+    rewrite(folder, tensors | {name: tensors[name].to(dtype)})
+    refuse(folder, name, f"stored as {str(dtype).removeprefix('torch.')}")
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "state-spaces"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone.layers.1.mixer.in_proj.weight_scale",
+        "backbone.layers.1.mixer.in_proj.qzeros",
+        "backbone.layers.1.mixer.in_proj.lora_A.weight",
+        "backbone.layers.1.mixer.in_proj.bias",
+        "backbone.layers.0.mixer.x_proj.bias",
+        "backbone.layers.3.norm.weight",
+        "backbone.layers.3.mixer.D",
+        "backbone.norm_f.bias",
+        "lm_head.bias",
+        "scale",
+    ],
+)
+def test_a_tensor_that_the_config_does_not_call_for(checkpoint, layout, name):
+    folder = checkpoint(layout).folder
+    tensors = weights_of(folder) if layout == "safetensors" else torch.load(folder / "pytorch_model.bin")
+    rewrite(folder, tensors | {name: torch.ones(3)})
+    refuse(folder, name, "does not call for")
+
+
+def test_a_tensor_that_the_index_does_not_name(checkpoint):
+    folder = checkpoint("sharded").folder
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    save_file(load_file(shard) | {"weight_scale": torch.ones(3)}, shard)
+    refuse(folder, "weight_scale")
+
+
+def test_adapters(checkpoint):
+    folder = checkpoint().folder
+    (folder / "adapter_config.json").write_text("{}")
+    refuse(folder, "adapter_config.json", "merge")
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "state-spaces"])
@@ -139,6 +242,89 @@ def test_broken_index_of_shards(checkpoint, index):
     folder = checkpoint("sharded").folder
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refuse(folder, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("kind", ["../{}", "{}/../../x", "/tmp/{}", "C:\\{}", "..\\{}", "a\0b", "", None, 3, ["{}"]])
+def test_shard_outside_the_folder(checkpoint, kind):
+    folder = checkpoint("sharded").folder
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    [(tensor, shard), *_] = index["weight_map"].items()
+    (folder.parent / shard).write_bytes((folder / shard).read_bytes())
+    index["weight_map"][tensor] = kind.format(shard) if isinstance(kind, str) else kind
+    path.write_text(json.dumps(index))
+    refuse(folder, path.name, "no file in its folder")
+
+
+def test_shard_of_another_kind(checkpoint):
+    folder = checkpoint("sharded").folder
+    path = folder / "model.safetensors.index.json"
+    torch.save({"x": torch.ones(2)}, folder / "x.bin")
+    path.write_text(json.dumps({"weight_map": {"x": "x.bin"}}))
+    refuse(folder, path.name, "x.bin")
+
+
+@pytest.mark.parametrize("layout", ["bin", "state-spaces"])
+@pytest.mark.parametrize("version", ["2.4.0", "2.5.1+cu124", "2.9.1", "2.10.0a0+git1"])
+def test_pickled_weights_are_not_read_by_a_torch_with_holes(checkpoint, layout, version, monkeypatch):
+    folder = checkpoint(layout).folder
+    sm.load_model(folder)
+    monkeypatch.setattr(torch, "__version__", version)
+    refuse(folder, "pytorch_model.bin", version, "CVE-2026-24747", "safetensors")
+
+
+def test_old_format_of_torch(checkpoint):
+    folder = checkpoint("bin").folder
+    tensors = torch.load(folder / "pytorch_model.bin")
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    refuse(folder, "PyTorch 1.6", "save it again")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
+        (b"GGUF\3\0\0\0", "GGUF"),
+        (b"<!DOCTYPE html>", "web page"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_files_that_are_something_else(checkpoint, layout, content, words):
+    folder = checkpoint(layout).folder
+    file = next(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    file.write_bytes(content)
+    refuse(folder, file.name, words)
+
+
+def test_pickled_weights_with_the_name_of_safetensors(checkpoint):
+    folder = checkpoint("bin").folder
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
+    refuse(folder, "model.safetensors", "pickled")
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_files_that_cannot_be_read(checkpoint, layout, monkeypatch):
+    folder = checkpoint(layout).folder
+    file = next(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    content, opened = file.read_bytes(), type(file).open
+
+    def denied(path, *arguments, **options):
+        if path == file:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:  # root may read everything
+        patch.setattr(type(file), "open", denied)
+        refuse(folder, file.name, "cannot be read: Permission denied")
+    file.unlink()
+    file.mkdir()
+    refuse(folder, file.name, "cannot be read: Is a directory")
+    file.rmdir()
+    file.symlink_to(folder / "absent")
+    refuse(folder, file.name, "cannot be read: No such file")
+    file.unlink()
+    file.write_bytes(content)
+    sm.load_model(folder)
 
 
 def test_shard_that_lacks_what_the_index_says(checkpoint):
@@ -215,7 +401,7 @@ def test_a_pickle_that_runs_code_is_refused(checkpoint, tmp_path, monkeypatch, p
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"x": 3}, {"x": {"y": torch.zeros(2)}}], ids=str)
+@pytest.mark.parametrize("content", [[1, 2], {"x": 3}, {3: torch.zeros(2)}, {"x": {"y": torch.zeros(2)}}], ids=str)
 def test_a_file_that_holds_something_else(checkpoint, content):
     folder = checkpoint("state-spaces").folder
     torch.save(content, folder / "pytorch_model.bin")
@@ -241,7 +427,7 @@ def test_token_ids_need_no_tokenizer(checkpoint, layout, tmp_path, monkeypatch):
         sm.generate(model, [[1]], stop_strings=["x"])
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float", "nn", "", torch.int8, torch.float64, 16])
+@pytest.mark.parametrize("dtype", ["int8", "float", "nn", "", torch.int8, torch.float64, 16, [], {}, ("int8",)])
 def test_unknown_dtype(checkpoint, dtype):
     folder = checkpoint().folder
     if dtype not in ("int8", torch.int8):
@@ -249,7 +435,7 @@ def test_unknown_dtype(checkpoint, dtype):
     refuse(folder, "unknown state_dtype", "bfloat16", state_dtype=dtype)
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "meta", "xpu", "mps"])
+@pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "meta", "xpu", "mps", None, 0, []])
 def test_unknown_device(checkpoint, device):
     refuse(checkpoint().folder, "device", "cpu", device=device)
 
@@ -260,6 +446,23 @@ def test_cuda_without_a_device(checkpoint, device):
     refuse(checkpoint().folder, "cuda", "cpu", device=device)
 
 
-@pytest.mark.parametrize("backend", ["triton?", "", "CPU"])
+@pytest.mark.parametrize("backend", ["triton?", "", "CPU", None, [], {}])
 def test_unknown_backend(checkpoint, backend):
     refuse(checkpoint().folder, "backend", "reference", backend=backend)
+
+
+@pytest.mark.parametrize(
+    "options", [{"checkpoint": []}, {"checkpoint": "state"}, {"mmap": "no"}, {"mmap": None}], ids=str
+)
+def test_other_arguments(checkpoint, options):
+    refuse(checkpoint().folder, *options, **options)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"x", ["x"], "", "a\0b", "~no.such.user/x", "x" * 5000], ids=ascii)
+def test_sources_that_are_no_names(source):
+    refuse(source, "folder")
+
+
+def test_a_model_of_transformers_instead_of_its_folder(checkpoint):
+    refuse(checkpoint().oracle, "MambaForCausalLM", "save_pretrained")
+    refuse(sm.load_model("builtin:draft"), "MambaLM")

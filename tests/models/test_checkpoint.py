@@ -1,13 +1,16 @@
 """Checkpoints of both public formats give the logits and the text that transformers gives."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from published import FORMATS
 
 import speculative_mamba as sm
 
@@ -80,8 +83,83 @@ def test_default_rank_and_sizes(checkpoint):
 def test_state_spaces_vocabularies_are_padded_to_a_multiple_of_8(checkpoint, stated):
     written = checkpoint("state-spaces", {"vocab_size": stated})
     model = sm.load_model(written.folder)
-    assert model.vocab_size == 64
-    assert_parity(model, written.oracle)
+    assert model.vocab_size == stated
+    with torch.no_grad():
+        expected = written.oracle(torch.tensor([IDS])).logits[0, :, :stated]
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "sharded", "bin", "state-spaces"])
+@pytest.mark.parametrize("stated", [True, None])
+def test_a_stored_head_is_used_whatever_the_config_says(checkpoint, layout, stated):
+    """As transformers does: tied are a head that is not stored, and one that equals the embedding."""
+    written = checkpoint(layout)
+    config = json.loads((written.folder / "config.json").read_text())
+    key = "tie_embeddings" if layout == "state-spaces" else "tie_word_embeddings"
+    config = {name: value for name, value in config.items() if name != key} | ({key: True} if stated else {})
+    (written.folder / "config.json").write_text(json.dumps(config))
+    assert_parity(sm.load_model(written.folder), written.oracle)
+    assert_parity(sm.load_model(written.folder, mmap=False), written.oracle)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_stored_head_that_equals_the_embedding_is_no_second_one(checkpoint, dtype):
+    folder = checkpoint("state-spaces", tie_word_embeddings=True).folder
+    model = sm.load_model(folder, dtype=dtype)
+    assert model.head is model.embedding
+    tensors = torch.load(folder / "pytorch_model.bin")
+    tensors["lm_head.weight"] = -tensors["lm_head.weight"] * 0.0 + tensors["lm_head.weight"].nextafter(
+        torch.tensor(9.0)
+    )
+    torch.save(tensors, folder / "pytorch_model.bin")
+    changed = sm.load_model(folder)
+    assert changed.head is not changed.embedding and torch.equal(changed.head, tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("stated", "generation", "expected"),
+    [
+        (5, None, (5,)), (5, 7, (5, 7)), (5, [5, 7], (5, 7)), ([5, 6], [7, 5], (5, 6, 7)), (None, 7, (7,)),
+        ("absent", [7], (7,)), ("absent", None, (0,)), (None, None, ()), (5, [], (5,)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["safetensors", "state-spaces"])
+def test_ids_that_end_a_text(checkpoint, layout, stated, generation, expected):
+    """Those of both files; the format's own where neither names one."""
+    folder = checkpoint(layout).folder
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": stated}
+    config = {key: value for key, value in config.items() if value != "absent"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation, "do_sample": True}))
+    model = sm.load_model(folder)
+    assert sorted(model.config.eos_token_ids) == sorted(expected)
+    plain = sm.generate(
+        model, [IDS], max_new_tokens=40, stop_token_ids=(), sampling=sm.SamplingParams(seed=1, temperature=1)
+    )
+    text = sm.generate(model, [IDS], max_new_tokens=40, sampling=sm.SamplingParams(seed=1, temperature=1)).sequences[0]
+    ends = [i for i, token in enumerate(plain.sequences[0].tolist()) if i >= len(IDS) and token in expected]
+    assert len(text) == (ends[0] + 1 if ends else len(IDS) + 40)
+
+
+def test_pickled_parameters_are_weights(checkpoint):
+    """A file that was saved from ``named_parameters``: its tensors ask for gradients."""
+    written = checkpoint("bin")
+    expected = logits(sm.load_model(written.folder))
+    torch.save(dict(written.oracle.named_parameters()), written.folder / "pytorch_model.bin")
+    model = sm.load_model(written.folder)
+    assert torch.equal(logits(model), expected) and not any(weight.requires_grad for weight in model.weights())
+
+
+def test_computed_buffers_are_no_weights(checkpoint):
+    from published import llama_hf
+    from safetensors.torch import load_file, save_file
+
+    folder = checkpoint().folder
+    llama_hf(folder, 0)
+    expected = logits(sm.load_model(folder))
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}, folder / "model.safetensors")
+    assert torch.equal(logits(sm.load_model(folder)), expected)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "state-spaces"])
@@ -130,6 +208,102 @@ def test_weights_lie_in_the_mapped_file(checkpoint, layout):
             ranges.append((int(begin, 16), int(end, 16)))
     for weight in (model.embedding, model.head, model.blocks[0].mixer.in_proj, model.blocks[2].mixer.out_proj):
         assert any(begin <= weight.data_ptr() < end for begin, end in ranges), "a weight was copied"
+
+
+def cut_short(path):
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+def written_over(path):
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        file.write(content[:-1])
+    os.utime(path, ns=(0, 0))  # in place of waiting for the clock of the file system
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("harm", [cut_short, written_over])
+def test_a_weights_file_that_changes_in_use_is_noticed(checkpoint, layout, harm):
+    folder = checkpoint(layout, hidden_size=64).folder
+    model, copied = sm.load_model(folder), sm.load_model(folder, mmap=False)
+    cache, start = model.new_cache(1, 1), torch.zeros(1, dtype=torch.int32)
+    expected = sm.generate(copied, [IDS], max_new_tokens=5).sequences[0]
+    file = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])[-1]
+    harm(file)
+    for call in (
+        lambda: sm.generate(model, [IDS]),
+        lambda: sm.generate(copied, [IDS], draft=model),
+        lambda: model.prefill(IDS, cache, 0),
+        lambda: model.verify(torch.tensor([[1]]), cache, start),
+    ):
+        with pytest.raises(ValueError, match=rf"{file.name} was cut short or written over .*mmap=False"):
+            call()
+    assert torch.equal(sm.generate(copied, [IDS], max_new_tokens=5).sequences[0], expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_weights_file_may_be_deleted_or_replaced_by_another(checkpoint, layout):
+    folder = checkpoint(layout).folder
+    model = sm.load_model(folder)
+    expected = logits(model)
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        other = folder / "other"
+        other.write_bytes(b"other weights")
+        other.replace(file)
+        file.unlink()
+    assert torch.equal(logits(model), expected)
+
+
+def test_nothing_is_watched_that_was_copied(checkpoint):
+    folder = checkpoint("sharded").folder
+    assert len(sm.load_model(folder).files) > 1
+    for options in ({"mmap": False}, {"mmap": False, "dtype": "bfloat16"}, {"mmap": False, "dtype": "int8"}):
+        assert sm.load_model(folder, **options).files == ()
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("name", [*FORMATS, "mamba-in-llama-merged", "builtin:target"])
+def test_copies_of_a_model(name, dtype, tmp_path):
+    """They hold their weights themselves, and each once."""
+    if name in FORMATS:
+        FORMATS[name](tmp_path, 0)
+    elif name.endswith("merged"):
+        FORMATS["mamba-in-llama"](tmp_path, 0, merged=True)
+    model = sm.load_model(name if name.startswith("builtin") else tmp_path, dtype=dtype)
+    pickled = pickle.dumps(model)
+    size = model.weight_bytes + (0 if model.head is model.embedding else model.embedding.nbytes)
+    assert len(pickled) < 1.2 * size + 100_000
+    expected = logits(model)
+    for file in [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")]:
+        file.unlink()
+    for other in (pickle.loads(pickled), copy.deepcopy(model), pickle.loads(pickle.dumps(copy.copy(model)))):
+        assert torch.equal(logits(other), expected)
+        assert (other.head is other.embedding) == (model.head is model.embedding)
+        assert other.vocabulary == model.vocabulary and other.files == ()
+        assert ("tokenizer" in vars(other)) == ("tokenizer" in vars(model))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_defaults_of_torch_change_nothing(name, dtype, tmp_path):
+    FORMATS[name](tmp_path, 0)
+    expected = logits(sm.load_model(tmp_path, dtype=dtype))
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            model = sm.load_model(tmp_path, dtype=dtype)
+            cache = model.new_cache(1, len(IDS))
+        start = torch.zeros(1, dtype=torch.int32)
+        assert torch.equal(model.verify(torch.tensor([IDS]), cache, start)[0], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_is_shown_in_a_line(checkpoint):
+    model = sm.load_model(checkpoint().folder)
+    shown = repr(model)
+    assert "\n" not in shown and len(shown) < 400 and "3 Mamba1Mixer" in shown and "float32" in shown
+    assert len(repr(model.new_cache(1, 2))) < 100
 
 
 MEASURE = """

@@ -8,14 +8,22 @@ import torch
 
 from ..config import AttentionConfig, Mamba1Config, Mamba2Config, MlpConfig, ModelConfig
 from .fields import (
+    MAX_HEAD_SIZE,
+    MAX_LAYERS,
+    conv_width,
     divides,
+    dt_limit,
+    dt_rank,
     eos_token_id,
+    epsilon,
+    expanded,
     flag,
     number,
     object_of,
     refuse_other,
     required,
     rotary_frequencies,
+    shown,
 )
 from .names import Names
 
@@ -29,12 +37,11 @@ def backbone_names(layers: int) -> Names:
 def _mamba1(config: dict[str, Any], **other: Any) -> tuple[ModelConfig, Names]:
     refuse_other(config, "hidden_act", "silu")
     d_model = required(config, "hidden_size")
-    rank = config.get("time_step_rank", "auto")
     mixer = Mamba1Config(
-        d_inner=required(config, "intermediate_size", int(number(config, "expand", 2) * d_model)),
-        dt_rank=math.ceil(d_model / 16) if rank == "auto" else required(config, "time_step_rank"),
-        d_state=required(config, "state_size", 16),
-        d_conv=required(config, "conv_kernel", 4),
+        d_inner=required(config, "intermediate_size", expanded(config, d_model)),
+        dt_rank=dt_rank(config, "time_step_rank", d_model),
+        d_state=required(config, "state_size", 16, most=MAX_HEAD_SIZE),
+        d_conv=conv_width(config, "conv_kernel", 4),
         conv_bias=flag(config, "use_conv_bias", True),
         bias=flag(config, "use_bias", False),
         **other,
@@ -43,55 +50,43 @@ def _mamba1(config: dict[str, Any], **other: Any) -> tuple[ModelConfig, Names]:
 
 
 def _falcon_mamba(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
-    return _mamba1(config, norm_eps=number(config, "mixer_rms_eps", 1e-6))
+    return _mamba1(config, norm_eps=epsilon(config, "mixer_rms_eps", 1e-6))
 
 
 def _mamba2(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     refuse_other(config, "hidden_act", "silu")
     refuse_other(config, "rms_norm", True)
     groups, heads = required(config, "n_groups", 8), required(config, "num_heads", 128)
-    head_dim = required(config, "head_dim", 64)
-    inner, expanded = heads * head_dim, int(number(config, "expand", 2) * required(config, "hidden_size"))
-    if inner != expanded:
-        raise ValueError(f"config.json gives num_heads * head_dim = {inner}, but expand * hidden_size = {expanded}")
+    head_dim = required(config, "head_dim", 64, most=MAX_HEAD_SIZE)
+    inner, stated = heads * head_dim, expanded(config, required(config, "hidden_size"))
+    if inner != stated:
+        raise ValueError(f"config.json gives num_heads * head_dim = {inner}, but expand * hidden_size = {stated}")
     mixer = Mamba2Config(
         n_heads=heads,
         head_dim=head_dim,
-        d_state=required(config, "state_size", 128),
+        d_state=required(config, "state_size", 128, most=MAX_HEAD_SIZE),
         x_heads=heads,
         b_groups=divides(groups, heads, "n_groups"),
         c_groups=groups,
-        d_conv=required(config, "conv_kernel", 4),
+        d_conv=conv_width(config, "conv_kernel", 4),
         conv_bias=flag(config, "use_conv_bias", True),
         bias=flag(config, "use_bias", False),
         norm_groups=groups,
-        norm_eps=number(config, "layer_norm_epsilon", 1e-5),
+        norm_eps=epsilon(config, "layer_norm_epsilon", 1e-5),
         dt_limit=dt_limit(config, "time_step_limit"),
     )
     return _of_backbone(config, mixer, eos=2, tie=False)
 
 
-def dt_limit(config: dict[str, Any], key: str) -> tuple[float, float]:
-    value = config.get(key) or (0.0, math.inf)
-    try:
-        # transformers writes infinity, for which JSON has no number, as an object.
-        low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in value)
-    except (TypeError, ValueError, KeyError):
-        low, high = math.inf, 0.0
-    if not 0 <= low <= high:
-        raise ValueError(f"config.json gives {key} = {value!r}; two numbers, the smaller first, are needed")
-    return low, high
-
-
 def _of_backbone(
     config: dict[str, Any], mixer: Mamba1Config | Mamba2Config, eos: int, tie: bool
 ) -> tuple[ModelConfig, Names]:
-    layers = required(config, "num_hidden_layers")
+    layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
     model = ModelConfig(
         d_model=required(config, "hidden_size"),
         vocab_size=required(config, "vocab_size"),
         blocks=(mixer,) * layers,
-        eps=number(config, "layer_norm_epsilon", 1e-5),
+        eps=epsilon(config, "layer_norm_epsilon", 1e-5),
         tie_embeddings=flag(config, "tie_word_embeddings", tie),
         eos_token_id=eos_token_id(config, eos),
     )
@@ -99,7 +94,7 @@ def _of_backbone(
 
 
 def _llama(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
-    layers = required(config, "num_hidden_layers")
+    layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
     mlp = MlpConfig(required(config, "intermediate_size"), flag(config, "mlp_bias", False))
     return of_llama(config, (llama_attention(config), mlp) * layers, "self_attn.")
 
@@ -118,7 +113,7 @@ def of_llama(config: dict[str, Any], blocks: tuple, *mixers: str) -> tuple[Model
         d_model=required(config, "hidden_size"),
         vocab_size=required(config, "vocab_size"),
         blocks=blocks,
-        eps=number(config, "rms_norm_eps", 1e-6),
+        eps=epsilon(config, "rms_norm_eps", 1e-6),
         tie_embeddings=flag(config, "tie_word_embeddings", False),
         eos_token_id=eos_token_id(config, 2),
     )
@@ -130,7 +125,7 @@ def llama_attention(config: dict[str, Any]) -> AttentionConfig:
     heads = required(config, "num_attention_heads")
     if config.get("head_dim") is None:
         divides(heads, required(config, "hidden_size"), "num_attention_heads")
-    head_dim = required(config, "head_dim", required(config, "hidden_size") // heads)
+    head_dim = required(config, "head_dim", required(config, "hidden_size") // heads, most=MAX_HEAD_SIZE)
     bias = flag(config, "attention_bias", False)
     return AttentionConfig(
         n_heads=heads,
@@ -147,7 +142,9 @@ def _rotary(config: dict[str, Any], head_dim: int) -> torch.Tensor:
     scaling = object_of(config, "rope_parameters") or object_of(config, "rope_scaling")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"config.json has rope_type = {kind!r}; only 'default', 'linear' and 'llama3' are supported")
+        raise ValueError(
+            f"config.json has rope_type = {shown(kind)}; only 'default', 'linear' and 'llama3' are supported"
+        )
     refuse_other(scaling | config, "partial_rotary_factor", 1.0)
     divides(2, head_dim, "head_dim")
     frequencies = rotary_frequencies(number(scaling, "rope_theta", number(config, "rope_theta", 10000.0)), head_dim)
@@ -157,6 +154,8 @@ def _rotary(config: dict[str, Any], head_dim: int) -> torch.Tensor:
         # Long waves are stretched by the factor, short ones kept, those between interpolated.
         factor, low = number(scaling, "factor"), number(scaling, "low_freq_factor")
         high, context = number(scaling, "high_freq_factor"), number(scaling, "original_max_position_embeddings")
+        if high <= low:
+            raise ValueError(f"config.json gives high_freq_factor = {high:g}, but low_freq_factor = {low:g}")
         turns = context * frequencies / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - kept) * frequencies / factor + kept * frequencies

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..config import ModelConfig
+from .fields import shown
 from .hugging_face import MODEL_TYPES
 from .in_llama import from_mamba_in_llama
 from .names import Names
@@ -19,21 +20,23 @@ def parse_config(config: dict[str, Any], mamba_config: dict[str, Any] | None = N
     Raises:
         ValueError: another architecture, or a value that is not supported or makes no sense.
     """
-    model_type = config.get("model_type")
+    refuse_quantised(config)
+    model_type, architectures = config.get("model_type"), config.get("architectures")
     if mamba_config is not None:
+        refuse_quantised(mamba_config)
         return from_mamba_in_llama(config, mamba_config)
-    if model_type in MODEL_TYPES:
+    if isinstance(model_type, str) and model_type in MODEL_TYPES:
         architecture, parse = MODEL_TYPES[model_type]
-        named = config.get("architectures") or [architecture]
-        if named != [architecture]:
+        if architectures and architectures != [architecture]:
             raise ValueError(
-                f"architecture {named!r} of model_type {model_type!r} is not supported; only {architecture} is"
+                f"architecture {shown(architectures)} of model_type {model_type!r} is not supported; "
+                f"only {architecture} is"
             )
         return parse(config)
     if model_type is not None:
         raise _unsupported(model_type)
-    if config.get("architectures"):
-        raise _unsupported(config["architectures"][0])
+    if architectures:
+        raise _unsupported(architectures[0] if isinstance(architectures, list) else architectures)
     if "d_model" in config and "n_layer" in config:
         return from_state_spaces(config)
     raise ValueError(
@@ -41,5 +44,16 @@ def parse_config(config: dict[str, Any], mamba_config: dict[str, Any] | None = N
     )
 
 
+def refuse_quantised(config: dict[str, Any]) -> None:
+    """Weights that are numbers of another kind, with scales beside them."""
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            method = config[key].get("quant_method", "?") if isinstance(config[key], dict) else config[key]
+            raise ValueError(
+                f"config.json has {key} ({shown(method)}): quantised weights are not supported; take the checkpoint "
+                "in bfloat16, float16 or float32, and dtype='int8' if it is to be small"
+            )
+
+
 def _unsupported(architecture: object) -> ValueError:
-    return ValueError(f"architecture {architecture!r} is not supported; supported: {SUPPORTED}")
+    return ValueError(f"architecture {shown(architecture)} is not supported; supported: {SUPPORTED}")

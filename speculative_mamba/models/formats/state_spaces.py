@@ -5,8 +5,14 @@ from typing import Any
 
 from ..config import AttentionConfig, BlockConfig, Mamba1Config, Mamba2Config, MlpConfig, ModelConfig
 from .fields import (
+    MAX_HEAD_SIZE,
+    MAX_LAYERS,
+    conv_width,
     divides,
+    dt_limit,
+    dt_rank,
     eos_token_id,
+    expanded,
     flag,
     indices,
     number,
@@ -15,8 +21,8 @@ from .fields import (
     refuse_unknown,
     required,
     rotary_frequencies,
+    shown,
 )
-from .hugging_face import dt_limit
 from .names import Names
 
 _INITIAL = "layer dt_min dt_max dt_init dt_scale dt_init_floor A_init_range conv_init use_fast_path use_mem_eff_path "
@@ -25,16 +31,18 @@ _MLP_MULTIPLE = 128
 
 def from_state_spaces(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     refuse_other(config, "rms_norm", True)
-    d_model, layers = required(config, "d_model"), required(config, "n_layer")
+    d_model, layers = required(config, "d_model"), required(config, "n_layer", most=MAX_LAYERS)
     ssm, multiple = object_of(config, "ssm_cfg"), required(config, "pad_vocab_size_multiple", 8)
     mixers = {"Mamba1": _mamba1, "Mamba2": _mamba2}
     layer = ssm.get("layer", "Mamba1")
-    if layer not in mixers:
-        raise ValueError(f"architecture {layer!r} (ssm_cfg.layer) is not supported; supported: {', '.join(mixers)}")
+    if not isinstance(layer, str) or layer not in mixers:
+        raise ValueError(
+            f"architecture {shown(layer)} (ssm_cfg.layer) is not supported; supported: {', '.join(mixers)}"
+        )
     mixer, attending = mixers[layer](ssm, d_model), indices(config, "attn_layer_idx", layers)
     attention = _attention(object_of(config, "attn_cfg"), d_model) if attending else None
-    inner = config.get("d_intermediate") or 0
-    mlp = MlpConfig(_padded(required(config, "d_intermediate"), _MLP_MULTIPLE)) if inner else None
+    inner = required(config, "d_intermediate", 0, least=0)
+    mlp = MlpConfig(_padded(inner, _MLP_MULTIPLE)) if inner else None
     blocks: list[BlockConfig] = []
     names = []
     for i in range(layers):
@@ -44,9 +52,11 @@ def from_state_spaces(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
         if mlp is not None:
             blocks.append(mlp)
             names.append((f"{prefix}norm2.weight", f"{prefix}mlp."))
+    vocab_size = required(config, "vocab_size")
     model = ModelConfig(
         d_model=d_model,
-        vocab_size=_padded(required(config, "vocab_size"), multiple),
+        vocab_size=vocab_size,
+        padded_vocab_size=_padded(vocab_size, multiple),
         blocks=tuple(blocks),
         tie_embeddings=flag(config, "tie_embeddings", True),
         eos_token_id=eos_token_id(config, 0),
@@ -61,12 +71,11 @@ def _padded(count: int, multiple: int) -> int:
 
 def _mamba1(ssm: dict[str, Any], d_model: int) -> Mamba1Config:
     refuse_unknown(ssm, "ssm_cfg", _INITIAL + "d_state d_conv expand dt_rank conv_bias bias")
-    rank = ssm.get("dt_rank", "auto")
     return Mamba1Config(
-        d_inner=int(number(ssm, "expand", 2) * d_model),
-        dt_rank=math.ceil(d_model / 16) if rank == "auto" else required(ssm, "dt_rank"),
-        d_state=required(ssm, "d_state", 16),
-        d_conv=required(ssm, "d_conv", 4),
+        d_inner=expanded(ssm, d_model),
+        dt_rank=dt_rank(ssm, "dt_rank", d_model),
+        d_state=required(ssm, "d_state", 16, most=MAX_HEAD_SIZE),
+        d_conv=conv_width(ssm, "d_conv", 4),
         conv_bias=flag(ssm, "conv_bias", True),
         bias=flag(ssm, "bias", False),
     )
@@ -79,18 +88,18 @@ def _mamba2(ssm: dict[str, Any], d_model: int) -> Mamba2Config:
         _INITIAL + "d_state d_conv expand headdim d_ssm ngroups D_has_hdim rmsnorm norm_before_gate dt_limit bias "
         "conv_bias chunk_size",
     )
-    inner, head_dim = int(number(ssm, "expand", 2) * d_model), required(ssm, "headdim", 64)
+    inner, head_dim = expanded(ssm, d_model), required(ssm, "headdim", 64, most=MAX_HEAD_SIZE)
     refuse_other(ssm, "norm_before_gate", False)
     refuse_other(ssm, "d_ssm", None, inner)
     heads, groups = inner // divides(head_dim, inner, "headdim"), required(ssm, "ngroups", 1)
     return Mamba2Config(
         n_heads=heads,
         head_dim=head_dim,
-        d_state=required(ssm, "d_state", 128),
+        d_state=required(ssm, "d_state", 128, most=MAX_HEAD_SIZE),
         x_heads=heads,
         b_groups=divides(groups, heads, "ngroups"),
         c_groups=groups,
-        d_conv=required(ssm, "d_conv", 4),
+        d_conv=conv_width(ssm, "d_conv", 4),
         conv_bias=flag(ssm, "conv_bias", True),
         bias=flag(ssm, "bias", False),
         norm=flag(ssm, "rmsnorm", True),
@@ -105,16 +114,18 @@ def _attention(attn: dict[str, Any], d_model: int) -> AttentionConfig:
     known += "rotary_emb_dim rotary_emb_base rotary_emb_interleaved"
     refuse_unknown(attn, "attn_cfg", known)
     if attn.get("causal") is not True:
-        raise ValueError(f"config.json has attn_cfg.causal = {attn.get('causal', False)!r}; only True is supported")
+        raise ValueError(
+            f"config.json has attn_cfg.causal = {shown(attn.get('causal', False))}; only True is supported"
+        )
     refuse_other(attn, "mlp_dim", 0)
     refuse_other(attn, "rotary_emb_interleaved", False)
-    heads, rotated = required(attn, "num_heads"), attn.get("rotary_emb_dim") or 0
+    heads, rotated = required(attn, "num_heads"), required(attn, "rotary_emb_dim", 0, least=0)
     if attn.get("head_dim") is None:
         divides(heads, d_model, "num_heads")
-    head_dim = required(attn, "head_dim", d_model // heads)
+    head_dim = required(attn, "head_dim", d_model // heads, most=MAX_HEAD_SIZE)
     frequencies = ()
     if rotated:
-        divides(2, required(attn, "rotary_emb_dim"), "rotary_emb_dim")
+        divides(2, rotated, "rotary_emb_dim")
         if rotated > head_dim:
             raise ValueError(f"config.json gives rotary_emb_dim = {rotated}, more than head_dim = {head_dim}")
         frequencies = rotary_frequencies(number(attn, "rotary_emb_base", 10000.0), rotated).tolist()
@@ -126,5 +137,5 @@ def _attention(attn: dict[str, Any], d_model: int) -> AttentionConfig:
         scale=None if attn.get("softmax_scale") is None else number(attn, "softmax_scale"),
         bias=flag(attn, "qkv_proj_bias", True),
         out_bias=flag(attn, "out_proj_bias", True),
-        d_conv=required(attn, "d_conv") if attn.get("d_conv") else 0,
+        d_conv=conv_width(attn, "d_conv") if required(attn, "d_conv", 0, least=0) else 0,
     )

@@ -1,0 +1,92 @@
+"""Files of a checkpoint folder: what they are, and whether they are still what they were."""
+
+import json
+import os
+import weakref
+from pathlib import Path
+
+ZIP, LEGACY = (
+    b"PK\x03\x04",
+    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19",
+)  # what torch.save writes first: now, before 1.6
+_OTHER_FILES = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with: git lfs pull",
+    b"GGUF": "is a GGUF file, which is not supported; take the checkpoint as safetensors",
+    b"<!DOCTYPE": "is a web page; download the file again",
+    b"<html": "is a web page; download the file again",
+}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: missing or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except RecursionError:
+        raise ValueError(f"{path} cannot be read as JSON: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def check_readable(path: Path) -> None:
+    """A weights file.
+
+    Raises:
+        ValueError: it cannot be read, or is something else by its first bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    for begins, what in _OTHER_FILES.items():
+        if start.startswith(begins):
+            raise ValueError(f"{path} {what}")
+    # After the length of its header a safetensors file has the header, a JSON object.
+    if path.suffix == ".safetensors" and start.startswith((ZIP, b"\x80")) and start[8:9] != b"{":
+        raise ValueError(f"{path} is a pickled PyTorch file, not safetensors; name it pytorch_model.bin")
+    if path.suffix != ".safetensors" and start.startswith(LEGACY):
+        raise ValueError(
+            f"{path} is in the format of torch.save before PyTorch 1.6, which cannot be mapped; load it with "
+            "torch.load(…, weights_only=True) and save it again, best with safetensors.torch.save_file"
+        )
+
+
+class MappedFile:
+    """A file that is mapped into memory: a process that cuts it short or writes over it changes what is read there.
+
+    A file that is deleted, or replaced by another of the same name, does no harm: the mapping keeps the old one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._state = self._now()
+
+    def check(self, mapped: Path | None = None) -> None:
+        """Costs about a microsecond. mapped: also compares with what lies there now.
+
+        Raises:
+            ValueError: the file has been changed since it was mapped.
+        """
+        if self._now() != self._state or (mapped is not None and _state_of(mapped.stat()) != self._state):
+            raise ValueError(
+                f"{self.path} was cut short or written over while the model uses it; load the model again, or with "
+                "mmap=False, which copies the weights (write a new file and rename it to replace one in use)"
+            )
+
+    def _now(self) -> tuple[int, ...]:
+        return _state_of(os.fstat(self._descriptor))
+
+
+def _state_of(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns

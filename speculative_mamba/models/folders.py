@@ -1,0 +1,97 @@
+"""The folder of a model: the embedded pair's, a local one, or one that is downloaded from the hub in two steps."""
+
+import re
+from pathlib import Path
+
+from .files import read_json
+from .formats.fields import shown
+from .weights import check_unpickling
+
+BUILTIN = ("target", "draft")
+GENERATION_CONFIG, MAMBA_CONFIG = "generation_config.json", "mamba_config.json"
+_ADAPTER_CONFIG = "adapter_config.json"
+_TEXT_FILES = [
+    "config.json",
+    GENERATION_CONFIG,
+    MAMBA_CONFIG,
+    _ADAPTER_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+
+
+def find_folder(source: object) -> tuple[Path, bool]:
+    """The folder of a model, and whether it is a hub id, of which everything but the weights is downloaded.
+
+    Raises:
+        ValueError: there is no such model, or ``source`` is something else.
+    """
+    if not isinstance(source, str | Path) or not str(source):
+        got = shown(source) if isinstance(source, str | Path) else type(source).__name__
+        how = "; save it with save_pretrained and give the folder" if hasattr(source, "save_pretrained") else ""
+        raise ValueError(f"load_model takes a folder, a hub id, builtin:target or builtin:draft, got {got}{how}")
+    source = str(source)
+    if source.startswith("builtin:"):
+        name = source.removeprefix("builtin:")
+        if name not in BUILTIN:
+            raise ValueError(f"unknown embedded model '{source}'; choose from: builtin:target, builtin:draft")
+        return Path(__file__).parent / "builtin" / name, False
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            _refuse_adapters(path)
+            return path, False
+        is_file = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, ~ of a user who does not exist
+        raise ValueError(f"{shown(source)} is no name of a folder: {error}") from None
+    if is_file:
+        raise ValueError(f"{source} is a file; give the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise ValueError(f"folder {shown(source)} does not exist, and it is no hub id (owner/name)")
+    folder = download(source, _TEXT_FILES)
+    _refuse_adapters(folder)
+    return folder, True
+
+
+def fetch_weights(repository: str, folder: Path) -> None:
+    """Downloads the weights of a hub id, of the same commit, into the folder that ``find_folder`` gave.
+
+    Raises:
+        ValueError: it cannot be downloaded, or has only weights that are not safe to read here.
+    """
+    download(repository, ["model*.safetensors*"], folder.name)
+    if not list(folder.glob("*.safetensors")):
+        check_unpickling(repository)
+        download(repository, ["pytorch_model*"], folder.name)
+
+
+def download(repository: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The folder of a commit (the newest, unless one is named) of a hub id, with its files of these patterns."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"no folder {repository} here, and the hub does not give it ({type(error).__name__}: {reason}); check the "
+            f"name and the network, or download it elsewhere and give the path of the folder"
+        ) from None
+
+
+def read_configs(folder: Path) -> tuple[dict, dict | None, dict]:
+    """``config.json``, and if they are there ``mamba_config.json`` and ``generation_config.json``."""
+    mamba, generation = folder / MAMBA_CONFIG, folder / GENERATION_CONFIG
+    return (
+        read_json(folder / "config.json"),
+        read_json(mamba) if mamba.is_file() else None,
+        read_json(generation) if generation.is_file() else {},
+    )
+
+
+def _refuse_adapters(folder: Path) -> None:
+    if (folder / _ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} has {_ADAPTER_CONFIG}: adapters are not supported; merge them into the weights "
+            "(peft: merge_and_unload) and save the model"
+        )
