@@ -1,5 +1,6 @@
 """Checkpoints by replay: one state and the inputs since, instead of a state for every slot."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,3 +28,13 @@ class ReplayInputs:
     x: torch.Tensor
     dt: torch.Tensor
     B: torch.Tensor
+
+
+_NO_INPUTS = {"input_slots": 0, "input_x": None, "input_dt": None, "input_B": None}
+
+
+def input_fields(inputs: ReplayInputs | None) -> Mapping[str, object]:
+    """As fields of the scans' structs in csrc/params.h."""
+    if inputs is None:
+        return _NO_INPUTS
+    return {"input_slots": inputs.dt.shape[1], "input_x": inputs.x, "input_dt": inputs.dt, "input_B": inputs.B}

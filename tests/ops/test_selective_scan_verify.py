@@ -5,7 +5,7 @@ import torch
 
 from speculative_mamba.ops import selective_scan_verify
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
-from speculative_mamba.ops.selective_scan_verify import reference
+from speculative_mamba.ops.selective_scan_verify import SelectiveScanVerifyArgs, reference
 from speculative_mamba.testing.scan import PER_TOKEN, copy, cut, make, split
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
@@ -66,7 +66,10 @@ def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> No
     double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     y = run(actual, kernels)
     y_single = run(single, "reference")
-    y_double = reference.selective_scan_verify(*[{**double, "write_slot": 0}[k] for k in ORDER], None, False)
+    args = SelectiveScanVerifyArgs(
+        **double, write_slot=0, inputs=None, null_columns=None, keep_last=False, constant_weights=False
+    )
+    y_double = reference.selective_scan_verify(args)
     tokens = inputs["x"].shape[1]
     assert_accurate(y, y_single, y_double, what="y")
     # As float32, whose unit in the last place is the smaller one.
