@@ -1,6 +1,6 @@
 // Python's view of a table of kernels: one function an op, which fills the op's struct of params.h and launches.
 //
-// Such a function takes the op's argument object, then where it runs (the number of threads, or the stream), then
+// Such a function takes the op's argument object, a named tuple, then where it runs (the number of threads, or the stream), then
 // keywords. Every field of the struct is filled by name, from the keyword or else from the argument that is called so:
 //
 // - a pointer from a tensor, or from None;
@@ -123,30 +123,67 @@ inline DType dtype_of(py::handle dtype) {
     throw std::invalid_argument("kernels do not know dtype " + name);
 }
 
+// The fields of an op, and where they are in its argument object.
+class Fields {
+   public:
+    explicit Fields(std::vector<Field> fields) : fields_(std::move(fields)), places_(fields_.size()) {}
+
+    const Field& operator[](size_t i) const { return fields_[i]; }
+
+    // What each field is filled from: null where there is neither a keyword nor an argument.
+    std::vector<PyObject*> values(const py::tuple& arguments, const py::kwargs& keywords) {
+        if (!type_.is(py::type::handle_of(arguments))) find_places(arguments);
+        std::vector<PyObject*> values(fields_.size());
+        for (size_t i = 0; i < values.size(); i++)
+            if (places_[i] >= 0) values[i] = PyTuple_GET_ITEM(arguments.ptr(), places_[i]);
+        size_t expected = 0;  // keywords mostly come in order
+        for (const auto& [name, value] : keywords) {
+            const size_t i = find(name, expected);
+            values[i] = value.ptr(), expected = i + 1;
+        }
+        return values;
+    }
+
+   private:
+    void find_places(const py::tuple& arguments) {
+        const py::list names(arguments.attr("_fields"));
+        for (size_t i = 0; i < fields_.size(); i++) {
+            places_[i] = -1;
+            for (size_t place = 0; place < names.size(); place++)
+                if (fields_[i].name.equal(names[place])) places_[i] = static_cast<int>(place);
+        }
+        type_ = py::type::of(arguments);
+    }
+
+    size_t find(py::handle name, size_t expected) const {
+        const auto is_filled = [&](size_t i) { return fields_[i].source <= Field::scratch; };
+        for (size_t i = expected; i < fields_.size(); i++)
+            if (fields_[i].name.is(name) && is_filled(i)) return i;
+        for (size_t i = 0; i < fields_.size(); i++)
+            if (fields_[i].name.equal(name) && is_filled(i)) return i;
+        throw py::type_error("no field takes the keyword '" + std::string(py::str(name)) + "'");
+    }
+
+    std::vector<Field> fields_;
+    py::object type_;
+    std::vector<int> places_;
+};
+
 template <typename Params>
 class Filler {
    public:
-    Filler(const std::vector<Field>& fields, py::handle arguments, const py::kwargs& keywords)
-        : next_(fields.data()), arguments_(arguments), keywords_(keywords) {
-        params_.visit([&](auto&... member) { (fill(member, *next_++), ...); });
-        if (used_ == keywords.size()) return;
-        for (const auto& [name, value] : keywords) {
-            const auto takes = [&](const Field& f) { return f.source <= Field::scratch && f.name.equal(name); };
-            if (std::none_of(fields.begin(), fields.end(), takes))
-                throw py::type_error("no field takes the keyword '" + std::string(py::str(name)) + "'");
-        }
+    Filler(Fields& fields, const py::tuple& arguments, const py::kwargs& keywords)
+        : values_(fields.values(arguments, keywords)) {
+        params_.visit([&](auto&... member) { ((fill(member, fields[at_]), at_++), ...); });
     }
 
     const Params& params() const { return params_; }
 
    private:
-    // Whether an argument or a keyword, that of the field's name.
     py::object value_of(const Field& field) {
-        if (PyObject* found = PyDict_GetItemWithError(keywords_.ptr(), field.name.ptr())) {
-            used_++;
-            return py::reinterpret_borrow<py::object>(found);
-        }
-        return get(arguments_, field.name);
+        PyObject* value = values_[at_];
+        if (!value) throw py::type_error("nothing fills the field '" + std::string(field.name) + "'");
+        return py::reinterpret_borrow<py::object>(value);
     }
 
     template <typename T>
@@ -201,18 +238,16 @@ class Filler {
     }
 
     Params params_{};
-    const Field* next_;
-    py::handle arguments_;
-    const py::kwargs& keywords_;
-    size_t used_ = 0;
+    std::vector<PyObject*> values_;
+    size_t at_ = 0;                // the field that is being filled
     py::object tensor_, strides_;  // of the last pointer
     int64_t needed_ = 0;
 };
 
 template <typename Params>
 void define(py::module_& m, const char* name, void (*Kernels::*kernel)(const Params&, Where)) {
-    const std::vector<Field>& fields = *new std::vector<Field>(make_fields<Params>());
-    m.def(name, [kernel, &fields](py::handle arguments, intptr_t where, const py::kwargs& keywords) {
+    Fields& fields = *new Fields(make_fields<Params>());  // outlives the interpreter
+    m.def(name, [kernel, &fields](const py::tuple& arguments, intptr_t where, const py::kwargs& keywords) {
         const Filler<Params> filler(fields, arguments, keywords);
         py::gil_scoped_release release;
         const auto launch = [kernel, params = filler.params()](intptr_t place) {
@@ -228,6 +263,13 @@ inline void define_ops(py::module_& m) {
 #define SM_NAME(op, Params) #op,
     SM_FOR_EACH_OP(SM_DEFINE)
     m.attr("ops") = std::vector<std::string>{SM_FOR_EACH_OP(SM_NAME)};
+    // What the specification knows too: tests compare them.
+    m.attr("MAX_CONV_WIDTH") = kMaxConvWidth;
+    m.attr("RECORD_COLUMNS") = kRecordColumns;
+    m.attr("ROUNDING") = kRounding;
+    m.attr("VERDICTS") = static_cast<int>(Verdict::bad_residual);
+    m.attr("PURPOSES") = py::make_tuple(static_cast<int>(Purpose::token), static_cast<int>(Purpose::draft),
+                                        static_cast<int>(Purpose::test));
     py::class_<Program>(m, "Program", py::module_local(), "A recorded sequence of kernel calls.")
         .def(py::init<>())
         .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())

@@ -23,6 +23,8 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };  //
 constexpr const char* kDTypes[] = {"float32", "bfloat16", "float16", "int8"};
 
 constexpr int kMaxConvWidth = 8;
+constexpr int64_t kRecordColumns = 5;  // beside the drafted tokens
+constexpr double kRounding = 1e-6;     // bounds of filters are met up to the rounding of float32
 
 // y = causal depthwise convolution of x, or silu of it; the inputs are kept in `window` so that a later call can start
 // after any of them. Channel d convolves channel d / (block·repeat) · block + d % block of x.
@@ -309,7 +311,7 @@ struct CommitTokensParams {
     int32_t* slots;                        // (S, B): where step s of the next round starts; -1: the row has ended
     bool* seen;                            // (B, V), may be null: tokens of the text
     int64_t* text;                         // (B, L), may be null
-    int64_t* record;  // (B, K+5): tokens committed, accepted, verdict, min(K, limit), the K+1 tokens of the window
+    int64_t* record;  // (B, K + kRecordColumns): tokens committed, accepted, verdict, min(K, limit), the K+1 tokens of the window
 
     SM_FIELDS(batch, lookahead, vocabulary, steps, capacity, drafted, accepted, following, verdicts, limits, is_stop,
               last, positions, room, active, slots, seen, text, record)

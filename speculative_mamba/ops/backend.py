@@ -145,6 +145,9 @@ def _implementation(op: str, backend: str) -> Callable:
 
 def run(op: str, backend: str, args: tuple) -> object:
     """Calls an op's implementation, which takes the op's argument object, on the device of the first argument."""
-    implementation = _implementation(op, resolve(backend, args[0].device.type))
-    with current_device(args[0]):
+    first = args[0]
+    implementation = _implementation(op, resolve(backend, first.device.type))
+    if not first.is_cuda:
+        return implementation(args)
+    with current_device(first):
         return implementation(args)

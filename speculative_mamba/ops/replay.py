@@ -1,6 +1,5 @@
 """Checkpoints by replay: one state and the inputs since, instead of a state for every slot."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +28,6 @@ class ReplayInputs:
     dt: torch.Tensor
     B: torch.Tensor
 
-
-_NO_INPUTS = {"input_slots": 0, "input_x": None, "input_dt": None, "input_B": None}
-
-
-def input_fields(inputs: ReplayInputs | None) -> Mapping[str, object]:
-    """As fields of the scans' structs in csrc/params.h."""
-    if inputs is None:
-        return _NO_INPUTS
-    return {"input_slots": inputs.dt.shape[1], "input_x": inputs.x, "input_dt": inputs.dt, "input_B": inputs.B}
+    @property
+    def slots(self) -> int:
+        return self.dt.shape[1]

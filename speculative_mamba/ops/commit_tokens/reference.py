@@ -3,12 +3,13 @@
 import torch
 
 from . import CommitTokensArgs
+from .rows import RECORD_COLUMNS
 
 
 def commit_tokens(args: CommitTokensArgs) -> torch.Tensor:
     drafted, verdicts, rows = args.drafted, args.verdicts, args.rows
     batch, lookahead = drafted.shape
-    record = drafted.new_zeros(batch, lookahead + 5)
+    record = drafted.new_zeros(batch, lookahead + RECORD_COLUMNS)
     for row in range(batch):
         if rows.active[row]:
             window = torch.cat([drafted[row, : args.accepted[row]], args.following[row, None]])

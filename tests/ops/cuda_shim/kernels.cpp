@@ -214,7 +214,7 @@ void announce_all(const CommitTokensParams& p) {
     announce(p.slots, p.steps * p.batch, Use::write);
     announce_bytes(p.seen, p.batch * p.vocabulary, Use::write);
     announce_bytes(p.text, p.batch * p.capacity * 8, Use::write);
-    announce_bytes(p.record, p.batch * (p.lookahead + 5) * 8, Use::write);
+    announce_bytes(p.record, p.batch * (p.lookahead + kRecordColumns) * 8, Use::write);
 }
 
 void announce_all(const SsdParams& p) {
