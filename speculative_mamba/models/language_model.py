@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from ..layers.block import Block
 from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, room_for
-from ..ops import rms_norm, skinny_linear
+from ..layers.model_ops import rms_norm, skinny_linear
 from ..ops.checks import check_follows, check_start_slot, token_ids
 from ..ops.int8 import Int8Weight
 from ..ops.recording import Recording, ResultPool, StaleRecordingError, next_stage

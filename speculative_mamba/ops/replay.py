@@ -28,6 +28,10 @@ class ReplayInputs:
     dt: torch.Tensor
     B: torch.Tensor
 
+    @property
+    def slots(self) -> int:
+        return self.dt.shape[1]
+
 
 def replay_tensors(inputs: ReplayInputs | None) -> dict[str, torch.Tensor]:
     """By the names that errors give them."""

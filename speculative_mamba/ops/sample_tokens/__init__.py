@@ -1,5 +1,7 @@
 """One token per row from filtered logits, and the law it was drawn from."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
@@ -7,6 +9,20 @@ from ..checks import check, check_active, check_keys, check_seen, check_tokens, 
 from ..filters import Filters
 from ..law import raise_for
 from ..noise import Purpose
+
+
+class SampleTokensArgs(NamedTuple):
+    """The arguments of ``sample_tokens``, as every backend takes them."""
+
+    logits: torch.Tensor
+    filters: Filters
+    keys: torch.Tensor
+    positions: torch.Tensor
+    purpose: int
+    laws: torch.Tensor | None
+    seen: torch.Tensor | None
+    recent: torch.Tensor
+    active: torch.Tensor | None
 
 
 def sample_tokens(
@@ -61,9 +77,10 @@ def sample_tokens(
     check_seen(filters, seen, batch, vocabulary, logits)
     read = {"logits": logits, "keys": keys, "positions": positions, "seen": seen, "recent": recent, "active": active}
     check_written({"laws": laws, "verdicts": verdicts}, read)
-    tokens, found = run(
-        "sample_tokens", backend, logits, filters, keys, positions, int(purpose), laws, seen, recent, active
-    )
+    args = SampleTokensArgs(
+        logits, filters, keys, positions, int(purpose), laws, seen, recent, active,
+    )  # fmt: skip
+    tokens, found = run("sample_tokens", backend, args)
     if verdicts is None:
         raise_for(found)
     else:
