@@ -263,8 +263,7 @@ def test_instruction_sets_with_fused_multiply_add_agree(fused_isas: list[str], s
 @pytest.mark.parametrize("name", [*PER_TOKEN, "states", "A", "D", "dt_bias"])
 @dtypes
 def test_nan_reaches_exactly_what_depends_on_it(dtype: torch.dtype, name: str, backend: str) -> None:
-    """Three heads share x head 1; group 1 of two is that of heads 3 to 5, of three that of heads 2 and 3. Limits of Δ
-    that are finite do not hold it back."""
+    """Three heads share x head 1; group 1 of two is that of heads 3 to 5, of three that of heads 2 and 3."""
     inputs = make({"dtype": dtype, "x_heads": 2, "dt_limit": (0.01, 0.1)})
     expected = torch.zeros(3, 5, 6, 21, dtype=torch.bool)
     place, reached = {
