@@ -48,7 +48,13 @@ class Filters:
 
     def fields(self) -> dict[str, float]:
         """As ``Filters`` of csrc/params.h has them: temperature is 0 where the choice is greedy."""
-        return {**vars(self), "temperature": 0.0 if self.greedy else self.temperature}
+        return {
+            "repetition_penalty": self.repetition_penalty,
+            "temperature": 0.0 if self.greedy else self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+        }
 
 
 def is_number(value: object) -> bool:
