@@ -18,7 +18,8 @@ from importlib import resources
 import torch
 
 import speculative_mamba as sm
-from speculative_mamba.models.checkpoint import DTYPES, WEIGHT_DTYPES
+from speculative_mamba.models.checkpoint import WEIGHT_DTYPES
+from speculative_mamba.models.sources import FLOAT_DTYPES
 from speculative_mamba.testing import oracle
 from speculative_mamba.testing.models import published_config, random_model
 
@@ -94,7 +95,7 @@ def main() -> None:
         rows = table("weights", exact, ids, ((name, logits(other, ids)) for name, other in models))
         rows = [{"model": "builtin:target", **row} for row in rows] + random_130m()
     else:
-        models = ((name, dataclasses.replace(model, state_dtype=dtype)) for name, dtype in DTYPES.items())
+        models = ((name, dataclasses.replace(model, state_dtype=dtype)) for name, dtype in FLOAT_DTYPES.items())
         rows = table("state_dtype", exact, ids, ((name, logits(other, ids)) for name, other in models))
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

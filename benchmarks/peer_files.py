@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 import speculative_mamba as sm
+from speculative_mamba.models.files import read_json
 from speculative_mamba.models.formats import parse_config
-from speculative_mamba.models.weights import read_json, read_tensors
+from speculative_mamba.models.weights import read_tensors
 
 
 def write_checkpoint(model: sm.MambaLM, folder: Path) -> None:
@@ -85,7 +86,7 @@ def _write_gguf(checkpoint: Path, path: Path) -> None:
     writer.add_vocab_size(c.vocab_size)
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MAMBA, len(c.blocks))
-    tensors = read_tensors(checkpoint)
+    tensors = {name: stored.tensor for name, stored in read_tensors(checkpoint).items()}
     for name, tensor in tensors.items():
         shape = (tensor.shape[0], tensor.shape[-1]) if tensor.ndim == 3 else tensor.shape  # conv1d has an axis of one
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))

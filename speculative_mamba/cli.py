@@ -20,7 +20,7 @@ from .models.language_model import CHECKPOINTS
 from .models.tokenizer import added_around, encode
 from .ops.filters import GREEDY_BELOW
 from .ops.threads import available_cpus, num_threads, set_num_threads
-from .streams import FAILURE, PROGRAM, OutputError, check_output, exit_code, say, signs_of_life, write
+from .streams import FAILURE, PROGRAM, OutputError, check_output, exit_code, one_line, say, signs_of_life, write
 
 PROMPT = '"You are very kind," said'
 MAX_THREADS = 1024
@@ -28,7 +28,14 @@ MAX_THREADS = 1024
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(FAILURE, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(FAILURE, f"{self.prog}: error: {one_line(message)} (--help lists the options)\n")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
+        if action.nargs is None and arg_strings == ["--"]:  # a value like any other, which argparse would drop
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
 
     def _print_message(self, message: str, file: object = None) -> None:
         if message and file is sys.stdout:

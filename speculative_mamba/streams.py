@@ -13,7 +13,7 @@ from types import FrameType
 PROGRAM = "speculative-mamba"
 FAILURE = 2
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-_FIRST_S, _LONGEST_S = 2.0, 60.0  # until the first sign of life, and between two at most
+_FIRST_S, _LONGEST_S = 2.0, 30.0  # until the first sign of life, and between two at most
 
 
 class OutputError(Exception):
@@ -76,7 +76,12 @@ def interrupt(number: int, _: FrameType | None) -> None:
 
 def say(message: str) -> None:
     """A line on stderr."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
+    print(f"{PROGRAM}: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def one_line(message: str) -> str:
+    """Names that a message repeats may hold line ends."""
+    return message.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def check_output() -> None:
@@ -108,7 +113,7 @@ def write(text: str) -> None:
 
 @contextlib.contextmanager
 def signs_of_life(describe: Callable[[], str | None]) -> Iterator[None]:
-    """Says on stderr what is going on, if it takes long: after 2 seconds, 4, 8 and so on, at least once a minute.
+    """Says on stderr what is going on, if it takes long: after 2 seconds, 4, 8 and so on, at least every half minute.
 
     describe: gives the line, to which the time is added; None says nothing.
     """

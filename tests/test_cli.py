@@ -20,8 +20,8 @@ SCRIPT = Path(sm.__file__).parent / "run.py"
 SHORT = ["--prompt", PROMPT, "--n_tokens_to_generate", "12"]
 STATS = {
     "prompt_tokens", "tokens", "rounds", "row_rounds", "drafted", "tested", "accepted", "tested_per_position",
-    "accepted_per_position", "setup_s", "prefill_s", "decode_s", "draft_s", "verify_s", "acceptance_rate",
-    "tokens_per_round", "tokens_per_s",
+    "accepted_per_position", "draft_dropped_at", "setup_s", "prefill_s", "decode_s", "draft_s", "verify_s",
+    "acceptance_rate", "tokens_per_round", "tokens_per_s",
 }  # fmt: skip
 
 
@@ -280,6 +280,11 @@ def test_info(run):
         (["info", "foo"], "foo"),
         (["info", "--json"], "--json"),
         (["--prompt", "caf\udce9"], "UTF-8"),
+        (["--model_target", "two\nlines"], "two"),
+        (["--dtype", "two\nlines"], "two"),
+        (["two\nlines"], "two"),
+        (["--K=--"], "--"),
+        (["--seed", "--"], "--"),
         (["--stop", "caf\udce9"], "UTF-8"),
         (["--threads", "0"], "from 1 to 1024"),
         (["--threads", "100000"], "from 1 to 1024"),
@@ -447,5 +452,5 @@ def test_a_draft_that_was_dropped_is_mentioned(capsys, monkeypatch):
     monkeypatch.setattr(AdaptiveLookahead, "_speed", lambda self, drafts, rate, known: -drafts)
     assert cli.main(["--K", "auto", "--n_tokens_to_generate", "30", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["stats"]["draft_dropped_at"] == 4
-    assert [line for line in err.splitlines() if "left out" in line and "4 rounds" in line and "--K auto" in line]
+    assert json.loads(out)["stats"]["draft_dropped_at"] == 5
+    assert [line for line in err.splitlines() if "left out" in line and "5 rounds" in line and "--K auto" in line]

@@ -11,6 +11,8 @@ from speculative_mamba.ops.backend import run
 from speculative_mamba.ops.commit_tokens import RowPlaces
 from speculative_mamba.ops.filters import Filters
 from speculative_mamba.ops.noise import Purpose
+from speculative_mamba.ops.sample_tokens import SampleTokensArgs
+from speculative_mamba.ops.speculative_accept import SpeculativeAcceptArgs
 
 from . import updates
 from .work import Work, nbytes, outer_rows
@@ -63,8 +65,11 @@ class Sample(Choice):
 
     def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
         laws = None if self.laws is None else self.laws[rows]
-        parts = self.keys[rows], self.positions[rows], int(Purpose.DRAFT), laws, None, self.recent[rows], None
-        return run("sample_tokens", backend, self.logits[rows], self.filters, *parts)
+        args = SampleTokensArgs(
+            self.logits[rows], self.filters, self.keys[rows], self.positions[rows], int(Purpose.DRAFT), laws, seen=None,
+            recent=self.recent[rows], active=None,
+        )  # fmt: skip
+        return run("sample_tokens", backend, args)
 
     def baselines(self) -> dict[str, Callable[[], object]]:
         return {"torch": lambda: updates.sample(self.logits, self.filters)}
@@ -83,8 +88,11 @@ class Accept(Choice):
 
     def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
         laws = None if self.laws is None else self.laws[rows]
-        parts = self.drafted[rows], laws, self.filters, self.keys[rows], self.positions[rows], False, None, None, None
-        return run("speculative_accept", backend, self.logits[rows], *parts)
+        args = SpeculativeAcceptArgs(
+            self.logits[rows], self.drafted[rows], laws, self.filters, self.keys[rows], self.positions[rows],
+            coupled=False, seen=None, active=None, limits=None,
+        )  # fmt: skip
+        return run("speculative_accept", backend, args)
 
     def baselines(self) -> dict[str, Callable[[], object]]:
         return {"torch": lambda: updates.accept(self.logits, self.drafted, self.laws, self.filters)}

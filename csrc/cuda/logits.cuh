@@ -55,7 +55,7 @@ struct Logits {
 // Memory of a position between launches.
 constexpr int kChunk = 2048;
 inline __host__ __device__ int64_t chunks_of(int64_t vocabulary) { return (vocabulary + kChunk - 1) / kChunk; }
-inline __device__ int64_t scratch_of(int64_t vocabulary) {
+inline __host__ __device__ int64_t scratch_of(int64_t vocabulary) {
     return (vocabulary + 63) / 64 + 4 * chunks_of(vocabulary) + kBins + 1;
 }
 struct Scratch {

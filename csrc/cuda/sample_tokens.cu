@@ -1,4 +1,5 @@
 // A survey of all logits, then a block for each row; greedy decoding needs a warp.
+#include "kernels.h"
 #include "spread.cuh"
 
 namespace speculative_mamba::cuda {
@@ -81,3 +82,7 @@ void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
 }
 
 }  // namespace speculative_mamba::cuda
+
+int64_t speculative_mamba::scratch_bytes(const SampleTokensParams& p) {
+    return p.batch * cuda::scratch_of(p.vocabulary) * static_cast<int64_t>(sizeof(uint64_t));
+}

@@ -1,5 +1,6 @@
 // A survey of all logits; then a block decides a position of a row as if all tokens before it stood, or for greedy
 // decoding a warp; and a row's first refusal is its answer.
+#include "kernels.h"
 #include "spread.cuh"
 
 namespace speculative_mamba::cuda {
@@ -9,11 +10,17 @@ namespace {
 constexpr int64_t kStands = -1;
 __device__ __forceinline__ int64_t decision(Verdict verdict) { return kStands - static_cast<int64_t>(verdict); }
 
+// (K+1) of a row, behind the memory of all positions.
+__device__ __forceinline__ int64_t* decisions_of(const SpeculativeAcceptParams& p, int64_t row) {
+    const int64_t positions = p.batch * p.tokens;
+    return reinterpret_cast<int64_t*>(p.scratch + positions * scratch_of(p.vocabulary)) + row * p.tokens;
+}
+
 // By a warp: the first decision of a row by which a drafted token does not stand.
 __device__ __forceinline__ void settle_row(const SpeculativeAcceptParams& p, int64_t row, bool active) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     for (int64_t t = lane;; t += kWarp) {
-        int64_t decided = t < p.tokens ? load_raw(p.decisions + row * p.tokens + t) : kStands;
+        int64_t decided = t < p.tokens ? load_raw(decisions_of(p, row) + t) : kStands;
         if (!active) decided = 0;
         const int first = least_of_lanes<kWarp>(decided == kStands ? kWarp : lane);
         if (first == kWarp) continue;
@@ -35,7 +42,7 @@ __device__ __forceinline__ void settle_by(const SpeculativeAcceptParams& p, Deci
     const bool active = is_active(p, row);
     for (int64_t t = warp; t < p.tokens; t += blockDim.x / kWarp) {
         const int64_t decision = decided(t, position_of(p, row, t));
-        if (lane == 0) store_raw(p.decisions + row * p.tokens + t, decision);
+        if (lane == 0) store_raw(decisions_of(p, row) + t, decision);
     }
     __syncthreads();
     if (warp == 0) settle_row(p, row, active);
@@ -123,7 +130,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) decide_few(SpeculativeAcceptPa
         few.make(memory, law, groups_of(position), p.filters, most);
         decided = decide_by(few, memory, test, noise, drafted);
     }
-    if (threadIdx.x == 0) store_raw(p.decisions + row * p.tokens + t, decided);
+    if (threadIdx.x == 0) store_raw(decisions_of(p, row) + t, decided);
 }
 
 __global__ void __launch_bounds__(kWarp) settle(SpeculativeAcceptParams p) {
@@ -166,7 +173,7 @@ __global__ void __launch_bounds__(kChunkThreads, 2) decide_many(SpeculativeAccep
     if (threadIdx.x != 0) return;
     store_raw(position.scratch.met() + blockIdx.x, met);
     store_raw(position.scratch.rest() + blockIdx.x, winner);
-    if (blockIdx.x == 0) store_raw(p.decisions + row * p.tokens + t, decided);
+    if (blockIdx.x == 0) store_raw(decisions_of(p, row) + t, decided);
 }
 
 __global__ void __launch_bounds__(kMostWarps* kWarp) settle_many(SpeculativeAcceptParams p) {
@@ -174,7 +181,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) settle_many(SpeculativeAcce
     settle_by(p, [&](int64_t t, const Position& position) {
         const int chunks = static_cast<int>(chunks_of(p.vocabulary)), lane = static_cast<int>(threadIdx.x) % kWarp;
         // The first lane's is what is stored again.
-        const int64_t decided = lane == 0 ? load_raw(p.decisions + blockIdx.x * p.tokens + t) : 0;
+        const int64_t decided = lane == 0 ? load_raw(decisions_of(p, blockIdx.x) + t) : 0;
         uint64_t met = 0, winner = ~uint64_t{0};
 #pragma unroll 1
         for (int i = lane; i < chunks; i += kWarp) {
@@ -208,3 +215,7 @@ void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
 }
 
 }  // namespace speculative_mamba::cuda
+
+int64_t speculative_mamba::scratch_bytes(const SpeculativeAcceptParams& p) {
+    return p.batch * p.tokens * (cuda::scratch_of(p.vocabulary) + 1) * static_cast<int64_t>(sizeof(uint64_t));
+}

@@ -6,7 +6,6 @@
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr double kRounding = 1e-6;  // bounds are met up to the rounding of float32
 constexpr float kSmallest = -87.f;  // weights of exp(-87) and below count as 0
 
 // A weight, of at most 1, in fixed point.

@@ -32,7 +32,7 @@ def check_models(target: object, draft: object) -> None:
     model = draft_model(draft)
     if model is not None and model.device != target.device:
         raise ValueError(f"draft and target are on two devices, {model.device} and {target.device}; use one")
-    check_same_vocabulary(known_vocabulary(target), known_vocabulary(draft if model is None else model))
+    check_same_vocabulary(known_vocabulary(target), known_vocabulary(draft))
 
 
 def check_generation(

@@ -27,14 +27,14 @@ class AdaptiveLookahead:
 
     With acceptance rate α, K drafted tokens give (1 - α^(K+1)) / (1 - α) tokens a round. Rounds cost what they took in
     this run; the first of a K takes longer (memory, caches, compilers), so it is no evidence. Those of a K not yet
-    measured lie on a line through the others. To draw it, two rounds are plain decoding, after the first that drafts.
-    When these plans are measured and even a hopeful estimate of α promises less than plain decoding, the draft is
-    ``dropped`` for the rest of the run and ``next`` is 0.
+    measured lie on a line through the others. To draw it, two rounds are plain decoding, after the first of three that
+    draft, one of which may be disturbed. When these plans are measured and even a hopeful estimate of α promises less
+    than plain decoding, the draft is ``dropped`` for the rest of the run and ``next`` is 0.
 
     lookaheads: in rising order, from 0 on. ``observe`` may come a few rounds after ``next``.
     """
 
-    _FIRST = 4
+    _FIRST = 3
     _MEMORY = 0.99  # weight of a tested token after each further one: about a hundred count
     _HOPE = 1.5  # standard errors
 
@@ -42,7 +42,7 @@ class AdaptiveLookahead:
         self.all = tuple(lookaheads)
         self.dropped = False
         self._first = max(k for k in self.all if k <= self._FIRST)
-        self._to_try = deque([self._first, 0, 0, self._first])
+        self._to_try = deque([self._first, 0, 0, self._first, self._first])
         self._tested, self._accepted = 2.0, 1.4  # before anything is known
         self._rounds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
 
@@ -51,9 +51,9 @@ class AdaptiveLookahead:
             return 0
         if self._to_try:
             return self._to_try.popleft()
-        known = {k: statistics.median([*times][1:]) for k, times in self._rounds.items() if len(times) > 1}
-        if not known.keys() >= {0, self._first}:
+        if len(self._rounds[0]) < 2 or len(self._rounds[self._first]) < 3:
             return self._first
+        known = {k: statistics.median_low([*times][1:]) for k, times in self._rounds.items() if len(times) > 1}
         rate = self._accepted / self._tested
         error = (max(rate * (1 - rate), 0.04) / self._tested) ** 0.5
         hope = min(rate + self._HOPE * error, 1.0)

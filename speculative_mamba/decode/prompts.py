@@ -41,9 +41,8 @@ def read_prompts(
         masks = _lists(attention_mask, "attention_mask must have the shape of prompt_ids")
         if len(masks) != len(rows):
             raise ValueError(f"attention_mask has {len(masks)} rows, prompt_ids {len(rows)}")
-    vocabulary = known_vocabulary(target)
     pairs = enumerate(zip(rows, masks, strict=True))
-    prompts = [_row(index, row, mask, vocabulary) for index, (row, mask) in pairs]
+    prompts = [_row(index, row, mask, known_vocabulary(target)) for index, (row, mask) in pairs]
     if attention_mask is None and may_be_padded and len(set(map(len, prompts))) == 1:
         _refuse_padding(prompts, target, is_tensor)
     return prompts

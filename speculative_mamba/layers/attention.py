@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 
-from ..ops import attention_verify, causal_conv1d_verify, skinny_linear
+from ..ops import attention_verify
 from ..ops.int8 import Int8Weight
 from .cache import CAPACITY_STEP, AttentionCache, CacheSizes, Window
+from .model_ops import causal_conv1d_verify, skinny_linear
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Attention:
         lengths, window = torch.zeros(sizes.batch, sizes.slots, dtype=torch.int32, device=device), None
         if self.conv_weight is not None:
             channels, width = self.conv_weight.shape
-            shape = sizes.batch, width - 1 + sizes.slots, channels
+            shape = (sizes.batch, width - 1 + sizes.slots, channels)
             window = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
             window[:, :width] = 0
         return AttentionCache(keys, values, lengths, window)

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import torch
 
-from ..ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
+from .model_ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear
 from .settle import settle_scan
 
 # Replay takes a third of the memory; which is faster differs from run to run (python -m benchmarks.checkpoints).
@@ -43,8 +43,7 @@ class Mamba1Mixer:
         # Stored with the channels of a tap side by side, which is how the kernel reads them.
         object.__setattr__(self, "conv_weight", self.conv_weight.t().contiguous().t())
         if self.norm_eps is not None:  # those norms have no weights
-            ones = torch.ones(self.x_proj.shape[0], dtype=torch.float32, device=self.A.device)
-            object.__setattr__(self, "_ones", ones)
+            object.__setattr__(self, "_ones", self.A.new_ones(self.x_proj.shape[0]))
 
     def new_cache(self, sizes: CacheSizes) -> MambaCache:
         channels, state_size = self.A.shape

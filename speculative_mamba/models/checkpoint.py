@@ -141,13 +141,17 @@ class _Checkpoint:
             tokenizer = None  # said when text is first needed
         tokens = None if tokenizer is None else read_tokens(folder, tokenizer)
         vocabulary = vocabulary_of(tokens, parsed.vocab_size, parsed.stored_vocab_size, parsed.eos_token_ids)
-        parsed = dataclasses.replace(parsed, vocab_size=vocabulary.size, padded_vocab_size=parsed.stored_vocab_size)
+        rows = parsed.stored_vocab_size
+        padded = rows if rows > vocabulary.size else None
+        parsed = dataclasses.replace(parsed, vocab_size=vocabulary.size, padded_vocab_size=padded)
         # State-spaces checkpoints come without the tokenizer they were trained with, gpt-neox-20b's.
         falls_back = "model_type" not in config or (is_hub and config["model_type"] == "mamba")
         return _Checkpoint(str(source), folder, is_hub, parsed, names, vocabulary, tokenizer, falls_back)
 
     def load(self, options: _Options) -> MambaLM:
-        folder = fetch_weights(self.source) if self.is_hub else self.folder
+        folder = self.folder
+        if self.is_hub:
+            fetch_weights(self.source, folder)
         stored = read_tensors(folder)
         headers = HeaderSource(folder, stored)
         build(self.config, self.names, headers, "reference")

@@ -53,24 +53,24 @@ def find_folder(source: object) -> tuple[Path, bool]:
     return folder, True
 
 
-def fetch_weights(repository: str) -> Path:
-    """Downloads the weights of a hub id; the folder.
+def fetch_weights(repository: str, folder: Path) -> None:
+    """Downloads the weights of a hub id, of the same commit, into the folder that ``find_folder`` gave.
 
     Raises:
         ValueError: it cannot be downloaded, or has only weights that are not safe to read here.
     """
-    folder = download(repository, ["model*.safetensors*"])
+    download(repository, ["model*.safetensors*"], folder.name)
     if not list(folder.glob("*.safetensors")):
         check_unpickling(repository)
-        folder = download(repository, ["pytorch_model*"])
-    return folder
+        download(repository, ["pytorch_model*"], folder.name)
 
 
-def download(repository: str, patterns: list[str]) -> Path:
+def download(repository: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The folder of a commit (the newest, unless one is named) of a hub id, with its files of these patterns."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(

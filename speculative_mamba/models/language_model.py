@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from ..layers.block import Block
 from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, room_for
-from ..ops import rms_norm, skinny_linear
-from ..ops.checks import check_follows, check_start_slot
+from ..layers.model_ops import rms_norm, skinny_linear
+from ..ops.checks import check_follows, check_start_slot, token_ids
 from ..ops.int8 import Int8Weight
 from ..ops.recording import Recording, ResultPool, StaleRecordingError, next_stage
 from .config import ModelConfig
@@ -64,7 +64,7 @@ class MambaLM:
     float16) is that of the recurrent state and of cached keys and values; ``checkpoint`` ("auto", "states", "inputs")
     as in ``load_model``. vocabulary: what the ids mean, as far as it is known. files: those in which weights lie.
 
-    A pickled or copied model holds its weights itself.
+    A pickled or deeply copied model holds its weights itself.
     """
 
     config: ModelConfig
@@ -97,6 +97,12 @@ class MambaLM:
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"files": ()}
+
+    def __copy__(self) -> "MambaLM":
+        """Another model with the same weights, which lie in the same files."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
 
     def forbid(self, tokens: Collection[int]) -> None:
         """Makes these ids impossible: their logits are -inf from now on. All others keep their bits."""
@@ -159,8 +165,9 @@ class MambaLM:
         sizes = CacheSizes(batch, slots, self.state_dtype, self.checkpoint)
         return ModelCache(block.mixer.new_cache(sizes) for block in self.blocks if block.mixer.stateful)
 
+    @torch.no_grad()
     def prefill(self, tokens: Sequence[int], cache: list[LayerCache], row: int) -> None:
-        """Absorbs a row's first tokens into its slot 0, which must hold a fresh state.
+        """Absorbs a row's first tokens into its slot 0, which must hold a fresh state. Without gradients.
 
         Time and memory are linear in the number of tokens: a chunk of 64 at a time. Every token goes through the same
         kernels in the same order as in ``verify``, so the state has the same bits however the tokens are cut.
@@ -174,10 +181,11 @@ class MambaLM:
                 layer.at_most = max(layer.at_most, length)
         one_row = [layer.row(row) for layer in cache]
         window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), keep_last=True)
-        ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
+        ids = token_ids(torch.as_tensor(tokens), self.embedding.shape[0]).to(self.device) if len(tokens) else ()
         for chunk in ids.split(PREFILL_CHUNK) if len(ids) else ():
             self._blocks(self._embed(chunk), 1, one_row, window)
 
+    @torch.no_grad()
     def verify(
         self,
         tokens: torch.Tensor,
@@ -188,13 +196,15 @@ class MambaLM:
     ) -> torch.Tensor:
         """Runs a window of tokens and checkpoints the state after each.
 
-        tokens: (B, T) int64. start_slot: (B) int32, the slot each row continues from. The state after token t goes to
-        slot ``write_slot + t``. null_columns: (B) int32 or None, leading tokens of a row that count as nothing.
-        Returns logits (B, T, V) float32.
+        tokens: (B, T) of any integer dtype. start_slot: (B) int32, the slot each row continues from. The state after
+        token t goes to slot ``write_slot + t``. null_columns: (B) int32 or None, leading tokens of a row that count as
+        nothing.
+        Returns logits (B, T, V) float32, without gradients.
 
         Raises:
-            ValueError: the cache belongs to a model of another depth, the window does not fit into its slots, or a file
-                in which weights lie was changed.
+            ValueError: the cache belongs to a model of another depth, the window does not fit into its slots, a file in
+                which weights lie was changed, or on the CPU, where that is cheap to check, a token is not of the
+                vocabulary.
         """
         self._check_files()
         stateful = sum(block.mixer.stateful for block in self.blocks)
@@ -229,7 +239,8 @@ class MambaLM:
             file.check()
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        ids, table = tokens.reshape(-1), self.embedding
+        table = self.embedding
+        ids = token_ids(tokens.reshape(-1), table.shape[0])
         rows = table.rows(ids) if isinstance(table, Int8Weight) else F.embedding(ids, table)
         return rows.to(self.activation_dtype)
 

@@ -54,7 +54,7 @@ def check_same_vocabulary(target: Vocabulary, draft: Vocabulary) -> None:
 
 def known_vocabulary(model: object) -> Vocabulary:
     """That of a model, or of a drafter that has one; of other drafters the size alone is known."""
-    known = getattr(model, "vocabulary", None)
+    known = getattr(getattr(model, "model", model), "vocabulary", None)
     return known if isinstance(known, Vocabulary) else Vocabulary(model.vocab_size)
 
 

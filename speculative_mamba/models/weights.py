@@ -97,10 +97,12 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path} is truncated, corrupt or not a weights file: {reason[0]}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise ValueError(f"{path} must hold a dictionary of tensors")
     file.check(path)
-    return {name: StoredTensor(tensor, file) for name, tensor in tensors.items()}
+    return {name: StoredTensor(tensor.detach(), file) for name, tensor in tensors.items()}
 
 
 def release_pages(tensor: torch.Tensor) -> None:

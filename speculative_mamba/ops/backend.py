@@ -16,9 +16,6 @@ import torch
 from .threads import num_threads
 
 _REBUILD = "SPECULATIVE_MAMBA_CUDA=on pip install -e ."
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as in csrc/params.h
-
-
 _SOURCE = {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"}  # file of each op
 
 
@@ -147,13 +144,8 @@ def resolve(backend: str, device_type: str) -> str:
     return backend
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Where the tensor's data starts, as the compiled kernels take it; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def compiled(like: torch.Tensor) -> tuple[ModuleType, int]:
-    """The compiled kernels for a tensor's device, and their last argument: the number of threads, or the stream."""
+    """The compiled kernels for a tensor's device, and where they run: the number of threads, or the stream."""
     if like.is_cuda:
         return cuda_extension()[0], torch.cuda.current_stream(like.device).cuda_stream
     return extension()[0], num_threads()
@@ -178,10 +170,34 @@ class _Recorder(threading.local):
 recorder = _Recorder()
 
 
-def run(op: str, backend: str, first: torch.Tensor, *arguments: object) -> object:
-    """Calls an op's implementation, which takes these arguments, on the first one's device."""
+def _refuse_gradients(op: str, args: tuple, prefix: str = "") -> None:
+    names = args._fields if isinstance(args, tuple) else vars(args)
+    for name in names:
+        value = getattr(args, name)
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                raise ValueError(
+                    f"{prefix}{name} requires grad, which the kernels of {op} cannot give; "
+                    'use torch.no_grad() or backend="reference"'
+                )
+        elif hasattr(value, "__dict__"):
+            _refuse_gradients(op, value, f"{name}.")
+
+
+def run(op: str, backend: str, args: tuple) -> object:
+    """Calls an op's implementation, which takes the op's argument object, on the device of the first argument.
+
+    Raises:
+        ValueError: an argument requires grad, where gradients are enabled and the implementation has none.
+    """
     if recorder.kernels is not None:
-        recorder.kernels.use(first, *arguments)
-    implementation = _implementation(op, resolve(backend, first.device.type))
+        recorder.kernels.use(*args)
+    first = args[0]
+    name = resolve(backend, first.device.type)
+    implementation = _implementation(op, name)
+    if name != "reference" and torch.is_grad_enabled():
+        _refuse_gradients(op, args)
+    if not first.is_cuda:
+        return implementation(args)
     with current_device(first):
-        return implementation(first, *arguments)
+        return implementation(args)

@@ -1,5 +1,7 @@
 """Checks of op arguments; each failure is one line that names the argument."""
 
+from dataclasses import dataclass
+
 import torch
 
 from .backend import resolve
@@ -29,6 +31,59 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.T
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
     if tensor.data_ptr() % tensor.element_size():
         raise ValueError(f"{name} must lie at a multiple of its {tensor.element_size()} bytes per element; copy it")
+
+
+def check_written(written: dict[str, torch.Tensor | None], read: dict[str, torch.Tensor | None]) -> None:
+    """Elements that a call writes lie where no other element lies that it writes or reads. By name, None for nothing.
+
+    Tensors may lie in gaps of one another if their rows are equally far apart, as keys and values of one buffer do.
+
+    Raises:
+        ValueError: some may lie at one place.
+    """
+    known = {name: _extent(tensor) for name, tensor in (written | read).items() if tensor is not None}
+    names = list(known)
+    for number, name in enumerate(names):
+        if name not in written:
+            break
+        if known[name].overlaps_itself:
+            strides = written[name].stride()
+            raise ValueError(
+                f"{name} is written, so its elements must not share memory, got strides {strides}; copy it"
+            )
+        for other in names[number + 1 :]:
+            if known[name].meets(known[other]):
+                raise ValueError(f"{name} is written, so it must not share memory with {other}; copy one of them")
+
+
+@dataclass(slots=True)
+class _Extent:
+    """Bytes of a tensor: the first, how many from there on, and without its outermost dimension, whose stride it is."""
+
+    first: int
+    length: int
+    row: int
+    stride: int
+    overlaps_itself: bool
+
+    def meets(self, other: "_Extent") -> bool:
+        if self.first >= other.first + other.length or other.first >= self.first + self.length:
+            return False
+        gap = (other.first - self.first) % self.stride if self.stride and self.stride == other.stride else 0
+        return not (self.row <= gap and gap + other.row <= self.stride)
+
+
+def _extent(tensor: torch.Tensor) -> _Extent:
+    size = tensor.element_size()
+    if not tensor.numel():
+        return _Extent(0, 0, 0, 0, False)
+    reach, row, outer, overlaps = 1, 1, 0, False
+    for stride, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if count > 1:
+            overlaps = overlaps or stride < reach
+            row, outer = reach, stride
+            reach += stride * (count - 1)
+    return _Extent(tensor.data_ptr(), reach * size, row * size, outer * size, overlaps)
 
 
 def check_activations(name: str, x: torch.Tensor, backend: str) -> None:
@@ -119,6 +174,19 @@ def check_limits(limits: torch.Tensor | None, active: torch.Tensor | None, batch
         wanted = [True] * batch if active is None else active.tolist()
         if any(limit < 0 and row for limit, row in zip(limits.tolist(), wanted, strict=True)):
             raise ValueError(f"limits must be at least 0, got {limits.tolist()}")
+
+
+def token_ids(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Token ids of any integer dtype as int64; their values are cheap to check on the CPU, so they are.
+
+    Raises:
+        ValueError: they are no whole numbers, or of no token.
+    """
+    if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype is torch.bool:
+        raise ValueError(f"tokens must be of an integer dtype, got {tokens.dtype}")
+    if tokens.device.type == "cpu" and not all(0 <= token < vocabulary for token in tokens.flatten().tolist()):
+        raise ValueError(f"tokens must be ids from 0 to {vocabulary - 1}, got {tokens.tolist()}")
+    return tokens.long()
 
 
 def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], vocabulary: int, like: torch.Tensor) -> None:

@@ -46,10 +46,9 @@ class Filters:
     def greedy(self) -> bool:
         return self.temperature <= GREEDY_BELOW or self.top_k == 1
 
-    def values(self) -> tuple[float, float, int, float, float]:
-        """As in ``Filters`` of csrc/params.h."""
-        temperature = 0.0 if self.greedy else float(self.temperature)
-        return float(self.repetition_penalty), temperature, self.top_k, float(self.top_p), float(self.min_p)
+    def fields(self) -> dict[str, float]:
+        """As ``Filters`` of csrc/params.h has them: temperature is 0 where the choice is greedy."""
+        return {**vars(self), "temperature": 0.0 if self.greedy else self.temperature}
 
 
 def is_number(value: object) -> bool:

@@ -46,7 +46,7 @@ def quantised(weight: torch.Tensor) -> Int8Weight:
         ValueError: a weight is NaN or infinite.
     """
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(len(weight), device=weight.device)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     step = max(1, _CHUNK // max(1, weight.shape[1]))
     for first in range(0, len(weight), step):
         rows = weight[first : first + step].float()

@@ -38,7 +38,8 @@ def philox(counter: torch.Tensor, seed: int | torch.Tensor) -> torch.Tensor:
 
 def uniform(key: list[int], position: int, purpose: Purpose) -> float:
     """In [0, 1), with 53 bits. key: seed and stream."""
-    words = philox(torch.tensor([0, position & WORD, key[1] & WORD, int(purpose)]), key[0]).tolist()
+    counter = [0, position & WORD, key[1] & WORD, int(purpose)]
+    words = philox(torch.tensor(counter, dtype=torch.int64, device="cpu"), key[0]).tolist()
     return ((words[0] << 21) | (words[1] >> 11)) * 2.0**-53
 
 
@@ -46,8 +47,9 @@ def exponentials(
     vocabulary: int, key: list[int], position: int, purpose: Purpose, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Independent exponential numbers (V) float64, one per token. Sixteen counters serve sixty-four tokens."""
-    groups = torch.arange(-(-vocabulary // 64) * 16, device=device)
-    rest = torch.tensor([position & WORD, key[1] & WORD, int(purpose)], device=device).expand(len(groups), 3)
+    groups = torch.arange(-(-vocabulary // 64) * 16, dtype=torch.int64, device=device)
+    rest = [position & WORD, key[1] & WORD, int(purpose)]
+    rest = torch.tensor(rest, dtype=torch.int64, device=device).expand(len(groups), 3)
     words = philox(torch.cat([groups[:, None], rest], 1), key[0])
     bits = words.view(-1, 16, 4).transpose(1, 2).reshape(-1)[:vocabulary]
     return -torch.log1p(-(bits.double() + 0.5) * 2.0**-32)

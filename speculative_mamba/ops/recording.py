@@ -5,7 +5,6 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -165,12 +164,6 @@ def new_result(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None
     return like.new_empty(shape, dtype=dtype) if recording is None else recording.new_result(like, shape, dtype)
 
 
-def scratch(kernels: ModuleType, like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory that only CUDA kernels need; empty for the others."""
-    return new_result(like, size if hasattr(kernels, "architectures") else 0, dtype=dtype)
-
-
-def law_scratch(kernels: ModuleType, logits: torch.Tensor, positions: int) -> torch.Tensor:
-    """What the ops that choose tokens need for so many positions: S of csrc/params.h each."""
-    vocabulary = logits.shape[-1]
-    return scratch(kernels, logits, positions * (-(-vocabulary // 64) + 4 * -(-vocabulary // 2048) + 2049), torch.int64)
+def scratch(like: torch.Tensor) -> Callable[[int], torch.Tensor]:
+    """What makes the scratch memory that a kernel asks for, of so many bytes."""
+    return lambda size: new_result(like, size, dtype=torch.uint8)

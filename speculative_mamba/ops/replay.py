@@ -27,3 +27,12 @@ class ReplayInputs:
     x: torch.Tensor
     dt: torch.Tensor
     B: torch.Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.dt.shape[1]
+
+
+def replay_tensors(inputs: ReplayInputs | None) -> dict[str, torch.Tensor]:
+    """By the names that errors give them."""
+    return {} if inputs is None else {f"inputs.{name}": tensor for name, tensor in vars(inputs).items()}

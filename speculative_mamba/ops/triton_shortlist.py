@@ -142,7 +142,7 @@ def shortlists(
     batch, tokens, vocabulary = logits.shape
     positions = batch * tokens
     if filters.repetition_penalty != 1:
-        penalised = torch.empty(logits.shape, device=logits.device)
+        penalised = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         launch(
             _penalise, positions * triton.cdiv(vocabulary, BLOCK.value), logits, WARPS, logits=with_strides(logits),
             seen=seen, recent=recent, penalised=penalised, tokens=tokens, vocabulary=vocabulary, always=always,

@@ -88,10 +88,10 @@ class _RandomTensors:
     """Random weights by name, scaled so that activations and state keep a useful size at any depth."""
 
     def __init__(self, dtype: torch.dtype, seed: int, device: torch.device) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.dtype, self.rest_dtype, self.device = dtype, torch.float32 if dtype is torch.int8 else dtype, device
         # Values repeat within a large weight, memory does not: filling gigabytes with fresh numbers takes minutes.
-        self.pool = torch.randn(1 << 20, generator=self.generator).to(device)
+        self.pool = torch.randn(1 << 20, generator=self.generator, dtype=torch.float32, device="cpu").to(device)
 
     def has(self, name: str) -> bool:
         return False
@@ -116,13 +116,14 @@ class _RandomTensors:
         return self._uniform(shape, low, high)
 
     def _normal(self, shape: tuple[int, ...], scale: float) -> torch.Tensor:
-        offset = int(torch.randint(0, 1 << 16, (), generator=self.generator))
+        offset = int(torch.randint(0, 1 << 16, (), generator=self.generator, device="cpu"))
         count = math.prod(shape)
         values = (self.pool.roll(offset) * scale).to(self.rest_dtype)
         return values.repeat(-(-count // len(values)))[:count].view(shape)
 
     def _uniform(self, shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
-        return (torch.rand(shape, generator=self.generator) * (high - low) + low).to(self.device)
+        values = torch.rand(shape, generator=self.generator, dtype=torch.float32, device="cpu")
+        return (values * (high - low) + low).to(self.device)
 
 
 def random_model(

@@ -23,7 +23,7 @@ def dense(weight: torch.Tensor | Int8Weight, dtype: torch.dtype) -> torch.Tensor
 
 def full_forward(model: MambaLM, tokens: list[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Logits (L, V) after every token of one text, computed in ``dtype``."""
-    h = dense(model.embedding, dtype)[torch.tensor(tokens)]
+    h = dense(model.embedding, dtype)[torch.tensor(tokens, dtype=torch.int64, device=model.device)]
     for block in model.blocks:
         h = h + _MIXERS[type(block.mixer)](block.mixer, _norm(h, block.norm_weight, block.eps))
     return _norm(h, model.norm_weight, model.config.eps) @ dense(model.head, dtype).T
@@ -101,7 +101,7 @@ def _mamba2(m: Mamba2Mixer, h: torch.Tensor) -> torch.Tensor:
     x, B, C = (part.unflatten(-1, (-1, size)) for part, size in ((x, P), (B, N), (C, N)))
     x, B, C = (part.repeat_interleave(H // part.shape[1], 1) for part in (x, B, C))
     dt = F.softplus(dt + m.dt_bias.to(h.dtype)).clamp(*m.dt_limit)
-    state, y = torch.zeros(H, P, N, dtype=h.dtype), []
+    state, y = torch.zeros(H, P, N, dtype=h.dtype, device=h.device), []
     for t in range(len(h)):
         state = torch.exp(dt[t] * m.A)[:, None, None] * state
         state = state + (dt[t, :, None] * x[t])[..., None] * B[t, :, None]
@@ -120,11 +120,11 @@ def _attention(m: Attention, h: torch.Tensor) -> torch.Tensor:
     heads = (m.n_heads, m.n_kv_heads, m.n_kv_heads)
     q, k, v = (part.unflatten(-1, (-1, m.head_dim)) for part in packed.split([n * m.head_dim for n in heads], -1))
     if m.inv_freq is not None:
-        angles = torch.arange(len(h), dtype=h.dtype)[:, None, None] * m.inv_freq.to(h.dtype)
+        angles = torch.arange(len(h), dtype=h.dtype, device=h.device)[:, None, None] * m.inv_freq.to(h.dtype)
         q, k = _rotated(q, angles), _rotated(k, angles)
     k, v = (part.repeat_interleave(m.n_heads // m.n_kv_heads, 1) for part in (k, v))
     scores = torch.einsum("thp,shp->hts", q, k) * (m.head_dim**-0.5 if m.scale is None else m.scale)
-    future = torch.ones(len(h), len(h), dtype=torch.bool).triu(1)
+    future = torch.ones(len(h), len(h), dtype=torch.bool, device=h.device).triu(1)
     y = torch.einsum("hts,shp->thp", scores.masked_fill(future, -torch.inf).softmax(-1), v)
     return _linear(y.flatten(1), m.out_proj, m.out_bias)
 

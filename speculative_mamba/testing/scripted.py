@@ -63,7 +63,8 @@ class ScriptedProposer(Proposer):
         for row, text in enumerate(texts):
             rows.append([token if agree(row, at) else (token + 1) % vocab_size for at, token in enumerate(text)])
         longest = max(map(len, rows))
-        self._proposals = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        padded = [row + [0] * (longest - len(row)) for row in rows]
+        self._proposals = torch.tensor(padded, dtype=torch.int64, device=device)
 
     def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> "ScriptedProposer":
         prepared = copy.copy(self)
@@ -86,7 +87,7 @@ class ScriptedProposer(Proposer):
         verdicts.zero_()
         if self._cost is not None:
             self._cost.draft(places, lookahead, verdicts)
-        at = places.positions[:, None] + torch.arange(lookahead, device=places.positions.device)
+        at = places.positions[:, None] + torch.arange(lookahead, dtype=torch.int64, device=places.positions.device)
         tokens = self._proposals.gather(1, at.clamp(max=self._proposals.shape[1] - 1))
         return Proposal(tokens, None, places.room)
 

@@ -32,7 +32,7 @@ def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int 
 
 def read_bandwidth_gb_per_s(rounds: int = 9) -> float:
     """Best rate at which this machine reads a large float32 tensor with all threads, in 10⁹ bytes per second."""
-    data = torch.ones(64 * 1024 * 1024)
+    data = torch.ones(64 * 1024 * 1024, dtype=torch.float32, device="cpu")
     best = 0.0
     for _ in range(rounds):
         started = time.perf_counter()

@@ -401,7 +401,7 @@ def test_a_pickle_that_runs_code_is_refused(checkpoint, tmp_path, monkeypatch, p
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"x": 3}, {"x": {"y": torch.zeros(2)}}], ids=str)
+@pytest.mark.parametrize("content", [[1, 2], {"x": 3}, {3: torch.zeros(2)}, {"x": {"y": torch.zeros(2)}}], ids=str)
 def test_a_file_that_holds_something_else(checkpoint, content):
     folder = checkpoint("state-spaces").folder
     torch.save(content, folder / "pytorch_model.bin")

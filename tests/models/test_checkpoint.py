@@ -141,6 +141,15 @@ def test_ids_that_end_a_text(checkpoint, layout, stated, generation, expected):
     assert len(text) == (ends[0] + 1 if ends else len(IDS) + 40)
 
 
+def test_pickled_parameters_are_weights(checkpoint):
+    """A file that was saved from ``named_parameters``: its tensors ask for gradients."""
+    written = checkpoint("bin")
+    expected = logits(sm.load_model(written.folder))
+    torch.save(dict(written.oracle.named_parameters()), written.folder / "pytorch_model.bin")
+    model = sm.load_model(written.folder)
+    assert torch.equal(logits(model), expected) and not any(weight.requires_grad for weight in model.weights())
+
+
 def test_computed_buffers_are_no_weights(checkpoint):
     from published import llama_hf
     from safetensors.torch import load_file, save_file
@@ -267,6 +276,7 @@ def test_copies_of_a_model(name, dtype, tmp_path):
     expected = logits(model)
     for file in [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")]:
         file.unlink()
+    assert copy.copy(model).files == model.files and copy.copy(model).head is model.head
     for other in (pickle.loads(pickled), copy.deepcopy(model), pickle.loads(pickle.dumps(copy.copy(model)))):
         assert torch.equal(logits(other), expected)
         assert (other.head is other.embedding) == (model.head is model.embedding)

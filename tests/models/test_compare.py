@@ -65,3 +65,27 @@ def test_compare_finds_equal_tokens(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["compare"]["tokens_equal"] is True
     assert len(report["tokens"]) == report["stats"]["tokens"] > 0
+
+
+@pytest.mark.parametrize("size", [VOCABULARY - 1, VOCABULARY])
+def test_vocabularies_are_compared_before_weights_are_read(
+    size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the sizes are equal, and the tokens not."""
+    folders = [folder_of("mamba2-state-spaces", tmp_path / name, 0) for name in ("target", "draft")]
+    vocabulary = {character: size - 1 - i for i, character in enumerate(CHARACTERS[:size])}
+    Tokenizer(models.BPE(vocab=vocabulary, merges=[])).save(f"{folders[1]}/tokenizer.json")
+    for folder in folders:
+        Path(folder, "pytorch_model.bin").write_bytes(b"not read")
+    assert main(["--model_target", folders[0], "--model_draft", folders[1]]) == 2
+    written = capsys.readouterr()
+    assert "draft and target have different vocabularies" in written.err and not written.out
+
+
+def test_weights_that_are_copied_give_the_same_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("mamba2-hf", tmp_path / "target", 0)
+    texts = []
+    for options in ([], ["--no_mmap"], ["--no-mmap", "--dtype", "float32"]):
+        assert main(["--model_target", folder, "--prompt", "abc", "--n_tokens_to_generate", "9", *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("abc") and len(set(texts)) == 1

@@ -1,9 +1,17 @@
 """What does not fit is refused with the argument's name, before anything is written."""
 
+import copy
+
 import pytest
 import torch
+from cases import CASES as SMALL
+from cases import Random, call
 
+from speculative_mamba import ops
 from speculative_mamba.ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear, ssd_verify
+from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.int8 import Int8Weight
+from speculative_mamba.testing.models import random_model, tiny_config
 
 B, T, D, N, W, S = 3, 5, 33, 7, 4, 8
 H, G, P = 6, 2, 21
@@ -127,3 +135,111 @@ def test_conv_width(width: int, backend: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_backend(op: str) -> None:
     refused(op, "unknown backend 'gpu'; choose from: auto, cpu, cuda, triton, reference", backend="gpu")
+
+
+class Other:
+    """Memory with a written tensor of an op, and something else of that memory."""
+
+    def __init__(self, op: str) -> None:
+        window, cache, rest = SMALL[op](Random(torch.float32))
+        self.arguments = {**window, **cache, **rest, "start_slot": torch.zeros(2, dtype=torch.int32)}
+        self.written, self.call = list(cache), getattr(ops, op)
+
+    def refused(self, match: str, **wrong: object) -> None:
+        arguments = {**self.arguments, **wrong}
+        before = {name: tensor.clone() for name, tensor in arguments.items()}
+        with pytest.raises(ValueError, match=match) as caught:
+            self.call(**arguments)
+        assert "\n" not in str(caught.value)
+        for name, tensor in before.items():
+            assert torch.equal(arguments[name].nan_to_num(), tensor.nan_to_num()), f"{name} was written"
+
+
+WITH_SLOTS = [op for op in SMALL if op.endswith("_verify")]
+
+
+@pytest.mark.parametrize("op_name", WITH_SLOTS)
+def test_what_is_written_does_not_share_memory(op_name: str) -> None:
+    """With itself, as an expanded tensor or a sliding window does, with what is read, or with what else is written."""
+    other = Other(op_name)
+    for name in other.written:
+        tensor = other.arguments[name]
+        shape, strides = tensor.shape, list(tensor.stride())
+        expanded = tensor[:1].clone().expand(shape)
+        other.refused(rf"^{name} (is written, so its elements|must be contiguous)", **{name: expanded})
+        strides[0] -= 1
+        sliding = tensor.clone().as_strided(shape, strides)
+        other.refused(rf"^{name} (is written, so its elements|must be contiguous)", **{name: sliding})
+        for read in set(other.arguments) - {name}:
+            theirs = other.arguments[read]
+            if tensor.dtype == theirs.dtype and theirs.numel() < tensor.numel():
+                at = tensor.flatten().clone()
+                wrong = {name: at.view(shape), read: at[-theirs.numel() :].view(theirs.shape)}
+                other.refused(rf"is written, so it must not share memory with ({name}|{read})", **wrong)
+
+
+def test_rows_in_the_gaps_of_others_share_nothing() -> None:
+    """Keys and values of one buffer; states of two layers in turns."""
+    other = Other("attention_verify")
+    expected, arguments = other.call(**other.arguments), Other("attention_verify").arguments
+    both = torch.stack([arguments["keys"], arguments["values"]], 1)
+    y = other.call(**{**arguments, "keys": both[:, 0], "values": both[:, 1]})
+    assert torch.equal(y, expected)
+    other.refused("keys is written.* share memory with values", keys=both[:, 0], values=both[:, 0])
+    one_off = both.flatten()[1:].as_strided(both[:, 0].shape, both[:, 0].stride())
+    other.refused("keys is written.* share memory with values", keys=both[:, 0], values=one_off)
+
+
+def test_verdicts_and_laws_are_apart() -> None:
+    logits, keys, at = torch.randn(2, 9), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    for wrong, match in (
+        ({"laws": logits}, "laws is written.* share memory with logits"),
+        ({"laws": torch.zeros(1, 9).expand(2, 9)}, "laws is written, so its elements"),
+        ({"verdicts": torch.zeros(1, dtype=torch.int32).expand(2)}, "verdicts"),
+        ({"verdicts": at.view(torch.int32)[::2]}, "verdicts"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ops.sample_tokens(logits, Filters(temperature=1.0), keys, at, **wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("place", ["cpu", "reference"])
+def test_token_ids_of_any_integer_dtype(dtype: torch.dtype, place: str) -> None:
+    model, start = random_model(tiny_config(), dtype=dtype, backend=place), torch.zeros(1, dtype=torch.int32)
+    expected = model.verify(torch.tensor([[7, 60]]), model.new_cache(1, 2), start)
+    for integer in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint16):
+        y = model.verify(torch.tensor([[7, 60]]).to(integer), model.new_cache(1, 2), start)
+        assert torch.equal(y, expected), integer
+    for integer in (torch.int8, torch.int16, torch.int32, torch.int64):
+        for token in (-1, 61, 127):
+            cache, ids = model.new_cache(1, 2), torch.tensor([[3, token]], dtype=integer)
+            for method, others in ((model.verify, (cache, start)), (model.prefill, (cache, 0))):
+                with pytest.raises(ValueError, match=r"^tokens must be ids from 0 to 60, got"):
+                    method(ids if method == model.verify else ids[0], *others)
+    for wrong in (torch.tensor([[1.0]]), torch.tensor([[True]])):
+        with pytest.raises(ValueError, match="tokens must be of an integer dtype"):
+            model.verify(wrong, model.new_cache(1, 2), start)
+
+
+@pytest.mark.parametrize("op_name", SMALL)
+def test_what_requires_grad_is_refused_by_name(op_name: str) -> None:
+    """Outside of ``no_grad``; the specification may be differentiated."""
+    window, cache, rest = SMALL[op_name](Random(torch.float32))
+    for name in {**window, **rest}:
+        part = window if name in window else rest
+        wrong = {**part, name: part[name].detach().clone().requires_grad_()}
+        arguments = (wrong, cache, rest) if part is window else (window, cache, wrong)
+        with pytest.raises(ValueError, match=rf"^{name} requires grad, .*{op_name}.*no_grad") as caught:
+            call(op_name, *arguments, "cpu")
+        assert "\n" not in str(caught.value)
+        with torch.no_grad():
+            call(op_name, *copy.deepcopy(arguments), "cpu")
+
+
+def test_the_specification_has_gradients() -> None:
+    gate, up = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    ops.gated_silu(gate, up, backend="reference").sum().backward()
+    assert gate.grad is not None and up.grad is not None
+    with pytest.raises(ValueError, match=r"^weight.scale requires grad"):
+        scale = torch.ones(3, requires_grad=True)
+        ops.skinny_linear(torch.ones(1, 4), Int8Weight(torch.ones(3, 4, dtype=torch.int8), scale), backend="cpu")

@@ -1,9 +1,36 @@
 """Causal grouped-query attention of a window of tokens over a cache that goes back by its length."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
-from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous, check_null_columns, check_slots
+from ..checks import (
+    WEIGHT_DTYPES,
+    check,
+    check_activations,
+    check_contiguous,
+    check_null_columns,
+    check_slots,
+    check_written,
+)
+
+
+class AttentionVerifyArgs(NamedTuple):
+    """The arguments of ``attention_verify``, as every backend takes them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    lengths: torch.Tensor
+    start_slot: torch.Tensor
+    write_slot: int
+    inv_freq: torch.Tensor | None
+    scale: float
+    null_columns: torch.Tensor | None
+    keep_last: bool
 
 
 def attention_verify(
@@ -80,13 +107,15 @@ def attention_verify(
         check("inv_freq", inv_freq, inv_freq.shape, q)
     check_slots(q[:, :, 0], slots, start_slot, write_slot, keep_last)
     check_null_columns(null_columns, batch, q)
+    read = {"q": q, "k": k, "v": v, "start_slot": start_slot, "inv_freq": inv_freq, "null_columns": null_columns}
+    check_written({"keys": keys, "values": values, "lengths": lengths}, read)
     if q.device.type == "cpu":
         _check_room(tokens, capacity, lengths, start_slot, null_columns)
     scale = dims**-0.5 if scale is None else scale
-    return run(
-        "attention_verify", backend,
+    args = AttentionVerifyArgs(
         q, k, v, keys, values, lengths, start_slot, write_slot, inv_freq, scale, null_columns, keep_last,
     )  # fmt: skip
+    return run("attention_verify", backend, args)
 
 
 def _check_room(

@@ -1,14 +1,29 @@
 """The end of a round: which tokens become text, and where each row goes on."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from ..backend import run
-from ..checks import check, check_contiguous, check_tokens
+from ..checks import check, check_contiguous, check_tokens, check_written
 from .rows import RowPlaces
 
 __all__ = ["RowPlaces", "commit_tokens"]
+
+
+class CommitTokensArgs(NamedTuple):
+    """The arguments of ``commit_tokens``, as every backend takes them."""
+
+    drafted: torch.Tensor
+    accepted: torch.Tensor
+    following: torch.Tensor
+    verdicts: torch.Tensor
+    limits: torch.Tensor
+    is_stop: torch.Tensor
+    rows: RowPlaces
+    seen: torch.Tensor | None
+    text: torch.Tensor | None
 
 
 def commit_tokens(
@@ -80,11 +95,17 @@ def commit_tokens(
         if tensor is not None:
             check(name, tensor, shape, drafted, dtype)
             check_contiguous(name, tensor)
+    written = {f"rows.{name}": tensor for name, tensor in vars(rows).items()} | {"seen": seen, "text": text}
+    read = {"drafted": drafted, "accepted": accepted, "following": following, "verdicts": verdicts, "is_stop": is_stop}
+    check_written(written, read)  # limits may be rows.room: a row's are read first
     if drafted.device.type == "cpu":
         _check_range("accepted", accepted, 0, lookahead)
         _check_range("rows.positions", rows.positions, 0)
         _check_range("rows.room", rows.room, -1)
-    return run("commit_tokens", backend, drafted, accepted, following, verdicts, limits, is_stop, rows, seen, text)
+    args = CommitTokensArgs(
+        drafted, accepted, following, verdicts, limits, is_stop, rows, seen, text,
+    )  # fmt: skip
+    return run("commit_tokens", backend, args)
 
 
 def _check_range(name: str, tensor: torch.Tensor, least: int, most: float = math.inf) -> None:

@@ -1,12 +1,28 @@
 """One token per row from filtered logits, and the law it was drawn from."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
-from ..checks import check, check_active, check_keys, check_seen, check_tokens, check_verdicts
+from ..checks import check, check_active, check_keys, check_seen, check_tokens, check_verdicts, check_written
 from ..filters import Filters
 from ..law import raise_for
 from ..noise import Purpose
+
+
+class SampleTokensArgs(NamedTuple):
+    """The arguments of ``sample_tokens``, as every backend takes them."""
+
+    logits: torch.Tensor
+    filters: Filters
+    keys: torch.Tensor
+    positions: torch.Tensor
+    purpose: int
+    laws: torch.Tensor | None
+    seen: torch.Tensor | None
+    recent: torch.Tensor
+    active: torch.Tensor | None
 
 
 def sample_tokens(
@@ -59,9 +75,12 @@ def sample_tokens(
     recent = logits.new_empty(batch, 0, dtype=torch.int64) if recent is None else recent
     check_tokens("recent", recent, (batch, recent.shape[-1]), vocabulary, logits)
     check_seen(filters, seen, batch, vocabulary, logits)
-    tokens, found = run(
-        "sample_tokens", backend, logits, filters, keys, positions, int(purpose), laws, seen, recent, active
-    )
+    read = {"logits": logits, "keys": keys, "positions": positions, "seen": seen, "recent": recent, "active": active}
+    check_written({"laws": laws, "verdicts": verdicts}, read)
+    args = SampleTokensArgs(
+        logits, filters, keys, positions, int(purpose), laws, seen, recent, active,
+    )  # fmt: skip
+    tokens, found = run("sample_tokens", backend, args)
     if verdicts is None:
         raise_for(found)
     else:

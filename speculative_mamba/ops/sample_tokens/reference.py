@@ -2,37 +2,28 @@
 
 import torch
 
-from ..filters import Filters
 from ..law import draw, filtered_law, penalised, verdict
 from ..noise import Purpose, exponentials
+from . import SampleTokensArgs
 
 
-def sample_tokens(
-    logits: torch.Tensor,
-    filters: Filters,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    purpose: int,
-    laws: torch.Tensor | None,
-    seen: torch.Tensor | None,
-    recent: torch.Tensor,
-    active: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, vocabulary = logits.shape
-    tokens = torch.zeros(batch, dtype=torch.int64, device=logits.device)
-    verdicts = torch.zeros(batch, dtype=torch.int32, device=logits.device)
+def sample_tokens(args: SampleTokensArgs) -> tuple[torch.Tensor, torch.Tensor]:
+    (batch, vocabulary), device, filters = args.logits.shape, args.logits.device, args.filters
+    tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+    verdicts = torch.zeros(batch, dtype=torch.int32, device=device)
     for row in range(batch):
-        if active is not None and not active[row]:
+        if args.active is not None and not args.active[row]:
             continue
-        adjusted = logits[row]
+        adjusted = args.logits[row]
         if filters.repetition_penalty != 1:
-            adjusted = penalised(adjusted, filters.repetition_penalty, seen[row].index_fill(0, recent[row], True))
+            seen = args.seen[row].index_fill(0, args.recent[row], True)
+            adjusted = penalised(adjusted, filters.repetition_penalty, seen)
         verdicts[row] = code = verdict(adjusted, filters)
         if code:
             continue
         law = filtered_law(adjusted, filters)
-        noise = exponentials(vocabulary, keys[row].tolist(), int(positions[row]), Purpose(purpose), logits.device)
-        tokens[row] = draw(law, noise)
-        if laws is not None:
-            laws[row] = law
+        key, position = args.keys[row].tolist(), int(args.positions[row])
+        tokens[row] = draw(law, exponentials(vocabulary, key, position, Purpose(args.purpose), device))
+        if args.laws is not None:
+            args.laws[row] = law
     return tokens, verdicts

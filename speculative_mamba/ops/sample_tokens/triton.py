@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..filters import Filters
 from ..triton_law import BLOCK, INFINITE, LATEST, REGISTERS, WARPS, enter_race, kept, key_of, law_of, listed, weight_of
 from ..triton_math import launch
 from ..triton_shortlist import shortlists
+from . import SampleTokensArgs
 
 
 @triton.jit(do_not_specialize=["top_k", "purpose"])
@@ -42,21 +42,13 @@ def _sample(
     tl.store(verdicts + b, verdict)
 
 
-def sample_tokens(
-    logits: torch.Tensor,
-    filters: Filters,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    purpose: int,
-    laws: torch.Tensor | None,
-    seen: torch.Tensor | None,
-    recent: torch.Tensor,
-    active: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lists = shortlists(logits[:, None], filters, seen, recent, recent.shape[1])
+def sample_tokens(args: SampleTokensArgs) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, laws = args.logits, args.laws
+    lists = shortlists(logits[:, None], args.filters, args.seen, args.recent, args.recent.shape[1])
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     launch(
-        _sample, len(logits), logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), noise=keys, positions=positions,
-        active=active, laws=None if laws is None else (laws, laws.stride(0)), tokens=tokens, purpose=purpose,
+        _sample, len(logits), logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), noise=args.keys,
+        positions=args.positions, active=args.active, laws=None if laws is None else (laws, laws.stride(0)),
+        tokens=tokens, purpose=args.purpose,
     )  # fmt: skip
     return tokens, lists.verdicts[:, 0]

@@ -1,11 +1,37 @@
 """Which drafted tokens stand, and the token after them."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
-from ..checks import check, check_active, check_keys, check_limits, check_seen, check_tokens, check_verdicts
+from ..checks import (
+    check,
+    check_active,
+    check_keys,
+    check_limits,
+    check_seen,
+    check_tokens,
+    check_verdicts,
+    check_written,
+)
 from ..filters import Filters
 from ..law import raise_for
+
+
+class SpeculativeAcceptArgs(NamedTuple):
+    """The arguments of ``speculative_accept``, as every backend takes them."""
+
+    logits: torch.Tensor
+    drafted: torch.Tensor
+    laws: torch.Tensor | None
+    filters: Filters
+    keys: torch.Tensor
+    positions: torch.Tensor
+    coupled: bool
+    seen: torch.Tensor | None
+    active: torch.Tensor | None
+    limits: torch.Tensor | None
 
 
 def speculative_accept(
@@ -65,9 +91,12 @@ def speculative_accept(
     if laws is not None:
         check("laws", laws, (batch, tokens - 1, vocabulary), logits)
     check_seen(filters, seen, batch, vocabulary, logits)
-    accepted, following, found = run(
-        "speculative_accept", backend, logits, drafted, laws, filters, keys, positions, coupled, seen, active, limits
-    )
+    read = {"logits": logits, "drafted": drafted, "laws": laws, "keys": keys, "positions": positions}
+    check_written({"verdicts": verdicts}, read | {"seen": seen, "active": active, "limits": limits})
+    args = SpeculativeAcceptArgs(
+        logits, drafted, laws, filters, keys, positions, coupled, seen, active, limits,
+    )  # fmt: skip
+    accepted, following, found = run("speculative_accept", backend, args)
     if verdicts is None:
         raise_for(found, accepted)
     else:

@@ -2,33 +2,19 @@
 
 import torch
 
-from ..backend import address, compiled
-from ..filters import Filters
-from ..recording import law_scratch, scratch
+from ..backend import compiled
+from ..recording import scratch
+from . import SpeculativeAcceptArgs
 
 
-def speculative_accept(
-    logits: torch.Tensor,
-    drafted: torch.Tensor,
-    laws: torch.Tensor | None,
-    filters: Filters,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    coupled: bool,
-    seen: torch.Tensor | None,
-    active: torch.Tensor | None,
-    limits: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = args.logits
     batch, tokens, vocabulary = logits.shape
     accepted, verdicts = (logits.new_empty(batch, dtype=torch.int32) for _ in range(2))
     following = logits.new_empty(batch, dtype=torch.int64)
     kernels, where = compiled(logits)
-    decisions = scratch(kernels, logits, batch * tokens, torch.int64)
-    memory = law_scratch(kernels, logits, batch * tokens)
     kernels.speculative_accept(
-        batch, tokens, vocabulary, logits.data_ptr(), logits.stride()[:2], drafted.data_ptr(), address(laws),
-        (0, 0) if laws is None else laws.stride()[:2], filters.values(), coupled, address(seen), keys.data_ptr(),
-        positions.data_ptr(), address(active), accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(),
-        decisions.data_ptr(), memory.data_ptr(), address(limits), where,
+        args, where, batch=batch, tokens=tokens, vocabulary=vocabulary, **args.filters.fields(), accepted=accepted,
+        next=following, verdicts=verdicts, scratch=scratch(logits),
     )  # fmt: skip
     return accepted, following, verdicts

@@ -5,29 +5,20 @@ import torch
 from ..filters import Filters
 from ..law import ROUNDING, draw, filtered_law, penalised, verdict
 from ..noise import Purpose, exponentials, uniform
+from . import SpeculativeAcceptArgs
 
 
-def speculative_accept(
-    logits: torch.Tensor,
-    drafted: torch.Tensor,
-    laws: torch.Tensor | None,
-    filters: Filters,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    coupled: bool,
-    seen: torch.Tensor | None,
-    active: torch.Tensor | None,
-    limits: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, device = len(logits), logits.device
+def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, device = len(args.logits), args.logits.device
     accepted, verdicts = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
     following = torch.zeros(batch, dtype=torch.int64, device=device)
     for row in range(batch):
-        if active is None or active[row]:
-            counted = drafted[row] if limits is None else drafted[row, : limits[row]]
+        if args.active is None or args.active[row]:
+            counted = args.drafted[row] if args.limits is None else args.drafted[row, : args.limits[row]]
             verdicts[row], accepted[row], following[row] = _row(
-                logits[row], counted, None if laws is None else laws[row], filters, keys[row].tolist(),
-                int(positions[row]), coupled, None if seen is None else seen[row],
+                args.logits[row], counted, None if args.laws is None else args.laws[row], args.filters,
+                args.keys[row].tolist(), int(args.positions[row]), args.coupled,
+                None if args.seen is None else args.seen[row],
             )  # fmt: skip
     return accepted, following, verdicts
 

@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..filters import Filters
 from ..law import ROUNDING as _ROUNDING
 from ..noise import Purpose
 from ..triton_law import BLOCK, INFINITE, LATEST, REGISTERS, WARPS, enter_race, kept, key_of, law_of, listed, weight_of
 from ..triton_math import launch
 from ..triton_noise import uniform
 from ..triton_shortlist import shortlists, with_strides
+from . import SpeculativeAcceptArgs
 
 ROUNDING = tl.constexpr(_ROUNDING)
 TOKEN, TEST = tl.constexpr(int(Purpose.TOKEN)), tl.constexpr(int(Purpose.TEST))
@@ -113,33 +113,23 @@ def _first_refused(verdicts, choices, refused, active, accepted, following, row_
     tl.store(row_verdicts + b, tl.where(wanted, tl.load(verdicts + b * tokens + found), 0))
 
 
-def speculative_accept(
-    logits: torch.Tensor,
-    drafted: torch.Tensor,
-    laws: torch.Tensor | None,
-    filters: Filters,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    coupled: bool,
-    seen: torch.Tensor | None,
-    active: torch.Tensor | None,
-    limits: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, tokens, _ = logits.shape
-    lists = shortlists(logits, filters, seen, drafted, 0)
+def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, tokens, _ = args.logits.shape
+    lists = shortlists(args.logits, args.filters, args.seen, args.drafted, 0)
 
     def new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=logits.device)
+        return torch.empty(shape, dtype=dtype, device=args.logits.device)
 
     choices, refused = new(torch.int32, batch, tokens), new(torch.int8, batch, tokens)
     launch(
-        _decide, batch * tokens, logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), drafted=drafted,
-        laws=None if laws is None else with_strides(laws), noise=keys, positions=positions, limits=limits,
-        choices=choices, refused=refused, tokens=tokens, coupled=int(coupled or filters.greedy),
+        _decide, batch * tokens, args.logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), drafted=args.drafted,
+        laws=None if args.laws is None else with_strides(args.laws), noise=args.keys, positions=args.positions,
+        limits=args.limits, choices=choices, refused=refused, tokens=tokens,
+        coupled=int(args.coupled or args.filters.greedy),
     )  # fmt: skip
     accepted, following, verdicts = new(torch.int32, batch), new(torch.int64, batch), new(torch.int32, batch)
     launch(
-        _first_refused, batch, logits, 1, verdicts=lists.verdicts, choices=choices, refused=refused, active=active,
-        accepted=accepted, following=following, row_verdicts=verdicts, tokens=tokens,
+        _first_refused, batch, args.logits, 1, verdicts=lists.verdicts, choices=choices, refused=refused,
+        active=args.active, accepted=accepted, following=following, row_verdicts=verdicts, tokens=tokens,
     )  # fmt: skip
     return accepted, following, verdicts
