@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -28,6 +29,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 OLDEST = 80
+SETUPTOOLS = 77  # as in pyproject.toml: older ones do not understand it
 MODES = ("auto", "on", "off")
 # CMake reads these once, when it configures a build folder for the first time.
 READ_ONCE = re.compile(r"CMAKE_\w+|CC|CXX|CUDAHOSTCXX|\w+FLAGS")
@@ -206,6 +208,10 @@ class CMakeBuild(build_ext):
         run(["cmake", "--build", str(folder), "--parallel", jobs])
 
 
+if int(setuptools.__version__.partition(".")[0]) < SETUPTOOLS:
+    sys.exit(
+        f"speculative_mamba: setuptools {setuptools.__version__} is too old; pip install 'setuptools>={SETUPTOOLS}'"
+    )
 mode = cuda_mode()
 extensions = [Extension("speculative_mamba._C", sources=[])]
 if mode == "on" or (mode == "auto" and find_nvcc()):

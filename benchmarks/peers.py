@@ -1,6 +1,7 @@
 """Times decoding against llama.cpp and transformers: the same random weights, interleaved in one run.
 
-python -m benchmarks.peers [--models 370m] [--dtypes float32 bfloat16 int8] [--tokens 48] [--json FILE]
+python -m benchmarks.peers [--models 370m] [--dtypes float32 bfloat16 int8] [--tokens 48] [--json FILE] [--plot FILE]
+python -m benchmarks.peers --draw benchmarks/results/peers.json --plot benchmarks/results/peers.png
 
 Needs llama-cpp-python with gguf, and transformers; one that is missing is skipped with a line that says so. Weights of
 a published shape are random, written once as a bf16 checkpoint that transformers and we load, and as GGUF for
@@ -21,8 +22,11 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import importlib.util
+import json
 import logging
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -345,6 +349,33 @@ def bench(report: Report, model: str, kinds: list[type[Engine]], options: argpar
                     add_rows(report, model, config, errors, times, scripted, options)
 
 
+def draw(rows: list[dict], file: Path) -> None:
+    """Tokens per second of every engine and dtype, as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    speeds: dict[str, tuple[float, bool]] = {}
+    for row in filter(lambda row: row["op"] == "decode", rows):
+        model, engine, *scripted = row["case"].split()
+        draft = f", with a draft (acceptance {row['acceptance']:.2f})" if scripted else ""
+        speeds[f"{engine} {row['dtype']}{draft}"] = row["tokens_per_s"], engine == Ours.name
+    pyplot.figure(figsize=(8, 0.4 * len(speeds) + 1))
+    names = list(speeds)
+    bars = pyplot.barh(names, [speed for speed, _ in speeds.values()])
+    for bar, (speed, is_ours) in zip(bars, speeds.values(), strict=True):
+        bar.set_color("tab:blue" if is_ours else "tab:gray")
+        pyplot.text(speed, bar.get_y() + bar.get_height() / 2, f" {speed:.1f}", va="center")
+    pyplot.gca().invert_yaxis()
+    pyplot.xlim(right=1.12 * max(speed for speed, _ in speeds.values()))
+    pyplot.xlabel("tokens per second")
+    pyplot.title(f"mamba-{model} shape, one row, greedy")
+    pyplot.tight_layout()
+    pyplot.savefig(file, dpi=110)
+    pyplot.close()
+
+
 def main(arguments: list[str] | None = None) -> None:
     known = parser(__doc__.splitlines()[0])
     known.add_argument("--models", nargs="*", default=["370m"], choices=[*SHAPES, "tiny"], help="whose shapes to run")
@@ -353,7 +384,15 @@ def main(arguments: list[str] | None = None) -> None:
     known.add_argument("--prefill", type=int, default=512, help="tokens of a prefill")
     known.add_argument("--rounds", type=int, default=15, help="interleaved calls; a fifth as many prefills")
     known.add_argument("--repeats", type=int, default=3, help="interleaved texts; medians are shown")
+    known.add_argument("--plot", type=Path, metavar="FILE", help="also draw the speeds, as PNG")
+    known.add_argument("--draw", type=Path, metavar="FILE", help="time nothing, but draw what --json wrote")
     options = known.parse_args(arguments)
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    if options.draw is not None:
+        if options.plot is None:
+            known.error("--draw needs --plot FILE")
+        return draw(json.loads(options.draw.read_text(encoding="utf-8")), options.plot)
     kinds = [Ours, *available()]
     report = Report(
         {
@@ -365,6 +404,8 @@ def main(arguments: list[str] | None = None) -> None:
     for model in options.models:
         bench(report, model, kinds, options)
     report.write(options.json)
+    if options.plot is not None:
+        draw(report.rows, options.plot)
 
 
 if __name__ == "__main__":

@@ -333,11 +333,7 @@ def test_predictions_need_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["--predict"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Predictions for an H100, none of them measured.")
     assert {line.split()[0] for line in lines if line.split()[0] in OPS} == set(OPS)
     passes = [line.split() for line in lines if "one pass of 2.8b" in line]
     assert [cells[-3:] for cells in passes] and float(passes[0][-1]) > 1900
-
-
-def test_the_readme_quotes_the_predictions(capsys: pytest.CaptureFixture[str]) -> None:
-    command.main(["--predict"])
-    assert capsys.readouterr().out in (command.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")

@@ -146,6 +146,11 @@ class TestTheLastLineSaysWhatIsNeeded:
         line = build.refusal(PATH=str(build.bin))
         assert "no C++ compiler found; install one (Debian, Ubuntu: apt-get install g++;" in line
 
+    def test_an_old_setuptools(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("setuptools.__version__", "65.5.0")
+        with pytest.raises(SystemExit, match=r"setuptools 65\.5\.0 is too old; pip install 'setuptools>=77'"):
+            runpy.run_path(str(ROOT / "setup.py"))
+
     @pytest.mark.parametrize(
         ("said", "cause"),
         [

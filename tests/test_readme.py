@@ -1,4 +1,4 @@
-"""The README's Python examples run, in order and in one namespace, and do what their comments say."""
+"""The Python examples of README.md and docs/ run and do what they say; commands, options and links are right."""
 
 import re
 from pathlib import Path
@@ -10,41 +10,44 @@ import speculative_mamba as sm
 from speculative_mamba import cli
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+KNOWN = {name for action in cli.build_parser()._actions for name in action.option_strings}
 
 
-@pytest.fixture(scope="module")
-def text():
-    return README.read_text(encoding="utf-8")
+def text(document: Path) -> str:
+    return document.read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def examples(text):
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 2
-    return blocks
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text(document), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_examples_run(examples, capsys):
+def run(document: Path) -> dict[str, object]:
+    """Runs the Python examples of a document in order; the names they leave."""
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks(document, "python")):
+        exec(compile(block, f"{document.name}, Python example {number + 1}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if blocks(path, "python")], ids=lambda path: path.name)
+def test_the_examples_run(document, capsys):
     generator = torch.get_rng_state()
-    names = {}
-    for number, block in enumerate(examples):
-        exec(compile(block, f"README.md, Python example {number + 1}", "exec"), names)
-    assert isinstance(names["result"], sm.GenerationResult) and capsys.readouterr().out
+    names = run(document)
     assert torch.equal(torch.get_rng_state(), generator), "no global generator is touched"
+    if document == README:
+        assert isinstance(names["result"], sm.GenerationResult) and capsys.readouterr().out
 
 
-def test_the_state_is_explicit_and_goes_back(examples, capsys):
-    """The example's own claim: after going back, the same bits as above; and any number of tokens per call."""
-    names = {}
-    for block in examples:
-        before = names.get("logits")
-        exec(block, names)
-    target, prompts = names["target"], names["prompts"]
-    ids, start = torch.tensor([prompts[0][:8]]), torch.zeros(1, dtype=torch.int32)
+def test_the_state_is_explicit_and_goes_back():
+    """Any number of tokens per call, from a state that is the caller's."""
+    names = run(ROOT / "docs" / "rollback.md")
+    target, prompt = names["target"], names["prompt"]
+    ids, start = torch.tensor([prompt[:8]]), torch.zeros(1, dtype=torch.int32)
     whole = target.verify(ids, target.new_cache(batch=1, slots=8), start)
-    if before is None:
-        assert_bitwise_equal(names["logits"], whole[:, 3:5], "after going back")
+    assert_bitwise_equal(names["logits"], whole[:, 3:5], "after going back")
     for count in range(1, 9):
         cache = target.new_cache(batch=1, slots=8)
         parts, done, slot = [], 0, 0
@@ -56,22 +59,43 @@ def test_the_state_is_explicit_and_goes_back(examples, capsys):
         assert_bitwise_equal(torch.cat(parts, 1), whole, f"{count} tokens per call")
 
 
-def test_the_table_of_options_is_complete(text):
-    """Every option of the program is in the README, and the README names no other."""
-    table = text.split("| option |")[1].split("\n\n")[0]
+def test_the_table_of_options_is_complete():
+    """Every option of the program is in docs/command-line.md, which names no other."""
+    table = text(ROOT / "docs" / "command-line.md").split("| option |")[1].split("\n\n")[0]
     named = set(re.findall(r"--([A-Za-z_]+)", table))
-    actions = {action.option_strings[0][2:]: action for action in cli.build_parser()._actions if action.dest != "help"}
-    assert named == set(actions)
+    assert named == {action.option_strings[0][2:] for action in cli.build_parser()._actions if action.dest != "help"}
 
 
-def test_the_commands_parse(text):
-    commands = re.findall(
-        r"^(?:speculative-mamba|python speculative_mamba/run\.py)((?: .*| *\\\n)*)$", text, re.MULTILINE
-    )
-    assert len(commands) >= 3
+def test_the_commands_parse():
+    commands = [
+        command
+        for document in DOCUMENTS
+        for command in re.findall(
+            r"^(?:speculative-mamba|python speculative_mamba/run\.py)((?: .*| *\\\n)*)$", text(document), re.MULTILINE
+        )
+    ]
+    assert len(commands) >= 6
     for command in commands:
         words = re.sub(r"#.*", "", command).replace("\\", " ").split()
-        if words[:1] != ["info"]:
-            flags = [word for word in words if word.startswith("--")]
-            known = {name for action in cli.build_parser()._actions for name in action.option_strings}
-            assert set(flags) <= known, command
+        assert {word for word in words if word.startswith("--")} <= KNOWN, command
+
+
+def anchors(document: Path) -> set[str]:
+    """What headings can be linked as."""
+    headings = re.findall(r"^#+ (.*)$", text(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)]+)\)", text(document)):
+        if not link.startswith("https://"):
+            name, _, anchor = link.partition("#")
+            path = (document.parent / name).resolve() if name else document
+            assert path.exists(), f"{document.name}: {link}"
+            assert not anchor or anchor in anchors(path), f"{document.name}: {link}"
+
+
+def test_the_readme_is_short_and_begins_with_two_commands():
+    assert len(text(README).splitlines()) <= 160
+    assert len(blocks(README, "bash")[0].splitlines()) == 2, ".ci/run takes them from there"

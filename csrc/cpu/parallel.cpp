@@ -66,9 +66,7 @@ class Pool {
         try {
             for (; workers_ < workers && workers_ < most_; workers_++)
                 std::thread(&Pool::loop, this, workers_).detach();
-        } catch (const std::exception&) {
-            most_ = workers_;
-        }
+        } catch (const std::exception&) { most_ = workers_; }
     }
 
     void work(uint32_t generation) {

@@ -106,8 +106,8 @@ void conv_forward(const float* x, const float* weight, const float* bias, float*
 }
 
 // Writes dx, adds to dweight and dbias.
-void conv_backward(const float* x, const float* weight, const float* bias, const float* du, float* dx,
-                   float* dweight, float* dbias, int rows, int length, int width, int threads) {
+void conv_backward(const float* x, const float* weight, const float* bias, const float* du, float* dx, float* dweight,
+                   float* dbias, int rows, int length, int width, int threads) {
     std::vector<std::vector<float>> dws(threads, std::vector<float>(kTaps * width));
     std::vector<std::vector<float>> dbs(threads, std::vector<float>(width));
     over_rows(rows, threads, [&](int row, int thread) {
