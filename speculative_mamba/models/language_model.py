@@ -80,6 +80,7 @@ class MambaLM:
     head_bias: torch.Tensor | None = None
     vocabulary: Vocabulary | None = None
     files: tuple[MappedFile, ...] = ()
+    _recorded: set[tuple] = field(default_factory=set, init=False, compare=False)  # kinds of steps
 
     def __post_init__(self) -> None:
         if self.vocabulary is None:
@@ -266,22 +267,27 @@ class MambaLM:
         if any(isinstance(layer, MambaCache) and layer.inputs is not None for layer in cache):
             check_follows(window.start_slot, window.write_slot)
         key = (id(self), *tokens.shape, window.write_slot, window.null_columns is None)
-        step, parts = cache.steps.get(key), self._parts(cache)
+        # A window that begins in slot 0 looks whether the model is what it was; its further steps rely on that.
+        step, is_first = cache.steps.get(key), window.write_slot == 0
+        parts = self._parts(cache) if is_first or step is None else step.model
         if step is not None and len(step.model) == len(parts) and all(map(operator.is_, step.model, parts)):
             step.hidden.copy_(self._embed(tokens))
             step.window.start_slot.copy_(window.start_slot)
             if window.null_columns is not None:
                 step.window.null_columns.copy_(window.null_columns)
             with suppress(StaleRecordingError):
-                step.recording.run()
+                step.recording.run(unchanged=not is_first)
                 return step.results.copy(step.logits)
         if step is not None:  # it and others of this model hold memory that may be in use nowhere else
             cache.steps = {other: steps for other, steps in cache.steps.items() if other[0] != id(self)}
         nulls = None if window.null_columns is None else window.null_columns.clone()
         own = Window(window.start_slot.clone(), window.write_slot, nulls)
         hidden, recording = self._embed(tokens), Recording(self.norm_weight)
-        with recording.record():
+        kind = *key[1:], self.backend, self.checkpoint, *(type(block.mixer) for block in self.blocks)
+        weights = (part for part in parts if isinstance(part, torch.Tensor | Int8Weight))
+        with recording.record(*weights, known=kind in self._recorded):
             logits = self._logits(hidden, len(tokens), cache, own)
+        self._recorded.add(kind)
         cache.steps[key] = _RecordedStep(parts, hidden, own, recording, logits)
         return logits.clone()
 

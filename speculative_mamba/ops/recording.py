@@ -1,10 +1,9 @@
 """Kernel calls recorded once and run again without Python between them."""
 
 import functools
-import operator
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -16,15 +15,15 @@ _SHARED_FROM = 32768  # elements from which PyTorch shares a copy among threads
 
 
 class StaleRecordingError(ValueError):
-    """A tensor that was passed to an op has other memory than when the op was recorded."""
+    """A tensor that was passed to an op lies elsewhere, or has another size, than when the op was recorded."""
 
 
 class Recording:
     """The calls of ops on backends ``cpu`` and ``cuda`` made inside ``record()``, on the device of ``like``.
 
-    ``run()`` makes them again on the same memory: what lies in the tensors may have changed, their addresses, dtypes
-    and shapes may not. All of that memory lives as long as the recording; results of ops are shared as ``next_stage``
-    says.
+    ``run()`` makes them again on the same memory: what lies in the tensors may have changed, where they lie and how
+    they are laid out may not. All of that memory lives as long as the recording; results of ops are shared as
+    ``next_stage`` says.
 
     PyTorch's own operations would not be run again. Inside ``record()`` they raise a ValueError that names them, but
     for views and uninitialised memory.
@@ -36,31 +35,42 @@ class Recording:
         self._stages: tuple[list[torch.Tensor], ...] = ([], [])
         self._used = 0  # results of the current stage so far
         self._passed: list[torch.Tensor] = []  # to ops, by the caller
-        self._places: list[tuple] = []  # where they lay
+        self._places: list[list[int]] = []  # where they lay
         self._storages: list[torch.UntypedStorage] = []
 
     @contextmanager
-    def record(self) -> Iterator[None]:
+    def record(self, *relied_on: object, known: bool = False) -> Iterator[None]:
+        """Inside, ops are recorded.
+
+        relied_on: tensors of which the calls use parts. known: these calls were recorded before and held none of
+        PyTorch's operations, so these need not be looked at, which costs some 10 µs each.
+        """
         self._program.record(self._program)
         recorder.recording, recorder.kernels = self, _KernelsOnly()
+        recorder.kernels.use(*relied_on)
         try:
-            with recorder.kernels as kernels:
+            with nullcontext() if known else recorder.kernels:
                 yield
         finally:
+            kernels = recorder.kernels
             self._program.record(None)
             recorder.recording = recorder.kernels = None
             self._storages = [tensor.untyped_storage() for tensor in (kernels.used | kernels.made).values()]
-            self._passed = [tensor for key, tensor in kernels.used.items() if key not in kernels.made]
+            own = {result.data_ptr() for results in self._stages for result in results}
+            passed = (tensor for key, tensor in kernels.used.items() if key not in kernels.made)
+            self._passed = [tensor for tensor in passed if tensor.untyped_storage().data_ptr() not in own]
             self._places = _places(self._passed)
 
-    def run(self) -> None:
+    def run(self, *, unchanged: bool = False) -> None:
         """Makes the calls again.
 
+        unchanged: the caller knows that no tensor was given other memory. Looking costs 0.2 µs a tensor.
+
         Raises:
-            StaleRecordingError: a tensor lies elsewhere or has another dtype or shape; nothing was run.
+            StaleRecordingError: a tensor lies elsewhere or has another size; nothing was run.
         """
-        if self._places != _places(self._passed):
-            raise StaleRecordingError("a recorded op's tensor has other memory, dtype or shape by now; record again")
+        if not unchanged and self._places != _places(self._passed):
+            raise StaleRecordingError("a recorded op's tensor has other memory or size by now; record again")
         with current_device(self._like):
             self._program.run(compiled(self._like)[1])
 
@@ -75,12 +85,8 @@ class Recording:
         return results[at]
 
 
-def _places(tensors: list[torch.Tensor]) -> list[list]:
-    """What kernels know of tensors."""
-    return [list(map(known, tensors)) for known in _KNOWN]
-
-
-_KNOWN = torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.size, operator.attrgetter("dtype")
+def _places(tensors: list[torch.Tensor]) -> list[list[int]]:
+    return [list(map(torch.Tensor.data_ptr, tensors)), list(map(torch.Tensor.numel, tensors))]
 
 
 class _KernelsOnly(TorchDispatchMode):
@@ -96,6 +102,10 @@ class _KernelsOnly(TorchDispatchMode):
         super().__init__()
         self.used: dict[int, torch.Tensor] = {}
         self.made: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nobody compiles this; to skip it PyTorch would import its compiler, for 3 s and 150 MB
 
     def use(self, *values: object) -> None:
         """Notes the tensors among arguments of an op, also those that an argument holds."""

@@ -1,5 +1,8 @@
 """Recorded kernel calls do what the calls themselves would do."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -213,3 +216,14 @@ def test_a_weight_with_other_memory_is_used_from_the_next_step_on(kind, dtype):
     name, weight = next((name, part) for name, part in vars(mixer).items() if torch.is_tensor(part) and part.ndim == 1)
     object.__setattr__(mixer, name, weight * 2)
     check(tokens)
+
+
+def test_a_first_step_imports_no_compiler():
+    """PyTorch's takes seconds and 150 MB, and comes with its dispatch modes unless they say that they need none."""
+    program = (
+        "import sys, torch, speculative_mamba as sm\n"
+        "model = sm.load_model('builtin:draft')\n"
+        "model.verify(torch.tensor([[1]]), model.new_cache(1, 1), torch.zeros(1, dtype=torch.int32))\n"
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
