@@ -17,7 +17,7 @@ def main() -> int:
         install = f"{sys.executable} -m pip install -c constraints.txt -e ."
         streams.say(f"error: {error.name} is not installed here; install it with: {install}")
         return streams.FAILURE
-    used, beside = Path(cli.__file__).resolve().parent, Path(__file__).resolve().parent
+    used, beside = Path(streams.__file__).resolve().parent, Path(__file__).resolve().parent
     if used != beside:
         streams.say(f"this runs the installed copy in {used}, not {beside}; to run the latter: pip install -e .")
     streams.handle_signals(streams.interrupt)
