@@ -1,7 +1,8 @@
 // Python's view of a table of kernels: one function an op, which fills the op's struct of params.h and launches.
 //
-// Such a function takes the op's argument object, a named tuple, then where it runs (the number of threads, or the stream), then
-// keywords. Every field of the struct is filled by name, from the keyword or else from the argument that is called so:
+// Such a function takes the op's argument object, a named tuple, then where it runs (the number of threads, or the
+// stream), then keywords. Every field of the struct is filled by name, from the keyword or else from the argument that
+// is called so:
 //
 // - a pointer from a tensor, or from None;
 // - the strides, the dtype and the bytes that follow a pointer (`<tensor>_…_stride`, `<tensor>_dtype`,
@@ -125,7 +126,7 @@ inline DType dtype_of(py::handle dtype) {
 
 // The fields of an op, and where they are in its argument object.
 class Fields {
-   public:
+ public:
     explicit Fields(std::vector<Field> fields) : fields_(std::move(fields)), places_(fields_.size()) {}
 
     const Field& operator[](size_t i) const { return fields_[i]; }
@@ -144,7 +145,7 @@ class Fields {
         return values;
     }
 
-   private:
+ private:
     void find_places(const py::tuple& arguments) {
         const py::list names(arguments.attr("_fields"));
         for (size_t i = 0; i < fields_.size(); i++) {
@@ -171,7 +172,7 @@ class Fields {
 
 template <typename Params>
 class Filler {
-   public:
+ public:
     Filler(Fields& fields, const py::tuple& arguments, const py::kwargs& keywords)
         : values_(fields.values(arguments, keywords)) {
         params_.visit([&](auto&... member) { ((fill(member, fields[at_]), at_++), ...); });
@@ -179,7 +180,7 @@ class Filler {
 
     const Params& params() const { return params_; }
 
-   private:
+ private:
     py::object value_of(const Field& field) {
         PyObject* value = values_[at_];
         if (!value) throw py::type_error("nothing fills the field '" + std::string(field.name) + "'");

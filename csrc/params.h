@@ -10,11 +10,11 @@
 #include <cstdint>
 
 // Ends a struct: names all its fields, in order.
-#define SM_FIELDS(...)                                 \
+#define SM_FIELDS(...)                                   \
     static constexpr const char* kFields = #__VA_ARGS__; \
-    template <typename Visitor>                        \
-    void visit(const Visitor& visitor) {               \
-        visitor(__VA_ARGS__);                          \
+    template <typename Visitor>                          \
+    void visit(const Visitor& visitor) {                 \
+        visitor(__VA_ARGS__);                            \
     }
 
 namespace speculative_mamba {
@@ -32,7 +32,7 @@ struct CausalConv1dParams {
     DType activations;  // of x and y
     int64_t batch, tokens, channels, width;
     int64_t repeat, block;  // block·repeat divides D
-    const float* x;  // (B, T, D / repeat), channels contiguous
+    const float* x;         // (B, T, D / repeat), channels contiguous
     int64_t x_batch_stride, x_token_stride;
     const void* weight;  // (D, W)
     int64_t weight_channel_stride, weight_tap_stride;
@@ -40,8 +40,8 @@ struct CausalConv1dParams {
     const float* bias;  // (D), may be null
     float* window;      // (B, W-1+S, D): row W-1+j is the input of slot j
     int64_t window_batch_stride, window_row_stride;
-    const int32_t* start_slot;    // (B); -1: nothing of the row is read or written, y is 0
-    int64_t write_slot;           // slot of the first token
+    const int32_t* start_slot;  // (B); -1: nothing of the row is read or written, y is 0
+    int64_t write_slot;         // slot of the first token
     bool silu;
     const int32_t* null_columns;  // (B), may be null: leading tokens of a row whose input counts as 0
     bool keep_last;               // prefill: only the last token's slot is kept, as slot 0
@@ -112,7 +112,7 @@ struct SsdParams {
     const float* D;  // (H), or (H, P) contiguous
     bool d_per_channel;
     const float* dt_bias;  // (H)
-    void* states;  // (B, S, H, P, N), (H, P, N) contiguous; one slot where inputs are kept
+    void* states;          // (B, S, H, P, N), (H, P, N) contiguous; one slot where inputs are kept
     int64_t states_batch_stride, states_slot_stride;
     DType states_dtype;
     const int32_t* start_slot;  // (B); -1: nothing of the row is read or written, y is 0
@@ -150,7 +150,7 @@ struct AttentionParams {
     void* keys;  // (B, G, L, P), entries contiguous
     int64_t keys_batch_stride, keys_head_stride;
     DType keys_dtype;  // of values too
-    void* values;  // (B, G, L, P), entries contiguous
+    void* values;      // (B, G, L, P), entries contiguous
     int64_t values_batch_stride, values_head_stride;
     int32_t* lengths;           // (B, S) contiguous: entries of each slot's state
     const int32_t* start_slot;  // (B); -1: nothing of the row is read or written, y is 0
@@ -311,23 +311,24 @@ struct CommitTokensParams {
     int32_t* slots;                        // (S, B): where step s of the next round starts; -1: the row has ended
     bool* seen;                            // (B, V), may be null: tokens of the text
     int64_t* text;                         // (B, L), may be null
-    int64_t* record;  // (B, K + kRecordColumns): tokens committed, accepted, verdict, min(K, limit), the K+1 tokens of the window
+    int64_t* record;  // (B, K + kRecordColumns): tokens committed, accepted, verdict, min(K, limit), the K+1 tokens of
+                      // the window
 
     SM_FIELDS(batch, lookahead, vocabulary, steps, capacity, drafted, accepted, following, verdicts, limits, is_stop,
               last, positions, room, active, slots, seen, text, record)
 };
 
 // The list of all ops: what they are called everywhere, and their structs.
-#define SM_FOR_EACH_OP(OP)                             \
-    OP(attention_verify, AttentionParams)              \
-    OP(causal_conv1d_verify, CausalConv1dParams)       \
-    OP(commit_tokens, CommitTokensParams)              \
-    OP(gated_silu, GatedSiluParams)                    \
-    OP(rms_norm, RmsNormParams)                        \
-    OP(sample_tokens, SampleTokensParams)              \
-    OP(selective_scan_verify, SelectiveScanParams)     \
-    OP(skinny_linear, SkinnyLinearParams)              \
-    OP(speculative_accept, SpeculativeAcceptParams)    \
+#define SM_FOR_EACH_OP(OP)                          \
+    OP(attention_verify, AttentionParams)           \
+    OP(causal_conv1d_verify, CausalConv1dParams)    \
+    OP(commit_tokens, CommitTokensParams)           \
+    OP(gated_silu, GatedSiluParams)                 \
+    OP(rms_norm, RmsNormParams)                     \
+    OP(sample_tokens, SampleTokensParams)           \
+    OP(selective_scan_verify, SelectiveScanParams)  \
+    OP(skinny_linear, SkinnyLinearParams)           \
+    OP(speculative_accept, SpeculativeAcceptParams) \
     OP(ssd_verify, SsdParams)
 
 }  // namespace speculative_mamba

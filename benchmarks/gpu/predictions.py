@@ -23,8 +23,8 @@ _EXPLANATION = """\
 Predictions for an H100, none of them measured. bytes us: bytes moved once at {bandwidth} TB/s. us: that and {plain} us
 a launch; us PDL: that and {programmatic} us a launch, where programmatic dependent launch hides the rest. x: calls of
 one token after another, each of which reads and writes a state, over the one call. All bytes come from memory, none
-from L2. Left out, and therefore expected on top: the scans' arithmetic, which sets the time of 64 rows with states in 16
-bits or with inputs fed again; the waits of matrices with one or two rows for each multiprocessor; and the dozen
+from L2. Left out, and therefore expected on top: the scans' arithmetic, which sets the time of 64 rows with states in
+16 bits or with inputs fed again; the waits of matrices with one or two rows for each multiprocessor; and the dozen
 barriers of the block that ranks a row's likeliest tokens."""
 
 

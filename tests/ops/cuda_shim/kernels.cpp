@@ -239,11 +239,11 @@ void announce_all(const SsdParams& p) {
 
 }  // namespace
 
-#define SM_ENTRY(op, Params)                       \
-    [](const Params& p, cudaStream_t stream) {     \
-        shim::Machine::get().begin_call();         \
-        announce_all(p);                           \
-        cuda::op(p, stream);                       \
+#define SM_ENTRY(op, Params)                   \
+    [](const Params& p, cudaStream_t stream) { \
+        shim::Machine::get().begin_call();     \
+        announce_all(p);                       \
+        cuda::op(p, stream);                   \
     },
 
 const Kernels& kernels() {
