@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.scan import STATES, ConvSiLU, GatedScan, RMSNorm
+from training.scan import STATES, TAPS, ConvSiLU, GatedScan, RMSNorm
 
 VOCABULARY = 256
-TAPS = 4
 EPSILON = 1e-5
 
 

@@ -15,7 +15,7 @@ def selective_scan_verify(args: SelectiveScanVerifyArgs) -> torch.Tensor:
     kernels, where = compiled(x)
     kernels.selective_scan_verify(
         args, where, activations=x.dtype, batch=batch, tokens=tokens, channels=channels, state_size=args.A.shape[1],
-        b_groups=b_groups, c_groups=c_groups, input_slots=kept and kept.slots or 0, input_x=kept and kept.x,
+        b_groups=b_groups, c_groups=c_groups, input_slots=(kept and kept.slots) or 0, input_x=kept and kept.x,
         input_dt=kept and kept.dt, input_B=kept and kept.B, y=y,
     )  # fmt: skip
     return y

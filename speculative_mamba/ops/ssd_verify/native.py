@@ -17,7 +17,7 @@ def ssd_verify(args: SsdVerifyArgs) -> torch.Tensor:
     kernels.ssd_verify(
         args, where, activations=x.dtype, batch=batch, tokens=tokens, heads=heads, head_size=head_size,
         state_size=state_size, x_heads=x_heads, b_groups=b_groups, c_groups=args.C.shape[2],
-        d_per_channel=args.D.ndim == 2, dt_min=dt_min, dt_max=dt_max, input_slots=kept and kept.slots or 0,
+        d_per_channel=args.D.ndim == 2, dt_min=dt_min, dt_max=dt_max, input_slots=(kept and kept.slots) or 0,
         input_x=kept and kept.x, input_dt=kept and kept.dt, input_B=kept and kept.B, y=y,
     )  # fmt: skip
     return y
