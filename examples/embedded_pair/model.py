@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from examples.embedded_pair.scan import STATES, ConvSiLU, GatedScan, RMSNorm
+from examples.embedded_pair.scan import STATES, TAPS, ConvSiLU, GatedScan, RMSNorm
+from training.scan import STATES, TAPS, ConvSiLU, GatedScan, RMSNorm
 
 VOCABULARY = 256
-TAPS = 4
 EPSILON = 1e-5
 
 

@@ -59,6 +59,8 @@ void discretise(const float* raw, float* dt, float* e, int count) {
 
 extern "C" {
 
+extern const int states = kStates, chunk = kChunk, taps = kTaps;
+
 // x, y (tokens, width), weight (width), scale (tokens): scale = 1 / rms(x), y = x scale weight.
 void rms_forward(const float* x, const float* weight, float eps, float* y, float* scale, int tokens, int width,
                  int threads) {

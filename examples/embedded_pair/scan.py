@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-STATES = 16
-CHUNK = 16  # positions between saved states, as in scan.cpp
 FLAGS = ["-O3", "-march=native", "-ffast-math", "-fPIC", "-shared", "-std=c++17", "-pthread"]
 
 
@@ -32,6 +30,7 @@ def _library() -> ctypes.CDLL:
 
 
 _LIBRARY = _library()
+STATES, CHUNK, TAPS = (ctypes.c_int.in_dll(_LIBRARY, name).value for name in ("states", "chunk", "taps"))
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
