@@ -1,6 +1,5 @@
 """The loop: draft, verify, accept."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from .lookahead import AUTO_AT_MOST, AUTO_LOOKAHEADS, AdaptiveLookahead, FixedLo
 from .ngram import NgramDrafter
 from .proposers import as_proposer, searches_on_device
 from .round import Round, RoundResult, broken
-from .sampling import LogitsProcessor, Sampler, SamplingParams
+from .sampling import LogitsProcessor, Sampler, SamplingParams, bias_capacity, of_rows
 from .stats import GenerationStats
 from .text import TextStream
 
@@ -68,7 +67,7 @@ def generate(
     draft: MambaLM | LanguageModel | Drafter | str | None = None,
     lookahead: int | str = 4,
     max_new_tokens: int = 64,
-    sampling: SamplingParams | None = None,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     acceptance: str = "rejection",
     stop_token_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
@@ -93,7 +92,8 @@ def generate(
             coupled text is the same as ever; under rejection sampling the text then depends on the clock, the law
             does not.
         max_new_tokens: budget per row; exactly so many tokens unless a stop comes first. 0 gives the prompts back.
-        sampling: defaults to greedy.
+        sampling: defaults to greedy. A list has one for each row, greedy and sampled ones alike; a row is then what it
+            would be alone with its parameters. What is passed as prompt counts as prompt for its penalties.
         acceptance: how sampled drafts are tested. ``"rejection"`` (Leviathan et al. 2023, arXiv 2211.17192): the law
             of plain sampling, and of all tests the one that keeps most. ``"coupled"`` (Gumbel coupling,
             arXiv 2408.07978): the very text of plain sampling with that seed, for any draft and lookahead. Greedy
@@ -187,7 +187,7 @@ class _Run:
         self,
         draft: object,
         lookahead: AdaptiveLookahead | FixedLookahead,
-        sampling: SamplingParams,
+        sampling: SamplingParams | Sequence[SamplingParams],
         acceptance: str,
         processor: LogitsProcessor | None,
     ) -> None:
@@ -197,9 +197,11 @@ class _Run:
         entries = max(map(len, self.texts)) + self.rows[0].budget + self.most + 1
         length = 1 << entries.bit_length()
 
+        params, rng_keys = of_rows(sampling, batch)
+
         def make() -> Round:
             sampler = Sampler(
-                sampling, batch, self.target.vocab_size, acceptance=acceptance, processor=processor,
+                params, self.target.vocab_size, acceptance=acceptance, processor=processor, every_mix=fixed,
                 device=self.target.device, backend=getattr(self.target, "backend", "auto"),
             )  # fmt: skip
             proposer = as_proposer(draft, self.texts, self.target, length, fixed) if self.most else None
@@ -211,10 +213,9 @@ class _Run:
         kind = Same(draft), Same(getattr(draft, "model", None))
         if searches_on_device(draft):
             kind = draft.longest, draft.shortest, length
-        options = dataclasses.replace(sampling, seed=0), acceptance
-        key = (Same(self.target), *kind, batch, lookahead.all, *options)
+        key = (Same(self.target), *kind, batch, lookahead.all, bias_capacity(params), acceptance)
         self.round = self.executor.open(key, make, entries, lookahead.all, self.output_logits)
-        self.round.sampler.reseed(sampling)
+        self.round.sampler.set_params(params, rng_keys)
         drafter = getattr(self.round.proposer, "drafter", self.round.proposer)
         self.draft = drafter if isinstance(drafter, ModelDrafter) else None
         self.stats.setup_s = time.perf_counter() - started

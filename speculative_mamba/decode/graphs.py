@@ -13,7 +13,7 @@ import torch
 
 from ..models.language_model import MambaLM
 from ..ops.backend import current_device
-from ..ops.filters import is_whole
+from ..ops.sampling_params import is_int
 from ..ops.int8 import Int8Weight
 from .executors import EagerExecutor, Executor
 from .proposers import is_told_the_text, searches_on_device
@@ -70,7 +70,7 @@ class GraphExecutor:
     device_type = "cuda"
 
     def __init__(self, keep: int = 4) -> None:
-        if not is_whole(keep) or keep < 1:
+        if not is_int(keep) or keep < 1:
             raise ValueError(f"keep must be a whole number of at least 1, got {keep!r}")
         self._keep = keep
         self._kinds: OrderedDict[tuple, Kind] = OrderedDict()
