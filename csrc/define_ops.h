@@ -236,30 +236,22 @@ void rms_norm(int activations, int64_t rows, int64_t features, int64_t groups, u
                           where);
 }
 
-using FilterValues = std::tuple<float, float, int64_t, float, float>;
+// Addresses of SamplingTensors, in the order of its fields.
+using SamplingAddresses = std::array<uintptr_t, 9>;
 
-Filters filters(const FilterValues& values) {
-    return {std::get<0>(values), std::get<1>(values), std::get<2>(values), std::get<3>(values), std::get<4>(values)};
-}
-
-void sample_tokens(int64_t batch, int64_t vocabulary, uintptr_t logits, int64_t logits_stride,
-                   const FilterValues& values, uintptr_t seen, uintptr_t recent, int64_t recent_tokens, uintptr_t keys,
-                   uintptr_t positions, int purpose, uintptr_t active, uintptr_t laws, int64_t laws_stride,
-                   uintptr_t tokens, uintptr_t verdicts, uintptr_t scratch, intptr_t where) {
-    submit<SampleTokensParams>(
-        &Kernels::sample_tokens,
-        {batch, vocabulary, pointer<float>(logits), logits_stride, filters(values), pointer<bool>(seen),
-         pointer<int64_t>(recent), recent_tokens, pointer<int64_t>(keys), pointer<int64_t>(positions), purpose,
-         pointer<bool>(active), pointer<float>(laws), laws_stride, pointer<int64_t>(tokens), pointer<int32_t>(verdicts),
-         pointer<uint64_t>(scratch)},
-        where);
+SamplingTensors sampling_tensors(const SamplingAddresses& at, int64_t bias_capacity) {
+    return {pointer<float>(at[0]), pointer<int32_t>(at[1]), pointer<float>(at[2]),   pointer<float>(at[3]),
+            pointer<float>(at[4]), pointer<float>(at[5]),   pointer<float>(at[6]),   pointer<int32_t>(at[7]),
+            pointer<float>(at[8]), bias_capacity};
 }
 
 void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintptr_t logits, Pair logits_strides,
-                        uintptr_t drafted, uintptr_t laws, Pair laws_strides, const FilterValues& values, bool coupled,
-                        uintptr_t seen, uintptr_t keys, uintptr_t positions, uintptr_t active, uintptr_t accepted,
-                        uintptr_t next, uintptr_t verdicts, uintptr_t decisions, uintptr_t scratch, uintptr_t limits,
-                        intptr_t where) {
+                        uintptr_t draft_tokens, int64_t draft_stride, uintptr_t draft_probs, Pair draft_probs_strides,
+                        const SamplingAddresses& sampling, int64_t bias_capacity, bool coupled, int purpose,
+                        uintptr_t prompt_mask, uintptr_t output_counts, uintptr_t rng_keys, uintptr_t positions,
+                        uintptr_t active, uintptr_t num_draft_tokens, uintptr_t target_probs,
+                        int64_t target_probs_stride, uintptr_t accepted, uintptr_t next_token, uintptr_t row_status,
+                        uintptr_t decisions, uintptr_t scratch, uintptr_t adjusted, intptr_t where) {
     submit<SpeculativeAcceptParams>(&Kernels::speculative_accept,
                                     {batch,
                                      tokens,
@@ -267,35 +259,41 @@ void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintp
                                      pointer<float>(logits),
                                      logits_strides.first,
                                      logits_strides.second,
-                                     pointer<int64_t>(drafted),
-                                     pointer<float>(laws),
-                                     laws_strides.first,
-                                     laws_strides.second,
-                                     filters(values),
+                                     pointer<int64_t>(draft_tokens),
+                                     draft_stride,
+                                     pointer<float>(draft_probs),
+                                     draft_probs_strides.first,
+                                     draft_probs_strides.second,
+                                     sampling_tensors(sampling, bias_capacity),
                                      coupled,
-                                     pointer<bool>(seen),
-                                     pointer<int64_t>(keys),
+                                     purpose,
+                                     pointer<bool>(prompt_mask),
+                                     pointer<int32_t>(output_counts),
+                                     pointer<int64_t>(rng_keys),
                                      pointer<int64_t>(positions),
                                      pointer<bool>(active),
+                                     pointer<int32_t>(num_draft_tokens),
+                                     pointer<float>(target_probs),
+                                     target_probs_stride,
                                      pointer<int32_t>(accepted),
-                                     pointer<int64_t>(next),
-                                     pointer<int32_t>(verdicts),
+                                     pointer<int64_t>(next_token),
+                                     pointer<int32_t>(row_status),
                                      pointer<int64_t>(decisions),
                                      pointer<uint64_t>(scratch),
-                                     pointer<int32_t>(limits)},
+                                     pointer<float>(adjusted)},
                                     where);
 }
 
 void commit_tokens(int64_t batch, int64_t lookahead, int64_t vocabulary, int64_t steps, int64_t capacity,
                    uintptr_t drafted, uintptr_t accepted, uintptr_t following, uintptr_t verdicts, uintptr_t limits,
                    uintptr_t is_stop, uintptr_t last, uintptr_t positions, uintptr_t room, uintptr_t active,
-                   uintptr_t slots, uintptr_t seen, uintptr_t text, uintptr_t record, intptr_t where) {
+                   uintptr_t slots, uintptr_t output_counts, uintptr_t text, uintptr_t record, intptr_t where) {
     submit<CommitTokensParams>(
         &Kernels::commit_tokens,
         {batch, lookahead, vocabulary, steps, capacity, pointer<int64_t>(drafted), pointer<int32_t>(accepted),
          pointer<int64_t>(following), pointer<int32_t>(verdicts), pointer<int32_t>(limits), pointer<bool>(is_stop),
          pointer<int64_t>(last), pointer<int64_t>(positions), pointer<int32_t>(room), pointer<bool>(active),
-         pointer<int32_t>(slots), pointer<bool>(seen), pointer<int64_t>(text), pointer<int64_t>(record)},
+         pointer<int32_t>(slots), pointer<int32_t>(output_counts), pointer<int64_t>(text), pointer<int64_t>(record)},
         where);
 }
 
@@ -309,7 +307,6 @@ inline void define_ops(py::module_& m) {
     m.def("skinny_linear", &skinny_linear, release());
     m.def("rms_norm", &rms_norm, release());
     m.def("gated_silu", &gated_silu, release());
-    m.def("sample_tokens", &sample_tokens, release());
     m.def("speculative_accept", &speculative_accept, release());
     m.def("commit_tokens", &commit_tokens, release());
     py::class_<Program>(m, "Program", py::module_local(), "A recorded sequence of kernel calls.")

@@ -15,7 +15,6 @@ struct KernelTable {
     void (*skinny_linear)(const SkinnyLinearParams&, Place);
     void (*rms_norm)(const RmsNormParams&, Place);
     void (*gated_silu)(const GatedSiluParams&, Place);
-    void (*sample_tokens)(const SampleTokensParams&, Place);
     void (*speculative_accept)(const SpeculativeAcceptParams&, Place);
     void (*commit_tokens)(const CommitTokensParams&, Place);
 };

@@ -18,7 +18,7 @@ from .info import describe
 from .models import MambaLM, load_model, load_pair
 from .models.language_model import CHECKPOINTS
 from .models.tokenizer import added_around, encode
-from .ops.filters import GREEDY_BELOW
+from .ops.sampling_params import GREEDY_BELOW
 from .streams import FAILURE, PROGRAM, OutputError, check_output, exit_code, say, signs_of_life, write
 
 PROMPT = '"You are very kind," said'

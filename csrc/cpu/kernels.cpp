@@ -13,14 +13,13 @@ void ssd(const SsdParams&, int threads);
 void skinny_linear(const SkinnyLinearParams&, int threads);
 void rms_norm(const RmsNormParams&, int threads);
 void gated_silu(const GatedSiluParams&, int threads);
-void sample_tokens(const SampleTokensParams&, int threads);
 void speculative_accept(const SpeculativeAcceptParams&, int threads);
 void commit_tokens(const CommitTokensParams&, int threads);
 
 extern const Kernels table;
 const Kernels table = {
-    SM_STRING(SM_ISA), attention,  causal_conv1d, selective_scan,     ssd,           skinny_linear,
-    rms_norm,          gated_silu, sample_tokens, speculative_accept, commit_tokens,
+    SM_STRING(SM_ISA), attention, causal_conv1d, selective_scan,     ssd,
+    skinny_linear,     rms_norm,  gated_silu,    speculative_accept, commit_tokens,
 };
 
 }  // namespace speculative_mamba::SM_ISA

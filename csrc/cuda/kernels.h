@@ -22,7 +22,6 @@ void ssd(const SsdParams&, cudaStream_t);
 void skinny_linear(const SkinnyLinearParams&, cudaStream_t);
 void rms_norm(const RmsNormParams&, cudaStream_t);
 void gated_silu(const GatedSiluParams&, cudaStream_t);
-void sample_tokens(const SampleTokensParams&, cudaStream_t);
 void speculative_accept(const SpeculativeAcceptParams&, cudaStream_t);
 void commit_tokens(const CommitTokensParams&, cudaStream_t);
 

@@ -134,7 +134,7 @@ class ModelDrafter(Proposer):
         slots = torch.arange(lookahead + 1, dtype=torch.int32, device=device)
         self._slots = slots[:, None].repeat(1, batch)  # row s: slot s for every row of the batch
         self._laws = None
-        if not sampler.sampling.greedy and not sampler.coupled:
+        if sampler.draws and not sampler.coupled:
             self._laws = torch.empty(batch, lookahead, self.vocab_size, dtype=torch.float32, device=device)
 
     def absorb(self, texts: list[list[int]]) -> None:

@@ -1,7 +1,6 @@
 """The loop: draft, verify, accept."""
 
 import copy
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from .ngram import NgramDrafter
 from .prompts import read_prompts
 from .proposers import HostProposer, as_proposer, draft_model, is_ngram
 from .round import Round, RoundResult, broken
-from .sampling import LogitsProcessor, Sampler, SamplingParams
+from .sampling import LogitsProcessor, Sampler, SamplingParams, bias_capacity, of_rows
 from .stats import GenerationStats
 from .text import TextStream
 
@@ -86,7 +85,7 @@ def generate(
     draft: MambaLM | LanguageModel | Drafter | str | None = None,
     lookahead: int | str = 4,
     max_new_tokens: int = 64,
-    sampling: SamplingParams | None = None,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     acceptance: str = "rejection",
     stop_token_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
@@ -114,7 +113,8 @@ def generate(
             coupled text is the same as ever; under rejection sampling the text then depends on the clock, the law
             does not.
         max_new_tokens: budget per row; exactly so many tokens unless a stop comes first. 0 gives the prompts back.
-        sampling: defaults to greedy.
+        sampling: defaults to greedy. A list has one for each row, greedy and sampled ones alike; a row is then what it
+            would be alone with its parameters. What is passed as prompt counts as prompt for its penalties.
         acceptance: how sampled drafts are tested. ``"rejection"`` (Leviathan et al. 2023, arXiv 2211.17192): the law
             of plain sampling, and of all tests the one that keeps most. ``"coupled"`` (Gumbel coupling,
             arXiv 2408.07978): the very text of plain sampling with that seed, for any draft and lookahead. Greedy
@@ -214,7 +214,7 @@ class _Run:
         self,
         draft: object,
         lookahead: AdaptiveLookahead | FixedLookahead,
-        sampling: SamplingParams,
+        sampling: SamplingParams | Sequence[SamplingParams],
         acceptance: str,
         processor: LogitsProcessor | None,
     ) -> None:
@@ -223,9 +223,11 @@ class _Run:
         self.lookahead, batch, fixed = lookahead, len(self.rows), self.executor.fixed
         entries = self._entries(_AHEAD)
 
+        params, rng_keys = of_rows(sampling, batch)
+
         def make() -> Round:
             sampler = Sampler(
-                sampling, batch, self.target.vocab_size, acceptance=acceptance, processor=processor,
+                params, self.target.vocab_size, acceptance=acceptance, processor=processor, every_mix=fixed,
                 device=self.target.device, backend=getattr(self.target, "backend", "auto"),
             )  # fmt: skip
             proposer = as_proposer(draft, self.texts, self.target, fixed) if self.most else None
@@ -237,10 +239,9 @@ class _Run:
         kind = Same(draft), Same(draft_model(draft))
         if is_ngram(draft):
             kind = draft.longest, draft.shortest
-        options = dataclasses.replace(sampling, seed=0), acceptance
-        key = (Same(self.target), *kind, batch, lookahead.all, *options)
+        key = (Same(self.target), *kind, batch, lookahead.all, bias_capacity(params), acceptance)
         self.round = self.executor.open(key, make, entries, lookahead.all, self.output_logits)
-        self.round.sampler.reseed(sampling)
+        self.round.sampler.set_params(params, rng_keys)
         drafter = self.round.proposer
         drafter = drafter.drafter if isinstance(drafter, HostProposer) else drafter
         self.draft = drafter if isinstance(drafter, ModelDrafter) else None

@@ -12,7 +12,7 @@ import torch
 
 from ..models.language_model import MambaLM
 from ..ops.backend import current_device
-from ..ops.filters import is_whole
+from ..ops.sampling_params import is_int
 from .cache import options_of, weights_of
 from .executors import EagerExecutor, Executor
 from .proposers import draft_model, is_ngram, is_told_the_text
@@ -71,7 +71,7 @@ class GraphExecutor(Executor):
     device_type = "cuda"
 
     def __init__(self, keep: int = 4) -> None:
-        if not is_whole(keep) or keep < 1:
+        if not is_int(keep) or keep < 1:
             raise ValueError(f"keep must be a whole number of at least 1, got {keep!r}")
         super().__init__()
         self._keep = keep

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 
 from ..models.vocabulary import check_same_vocabulary, known_vocabulary
-from ..ops.filters import is_whole
+from ..ops.sampling_params import is_int
 from .cache import GenerationCache
 from .drafter import Drafter, LanguageModel, Proposer
 from .proposers import draft_model
@@ -41,7 +41,7 @@ def check_generation(
     *,
     lookahead: int | str,
     max_new_tokens: int,
-    sampling: SamplingParams,
+    sampling: SamplingParams | Sequence[SamplingParams],
     acceptance: str,
     stop_strings: Sequence[str],
     stop_token_ids: Sequence[int] = (),
@@ -54,17 +54,14 @@ def check_generation(
     Raises:
         ValueError: the first that is out of range.
     """
-    if lookahead != "auto" and not (is_whole(lookahead) and 1 <= lookahead <= MAX_LOOKAHEAD):
+    if lookahead != "auto" and not (is_int(lookahead) and 1 <= lookahead <= MAX_LOOKAHEAD):
         raise ValueError(f"lookahead (K) must be auto or a whole number from 1 to {MAX_LOOKAHEAD}, got {lookahead!r}")
-    if not is_whole(max_new_tokens) or not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
+    if not is_int(max_new_tokens) or not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise ValueError(f"max_new_tokens must be a whole number from 0 to {MAX_NEW_TOKENS}, got {max_new_tokens!r}")
-    if not isinstance(sampling, SamplingParams):
-        raise ValueError(f"sampling must be SamplingParams, got {sampling!r}")
-    if isinstance(sampling.seed, tuple) and len(sampling.seed) != rows:
-        raise ValueError(f"there are {len(sampling.seed)} seeds for {rows} rows; give one seed, or one per row")
+    check_sampling(sampling, rows)
     if acceptance not in ACCEPTANCES:
         raise ValueError(f"unknown acceptance {acceptance!r}; choose from: {', '.join(ACCEPTANCES)}")
-    if not _all_of(stop_token_ids, is_whole):
+    if not _all_of(stop_token_ids, is_int):
         raise ValueError(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
     if not _all_of(stop_strings, lambda stop: isinstance(stop, str) and stop):
         raise ValueError(f"stop_strings must be a list of strings that are not empty, got {stop_strings!r}")
@@ -75,6 +72,25 @@ def check_generation(
             raise ValueError(f"{name} must be a function, got {type(callback).__name__}")
     if cache is not None and not isinstance(cache, GenerationCache):
         raise ValueError(f"cache must be a GenerationCache, got {type(cache).__name__}")
+
+
+def check_sampling(sampling: object, rows: int) -> None:
+    """One ``SamplingParams``, or a list of one per row, of which each has one seed.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(sampling, SamplingParams):
+        if isinstance(sampling.seed, tuple) and len(sampling.seed) != rows:
+            raise ValueError(f"there are {len(sampling.seed)} seeds for {rows} rows; give one seed, or one per row")
+        return
+    if not _all_of(sampling, lambda params: isinstance(params, SamplingParams)):
+        raise ValueError(f"sampling must be SamplingParams, or a list of one per row; got {sampling!r}")
+    if len(sampling) != rows:
+        raise ValueError(f"there are {len(sampling)} sampling parameters for {rows} rows; give one, or one per row")
+    for row, params in enumerate(sampling):
+        if isinstance(params.seed, tuple):
+            raise ValueError(f"in a list of sampling parameters each has one seed, got {params.seed!r} for row {row}")
 
 
 def _all_of(values: object, test: Callable[[object], object]) -> bool:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..ops.filters import is_whole
+from ..ops.sampling_params import is_int
 from .sampling import Sampler
 
 
@@ -29,7 +29,7 @@ class NgramDrafter:
     """
 
     def __init__(self, vocab_size: int, *, longest: int = 4, shortest: int = 2) -> None:
-        if not (is_whole(shortest) and is_whole(longest) and 1 <= shortest <= longest):
+        if not (is_int(shortest) and is_int(longest) and 1 <= shortest <= longest):
             raise ValueError(
                 "shortest and longest must be whole numbers with 1 <= shortest <= longest, "
                 f"got {shortest!r} and {longest!r}"

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 
 from ..models.vocabulary import Vocabulary, known_vocabulary
-from ..ops.filters import is_whole
+from ..ops.sampling_params import is_int
 
 # Names by which vocabularies call the token that stands for nothing.
 _PADS = ("<pad>", "[PAD]", "<PAD>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
@@ -50,7 +50,7 @@ def read_prompts(
 
 def _is_flat(ids: object) -> bool:
     """Whether these are the ids of a single text."""
-    return isinstance(ids, Sequence) and bool(ids) and all(map(is_whole, ids))
+    return isinstance(ids, Sequence) and bool(ids) and all(map(is_int, ids))
 
 
 def _parts(encoded: Mapping, attention_mask: object) -> tuple[object, object]:
@@ -89,7 +89,7 @@ def _row(index: int, row: object, mask: object, vocabulary: Vocabulary) -> list[
     if not row:
         raise ValueError(f"the prompt of row {index} is empty; give at least one token")
     for token in row:
-        if not is_whole(token):
+        if not is_int(token):
             raise ValueError(f"the prompt of row {index} holds {token!r}, which is no token id")
         if not 0 <= token < vocabulary.size:
             raise ValueError(f"token id {token} in row {index} is outside the vocabulary of {vocabulary.size} tokens")

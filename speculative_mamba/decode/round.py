@@ -11,7 +11,7 @@ from ..layers.cache import AttentionCache
 from ..models.language_model import MambaLM
 from ..ops import commit_tokens
 from ..ops.commit_tokens import RowPlaces
-from ..ops.law import VERDICTS
+from ..ops.sampling import ROW_STATUS_TEXTS
 from .cache import RowState, absorb
 from .drafter import LanguageModel, Proposal, Proposer
 from .sampling import Sampler
@@ -147,7 +147,8 @@ class Round:
             verdicts[drafts].add_(verdicts[:drafts].amax(0), alpha=_OF_DRAFT)
         record = commit_tokens(
             proposal.tokens, accepted, following, verdicts[drafts], proposal.limits, self.is_stop, places,
-            seen=self.sampler.seen, text=self.proposer.text if self.proposer else None, backend=self.sampler.backend,
+            output_counts=self.sampler.output_counts,
+            text=self.proposer.text if self.proposer else None, backend=self.sampler.backend,
         )  # fmt: skip
         return RoundResult(drafts, proposal.tokens.shape[1], record, logits, proposed - began, verified - proposed)
 
@@ -171,5 +172,5 @@ class Round:
 def broken(row: int, position: int, verdict: int) -> str:
     """What a record's verdict says, in a line."""
     if verdict >= _OF_DRAFT:
-        return f"the draft cannot propose a token: row {row}: {VERDICTS[verdict // _OF_DRAFT]}"
-    return f"row {row}, position {position} of the window: {VERDICTS[verdict]}"
+        return f"the draft cannot propose a token: row {row}: {ROW_STATUS_TEXTS[verdict // _OF_DRAFT]}"
+    return f"row {row}, position {position} of the window: {ROW_STATUS_TEXTS[verdict]}"

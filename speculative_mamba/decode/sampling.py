@@ -1,91 +1,77 @@
-"""How tokens are drawn: the user's parameters, and the sampler that applies them to a batch."""
+"""How tokens are chosen: the sampler that applies the user's parameters to a batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from ..ops import sample_tokens, speculative_accept
-from ..ops.filters import Filters, is_whole
 from ..ops.noise import Purpose
+from ..ops.sampling_params import SamplingParams
+from ..ops.sampling_tensors import SamplingTensors
+
+__all__ = ["LogitsProcessor", "Sampler", "SamplingParams"]
 
 # (row, the text so far, logits (V) of the next token) -> logits (V); see ``generate``.
 LogitsProcessor = Callable[[int, list[int], torch.Tensor], torch.Tensor]
 
-
-@dataclass(frozen=True)
-class SamplingParams(Filters):
-    """How the next token is drawn: ``Filters`` and a seed. The defaults are greedy.
-
-    seed: a whole number from 0 to 2^63-1, or one per row. Random numbers are a function of (seed, row, position in the
-    text, token), so a row's numbers depend neither on other rows nor on the draft, and no global generator is touched.
-    With a seed per row, a row uses the numbers that it would use alone with that seed.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    seed: int | Sequence[int] = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.seed, (list, tuple)):
-            object.__setattr__(self, "seed", tuple(self.seed))
-        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
-            if not is_whole(seed) or not 0 <= seed < 2**63:
-                raise ValueError(f"seed must be a whole number from 0 to 2^63-1, or one per row, got {self.seed!r}")
-
-    def keys(self, rows: int) -> torch.Tensor:
-        """Seed and stream of each row, (rows, 2) int64."""
-        if isinstance(self.seed, tuple):
-            streams = [[seed, 0] for seed in self.seed]
-        else:
-            streams = [[self.seed, row] for row in range(rows)]
-        return torch.tensor(streams, dtype=torch.int64, device="cpu")
+_MIN_BIAS_CAPACITY = 16
 
 
 class Sampler:
     """Chooses tokens for a batch, the draft's and the target's.
 
-    positions: (B) int64, of each row's next token. active: (B) bool, the rows that are generating. seen: (B, V) bool,
-    tokens of each text, or None without a repetition penalty. They are the device's: what commits tokens moves them on.
+    positions: (B) int64, of each row's next token. active: (B) bool, the rows that are generating. prompt_mask, (B, V)
+    bool, and output_counts, (B, V) int32: what each text holds, or None without penalties. They are the device's: what
+    commits tokens moves them on. With ``every_mix`` there is memory for whatever ``set_params`` may ask for later.
     """
 
     def __init__(
         self,
-        sampling: SamplingParams,
-        rows: int,
+        sampling: Sequence[SamplingParams],
         vocabulary: int,
         *,
         acceptance: str = "rejection",
         processor: LogitsProcessor | None = None,
+        every_mix: bool = False,
         device: torch.device | str = "cpu",
         backend: str = "auto",
     ) -> None:
-        self.sampling, self.backend = sampling, backend
-        self.coupled = acceptance == "coupled"
-        self.keys = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        rows = len(sampling)
+        self.backend, self.coupled = backend, acceptance == "coupled"
+        self.draws = every_mix or not all(params.greedy for params in sampling)
+        self._vocabulary, self._capacity = vocabulary, bias_capacity(sampling) if every_mix else 0
+        self.tensors = SamplingTensors.from_params(
+            sampling, vocabulary, device, penalties=every_mix, bias_capacity=self._capacity
+        )
+        self.rng_keys = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.active = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.seen = None
-        if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
+        self.prompt_mask = self.output_counts = None
+        if self.tensors.has_penalties:
+            self.prompt_mask = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
+            self.output_counts = torch.zeros(rows, vocabulary, dtype=torch.int32, device=device)
         self._processor = processor
         self.follow({}, lambda row, tokens: False)
 
     def begin(self, texts: Sequence[Sequence[int]]) -> None:
-        """All rows go on from these tokens."""
-        device = self.keys.device
+        """All rows go on from these tokens, their prompts."""
+        device = self.rng_keys.device
         self.positions.copy_(torch.tensor([len(text) for text in texts], dtype=torch.int64, device=device))
         self.active.fill_(True)
-        if self.seen is not None:
-            self.seen.zero_()
+        if self.prompt_mask is not None:
+            self.prompt_mask.zero_()
+            self.output_counts.zero_()
             for row, text in enumerate(texts):
-                self.seen[row, torch.tensor(text, dtype=torch.int64, device=device)] = True
+                self.prompt_mask[row, torch.tensor(text, dtype=torch.int64, device=device)] = True
 
-    def reseed(self, sampling: SamplingParams) -> None:
-        """The seed of what follows; the other parameters must be those from before."""
-        self.keys.copy_(sampling.keys(len(self.keys)))
+    def set_params(self, sampling: Sequence[SamplingParams], rng_keys: torch.Tensor) -> None:
+        """Parameters, seeds and streams (B, 2) of what follows."""
+        self.tensors.copy_(
+            SamplingTensors.from_params(
+                sampling, self._vocabulary, penalties=self.tensors.has_penalties, bias_capacity=self._capacity
+            )
+        )
+        self.rng_keys.copy_(rng_keys)
 
     def follow(self, texts: dict[int, list[int]], ends: Callable[[int, list[int]], bool]) -> None:
         """What a logits processor is told: the committed tokens of the rows that are generating, and whether a row's
@@ -115,11 +101,12 @@ class Sampler:
                 if not self._ends(row, tokens):
                     logits[row] = self._process(row, tokens, logits[row])
         purpose = Purpose.TOKEN if self.coupled else Purpose.DRAFT
-        recent = None if self.seen is None else drafted.contiguous()
+        draft_tokens = None if self.output_counts is None else drafted.contiguous()
         try:
             return sample_tokens(
-                logits, self.sampling, self.keys, self.positions + drafted.shape[1], purpose, laws=laws,
-                seen=self.seen, recent=recent, active=self.active, verdicts=verdicts, backend=self.backend,
+                logits, self.tensors, self.rng_keys, self.positions + drafted.shape[1], purpose, probs=laws,
+                draft_tokens=draft_tokens, prompt_mask=self.prompt_mask, output_counts=self.output_counts,
+                active=self.active, row_status=verdicts, backend=self.backend,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"the draft cannot propose a token: {error}") from None
@@ -141,8 +128,9 @@ class Sampler:
         if self._processor is not None:
             logits = self._processed(logits, drafted, limits)
         return speculative_accept(
-            logits, drafted.contiguous(), laws, self.sampling, self.keys, self.positions, coupled=self.coupled,
-            seen=self.seen, active=self.active, limits=limits, verdicts=verdicts, backend=self.backend,
+            logits, drafted.contiguous(), laws, self.tensors, self.rng_keys, self.positions, coupled=self.coupled,
+            prompt_mask=self.prompt_mask, output_counts=self.output_counts, active=self.active,
+            num_draft_tokens=limits, row_status=verdicts, backend=self.backend,
         )  # fmt: skip
 
     def _processed(self, logits: torch.Tensor, drafted: torch.Tensor, limits: torch.Tensor | None) -> torch.Tensor:
@@ -166,3 +154,17 @@ class Sampler:
             what = tuple(processed.shape) if isinstance(processed, torch.Tensor) else type(processed).__name__
             raise ValueError(f"logits_processor must return logits of shape {tuple(logits.shape)}, got {what}")
         return processed
+
+
+def bias_capacity(sampling: Sequence[SamplingParams]) -> int:
+    """Biased tokens of a row that there is memory for, so that few captured rounds serve all calls: a power of two."""
+    return max(_MIN_BIAS_CAPACITY, 1 << (max(len(params.logit_bias) for params in sampling) - 1).bit_length())
+
+
+def of_rows(
+    sampling: SamplingParams | Sequence[SamplingParams], rows: int
+) -> tuple[list[SamplingParams], torch.Tensor]:
+    """Parameters of each row, and their seeds and streams (B, 2)."""
+    if isinstance(sampling, SamplingParams):
+        return [sampling] * rows, sampling.rng_keys(rows)
+    return list(sampling), torch.tensor([[params.seed, 0] for params in sampling])

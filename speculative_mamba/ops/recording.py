@@ -94,9 +94,3 @@ def new_result(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None
 def scratch(kernels: ModuleType, like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory that only CUDA kernels need; empty for the others."""
     return new_result(like, size if hasattr(kernels, "architectures") else 0, dtype=dtype)
-
-
-def law_scratch(kernels: ModuleType, logits: torch.Tensor, positions: int) -> torch.Tensor:
-    """What the ops that choose tokens need for so many positions: S of csrc/params.h each."""
-    vocabulary = logits.shape[-1]
-    return scratch(kernels, logits, positions * (-(-vocabulary // 64) + 4 * -(-vocabulary // 2048) + 2049), torch.int64)

@@ -20,7 +20,7 @@ def commit_tokens(
     is_stop: torch.Tensor,
     rows: RowPlaces,
     *,
-    seen: torch.Tensor | None = None,
+    output_counts: torch.Tensor | None = None,
     text: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -35,7 +35,7 @@ def commit_tokens(
     | limits    | (B)      | int32       | drafted tokens that counted in ``speculative_accept`` |
     | is_stop   | (V)      | bool        | tokens that end a row |
     | rows      |          | RowPlaces   | **written** |
-    | seen      | (B, V)   | bool, None  | **written**: committed tokens are marked |
+    | output_counts | (B, V) | int32, None | **written**: each committed token counts once more |
     | text      | (B, L)   | int64, None | **written**: committed tokens, from ``rows.positions`` on; none beyond L |
     | returns   | (B, K+5) | int64       | committed, ``accepted``, ``verdicts``, min(K, ``limits``), window; below |
 
@@ -73,7 +73,7 @@ def commit_tokens(
         "rows.room": (rows.room, (batch,), torch.int32),
         "rows.active": (rows.active, (batch,), torch.bool),
         "rows.slots": (rows.slots, (len(rows.slots), batch), torch.int32),
-        "seen": (seen, (batch, vocabulary), torch.bool),
+        "output_counts": (output_counts, (batch, vocabulary), torch.int32),
         "text": (text, (batch, 0 if text is None else text.shape[1]), torch.int64),
     }
     for name, (tensor, shape, dtype) in expected.items():
@@ -84,7 +84,9 @@ def commit_tokens(
         _check_range("accepted", accepted, 0, lookahead)
         _check_range("rows.positions", rows.positions, 0)
         _check_range("rows.room", rows.room, -1)
-    return run("commit_tokens", backend, drafted, accepted, following, verdicts, limits, is_stop, rows, seen, text)
+    return run(
+        "commit_tokens", backend, drafted, accepted, following, verdicts, limits, is_stop, rows, output_counts, text
+    )
 
 
 def _check_range(name: str, tensor: torch.Tensor, least: int, most: float = math.inf) -> None:

@@ -15,7 +15,7 @@ def commit_tokens(
     limits: torch.Tensor,
     is_stop: torch.Tensor,
     rows: RowPlaces,
-    seen: torch.Tensor | None,
+    output_counts: torch.Tensor | None,
     text: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, lookahead = drafted.shape
@@ -25,6 +25,6 @@ def commit_tokens(
         batch, lookahead, len(is_stop), len(rows.slots), 0 if text is None else text.shape[1], drafted.data_ptr(),
         accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(), limits.data_ptr(), is_stop.data_ptr(),
         rows.last.data_ptr(), rows.positions.data_ptr(), rows.room.data_ptr(), rows.active.data_ptr(),
-        rows.slots.data_ptr(), address(seen), address(text), record.data_ptr(), where,
+        rows.slots.data_ptr(), address(output_counts), address(text), record.data_ptr(), where,
     )  # fmt: skip
     return record

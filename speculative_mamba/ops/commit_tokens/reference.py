@@ -13,7 +13,7 @@ def commit_tokens(
     limits: torch.Tensor,
     is_stop: torch.Tensor,
     rows: RowPlaces,
-    seen: torch.Tensor | None,
+    output_counts: torch.Tensor | None,
     text: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, lookahead = drafted.shape
@@ -30,8 +30,8 @@ def commit_tokens(
             rows.positions[row] += count
             rows.room[row] -= count
             rows.active[row] = not stops and not verdicts[row] and rows.room[row] >= 0
-            if seen is not None:
-                seen[row, tokens] = True
+            if output_counts is not None:
+                output_counts[row] += torch.bincount(tokens, minlength=len(is_stop)).int()
             if text is not None:
                 into = text[row, position : position + count]
                 into[:] = tokens[: len(into)]

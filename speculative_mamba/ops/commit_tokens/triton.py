@@ -10,7 +10,7 @@ from .rows import RowPlaces
 
 @triton.jit(do_not_specialize=["batch", "lookahead", "vocabulary", "steps", "capacity"])
 def _commit(
-    drafted, accepted, following, verdicts, limits, is_stop, last, positions, room, active, slots, seen, text, record,
+    drafted, accepted, following, verdicts, limits, is_stop, last, positions, room, active, slots, output_counts, text, record,
     batch, lookahead, vocabulary, steps, capacity, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -43,8 +43,8 @@ def _commit(
         position = tl.load(positions + b)
         tl.store(positions + b, position + count)
         tl.store(room + b, space - count)
-        if seen is not None:
-            tl.store(seen + b * vocabulary + token, token >= 0, mask=at < count)
+        if output_counts is not None:
+            tl.atomic_add(output_counts + b * vocabulary + token, 1, mask=at < count)
         if text is not None:
             tl.store(text + b * capacity + position + at, token, mask=(at < count) & (position + at < capacity))
 
@@ -57,14 +57,14 @@ def commit_tokens(
     limits: torch.Tensor,
     is_stop: torch.Tensor,
     rows: RowPlaces,
-    seen: torch.Tensor | None,
+    output_counts: torch.Tensor | None,
     text: torch.Tensor | None,
 ) -> torch.Tensor:
     (batch, lookahead), steps = drafted.shape, len(rows.slots)
     record = drafted.new_empty(batch, lookahead + 5)
     launch(
         _commit, batch, drafted, 1, drafted=drafted, accepted=accepted, following=following, verdicts=verdicts,
-        limits=limits, is_stop=is_stop, **vars(rows), seen=seen, text=text, record=record, batch=batch,
+        limits=limits, is_stop=is_stop, **vars(rows), output_counts=output_counts, text=text, record=record, batch=batch,
         lookahead=lookahead, vocabulary=len(is_stop), steps=steps, capacity=0 if text is None else text.shape[1],
         BLOCK=triton.next_power_of_2(steps),
     )  # fmt: skip

@@ -1,69 +1,82 @@
-"""One token per row from filtered logits, and the law it was drawn from."""
+"""One token per row: ``speculative_accept`` without a drafted token."""
 
 import torch
 
 from ..backend import run
-from ..checks import check, check_active, check_keys, check_seen, check_tokens, check_verdicts
-from ..filters import Filters
-from ..law import raise_for
+from ..checks import (
+    check,
+    check_active,
+    check_rng_keys,
+    check_row_status,
+    check_sampling,
+    check_tokens,
+)
 from ..noise import Purpose
+from ..sampling import raise_for
+from ..sampling_tensors import SamplingTensors
+from ..speculative_accept.arguments import AcceptArgs
 
 
 def sample_tokens(
     logits: torch.Tensor,
-    filters: Filters,
-    keys: torch.Tensor,
+    sampling: SamplingTensors,
+    rng_keys: torch.Tensor,
     positions: torch.Tensor,
     purpose: Purpose = Purpose.TOKEN,
     *,
-    laws: torch.Tensor | None = None,
-    seen: torch.Tensor | None = None,
-    recent: torch.Tensor | None = None,
+    probs: torch.Tensor | None = None,
+    draft_tokens: torch.Tensor | None = None,
+    prompt_mask: torch.Tensor | None = None,
+    output_counts: torch.Tensor | None = None,
     active: torch.Tensor | None = None,
-    verdicts: torch.Tensor | None = None,
+    row_status: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Draws a token for every row, with noise that depends on seed, stream, position and purpose alone.
 
-    | argument  | shape  | dtype   | notes |
-    |-----------|--------|---------|-------|
-    | logits    | (B, V) | float32 | |
-    | filters   |        |         | penalty, temperature, top-k, top-p, min-p; greedy at temperature 0 or top-k 1 |
-    | keys      | (B, 2) | int64   | seed and stream of each row |
-    | positions | (B)    | int64   | of the token that is drawn, counted from the start of its text |
-    | purpose   |        |         | numbers of different purposes are independent |
-    | laws      | (B, V) | float32, None | **written**: the law each token was drawn from, exact zeros where filtered |
-    | seen      | (B, V) | bool, None | tokens of each text; needed for a repetition penalty |
-    | recent    | (B, R) | int64, None | further tokens of each text, not yet in ``seen`` |
-    | active    | (B)    | bool, None | rows to draw for; the others get token 0 |
-    | verdicts  | (B)    | int32, None | **written**: 0 where there is a token, else why there is none |
-    | returns   | (B)    | int64   | |
+    | argument      | shape  | dtype   | notes |
+    |---------------|--------|---------|-------|
+    | logits        | (B, V) | float32 | |
+    | sampling      | (B)    | SamplingTensors | bias, penalties, temperature, top-k, top-p, min-p of each row |
+    | rng_keys      | (B, 2) | int64   | seed and stream of each row |
+    | positions     | (B)    | int64   | of the token that is drawn, counted from the start of its text |
+    | purpose       |        |         | numbers of different purposes are independent |
+    | probs         | (B, V) | float32, None | **written**: what each token was drawn from, exact zeros where filtered |
+    | draft_tokens  | (B, R) | int64, None | tokens of each text behind those that are counted |
+    | prompt_mask   | (B, V) | bool, None | tokens of each prompt; with penalties needed, like the next |
+    | output_counts | (B, V) | int32, None | how often each token was generated |
+    | active        | (B)    | bool, None | rows to draw for; the others get token 0 |
+    | row_status    | (B)    | int32, None | **written**: 0 where there is a token, else why there is none |
+    | returns       | (B)    | int64   | |
 
-    Equivalent to ``argmax(log p + Gumbel noise)`` (the Gumbel-max draw), computed as an exponential race.
+    Equivalent to ``argmax(log p + Gumbel noise)``, computed as an exponential race.
 
-    With ``verdicts`` the call does not wait for the device and raises nothing for a row without a law, which gets token
-    0; ``ops.law.raise_for(verdicts)`` raises it later.
+    With ``row_status`` the call does not wait for the device and raises nothing for a row without a token, which gets
+    token 0; ``ops.sampling.raise_for(row_status)`` raises it later.
 
     Raises:
-        ValueError: a shape, dtype, stride or device does not fit, or a row has no law; it names the row.
+        ValueError: a shape, dtype, stride or device does not fit, on the CPU an id is outside the vocabulary, or a row
+            has no token; it names the row.
     """
     if logits.ndim != 2 or not logits.shape[1]:
         raise ValueError(f"logits must have shape (B, V), got {tuple(logits.shape)}")
     batch, vocabulary = logits.shape
     check("logits", logits, logits.shape, logits)
-    check_keys(keys, positions, batch, logits)
+    check_sampling(sampling, prompt_mask, output_counts, batch, vocabulary, logits)
+    check_rng_keys(rng_keys, positions, batch, logits)
     check_active(active, batch, logits)
-    check_verdicts(verdicts, batch, logits)
-    if laws is not None:
-        check("laws", laws, logits.shape, logits)
-    recent = logits.new_empty(batch, 0, dtype=torch.int64) if recent is None else recent
-    check_tokens("recent", recent, (batch, recent.shape[-1]), vocabulary, logits)
-    check_seen(filters, seen, batch, vocabulary, logits)
-    tokens, found = run(
-        "sample_tokens", backend, logits, filters, keys, positions, int(purpose), laws, seen, recent, active
-    )
-    if verdicts is None:
+    check_row_status(row_status, batch, logits)
+    if probs is not None:
+        check("probs", probs, logits.shape, logits)
+    draft_tokens = logits.new_empty(batch, 0, dtype=torch.int64) if draft_tokens is None else draft_tokens
+    check_tokens("draft_tokens", draft_tokens, (batch, draft_tokens.shape[-1]), vocabulary, logits)
+    arguments = AcceptArgs(
+        draft_tokens, None, sampling, rng_keys, positions, int(purpose), False, prompt_mask, output_counts, active,
+        None, probs,
+    )  # fmt: skip
+    _, tokens, found = run("speculative_accept", backend, logits[:, None], arguments)
+    if row_status is None:
         raise_for(found)
     else:
-        verdicts.copy_(found)
+        row_status.copy_(found)
     return tokens

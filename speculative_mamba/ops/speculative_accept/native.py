@@ -1,34 +1,37 @@
 """Binding to csrc/cpu/speculative_accept.cpp and csrc/cuda/speculative_accept.cu."""
 
+from dataclasses import fields
+
 import torch
 
 from ..backend import address, compiled
-from ..filters import Filters
-from ..recording import law_scratch, scratch
+from ..recording import scratch
+from ..sampling_tensors import SamplingTensors
+from .arguments import AcceptArgs
 
 
-def speculative_accept(
-    logits: torch.Tensor,
-    drafted: torch.Tensor,
-    laws: torch.Tensor | None,
-    filters: Filters,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    coupled: bool,
-    seen: torch.Tensor | None,
-    active: torch.Tensor | None,
-    limits: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def speculative_accept(logits: torch.Tensor, args: AcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, tokens, vocabulary = logits.shape
-    accepted, verdicts = (logits.new_empty(batch, dtype=torch.int32) for _ in range(2))
-    following = logits.new_empty(batch, dtype=torch.int64)
+    accepted, row_status = (logits.new_empty(batch, dtype=torch.int32) for _ in range(2))
+    next_token = logits.new_empty(batch, dtype=torch.int64)
     kernels, where = compiled(logits)
-    decisions = scratch(kernels, logits, batch * tokens, torch.int64)
-    memory = law_scratch(kernels, logits, batch * tokens)
+    sampling, positions = args.sampling, batch * tokens
+    decisions = scratch(kernels, logits, positions, torch.int64)
+    memory = scratch(kernels, logits, positions * (-(-vocabulary // 64) + -(-vocabulary // 512)), torch.int64)
+    adjusts = sampling.has_penalties or sampling.bias_capacity > 0
+    adjusted = scratch(kernels, logits, positions * vocabulary if adjusts else 0, torch.float32)
     kernels.speculative_accept(
-        batch, tokens, vocabulary, logits.data_ptr(), logits.stride()[:2], drafted.data_ptr(), address(laws),
-        (0, 0) if laws is None else laws.stride()[:2], filters.values(), coupled, address(seen), keys.data_ptr(),
-        positions.data_ptr(), address(active), accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(),
-        decisions.data_ptr(), memory.data_ptr(), address(limits), where,
+        batch, tokens, vocabulary, logits.data_ptr(), logits.stride()[:2], args.draft_tokens.data_ptr(),
+        args.draft_tokens.shape[1], address(args.draft_probs),
+        (0, 0) if args.draft_probs is None else args.draft_probs.stride()[:2], _addresses(sampling),
+        sampling.bias_capacity, args.coupled, args.purpose, address(args.prompt_mask), address(args.output_counts),
+        args.rng_keys.data_ptr(), args.positions.data_ptr(), address(args.active), address(args.num_draft_tokens),
+        address(args.target_probs), 0 if args.target_probs is None else args.target_probs.stride(0),
+        accepted.data_ptr(), next_token.data_ptr(), row_status.data_ptr(), decisions.data_ptr(), memory.data_ptr(),
+        adjusted.data_ptr(), where,
     )  # fmt: skip
-    return accepted, following, verdicts
+    return accepted, next_token, row_status
+
+
+def _addresses(sampling: SamplingTensors) -> list[int]:
+    return [address(getattr(sampling, field.name)) for field in fields(sampling)]

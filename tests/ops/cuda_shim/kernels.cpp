@@ -178,38 +178,34 @@ void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
     cuda::selective_scan(p, stream);
 }
 
-int64_t law_scratch(int64_t vocabulary) { return (vocabulary + 63) / 64 + 4 * ((vocabulary + 2047) / 2048) + 2049; }
-
-void sample_tokens(const SampleTokensParams& p, cudaStream_t stream) {
-    shim::Machine::get().memory.clear();
-    announce(p.logits, p.batch, p.logits_batch_stride, 1, 0, p.vocabulary);
-    announce(p.laws, p.batch, p.laws_batch_stride, 1, 0, p.vocabulary, Use::write);
-    announce_bytes(p.seen, p.batch * p.vocabulary);
-    announce_bytes(p.active, p.batch);
-    announce_bytes(p.recent, p.batch * p.recent_tokens * 8);
-    announce_bytes(p.keys, p.batch * 2 * 8);
-    announce_bytes(p.positions, p.batch * 8);
-    announce_bytes(p.tokens, p.batch * 8, Use::write);
-    announce(p.verdicts, p.batch, Use::write);
-    announce_bytes(p.scratch, p.batch * law_scratch(p.vocabulary) * 8, Use::write);
-    cuda::sample_tokens(p, stream);
-}
-
 void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
     shim::Machine::get().memory.clear();
     announce(p.logits, p.batch, p.logits_batch_stride, p.tokens, p.logits_token_stride, p.vocabulary);
-    announce(p.laws, p.batch, p.laws_batch_stride, p.tokens - 1, p.laws_token_stride, p.vocabulary);
-    announce_bytes(p.drafted, p.batch * (p.tokens - 1) * 8);
-    announce_bytes(p.seen, p.batch * p.vocabulary);
+    announce(p.draft_probs, p.batch, p.draft_probs_batch_stride, p.tokens - 1, p.draft_probs_token_stride,
+             p.vocabulary);
+    announce_bytes(p.draft_tokens, p.batch * p.draft_stride * 8);
+    const SamplingTensors& s = p.sampling;
+    for (const float* value : {s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty,
+                               s.frequency_penalty})
+        announce(value, p.batch);
+    announce(s.top_k, p.batch);
+    announce(s.bias_ids, p.batch * s.bias_capacity);
+    announce(s.bias_values, p.batch * s.bias_capacity);
+    announce_bytes(p.prompt_mask, p.batch * p.vocabulary);
+    announce(p.output_counts, p.batch * p.vocabulary);
     announce_bytes(p.active, p.batch);
-    announce_bytes(p.keys, p.batch * 2 * 8);
+    announce_bytes(p.rng_keys, p.batch * 2 * 8);
     announce_bytes(p.positions, p.batch * 8);
-    announce(p.limits, p.batch);
+    announce(p.num_draft_tokens, p.batch);
+    announce(p.target_probs, p.batch, p.target_probs_stride, 1, 0, p.vocabulary, Use::write);
     announce_bytes(p.decisions, p.batch * p.tokens * 8, Use::write);
-    announce_bytes(p.scratch, p.batch * p.tokens * law_scratch(p.vocabulary) * 8, Use::write);
-    announce_bytes(p.next, p.batch * 8, Use::write);
+    const int64_t scratch = (p.vocabulary + 63) / 64 + (p.vocabulary + 511) / 512;
+    announce_bytes(p.scratch, p.batch * p.tokens * scratch * 8, Use::write);
+    if (s.repetition_penalty || s.bias_capacity)
+        announce(p.adjusted, p.batch * p.tokens * p.vocabulary, Use::write);
+    announce_bytes(p.next_token, p.batch * 8, Use::write);
     announce(p.accepted, p.batch, Use::write);
-    announce(p.verdicts, p.batch, Use::write);
+    announce(p.row_status, p.batch, Use::write);
     cuda::speculative_accept(p, stream);
 }
 
@@ -226,7 +222,7 @@ void commit_tokens(const CommitTokensParams& p, cudaStream_t stream) {
     announce(p.room, p.batch, Use::write);
     announce_bytes(p.active, p.batch, Use::write);
     announce(p.slots, p.steps * p.batch, Use::write);
-    announce_bytes(p.seen, p.batch * p.vocabulary, Use::write);
+    announce(p.output_counts, p.batch * p.vocabulary, Use::write);
     announce_bytes(p.text, p.batch * p.capacity * 8, Use::write);
     announce_bytes(p.record, p.batch * (p.lookahead + 5) * 8, Use::write);
     cuda::commit_tokens(p, stream);
@@ -265,7 +261,6 @@ const Kernels& kernels() {
         made.commit_tokens = commit_tokens;
         made.gated_silu = gated_silu;
         made.rms_norm = rms_norm;
-        made.sample_tokens = sample_tokens;
         made.selective_scan = selective_scan;
         made.skinny_linear = skinny_linear;
         made.speculative_accept = speculative_accept;

@@ -1,4 +1,4 @@
-// From a row of logits to the law that is sampled: penalty, temperature, top-k, top-p, min-p.
+// From a row of logits to the probabilities that are sampled: bias, penalties, temperature, top-k, top-p, min-p.
 #pragma once
 
 #include "../params.h"
@@ -9,18 +9,49 @@
 namespace speculative_mamba::SM_ISA {
 namespace {
 
+// The parameters of one row.
+struct RowSampling {
+    float temperature, top_p, min_p;
+    int64_t top_k;
+    float repetition_penalty = 1.f, presence_penalty = 0.f, frequency_penalty = 0.f;
+    const int32_t* bias_ids = nullptr;
+    const float* bias_values = nullptr;
+    int64_t bias_count = 0;
+
+    RowSampling(const SamplingTensors& s, int64_t b)
+        : temperature(s.temperature[b]), top_p(s.top_p[b]), min_p(s.min_p[b]), top_k(s.top_k[b]) {
+        if (s.repetition_penalty) {
+            repetition_penalty = s.repetition_penalty[b];
+            presence_penalty = s.presence_penalty[b];
+            frequency_penalty = s.frequency_penalty[b];
+        }
+        bias_ids = s.bias_ids + b * s.bias_capacity;
+        bias_values = s.bias_values + b * s.bias_capacity;
+        while (bias_count < s.bias_capacity && bias_ids[bias_count] >= 0) bias_count++;
+    }
+
+    bool greedy() const { return temperature == 0; }
+    bool penalised() const { return repetition_penalty != 1.f || presence_penalty != 0.f || frequency_penalty != 0.f; }
+};
+
 // Entry i is token ids[i], or token i where ids is null; its probability is weights[i] · scale.
-struct Law {
+struct Probs {
     const int32_t* ids;
     const float* weights;
     int64_t count;
     float scale;
 
-    float probability(int64_t token) const {
+    float operator[](int64_t token) const {
         if (!ids) return weights[token] * scale;
         for (int64_t i = 0; i < count; i++)
             if (ids[i] == token) return weights[i] * scale;
         return 0.f;
+    }
+
+    // All of them, to out (V).
+    void store(float* out, int64_t vocabulary) const {
+        if (ids) std::memset(out, 0, vocabulary * sizeof(float));
+        for (int64_t i = 0; i < count; i++) out[ids ? ids[i] : i] = weights[i] * scale;
     }
 };
 
@@ -41,15 +72,27 @@ inline Scratch scratch(int64_t vocabulary) {
             static_cast<uint32_t*>(at(3)), static_cast<uint32_t*>(at(4)), static_cast<int32_t*>(at(5))};
 }
 
-// Logits of tokens that the text holds lose: divided by the penalty if positive, else multiplied (Keskar et al. 2019,
-// CTRL). seen (V) marks the text before the window, recent are the window's tokens before this position.
-inline const float* penalised(const float* logits, int64_t vocabulary, float penalty, const bool* seen,
-                              const int64_t* recent, int64_t recent_count, const Scratch& s) {
-    if (penalty == 1.f) return logits;
-    auto lower = [&](float value) { return value > 0 ? value / penalty : value * penalty; };
-    for (int64_t i = 0; i < vocabulary; i++) s.logits[i] = seen[i] ? lower(logits[i]) : logits[i];
-    for (int64_t i = 0; i < recent_count; i++)
-        if (!seen[recent[i]]) s.logits[recent[i]] = lower(logits[recent[i]]);
+// Logits after bias and penalties, in that order. A token counts as generated output_counts (V) times, and once more for
+// each of the window's tokens before this position, `drafted` of them.
+inline const float* adjusted(const float* logits, int64_t vocabulary, const RowSampling& row, const bool* prompt_mask,
+                             const int32_t* output_counts, const int64_t* draft_tokens, int64_t drafted,
+                             const Scratch& s) {
+    if (!row.penalised() && row.bias_count == 0) return logits;
+    std::memcpy(s.logits, logits, vocabulary * sizeof(float));
+    for (int64_t i = 0; i < row.bias_count; i++)
+        if (row.bias_ids[i] < vocabulary) s.logits[row.bias_ids[i]] += row.bias_values[i];
+    if (!row.penalised()) return s.logits;
+    int32_t* counts = s.ids;
+    std::memcpy(counts, output_counts, vocabulary * sizeof(int32_t));
+    for (int64_t i = 0; i < drafted; i++) counts[draft_tokens[i]]++;
+    const float repetition = row.repetition_penalty, frequency = row.frequency_penalty, presence = row.presence_penalty;
+    for (int64_t i = 0; i < vocabulary; i++) {
+        const float value = s.logits[i], count = static_cast<float>(counts[i]);
+        const bool generated = counts[i] > 0;
+        const float lowered = value > 0 ? value / repetition : value * repetition;
+        const float repeated = generated | prompt_mask[i] ? lowered : value;
+        s.logits[i] = generated ? repeated - frequency * count - presence : repeated;
+    }
     return s.logits;
 }
 
@@ -175,14 +218,14 @@ constexpr int64_t kHeapAtMost = 1024;
 constexpr double kRounding = 1e-6;  // "reaches p" up to the rounding of float32
 
 // The k likeliest tokens, of them the fewest that reach p, of them those of at least min_p times the largest.
-inline Law chosen(const float* x, int64_t vocabulary, float max, const Filters& f, const Scratch& s) {
-    const bool by_rank = 0 < f.top_k && f.top_k < vocabulary;
+inline Probs top_tokens(const float* x, int64_t vocabulary, float max, const RowSampling& row, const Scratch& s) {
+    const bool by_rank = 0 < row.top_k && row.top_k < vocabulary;
     double all = 0;
     if (!by_rank) {
-        exponentials(x, vocabulary, max, f.temperature, s.weights);
+        exponentials(x, vocabulary, max, row.temperature, s.weights);
         all = total(s.weights, vocabulary);
     }
-    for (int64_t count = by_rank ? f.top_k : smaller(kHeapAtMost, vocabulary);; count = vocabulary) {
+    for (int64_t count = by_rank ? row.top_k : smaller(kHeapAtMost, vocabulary);; count = vocabulary) {
         if (count <= kHeapAtMost) {
             largest_by_heap(x, vocabulary, count, s.ids);
         } else {
@@ -190,16 +233,16 @@ inline Law chosen(const float* x, int64_t vocabulary, float max, const Filters& 
         }
         float* gathered = reinterpret_cast<float*>(s.other_keys);
         for (int64_t i = 0; i < count; i++) gathered[i] = x[s.ids[i]];
-        exponentials(gathered, count, max, f.temperature, s.weights);
+        exponentials(gathered, count, max, row.temperature, s.weights);
         if (by_rank) all = total(s.weights, count);
         int64_t kept = count;
-        if (f.top_p < 1.f) {
-            const double enough = (static_cast<double>(f.top_p) - kRounding) * all;
+        if (row.top_p < 1.f) {
+            const double enough = (static_cast<double>(row.top_p) - kRounding) * all;
             double reached = s.weights[0];
             for (kept = 1; kept < count && reached < enough; kept++) reached += s.weights[kept];
             if (reached < enough && !by_rank && count < vocabulary) continue;
         }
-        while (kept > 1 && (s.weights[kept - 1] < f.min_p * (1 - kRounding) || s.weights[kept - 1] == 0)) kept--;
+        while (kept > 1 && (s.weights[kept - 1] < row.min_p * (1 - kRounding) || s.weights[kept - 1] == 0)) kept--;
         const float scale = static_cast<float>(1 / total(s.weights, kept));
         if (kept <= kHeapAtMost) return {s.ids, s.weights, kept, scale};
         float* in_order = reinterpret_cast<float*>(s.keys);
@@ -209,29 +252,30 @@ inline Law chosen(const float* x, int64_t vocabulary, float max, const Filters& 
     }
 }
 
-inline Law everything(const float* x, int64_t vocabulary, float max, const Filters& f, const Scratch& s) {
-    exponentials(x, vocabulary, max, f.temperature, s.weights);
-    if (f.min_p > 0) {
-        const float threshold = static_cast<float>(f.min_p * (1 - kRounding));
+inline Probs all_tokens(const float* x, int64_t vocabulary, float max, const RowSampling& row, const Scratch& s) {
+    exponentials(x, vocabulary, max, row.temperature, s.weights);
+    if (row.min_p > 0) {
+        const float threshold = static_cast<float>(row.min_p * (1 - kRounding));
         for (int64_t i = 0; i < vocabulary; i++) s.weights[i] = s.weights[i] >= threshold ? s.weights[i] : 0.f;
     }
     return {nullptr, s.weights, vocabulary, static_cast<float>(1 / total(s.weights, vocabulary))};
 }
 
-// The law of one row of logits, already penalised; for greedy decoding one token.
-inline Verdict make_law(const float* x, int64_t vocabulary, const Filters& f, const Scratch& s, Law& law) {
+// The probabilities of one row of adjusted logits; for greedy decoding one token.
+inline RowStatus make_probs(const float* x, int64_t vocabulary, const RowSampling& row, const Scratch& s,
+                            Probs& probs) {
     const Extremes e = extremes(x, vocabulary);
-    if (e.has_nan) return Verdict::nan_logits;
-    if (e.max == -__builtin_inff()) return Verdict::no_token;
-    if (f.temperature == 0) {
+    if (e.has_nan) return RowStatus::nan_logits;
+    if (e.max == -__builtin_inff()) return RowStatus::no_token;
+    if (row.greedy()) {
         s.ids[0] = static_cast<int32_t>(first_of(x, e.max)), s.weights[0] = 1.f;
-        law = {s.ids, s.weights, 1, 1.f};
-        return Verdict::ok;
+        probs = {s.ids, s.weights, 1, 1.f};
+        return RowStatus::ok;
     }
-    if (e.max == __builtin_inff()) return Verdict::infinite_logits;
-    const bool some = (0 < f.top_k && f.top_k < vocabulary) || f.top_p < 1;
-    law = (some ? chosen : everything)(x, vocabulary, e.max, f, s);
-    return Verdict::ok;
+    if (e.max == __builtin_inff()) return RowStatus::infinite_logits;
+    const bool some = (0 < row.top_k && row.top_k < vocabulary) || row.top_p < 1;
+    probs = (some ? top_tokens : all_tokens)(x, vocabulary, e.max, row, s);
+    return RowStatus::ok;
 }
 
 }  // namespace

@@ -1,18 +1,20 @@
-"""From a shortlist of tokens to a law and from a law to a token, in Triton and without sorting.
+"""From candidates to probabilities and from probabilities to a token, in Triton and without sorting.
 
-A shortlist holds, in the order of ids, tokens, the keys of their logits and their weights: at least all tokens that the
-filters keep. A radix search finds the least key that is kept and, of its equals, the last id. Sums are float64, and one
-program adds all of them.
+Candidates are, in the order of ids, tokens, the sort keys of their logits and their weights: at least all tokens that
+top-k, top-p and min-p keep. A radix search finds the threshold: the least key that is kept and, of its equals, the last
+id. Sums are float64, and one program adds all of them.
 """
 
 import triton
 import triton.language as tl
 
-from .law import SMALLEST as _SMALLEST
+from .sampling import ROUNDING as _ROUNDING
+from .sampling import SMALLEST as _SMALLEST
 from .triton_math import exp, row_sums
 from .triton_noise import bits_of
 
 SMALLEST = tl.constexpr(_SMALLEST)
+ROUNDING = tl.constexpr(_ROUNDING)
 INFINITE = tl.constexpr(float("inf"))
 BLOCK = tl.constexpr(512)  # entries of a list that a program looks at together
 DIGITS = tl.constexpr(16)  # a key has eight
@@ -22,7 +24,7 @@ WARPS, REGISTERS = 8, 128
 
 
 @triton.jit
-def key_of(x):
+def sort_key(x):
     """float32 as uint32 of the same order: zeros of both signs are equal, NaN is the greatest."""
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     return tl.where(x == x, tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000), 0xFFFFFFFF)
@@ -31,6 +33,44 @@ def key_of(x):
 @triton.jit
 def logit_of(key):
     return tl.where(key >> 31 == 1, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_sampling(sampling, b, vocabulary):
+    """A row's temperature, top-k, top-p and min-p, the latter two as bounds that rounding may reach; whether it is greedy,
+    which is top-k 1 at any temperature."""
+    temperature, top_p, min_p = tl.load(sampling[0] + b), tl.load(sampling[2] + b), tl.load(sampling[3] + b)
+    greedy = temperature == 0
+    top_k = tl.where(greedy, 1, tl.minimum(tl.load(sampling[1] + b), vocabulary))
+    nucleus = tl.where(greedy | (top_p == 1), 1.0, tl.maximum(top_p.to(tl.float64) - ROUNDING, 1e-30))
+    floor = tl.where(greedy, 0.0, (min_p.to(tl.float64) * (1 - ROUNDING)).to(tl.float32))
+    return tl.where(greedy, 1.0, temperature), top_k, nucleus, floor, greedy
+
+
+@triton.jit
+def is_adjusted(penalties, bias, b):
+    """Whether a row has penalties or bias."""
+    adjusted = False
+    if penalties is not None:
+        repetition, presence, frequency = (
+            tl.load(penalties[0] + b), tl.load(penalties[1] + b), tl.load(penalties[2] + b)
+        )  # fmt: skip
+        adjusted = (repetition != 1) | (presence != 0) | (frequency != 0)
+    if bias is not None:
+        adjusted = adjusted | (tl.load(bias[0] + b * bias[2]) >= 0)
+    return adjusted
+
+
+@triton.jit
+def logits_of(logits, adjusted, penalties, bias, position, tokens, vocabulary):
+    """Where the logits of a position are that count. logits: tensor and two strides; adjusted: (B, T, V), read where a
+    row has penalties or bias."""
+    b, t = position // tokens, position % tokens
+    row = logits[0] + b * logits[1] + t * logits[2]
+    if adjusted is not None:
+        if is_adjusted(penalties, bias, b):
+            row = adjusted + position * vocabulary
+    return row
 
 
 @triton.jit
@@ -47,7 +87,7 @@ def kept(token, key, weight, least, last, floor):
 
 @triton.jit
 def listed(ids, keys, weights, start, count, least, last, floor):
-    """A block of a shortlist: tokens and their weights in the law."""
+    """A block of candidates: tokens and their weights."""
     at = start + tl.arange(0, BLOCK)
     exists = at < count
     token, key = tl.load(ids + at, mask=exists, other=0), tl.load(keys + at, mask=exists, other=0)
@@ -112,10 +152,10 @@ def _fewest(ids, keys, weights, count, target):
 
 
 @triton.jit
-def law_of(ids, keys, weights, count, least, total, top_k, nucleus, floor):
-    """(least, last, scale) of the law: probabilities are weights of kept tokens · scale.
+def threshold(ids, keys, weights, count, least, total, top_k, nucleus, floor):
+    """(least, last, scale): probabilities are weights of kept tokens · scale.
 
-    The shortlist are all tokens from the key ``least`` on, ``total`` is the sum over the vocabulary, needed without
+    The candidates are all tokens from the key ``least`` on, ``total`` is the sum over the vocabulary, needed without
     top-k only.
     """
     last = tl.full((), EVERY_ID, tl.int32)
@@ -129,8 +169,9 @@ def law_of(ids, keys, weights, count, least, total, top_k, nucleus, floor):
 
 
 @triton.jit
-def enter_race(best, winner, token, weight, seed, stream, position, purpose):
-    """An exponential race: the smallest E / weight wins, of equals the lowest id. E = -log(1 - v) is at least v."""
+def gumbel_argmax(best, winner, token, weight, seed, stream, position, purpose):
+    """The winner of a block of tokens and those before it, by an exponential race: the smallest E / weight wins, of equals
+    the lowest id. E = -log(1 - v) is at least v."""
     v = (bits_of(token, seed, stream, position, purpose).to(tl.float64) + 0.5) * 2.0**-32
     weight = weight.to(tl.float64)
     if tl.max((v < weight * best).to(tl.int32), 0) == 1:

@@ -1,17 +1,17 @@
-// One token from weights, by an exponential race: token i arrives after E_i / w_i, E_i exponential from the noise of
-// (position, token), and the first wins. That is the Gumbel-max draw: with the same noise, laws that are alike give the
-// same token more often than not, which is what couples draft and target.
+// One token from weights: the argmax of log w plus Gumbel noise, computed as an exponential argmax. Token i arrives after
+// E_i / w_i, E_i exponential from the noise of (position, token), and the first wins. With the same noise, probabilities
+// that are alike give the same token more often than not, which is what couples draft and target.
 #pragma once
 
 #include <cmath>
 
 #include "../philox.h"
-#include "law.h"
+#include "sampling.h"
 
 namespace speculative_mamba::SM_ISA {
 namespace {
 
-struct Race {
+struct GumbelArgmax {
     double best = __builtin_inf();
     int64_t winner = -1;
 
@@ -22,8 +22,8 @@ struct Race {
 };
 
 // Tokens 0 … count-1. -log(1 - v) >= v, so most tokens are out of the race before a logarithm is taken.
-inline int64_t draw_dense(const float* weights, int64_t count, const Noise& noise) {
-    Race race;
+inline int64_t gumbel_argmax_dense(const float* weights, int64_t count, const Noise& noise) {
+    GumbelArgmax argmax;
     constexpr int counters = 32;  // more than compilers unroll, so that they use vectors instead
     for (int64_t first = 0; first < count; first += 4 * counters) {
         uint32_t words[4][counters];
@@ -33,21 +33,21 @@ inline int64_t draw_dense(const float* weights, int64_t count, const Noise& nois
             const uint32_t* bits = &words[part % 4][part / 4 * 16];
             float earliest[16];
             for (int l = 0; l < 16; l++) earliest[l] = static_cast<float>(bits[l] >> 8) * 0x1p-24f;
-            const Vec limit = broadcast(static_cast<float>(race.best) * 1.000001f);
-            if (race.winner >= 0 && !any_greater(mul(load_n(weights + start, lanes), limit), load(earliest))) continue;
+            const Vec limit = broadcast(static_cast<float>(argmax.best) * 1.000001f);
+            if (argmax.winner >= 0 && !any_greater(mul(load_n(weights + start, lanes), limit), load(earliest))) continue;
             for (int64_t l = 0; l < lanes; l++)
-                if (weights[start + l] > 0) race.enter(start + l, weights[start + l], bits[l]);
+                if (weights[start + l] > 0) argmax.enter(start + l, weights[start + l], bits[l]);
         }
     }
-    return race.winner;
+    return argmax.winner;
 }
 
-inline int64_t draw(const Law& law, const Noise& noise) {
-    if (!law.ids) return draw_dense(law.weights, law.count, noise);
-    Race race;
-    for (int64_t i = 0; i < law.count; i++)
-        if (law.weights[i] > 0) race.enter(law.ids[i], law.weights[i], noise.bits(law.ids[i]));
-    return race.winner;
+inline int64_t gumbel_argmax(const Probs& probs, const Noise& noise) {
+    if (!probs.ids) return gumbel_argmax_dense(probs.weights, probs.count, noise);
+    GumbelArgmax argmax;
+    for (int64_t i = 0; i < probs.count; i++)
+        if (probs.weights[i] > 0) argmax.enter(probs.ids[i], probs.weights[i], noise.bits(probs.ids[i]));
+    return argmax.winner;
 }
 
 }  // namespace
