@@ -8,7 +8,7 @@ import torch
 
 from speculative_mamba.ops import commit_tokens
 from speculative_mamba.ops.backend import run
-from speculative_mamba.ops.commit_tokens import RowPlaces
+from speculative_mamba.ops.commit_tokens import BatchState
 from speculative_mamba.ops.filters import Filters
 from speculative_mamba.ops.noise import Purpose
 
@@ -102,7 +102,7 @@ class Commit(Work):
             whole(7, batch, lookahead), whole(lookahead, batch, dtype=i32), whole(9, batch), whole(0, batch, dtype=i32),
             whole(lookahead, batch, dtype=i32), whole(0, vocabulary, dtype=torch.bool),
         ]  # fmt: skip
-        self.rows = RowPlaces(
+        self.rows = BatchState(
             whole(1, batch, 2), whole(100, batch), whole(1 << 30, batch, dtype=i32),
             whole(1, batch, dtype=torch.bool), whole(0, tokens, batch, dtype=i32),
         )  # fmt: skip
@@ -113,7 +113,7 @@ class Commit(Work):
         return commit_tokens(*self.window, self.rows, backend=backend)
 
     def check(self, backend: str) -> None:
-        expected = RowPlaces(*(tensor.clone() for tensor in vars(self.rows).values()))
+        expected = BatchState(*(tensor.clone() for tensor in vars(self.rows).values()))
         record = commit_tokens(*self.window, expected, backend="reference")
         assert torch.equal(self.run(backend), record), "another record than the reference"
         for name, tensor in vars(expected).items():

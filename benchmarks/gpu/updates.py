@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from speculative_mamba.ops.commit_tokens import RowPlaces
+from speculative_mamba.ops.commit_tokens import BatchState
 from speculative_mamba.ops.filters import Filters
 
 
@@ -85,7 +85,7 @@ def accept(
 
 
 def commit(
-    drafted: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor, is_stop: torch.Tensor, rows: RowPlaces
+    drafted: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor, is_stop: torch.Tensor, rows: BatchState
 ) -> torch.Tensor:
     """commit_tokens without a budget; leaves ``rows`` alone."""
     at = torch.arange(drafted.shape[1] + 1, device=drafted.device)

@@ -5,8 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from ..models.vocabulary import check_same_vocabulary, known_vocabulary
 from ..ops.sampling_params import is_int
 from .cache import GenerationCache
-from .drafter import Drafter, LanguageModel, Proposer
-from .proposers import draft_model
+from .drafts import Draft, Drafter, LanguageModel
 from .sampling import SamplingParams
 
 ACCEPTANCES = ("rejection", "coupled")
@@ -27,9 +26,12 @@ def check_models(target: object, draft: object) -> None:
         raise ValueError(f"unknown draft {draft!r}; by name there is: {', '.join(NAMED_DRAFTS)}")
     if draft is None or isinstance(draft, str):
         return
-    if isinstance(draft, type) or not isinstance(draft, LanguageModel | Drafter | Proposer):
-        raise ValueError(f"draft must be a model, as load_model gives it, or a Drafter, got {type(draft).__name__}")
-    model = draft_model(draft)
+    if isinstance(draft, type) or not isinstance(draft, LanguageModel | Drafter | Draft):
+        raise ValueError(
+            f"draft must be a model, as load_model gives it, a Drafter or a Draft, got {type(draft).__name__}"
+        )
+    model = draft if isinstance(draft, LanguageModel) and not isinstance(draft, Drafter) else None
+    model = draft.model if isinstance(draft, Draft) else model
     if model is not None and model.device != target.device:
         raise ValueError(f"draft and target are on two devices, {model.device} and {target.device}; use one")
     check_same_vocabulary(known_vocabulary(target), known_vocabulary(draft))
@@ -87,7 +89,9 @@ def check_sampling(sampling: object, rows: int) -> None:
     if not _all_of(sampling, lambda params: isinstance(params, SamplingParams)):
         raise ValueError(f"sampling must be SamplingParams, or a list of one per row; got {sampling!r}")
     if len(sampling) != rows:
-        raise ValueError(f"there are {len(sampling)} sampling parameters for {rows} rows; give one, or one per row")
+        raise ValueError(
+            f"sampling is {len(sampling)} SamplingParams for {rows} rows; give one, or one per row; got {sampling!r}"
+        )
     for row, params in enumerate(sampling):
         if isinstance(params.seed, tuple):
             raise ValueError(f"in a list of sampling parameters each has one seed, got {params.seed!r} for row {row}")

@@ -70,7 +70,7 @@ class SamplingTensors:
                     )
 
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(device)
+            return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
         made = {
             "temperature": column([0.0 if its.greedy else its.temperature for its in params]),

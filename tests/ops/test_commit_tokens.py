@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from speculative_mamba.ops import commit_tokens
-from speculative_mamba.ops.commit_tokens import RowPlaces
+from speculative_mamba.ops.commit_tokens import BatchState
 from speculative_mamba.ops.recording import Recording
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 V, STOPS = 50, (46, 48, 49)
-NAMES = [field.name for field in fields(RowPlaces)]
+NAMES = [field.name for field in fields(BatchState)]
 INACTIVE, BROKEN = "not active", "broken"
 
 
@@ -31,7 +31,7 @@ class Rows:
         }  # fmt: skip
         self.is_stop = torch.zeros(V, dtype=torch.bool)
         self.is_stop[list(STOPS)] = True
-        self.places = RowPlaces(
+        self.places = BatchState(
             number(0, V, rows, 2), number(1, capacity, rows), number(0, 9, rows).int(),
             torch.ones(rows, dtype=torch.bool), number(0, 99, steps, rows).int(),
         )  # fmt: skip
@@ -53,7 +53,7 @@ class Rows:
         chosen = Rows.__new__(Rows)
         chosen.window, chosen.is_stop = {name: part[rows] for name, part in self.window.items()}, self.is_stop
         of_rows = {name: part[rows] for name, part in vars(self.places).items() if name != "slots"}
-        chosen.places = RowPlaces(**of_rows, slots=self.places.slots[:, rows].contiguous())
+        chosen.places = BatchState(**of_rows, slots=self.places.slots[:, rows].contiguous())
         chosen.seen, chosen.text = self.seen[rows], self.text[rows]
         return chosen
 

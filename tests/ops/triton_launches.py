@@ -16,7 +16,7 @@ from importlib import import_module
 
 import torch
 
-from speculative_mamba.ops.commit_tokens import RowPlaces
+from speculative_mamba.ops.commit_tokens import BatchState
 from speculative_mamba.ops.filters import Filters
 from speculative_mamba.ops.int8 import Int8Weight
 from speculative_mamba.ops.replay import ReplayInputs
@@ -90,7 +90,7 @@ def accepting(filters: Filters, laws: bool) -> tuple:
 def committing(everything: bool) -> tuple:
     drafted, row = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     seen = torch.zeros(1, 50280, dtype=torch.bool)
-    rows = RowPlaces(drafted[:, :2], row, ROW, seen[:, 0], torch.zeros(5, 1, dtype=torch.int32))
+    rows = BatchState(drafted[:, :2], row, ROW, seen[:, 0], torch.zeros(5, 1, dtype=torch.int32))
     return drafted, ROW, row, ROW, ROW, seen[0], rows, *((seen, drafted) if everything else (None, None))
 
 

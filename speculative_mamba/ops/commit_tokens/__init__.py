@@ -6,9 +6,9 @@ import torch
 
 from ..backend import run
 from ..checks import check, check_contiguous, check_tokens
-from .rows import RowPlaces
+from .rows import BatchState
 
-__all__ = ["RowPlaces", "commit_tokens"]
+__all__ = ["BatchState", "commit_tokens"]
 
 
 def commit_tokens(
@@ -18,7 +18,7 @@ def commit_tokens(
     verdicts: torch.Tensor,
     limits: torch.Tensor,
     is_stop: torch.Tensor,
-    rows: RowPlaces,
+    rows: BatchState,
     *,
     output_counts: torch.Tensor | None = None,
     text: torch.Tensor | None = None,
@@ -34,7 +34,7 @@ def commit_tokens(
     | verdicts  | (B)      | int32       | not 0: the row is broken |
     | limits    | (B)      | int32       | drafted tokens that counted in ``speculative_accept`` |
     | is_stop   | (V)      | bool        | tokens that end a row |
-    | rows      |          | RowPlaces   | **written** |
+    | rows      |          | BatchState   | **written** |
     | output_counts | (B, V) | int32, None | **written**: each committed token counts once more |
     | text      | (B, L)   | int64, None | **written**: committed tokens, from ``rows.positions`` on; none beyond L |
     | returns   | (B, K+5) | int64       | committed, ``accepted``, ``verdicts``, min(K, ``limits``), window; below |

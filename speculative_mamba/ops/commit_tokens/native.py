@@ -4,7 +4,7 @@ import torch
 
 from ..backend import address, compiled
 from ..recording import new_result
-from .rows import RowPlaces
+from .rows import BatchState
 
 
 def commit_tokens(
@@ -14,7 +14,7 @@ def commit_tokens(
     verdicts: torch.Tensor,
     limits: torch.Tensor,
     is_stop: torch.Tensor,
-    rows: RowPlaces,
+    rows: BatchState,
     output_counts: torch.Tensor | None,
     text: torch.Tensor | None,
 ) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .rows import RowPlaces
+from .rows import BatchState
 
 
 def commit_tokens(
@@ -12,7 +12,7 @@ def commit_tokens(
     verdicts: torch.Tensor,
     limits: torch.Tensor,
     is_stop: torch.Tensor,
-    rows: RowPlaces,
+    rows: BatchState,
     output_counts: torch.Tensor | None,
     text: torch.Tensor | None,
 ) -> torch.Tensor:

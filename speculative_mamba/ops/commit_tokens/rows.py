@@ -6,7 +6,7 @@ import torch
 
 
 @dataclass
-class RowPlaces:
+class BatchState:
     """Contiguous tensors on the rows' device. Within rounds ``commit_tokens`` alone writes them.
 
     last: (B, 2) int64, the last two tokens of each text.

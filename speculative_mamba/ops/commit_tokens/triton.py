@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..triton_math import launch
-from .rows import RowPlaces
+from .rows import BatchState
 
 
 @triton.jit(do_not_specialize=["batch", "lookahead", "vocabulary", "steps", "capacity"])
@@ -56,7 +56,7 @@ def commit_tokens(
     verdicts: torch.Tensor,
     limits: torch.Tensor,
     is_stop: torch.Tensor,
-    rows: RowPlaces,
+    rows: BatchState,
     output_counts: torch.Tensor | None,
     text: torch.Tensor | None,
 ) -> torch.Tensor:

@@ -1,9 +1,14 @@
 """Prompt lookup: the text so far is the draft (Saxena 2023; Yang et al. 2023, arXiv 2304.04487)."""
 
+import copy
+
 import torch
 
-from ..ops.sampling_params import is_int
-from .sampling import Sampler
+from ...ops.commit_tokens import BatchState
+from ...ops.sampling_params import is_int
+from ..cache import RowState
+from ..sampling import Sampler
+from .base import Draft, Proposal
 
 
 class NgramDrafter:
@@ -97,3 +102,52 @@ class _Index:
             if self._following[node]:
                 return self._following[node]
         return None
+
+
+class NgramSearch(Draft):
+    """``NgramDrafter`` on the device: the same proposals, found by a search of the whole text."""
+
+    capturable = True
+
+    def __init__(self, drafter: NgramDrafter, device: torch.device) -> None:
+        self.vocab_size, self._longest, self._shortest = drafter.vocab_size, drafter.longest, drafter.shortest
+        self._device = device
+
+    def identity(self) -> tuple:
+        return NgramSearch, self._longest, self._shortest
+
+    def allocate(self, batch: int, lookahead: int, sampler: Sampler, *, captured: bool) -> "NgramSearch":
+        allocated = copy.copy(self)
+        allocated._lengthen(torch.zeros(batch, 0, dtype=torch.int64, device=self._device))
+        return allocated
+
+    def prefill(self, row: int, text: list[int], state: RowState | None = None) -> None:
+        self.text[row, : len(text)] = torch.tensor(text, dtype=torch.int64, device=self._device)
+
+    def propose(self, state: BatchState, lookahead: int) -> Proposal:
+        """Rows without a match repeat their last token, of which none counts."""
+        length = state.positions[:, None].clamp(min=1)  # 0 before a row's first text
+        same, matched = self._at < length, torch.zeros_like(self.text)
+        for back in range(1, self._longest + 1):  # how many tokens before a place equal the text's last ones
+            last = self.text.gather(1, (length - back).clamp(min=0))
+            same = same & (self.text.roll(back, 1) == last) & (self._at >= back)
+            matched += same
+        # The longest match, and of those the latest place.
+        found = torch.where(matched >= self._shortest, matched * len(self._at) + self._at, -1).amax(1, keepdim=True)
+        place = torch.where(found < 0, length - 1, found % len(self._at))
+        step = torch.arange(lookahead, dtype=torch.int64, device=place.device)
+        tokens = self.text.gather(1, place + step % (length - place))
+        return Proposal(tokens, None, torch.where(found[:, 0] < 0, 0, state.room))
+
+    def reserve(self, entries: int) -> bool:
+        missing = entries - self.text.shape[1]
+        if missing <= 0:
+            return False
+        self._lengthen(torch.nn.functional.pad(self.text, (0, missing + entries)))
+        return True
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.text]
+
+    def _lengthen(self, text: torch.Tensor) -> None:
+        self.text, self._at = text, torch.arange(text.shape[1], dtype=torch.int64, device=self._device)

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from tokenizers import Encoding, Tokenizer
 
-from ..models.vocabulary import Vocabulary, known_vocabulary
 from ..ops.sampling_params import is_int
+from .vocabulary import Vocabulary, known_vocabulary
 
 # Names by which vocabularies call the token that stands for nothing.
 _PADS = ("<pad>", "[PAD]", "<PAD>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
@@ -66,16 +66,15 @@ def _parts(encoded: Mapping, attention_mask: object) -> tuple[object, object]:
 def _lists(values: object, expected: str) -> list:
     """The rows of a tensor, an array or a list; a row may be a tensor, an array, an encoding or a list."""
     try:
-        values = values.tolist() if isinstance(values, torch.Tensor) else list(values)
-        return [
-            row.tolist() if isinstance(row, torch.Tensor) else row if _is_encoded(row) else list(row) for row in values
-        ]
+        return [_list(row) for row in (values.tolist() if isinstance(values, torch.Tensor) else values)]
     except TypeError:
         raise ValueError(expected) from None
 
 
-def _is_encoded(row: object) -> bool:
-    return isinstance(row, Encoding | Mapping)
+def _list(row: object) -> object:
+    if isinstance(row, Encoding | Mapping):
+        return row
+    return list(row.tolist() if isinstance(row, torch.Tensor) else row)
 
 
 def _row(index: int, row: object, mask: object, vocabulary: Vocabulary) -> list[int]:
