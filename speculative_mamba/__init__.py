@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "decode": (
         "Batch",
+        "BatchState",
         "DecodeLoop",
         "Draft",
         "Drafter",

@@ -1,5 +1,6 @@
 """Propose, verify, accept, commit: the loop around a target model."""
 
+from ..ops.commit_tokens import BatchState
 from .batch import Batch
 from .cache import GenerationCache
 from .drafts import Draft, Drafter, ModelDrafter, NgramDrafter, Proposal
@@ -11,6 +12,7 @@ from .stats import GenerationStats
 
 __all__ = [
     "Batch",
+    "BatchState",
     "DecodeLoop",
     "Draft",
     "Drafter",

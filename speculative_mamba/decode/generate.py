@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..models.prompts import read_prompts
-from ..models.tokenizer import as_tokenizer
+from ..models.tokenizer import tokenizer_of
 from .batch import Batch
 from .cache import GenerationCache
 from .drafts import Draft, Drafter, LanguageModel, NgramDrafter, as_draft
@@ -52,8 +52,8 @@ def generate(
 ) -> GenerationResult:
     """Continues each prompt, with a draft faster and to the same effect as without.
 
-    Greedy text and its logits are bit for bit those of plain greedy decoding of each row alone. Sampled text follows
-    the same law as plain sampling; with ``acceptance="coupled"`` it is the same text.
+    Greedy text and its logits are bit for bit those of plain greedy decoding of each row alone. Sampled text has the
+    distribution of plain sampling; with ``acceptance="coupled"`` it is the same text.
 
     Args:
         target: the model whose text is wanted.
@@ -65,13 +65,13 @@ def generate(
             ``NgramDrafter``, which needs no model and copies from the text so far; None decodes plainly.
         lookahead: K, tokens drafted per round, 1 to 15; or ``"auto"``: chosen round by round from running acceptance
             and measured costs, at most 10, and plain decoding from where the draft turns out not to pay. Greedy and
-            coupled text is the same as ever; under rejection sampling the text then depends on the clock, the law
-            does not.
+            coupled text is the same as ever; under rejection sampling the text then depends on the clock, its
+            distribution does not.
         max_new_tokens: budget per row; exactly so many tokens unless a stop comes first. 0 gives the prompts back.
         sampling: defaults to greedy. A list has one for each row, greedy and sampled ones alike; a row is then what it
             would be alone with its parameters. What is passed as prompt counts as prompt for its penalties.
-        acceptance: how sampled drafts are tested. ``"rejection"`` (Leviathan et al. 2023, arXiv 2211.17192): the law
-            of plain sampling, and of all tests the one that keeps most. ``"coupled"`` (Gumbel coupling,
+        acceptance: how sampled drafts are tested. ``"rejection"`` (Leviathan et al. 2023, arXiv 2211.17192) keeps the
+            distribution of plain sampling, and more tokens than any other test. ``"coupled"`` (Gumbel coupling,
             arXiv 2408.07978): the very text of plain sampling with that seed, for any draft and lookahead. Greedy
             decoding needs no choice.
         stop_token_ids: a row ends with the first of these; None means the model's end-of-text token.
@@ -107,7 +107,7 @@ def generate(
         logits_processor=logits_processor, cache=cache,
     )  # fmt: skip
     max_new_tokens = int(max_new_tokens)
-    tokenizer = as_tokenizer(target.tokenizer) if stop_strings else None
+    tokenizer = tokenizer_of(target) if stop_strings else None
     batch = Batch(len(prompts), stop_token_ids, stop_strings, tokenizer, output_logits)
     executor = as_executor(executor)
     draft = None if draft is None else as_draft(draft, target, batch.texts, executor.captures)

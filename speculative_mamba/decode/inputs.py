@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 
+from ..models.tokenizer import tokenizer_of
 from ..models.vocabulary import check_same_vocabulary, known_vocabulary
 from ..ops.sampling_params import is_int
 from .cache import GenerationCache
@@ -67,7 +68,7 @@ def check_generation(
         raise ValueError(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
     if not _all_of(stop_strings, lambda stop: isinstance(stop, str) and stop):
         raise ValueError(f"stop_strings must be a list of strings that are not empty, got {stop_strings!r}")
-    if stop_strings and getattr(target, "tokenizer", None) is None:
+    if stop_strings and tokenizer_of(target) is None:
         raise ValueError("stop_strings need the target's tokenizer, and it has none; use stop_token_ids instead")
     for name, callback in (("on_token", on_token), ("logits_processor", logits_processor)):
         if callback is not None and not callable(callback):

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
 from ..ops.sampling_params import is_int
+from .tokenizer import tokenizer_of
 from .vocabulary import Vocabulary, known_vocabulary
 
 # Names by which vocabularies call the token that stands for nothing.
@@ -128,10 +129,10 @@ def special_tokens(target: object) -> tuple[set[int], set[int]]:
     eos = target.eos_token_id
     specials = set() if eos is None else set(eos) if isinstance(eos, tuple) else {eos}
     try:
-        tokenizer = getattr(target, "tokenizer", None)
+        tokenizer = tokenizer_of(target)
     except ValueError:  # broken or out of reach; ids need none
         tokenizer = None
-    if not isinstance(tokenizer, Tokenizer):
+    if tokenizer is None:
         return set(), specials
     named = {tokenizer.token_to_id(name) for name in _PADS} - {None}
     if tokenizer.padding is not None:

@@ -1,6 +1,8 @@
 """Any class can be the draft: it may propose fewer tokens than asked for, and what makes no sense is refused."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 import speculative_mamba as sm
 from speculative_mamba.decode import ModelDrafter
 from speculative_mamba.testing.models import random_model, tiny_config
+from speculative_mamba.testing.recording import RecordingExecutor
 from speculative_mamba.testing.scripted import ScriptedDraft
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -328,3 +331,14 @@ def test_a_draft_on_another_device_is_refused_by_name(pair):
     with pytest.raises(ValueError, match="meta and cpu") as caught:
         sm.generate(pair().target, [[1, 2]], draft=draft)
     assert "\n" not in str(caught.value) and "draft" in str(caught.value)
+
+
+def test_the_examples_of_the_document_run():
+    """One after the other; the draft on the device in captured rounds, too."""
+    names, text = {}, (Path(__file__).parents[2] / "docs" / "write-a-drafter.md").read_text(encoding="utf-8")
+    for example in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        exec(example, names)
+    again = sm.generate(
+        names["target"], [names["prompt"]], draft=names["draft"], max_new_tokens=40, executor=RecordingExecutor()
+    )
+    assert again.sequences[0].tolist() == names["before"] and again.stats.accepted == names["result"].stats.accepted > 0

@@ -78,7 +78,7 @@ class _Index:
         self.length = 0
         self._longest = longest
         self._children: dict[tuple[int, int], int] = {}
-        self._following = [0]  # per node, the position of the token after its last occurrence; 0: there was none
+        self._next_position = [0]  # per node, the position of the token after its last occurrence; 0: there was none
         self._suffixes = [0]  # the nodes of the text's last 0, 1, … tokens
 
     def extend(self, tokens: list[int]) -> None:
@@ -87,11 +87,11 @@ class _Index:
             grown = [0]
             for node in self._suffixes:
                 # What the text ended with is now followed by this token, and can be found.
-                self._following[node] = self.length
+                self._next_position[node] = self.length
                 if len(grown) <= self._longest:
-                    child = self._children.setdefault((node, token), len(self._following))
-                    if child == len(self._following):
-                        self._following.append(0)
+                    child = self._children.setdefault((node, token), len(self._next_position))
+                    if child == len(self._next_position):
+                        self._next_position.append(0)
                     grown.append(child)
             self._suffixes = grown
             self.length += 1
@@ -99,8 +99,8 @@ class _Index:
     def find(self, shortest: int) -> int | None:
         """The position after the last earlier occurrence of the longest suffix that has one."""
         for node in reversed(self._suffixes[shortest:]):
-            if self._following[node]:
-                return self._following[node]
+            if self._next_position[node]:
+                return self._next_position[node]
         return None
 
 
