@@ -251,7 +251,7 @@ void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintp
                         uintptr_t prompt_mask, uintptr_t output_counts, uintptr_t rng_keys, uintptr_t positions,
                         uintptr_t active, uintptr_t num_draft_tokens, uintptr_t target_probs,
                         int64_t target_probs_stride, uintptr_t accepted, uintptr_t next_token, uintptr_t row_status,
-                        uintptr_t decisions, uintptr_t scratch, uintptr_t adjusted, intptr_t where) {
+                        uintptr_t scratch, intptr_t where) {
     submit<SpeculativeAcceptParams>(&Kernels::speculative_accept,
                                     {batch,
                                      tokens,
@@ -278,9 +278,7 @@ void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintp
                                      pointer<int32_t>(accepted),
                                      pointer<int64_t>(next_token),
                                      pointer<int32_t>(row_status),
-                                     pointer<int64_t>(decisions),
-                                     pointer<uint64_t>(scratch),
-                                     pointer<float>(adjusted)},
+                                     pointer<uint64_t>(scratch)},
                                     where);
 }
 

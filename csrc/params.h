@@ -219,9 +219,8 @@ struct SpeculativeAcceptParams {
     int32_t* accepted;    // (B); the position, where the status is not ok
     int64_t* next_token;  // (B)
     int32_t* row_status;  // (B)
-    int64_t* decisions;   // (B, K+1): memory of the CUDA kernels, like the next two
-    uint64_t* scratch;    // (B, K+1, S), laid out in cuda/logits.cuh; S = ⌈V / 64⌉ + ⌈V / 512⌉
-    float* adjusted;      // (B, K+1, V): logits after bias and penalties; null where no row can have either
+    uint64_t* scratch;    // memory of the CUDA kernels, laid out in cuda/logits.cuh: for each of B·(K+1) positions
+                          // ⌈V / 64⌉ + ⌈V / 512⌉ + 1 words, and V floats where rows can have penalties or bias
 };
 
 // Ends a round: accepted tokens and the one after them become text, up to a stop token or the end of the budget.

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) decide(SpeculativeAcceptParams
     const int64_t decided = active ? decide_position(p, memory, candidates, row, t) : 0;
     if (threadIdx.x != 0) return;
     if (p.tokens == 1) return answer(p, row, 0, decided);
-    store_raw(p.decisions + row * p.tokens + t, decided);
+    store_raw(decisions_of(p, row) + t, decided);
 }
 
 // By a warp: the first position of a row whose drafted token does not stand.
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kWarp) first_rejection(SpeculativeAcceptParams
     const int64_t row = blockIdx.x;
     const int lane = static_cast<int>(threadIdx.x);
     for (int64_t t = lane;; t += kWarp) {
-        const int64_t decided = t < p.tokens ? load_raw(p.decisions + row * p.tokens + t) : kStands;
+        const int64_t decided = t < p.tokens ? load_raw(decisions_of(p, row) + t) : kStands;
         const int first = warp_reduce<kWarp>(decided == kStands ? kWarp : lane, Min{});
         if (first == kWarp) continue;
         if (lane == first) answer(p, row, t, decided);

@@ -13,8 +13,8 @@ import torch
 
 from ..models.language_model import MambaLM
 from ..ops.backend import current_device
-from ..ops.sampling_params import is_int
 from ..ops.int8 import Int8Weight
+from ..ops.sampling_params import is_int
 from .executors import EagerExecutor, Executor
 from .proposers import is_told_the_text, searches_on_device
 from .round import Round, RoundResult

@@ -120,7 +120,8 @@ class Round:
             verdicts[drafts].add_(verdicts[:drafts].amax(0), alpha=_OF_DRAFT)
         record = commit_tokens(
             proposal.tokens, accepted, following, verdicts[drafts], proposal.limits, self.is_stop, places,
-            output_counts=self.sampler.output_counts, text=getattr(self.proposer, "text", None), backend=self.sampler.backend,
+            output_counts=self.sampler.output_counts, text=getattr(self.proposer, "text", None),
+            backend=self.sampler.backend,
         )  # fmt: skip
         return RoundResult(drafts, proposal.tokens.shape[1], record, logits, proposed - began, verified - proposed)
 

@@ -154,7 +154,9 @@ def bias_capacity(sampling: Sequence[SamplingParams]) -> int:
     return max(_MIN_BIAS_CAPACITY, 1 << (max(len(params.logit_bias) for params in sampling) - 1).bit_length())
 
 
-def of_rows(sampling: SamplingParams | Sequence[SamplingParams], rows: int) -> tuple[list[SamplingParams], torch.Tensor]:
+def of_rows(
+    sampling: SamplingParams | Sequence[SamplingParams], rows: int
+) -> tuple[list[SamplingParams], torch.Tensor]:
     """Parameters of each row, and their seeds and streams (B, 2)."""
     if isinstance(sampling, SamplingParams):
         return [sampling] * rows, sampling.rng_keys(rows)

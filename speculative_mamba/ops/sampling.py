@@ -74,7 +74,7 @@ def probs_from_logits(logits: torch.Tensor, sampling: SamplingTensors) -> torch.
     likeliest = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     weights = torch.where(scaled > SMALLEST, scaled.exp(), 0)
-    ranks = (0 < top_k) & (top_k < logits.shape[-1])
+    ranks = (top_k > 0) & (top_k < logits.shape[-1])
     if (ranks | (top_p < 1)).any():
         order = logits.argsort(dim=-1, descending=True, stable=True)
         kept = weights.gather(-1, order)

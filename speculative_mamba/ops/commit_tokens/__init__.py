@@ -84,7 +84,9 @@ def commit_tokens(
         _check_range("accepted", accepted, 0, lookahead)
         _check_range("rows.positions", rows.positions, 0)
         _check_range("rows.room", rows.room, -1)
-    return run("commit_tokens", backend, drafted, accepted, following, verdicts, limits, is_stop, rows, output_counts, text)
+    return run(
+        "commit_tokens", backend, drafted, accepted, following, verdicts, limits, is_stop, rows, output_counts, text
+    )
 
 
 def _check_range(name: str, tensor: torch.Tensor, least: int, most: float = math.inf) -> None:

@@ -10,8 +10,8 @@ from .rows import RowPlaces
 
 @triton.jit(do_not_specialize=["batch", "lookahead", "vocabulary", "steps", "capacity"])
 def _commit(
-    drafted, accepted, following, verdicts, limits, is_stop, last, positions, room, active, slots, output_counts, text, record,
-    batch, lookahead, vocabulary, steps, capacity, BLOCK: tl.constexpr,
+    drafted, accepted, following, verdicts, limits, is_stop, last, positions, room, active, slots, output_counts, text,
+    record, batch, lookahead, vocabulary, steps, capacity, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -64,8 +64,8 @@ def commit_tokens(
     record = drafted.new_empty(batch, lookahead + 5)
     launch(
         _commit, batch, drafted, 1, drafted=drafted, accepted=accepted, following=following, verdicts=verdicts,
-        limits=limits, is_stop=is_stop, **vars(rows), output_counts=output_counts, text=text, record=record, batch=batch,
-        lookahead=lookahead, vocabulary=len(is_stop), steps=steps, capacity=0 if text is None else text.shape[1],
-        BLOCK=triton.next_power_of_2(steps),
+        limits=limits, is_stop=is_stop, **vars(rows), output_counts=output_counts, text=text, record=record,
+        batch=batch, lookahead=lookahead, vocabulary=len(is_stop), steps=steps,
+        capacity=0 if text is None else text.shape[1], BLOCK=triton.next_power_of_2(steps),
     )  # fmt: skip
     return record

@@ -41,7 +41,7 @@ def speculative_accept(
     | logits           | (B, K+1, V) | float32 | of the target, after each token of the window |
     | draft_tokens     | (B, K)      | int64   | K may be 0 |
     | draft_probs      | (B, K, V)   | float32, None | the rows the drafted tokens come from; None: all certain |
-    | sampling         | (B)         | SamplingTensors | from logits to probabilities, a row's own; temperature 0: greedy |
+    | sampling         | (B)         | SamplingTensors | of each row; greedy at temperature 0 |
     | rng_keys         | (B, 2)      | int64   | seed and stream of each row |
     | positions        | (B)         | int64   | of the first token that is chosen, counted from the start of its text |
     | coupled          | bool        |         | how drafted tokens are tested |

@@ -15,11 +15,10 @@ def speculative_accept(logits: torch.Tensor, args: AcceptArgs) -> tuple[torch.Te
     accepted, row_status = (logits.new_empty(batch, dtype=torch.int32) for _ in range(2))
     next_token = logits.new_empty(batch, dtype=torch.int64)
     kernels, where = compiled(logits)
-    sampling, positions = args.sampling, batch * tokens
-    decisions = scratch(kernels, logits, positions, torch.int64)
-    memory = scratch(kernels, logits, positions * (-(-vocabulary // 64) + -(-vocabulary // 512)), torch.int64)
-    adjusts = sampling.has_penalties or sampling.bias_capacity > 0
-    adjusted = scratch(kernels, logits, positions * vocabulary if adjusts else 0, torch.float32)
+    sampling = args.sampling
+    adjusted = 4 * vocabulary if sampling.has_penalties or sampling.bias_capacity else 0
+    words = -(-vocabulary // 64) + -(-vocabulary // 512) + 1
+    memory = scratch(kernels, logits, batch * tokens * (8 * words + adjusted), torch.uint8)
     kernels.speculative_accept(
         batch, tokens, vocabulary, logits.data_ptr(), logits.stride()[:2], args.draft_tokens.data_ptr(),
         args.draft_tokens.shape[1], address(args.draft_probs),
@@ -27,8 +26,7 @@ def speculative_accept(logits: torch.Tensor, args: AcceptArgs) -> tuple[torch.Te
         sampling.bias_capacity, args.coupled, args.purpose, address(args.prompt_mask), address(args.output_counts),
         args.rng_keys.data_ptr(), args.positions.data_ptr(), address(args.active), address(args.num_draft_tokens),
         address(args.target_probs), 0 if args.target_probs is None else args.target_probs.stride(0),
-        accepted.data_ptr(), next_token.data_ptr(), row_status.data_ptr(), decisions.data_ptr(), memory.data_ptr(),
-        adjusted.data_ptr(), where,
+        accepted.data_ptr(), next_token.data_ptr(), row_status.data_ptr(), memory.data_ptr(), where,
     )  # fmt: skip
     return accepted, next_token, row_status
 

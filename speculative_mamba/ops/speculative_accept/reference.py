@@ -19,7 +19,11 @@ def speculative_accept(logits: torch.Tensor, args: AcceptArgs) -> tuple[torch.Te
 
 def _row(logits: torch.Tensor, args: AcceptArgs, row: int) -> tuple[RowStatus, int, int]:
     """Status, accepted, next token; for a status other than OK ``accepted`` is the position."""
-    sampling, key, position = args.sampling.row(row), args.rng_keys[row].tolist(), int(args.positions[row])
+    sampling, key, position = (
+        args.sampling.rows_of(slice(row, row + 1)),
+        args.rng_keys[row].tolist(),
+        int(args.positions[row]),
+    )
     lookahead, vocabulary = len(logits) - 1, logits.shape[-1]
     counted = args.draft_tokens.shape[1] - lookahead  # further tokens of the text
     end = lookahead if args.num_draft_tokens is None else min(lookahead, int(args.num_draft_tokens[row]))

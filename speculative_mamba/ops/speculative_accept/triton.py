@@ -51,13 +51,11 @@ def _decide(
     """
     at = tl.program_id(0).to(tl.int64)
     b, t = at // tokens, at % tokens
-    if active is not None:
-        if tl.load(active + b) == 0:
-            return
+    left_out = False if active is None else tl.load(active + b) == 0
     end = tokens - 1
     if num_draft_tokens is not None:
         end = tl.minimum(tl.maximum(tl.load(num_draft_tokens + b), 0), end)
-    if t > end:
+    if left_out | (t > end):
         return
     found = tl.load(status + at)
     winner = 0

@@ -198,11 +198,9 @@ void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
     announce_bytes(p.positions, p.batch * 8);
     announce(p.num_draft_tokens, p.batch);
     announce(p.target_probs, p.batch, p.target_probs_stride, 1, 0, p.vocabulary, Use::write);
-    announce_bytes(p.decisions, p.batch * p.tokens * 8, Use::write);
-    const int64_t scratch = (p.vocabulary + 63) / 64 + (p.vocabulary + 511) / 512;
-    announce_bytes(p.scratch, p.batch * p.tokens * scratch * 8, Use::write);
-    if (s.repetition_penalty || s.bias_capacity)
-        announce(p.adjusted, p.batch * p.tokens * p.vocabulary, Use::write);
+    const int64_t words = (p.vocabulary + 63) / 64 + (p.vocabulary + 511) / 512 + 1;
+    const int64_t adjusted = s.repetition_penalty || s.bias_capacity > 0 ? 4 * p.vocabulary : 0;
+    announce_bytes(p.scratch, p.batch * p.tokens * (8 * words + adjusted), Use::write);
     announce_bytes(p.next_token, p.batch * 8, Use::write);
     announce(p.accepted, p.batch, Use::write);
     announce(p.row_status, p.batch, Use::write);
