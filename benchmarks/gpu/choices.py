@@ -12,7 +12,7 @@ from speculative_mamba.ops.commit_tokens import RowPlaces
 from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.ops.sampling_tensors import SamplingTensors
-from speculative_mamba.ops.speculative_accept.arguments import AcceptArgs
+from speculative_mamba.ops.speculative_accept import SpeculativeAcceptArgs
 
 from . import updates
 from .work import Work, nbytes, outer_rows
@@ -60,11 +60,11 @@ class Choice(Work):
         target_probs: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """What ``rows`` choose by their logits (B, K+1, V)."""
-        arguments = AcceptArgs(
-            draft_tokens, draft_probs, self.sampling.rows_of(rows), self.rng_keys[rows], self.positions[rows],
-            int(purpose), False, None, None, None, None, target_probs,
+        args = SpeculativeAcceptArgs(
+            logits, draft_tokens, draft_probs, self.sampling.rows_of(rows), self.rng_keys[rows], self.positions[rows],
+            False, None, None, None, None, int(purpose), target_probs,
         )  # fmt: skip
-        return run("speculative_accept", backend, logits, arguments)
+        return run("speculative_accept", backend, args)
 
     @abstractmethod
     def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:

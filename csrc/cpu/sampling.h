@@ -215,7 +215,6 @@ inline void sort_all(const float* x, int64_t size, const Scratch& s) {
 }
 
 constexpr int64_t kHeapAtMost = 1024;
-constexpr double kRounding = 1e-6;  // "reaches p" up to the rounding of float32
 
 // The k likeliest tokens, of them the fewest that reach p, of them those of at least min_p times the largest.
 inline Probs top_tokens(const float* x, int64_t vocabulary, float max, const RowSampling& row, const Scratch& s) {

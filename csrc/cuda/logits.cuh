@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kReduceThreads, 4) reduce_logits(SpeculativeAc
             if (i < count_of(q) && key < least) least = key, token = first_of(q) + i;
         }
         max = Min{}(max, packed(least, token));
-        if (p.target_probs) store4(p.target_probs + row * p.target_probs_stride + first_of(q), Float4{}, count_of(q));
+        if (p.target_probs) store4(p.target_probs + row * p.target_probs_batch_stride + first_of(q), Float4{}, count_of(q));
         least = warp_reduce<kGroup / 4>(least, Min{});
         if (lane % (kGroup / 4) == 0 && count_of(q) > 0) store_raw(position.keys + first_of(q) / kGroup, least);
     }

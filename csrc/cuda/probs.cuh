@@ -8,7 +8,6 @@
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr double kRounding = 1e-6;  // bounds are met up to the rounding of float32
 constexpr int kMaxVocabulary = kBins * kBins;
 
 inline dim3 threads_for(int64_t vocabulary) {

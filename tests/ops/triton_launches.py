@@ -21,7 +21,6 @@ from speculative_mamba.ops.int8 import Int8Weight
 from speculative_mamba.ops.replay import ReplayInputs
 from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.ops.sampling_tensors import SamplingTensors
-from speculative_mamba.ops.speculative_accept.arguments import AcceptArgs
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 ROW = torch.zeros(1, dtype=torch.int32)
@@ -34,7 +33,7 @@ STATES = (
 
 def conv(dtype: torch.dtype, width: int) -> tuple:
     x, weight, window = torch.zeros(1, 5, 5120, dtype=dtype), torch.zeros(5120, width), torch.zeros(1, width + 5, 5120)
-    return x, weight.to(dtype), torch.zeros(5120), window, ROW, 0, None, False, True, 1, 1
+    return x, weight.to(dtype), torch.zeros(5120), window, ROW, 0, True, 1, 1, None, False, False
 
 
 def scan(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tuple:
@@ -42,7 +41,7 @@ def scan(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tu
     slots = torch.zeros(1, 1 if replay else 8, 5120, size, dtype=states)
     inputs = ReplayInputs(torch.zeros(1, 8, 5120), torch.zeros(1, 8, 5120), torch.zeros(1, 8, 1, size))
     A, D = torch.zeros(5120, size), torch.zeros(5120)
-    return x, x, A, B, B, D, x, D, slots, ROW, 0, ROW, False, inputs if replay else None
+    return x, x, A, B, B, D, x, D, slots, ROW, 0, inputs if replay else None, ROW, False, False
 
 
 def ssd(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tuple:
@@ -50,12 +49,12 @@ def ssd(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tup
     slots = torch.zeros(1, 1 if replay else 8, 80, 64, size, dtype=states)
     inputs = ReplayInputs(torch.zeros(1, 8, 80, 64), torch.zeros(1, 8, 80), torch.zeros(1, 8, 1, size))
     A, limits = torch.zeros(80), (0.0, math.inf)
-    return x, dt, A, B, B, A, A, slots, ROW, 0, x, limits, inputs if replay else None, ROW, False
+    return x, dt, A, B, B, A, A, slots, ROW, 0, x, limits, inputs if replay else None, ROW, False, False
 
 
 def norm(dtype: torch.dtype, gate: bool) -> tuple:
     x, residual = torch.zeros(5, 2560, dtype=dtype), torch.zeros(5, 2560)
-    return x, torch.zeros(2560, dtype=dtype), None if gate else residual, x if gate else None, 1, 1e-5
+    return x, torch.zeros(2560, dtype=dtype), None if gate else residual, x if gate else None, 1, 1e-5, False
 
 
 def silu(dtype: torch.dtype) -> tuple:
@@ -65,7 +64,7 @@ def silu(dtype: torch.dtype) -> tuple:
 def linear(dtype: torch.dtype, weight: torch.dtype, out_dtype: torch.dtype) -> tuple:
     matrix = torch.zeros(2560, 5120, dtype=weight)
     matrix = Int8Weight(matrix, torch.zeros(2560)) if weight is torch.int8 else matrix
-    return torch.zeros(5, 5120, dtype=dtype), matrix, torch.zeros(2560), out_dtype
+    return torch.zeros(5, 5120, dtype=dtype), matrix, torch.zeros(2560), out_dtype, False
 
 
 def attention(dtype: torch.dtype, cache: torch.dtype, dims: int) -> tuple:
@@ -82,7 +81,7 @@ def accepting(params: SamplingParams, tokens: int, everything: bool) -> tuple:
     q, active, limits = (logits[:, 1:], seen[:, 0], ROW) if everything else (None, None, None)
     probs = logits[:, 0] if everything and tokens == 1 else None
     sampling = SamplingTensors.from_params([params], 50280)
-    return logits, AcceptArgs(drafted, q, sampling, keys, row, 0, False, seen, seen.int(), active, limits, probs)
+    return logits, drafted, q, sampling, keys, row, False, seen, seen.int(), active, limits, 0, probs
 
 
 def committing(everything: bool) -> tuple:
@@ -161,7 +160,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 def main(op: str, architectures: list[int]) -> None:
     function, report = getattr(import_module(f"speculative_mamba.ops.{op}.triton"), op), []
     for architecture, (arguments, choice) in itertools.product(architectures, CALLS[op]):
-        for kernel in compiled(functools.partial(function, *arguments(*choice)), architecture):
+        args = function.__annotations__["args"](*arguments(*choice))
+        for kernel in compiled(functools.partial(function, args), architecture):
             about = {"kernel": kernel.metadata.name, "call": str(choice), "architecture": architecture}
             contractible = re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32", kernel.asm["ptx"])
             report.append({**about, "contractible": contractible, **resources(kernel.asm["cubin"])})

@@ -4,26 +4,23 @@ import torch
 
 from ..noise import Purpose, exponentials, uniform
 from ..sampling import ROUNDING, RowStatus, adjust_logits, gumbel_argmax, probs_from_logits, row_status
-from .arguments import AcceptArgs
+from . import SpeculativeAcceptArgs
 
 
-def speculative_accept(logits: torch.Tensor, args: AcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, device = len(logits), logits.device
+def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, device = len(args.logits), args.logits.device
     accepted, status = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
     next_token = torch.zeros(batch, dtype=torch.int64, device=device)
     for row in range(batch):
         if args.active is None or args.active[row]:
-            status[row], accepted[row], next_token[row] = _row(logits[row], args, row)
+            status[row], accepted[row], next_token[row] = _row(args, row)
     return accepted, next_token, status
 
 
-def _row(logits: torch.Tensor, args: AcceptArgs, row: int) -> tuple[RowStatus, int, int]:
+def _row(args: SpeculativeAcceptArgs, row: int) -> tuple[RowStatus, int, int]:
     """Status, accepted, next token; for a status other than OK ``accepted`` is the position."""
-    sampling, key, position = (
-        args.sampling.rows_of(slice(row, row + 1)),
-        args.rng_keys[row].tolist(),
-        int(args.positions[row]),
-    )
+    logits, sampling = args.logits[row], args.sampling.rows_of(slice(row, row + 1))
+    key, position = args.rng_keys[row].tolist(), int(args.positions[row])
     lookahead, vocabulary = len(logits) - 1, logits.shape[-1]
     counted = args.draft_tokens.shape[1] - lookahead  # further tokens of the text
     end = lookahead if args.num_draft_tokens is None else min(lookahead, int(args.num_draft_tokens[row]))

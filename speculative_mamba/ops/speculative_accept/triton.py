@@ -24,7 +24,7 @@ from ..triton_probs import (
     threshold,
     weight_of,
 )
-from .arguments import AcceptArgs
+from . import SpeculativeAcceptArgs
 
 TEST = tl.constexpr(int(Purpose.TEST))
 WINDOW = tl.constexpr(32)  # positions that are looked up together
@@ -139,7 +139,8 @@ def _first_rejection(status, choices, rejected, active, accepted, next_token, ro
     tl.store(row_status + b, tl.load(status + b * tokens + found, mask=wanted, other=0))
 
 
-def speculative_accept(logits: torch.Tensor, args: AcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = args.logits
     batch, tokens, _ = logits.shape
     lists = candidates(logits, args.sampling, args.prompt_mask, args.output_counts, args.draft_tokens)
 
