@@ -82,9 +82,7 @@ class Sample(Choice):
 
     def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
         probs = None if self.probs is None else self.probs[rows]
-        return self.choose(rows, backend, self.logits[rows, None], self.draft_tokens[rows], None, Purpose.DRAFT, probs)[
-            1:
-        ]
+        return self.choose(rows, backend, self.logits[rows, None], self.draft_tokens[rows], None, Purpose.DRAFT, probs)
 
     def baselines(self) -> dict[str, Callable[[], object]]:
         return {"torch": lambda: updates.sample(self.logits, self.params)}

@@ -151,5 +151,6 @@ def check_sampling(
             check_contiguous(name, tensor)
         elif sampling.has_penalties:
             raise ValueError(f"penalties need {name}, which counts the tokens of each text")
-    if sampling.bias_capacity and batch and like.device.type == "cpu" and sampling.bias_ids.max() >= vocabulary:
+    biased = sampling.bias_ids.tolist() if sampling.bias_capacity and like.device.type == "cpu" else []
+    if any(token >= vocabulary for row in biased for token in row):
         raise ValueError(f"sampling.bias_ids must be below {vocabulary}, the size of the vocabulary")

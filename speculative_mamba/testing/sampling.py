@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..ops import sample_tokens
 from ..ops.sampling_params import SamplingParams
 from ..ops.sampling_tensors import SamplingTensors
 
@@ -25,6 +26,19 @@ def text_of(prompt_mask: torch.Tensor | None, output_counts: torch.Tensor | None
     if output_counts is None:
         output_counts = torch.zeros(prompt_mask.shape, dtype=torch.int32)
     return {"prompt_mask": prompt_mask, "output_counts": output_counts}
+
+
+def sample(
+    logits: torch.Tensor, params: SamplingParams | list, backend: str, seed: int = 0, seen=None, counts=None, **options
+) -> tuple:
+    """Tokens (B) and probabilities (B, V) of rows of logits."""
+    rows, vocabulary = logits.shape
+    probs = torch.full(logits.shape, torch.nan)
+    tokens = sample_tokens(
+        logits, tensors(params, rows, vocabulary), rng_keys_of(rows, seed), torch.arange(rows) + 3, probs=probs,
+        **text_of(seen, counts), backend=backend, **options,
+    )  # fmt: skip
+    return tokens, probs
 
 
 def logits_by_hand(

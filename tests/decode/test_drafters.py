@@ -190,10 +190,10 @@ FIVES = torch.full((2, 3), 5)
         (FIVES, certain(1, 3, 61), ["laws", "(1, 3, 61)"]),
         (FIVES, certain(2, 3, 60), ["laws", "(2, 3, 60)"]),
         (FIVES, certain(2, 3, 61)[0], ["laws", "(3, 61)"]),
-        (FIVES, certain(2, 3, 61).double(), ["laws", "float64"]),
+        (FIVES, certain(2, 3, 61).double(), ["draft_probs", "float64"]),
         (FIVES, [[0.5]], ["laws", "list"]),
-        (FIVES, torch.zeros(2, 3, 61), ["law", "no probability"]),
-        (FIVES, torch.full((2, 3, 61), torch.nan), ["law"]),
+        (FIVES, torch.zeros(2, 3, 61), ["draft_probs", "no probability"]),
+        (FIVES, torch.full((2, 3, 61), torch.nan), ["draft_probs"]),
     ],
     ids=[
         "too many", "too few rows", "too many rows", "one dimension", "three dimensions", "too large", "negative",

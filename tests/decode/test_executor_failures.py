@@ -37,7 +37,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, error: Base
 @both_kinds
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
-    [(RowState, "of", MemoryError), (Sampler, "reseed", KeyboardInterrupt), (Sampler, "follow", KeyboardInterrupt)],
+    [(RowState, "of", MemoryError), (Sampler, "set_params", KeyboardInterrupt), (Sampler, "follow", KeyboardInterrupt)],
     ids=["saving", "opening", "launching"],
 )
 def test_an_executor_is_given_back(pair, prompt, monkeypatch, kind, owner, name, error) -> None:

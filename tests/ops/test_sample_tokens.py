@@ -8,26 +8,12 @@ import torch
 from speculative_mamba.ops import sample_tokens
 from speculative_mamba.ops.sampling import raise_for
 from speculative_mamba.ops.sampling_params import SamplingParams
-from speculative_mamba.ops.sampling_tensors import SamplingTensors
-from speculative_mamba.testing.sampling import assert_probs, probs_by_hand, rng_keys_of, tensors, text_of
+from speculative_mamba.testing.sampling import assert_probs, probs_by_hand, rng_keys_of, sample, tensors, text_of
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 OP = "speculative_accept"  # of which this is a special case
 NATURAL = SamplingParams(temperature=1.0)
 PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1])
-
-
-def sample(
-    logits: torch.Tensor, params: SamplingParams | list, backend: str, seed: int = 0, seen=None, counts=None, **options
-) -> tuple:
-    """Tokens (B) and probabilities (B, V) of rows of logits."""
-    rows, vocabulary = logits.shape
-    probs = torch.full(logits.shape, torch.nan)
-    tokens = sample_tokens(
-        logits, tensors(params, rows, vocabulary), rng_keys_of(rows, seed), torch.arange(rows) + 3, probs=probs,
-        **text_of(seen, counts), backend=backend, **options,
-    )  # fmt: skip
-    return tokens, probs
 
 
 def kept(given: torch.Tensor, backend: str, **filters: float) -> list[int]:
@@ -148,109 +134,6 @@ def test_the_penalty_lowers_positive_and_negative_logits_once(backend: str) -> N
     assert_probs(probs[0], torch.softmax(torch.tensor([1.0, 1.0, -2.0, -4.0, 0.0]).double(), -1).tolist())
     unchanged = sample(logits, NATURAL, backend, seen=seen, draft_tokens=recent)
     assert_bitwise_equal(unchanged[1], sample(logits, NATURAL, backend)[1], "without a penalty")
-
-
-MIX = [
-    SamplingParams(),
-    NATURAL,
-    SamplingParams(temperature=0.8, top_k=20, top_p=0.8),
-    SamplingParams(temperature=1.0, presence_penalty=1.5),
-    SamplingParams(temperature=1.0, frequency_penalty=0.7, top_p=0.9),
-    SamplingParams(temperature=1.0, frequency_penalty=-2, presence_penalty=-2),
-    SamplingParams(temperature=0.9, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2, min_p=0.02),
-    SamplingParams(temperature=1.0, logit_bias={0: 100, 3: -100, 50: 2.5, 76: -torch.inf}),
-    SamplingParams(repetition_penalty=3.0, presence_penalty=2, logit_bias={token: 0.1 * token for token in range(77)}),
-    SamplingParams(temperature=3.0, logit_bias={token: -torch.inf for token in range(74)}, repetition_penalty=0.7),
-    SamplingParams(temperature=1.0, top_k=600, frequency_penalty=1.0),
-]
-
-
-def mixed(vocabulary: int) -> dict:
-    """Arguments of a batch in which every row has other parameters, but for what a test adds."""
-    generator, rows = torch.Generator().manual_seed(vocabulary), len(MIX)
-    logits = torch.randn(rows, vocabulary, generator=generator) * 2
-    prompt = torch.rand(rows, vocabulary, generator=generator) < 0.2
-    counts = torch.randint(-4, 4, (rows, vocabulary), generator=generator).clamp(min=0).int()
-    drafted = torch.randint(0, vocabulary, (rows, 3), generator=generator)
-    drafted[:, 2] = drafted[:, 0]
-    return {"logits": logits, "seen": prompt, "counts": counts, "draft_tokens": drafted}
-
-
-@pytest.mark.parametrize("vocabulary", [77, 2100])
-def test_rows_of_every_kind_in_one_batch_equal_the_hand_computation(vocabulary: int, backend: str) -> None:
-    """Presence and frequency count generated and drafted tokens, a repetition penalty those of the prompt as well."""
-    batch = mixed(vocabulary)
-    tokens, probs = sample(params=MIX, backend=backend, **batch)
-    for row, params in enumerate(MIX):
-        prompt = batch["seen"][row].nonzero().flatten().tolist()
-        generated = torch.arange(vocabulary).repeat_interleave(batch["counts"][row]).tolist()
-        generated += batch["draft_tokens"][row].tolist()
-        assert_probs(probs[row], probs_by_hand(batch["logits"][row].tolist(), params, prompt, generated), params)
-        assert probs[row, tokens[row]] > 0
-
-
-def test_a_row_of_a_mixed_batch_is_the_row_alone(backend: str) -> None:
-    batch = mixed(77)
-    tokens, probs = sample(params=MIX, backend=backend, **batch)
-    for row, params in enumerate(MIX):
-        alone = torch.empty(1, 77)
-        texts = {} if not params.penalised else text_of(batch["seen"][[row]], batch["counts"][[row]])
-        token = sample_tokens(
-            batch["logits"][[row]], tensors(params, 1, 77), rng_keys_of(len(MIX))[[row]], torch.tensor([row + 3]),
-            probs=alone, draft_tokens=batch["draft_tokens"][[row]], **texts, backend=backend,
-        )  # fmt: skip
-        assert token.item() == tokens[row].item()
-        assert_bitwise_equal(alone[0], probs[row], f"probs of row {row}")
-
-
-def test_neutral_penalties_and_an_empty_bias_change_nothing(backend: str) -> None:
-    batch = mixed(77)
-    plain = [SamplingParams(temperature=params.temperature, top_k=params.top_k) for params in MIX]
-    expected = sample(batch["logits"], plain, backend)
-    neutral = SamplingTensors.from_params(plain, 77, penalties=True, bias_capacity=4)
-    probs = torch.empty(len(MIX), 77)
-    tokens = sample_tokens(
-        batch["logits"], neutral, rng_keys_of(len(MIX)), torch.arange(len(MIX)) + 3, probs=probs,
-        **text_of(batch["seen"], batch["counts"]), backend=backend,
-    )  # fmt: skip
-    assert_bitwise_equal(tokens, expected[0], "tokens")
-    assert_bitwise_equal(probs, expected[1], "probs")
-
-
-def test_values_that_are_copied_in_are_those_that_count(backend: str) -> None:
-    """What a captured call relies on: greedy rows become sampled ones, with the same tensors."""
-    batch = mixed(77)
-    expected = sample(params=MIX[::-1], backend=backend, **batch)
-    sampling, probs = tensors(MIX, len(MIX), 77), torch.empty(len(MIX), 77)
-    sampling.copy_(tensors(MIX[::-1], len(MIX), 77))
-    tokens = sample_tokens(
-        batch["logits"], sampling, rng_keys_of(len(MIX)), torch.arange(len(MIX)) + 3, probs=probs,
-        **text_of(batch["seen"], batch["counts"]), draft_tokens=batch["draft_tokens"], backend=backend,
-    )  # fmt: skip
-    assert_bitwise_equal(tokens, expected[0], "tokens")
-    assert_bitwise_equal(probs, expected[1], "probs")
-
-
-def test_what_bias_and_penalties_leave_is_judged(backend: str) -> None:
-    """NaN, infinite and impossible logits are named as they are after bias and penalties; other rows do not mind."""
-    params = [
-        SamplingParams(temperature=1.0, logit_bias={0: -torch.inf, 1: -torch.inf, 2: -torch.inf}),
-        SamplingParams(temperature=1.0, logit_bias={1: -torch.inf}),
-        SamplingParams(temperature=1.0, logit_bias={0: -torch.inf}),
-        SamplingParams(presence_penalty=1.0),
-        SamplingParams(temperature=1.0, frequency_penalty=1.0, logit_bias={2: 1e30}),
-        NATURAL,
-    ]
-    logits = torch.tensor([[1.0, 2, 3], [1, torch.inf, 0], [torch.nan, 0, 0], [0.0, -0.0, -torch.inf],
-                           [0, 0, 3e38], [0.0, -0.0, -torch.inf]])  # fmt: skip
-    counts = torch.tensor([[0, 0, 0]] * 3 + [[1, 0, 5]] * 3).int()
-    status = torch.full((6,), 9, dtype=torch.int32)
-    tokens, probs = sample(
-        logits, params, backend, seen=torch.zeros(6, 3, dtype=torch.bool), counts=counts, row_status=status
-    )
-    assert status.tolist() == [3, 1, 1, 0, 0, 0]
-    assert tokens[3:5].tolist() == [1, 2] and tokens[:3].tolist() == [0, 0, 0]
-    assert probs[3:].tolist() == [[0, 1, 0], [0, 0, 1], [0.5, 0.5, 0]]
 
 
 def test_greedy_sees_the_penalty(backend: str) -> None:
@@ -481,59 +364,6 @@ def test_row_status_can_be_read_later(backend: str) -> None:
     assert tokens.tolist() == [expected[0], 0, 0, expected[3]]
     with pytest.raises(ValueError, match=r"^row 1: logits are NaN"):
         raise_for(row_status)
-
-
-def arguments() -> dict:
-    return {
-        "logits": torch.zeros(3, 7), "sampling": tensors(NATURAL, 3, 7), "rng_keys": rng_keys_of(3),
-        "positions": torch.arange(3), "probs": torch.empty(3, 7), **text_of(torch.zeros(3, 7, dtype=torch.bool)),
-        "draft_tokens": torch.zeros(3, 2, dtype=torch.int64), "active": torch.ones(3, dtype=torch.bool),
-        "row_status": torch.zeros(3, dtype=torch.int32),
-    }  # fmt: skip
-
-
-TENSORS = [name for name, value in arguments().items() if isinstance(value, torch.Tensor)]
-
-
-def refused(match: str, backend: str, **wrong: object) -> None:
-    with pytest.raises(ValueError, match=match) as caught:
-        sample_tokens(**{**arguments(), **wrong}, backend=backend)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_arguments_that_do_not_fit_are_named(name: str, backend: str) -> None:
-    tensor = arguments()[name]
-    other = r"\bmeta\b" if name == "logits" else rf"\b{name}\b.*\bmeta\b"
-    refused(other, backend, **{name: tensor.to("meta")})
-    refused(rf"\b{name}\b", backend, **{name: tensor.to(torch.int16)})
-    refused(rf"\b{name}\b", backend, **{name: tensor[None]})
-    if name != "logits":
-        refused(rf"\b{name}\b", backend, **{name: torch.cat([tensor, tensor[:1]])})
-    refused(rf"\b{name}\b.*contiguous", backend, **{name: tensor.repeat_interleave(2, -1)[..., ::2]})
-
-
-def test_rng_keys_hold_two_numbers(backend: str) -> None:
-    refused(r"rng_keys must have shape \(3, 2\)", backend, rng_keys=torch.zeros(3, 1, dtype=torch.int64))
-    refused(r"rng_keys must have shape \(3, 2\)", backend, rng_keys=torch.zeros(3, dtype=torch.int64))
-
-
-@pytest.mark.parametrize("token", [-1, 7])
-def test_draft_tokens_are_of_the_vocabulary(token: int, backend: str) -> None:
-    refused("draft_tokens.*from 0 to 6", backend, draft_tokens=torch.tensor([[0, 1], [token, 2], [3, 4]]))
-
-
-@pytest.mark.parametrize("name", ["prompt_mask", "output_counts"])
-def test_penalties_need_the_text(name: str, backend: str) -> None:
-    for penalty in ({"repetition_penalty": 0.9}, {"presence_penalty": 1}, {"frequency_penalty": -0.1}):
-        sampling = tensors(SamplingParams(temperature=1.0, **penalty), 3, 7)
-        refused(f"penalties need {name}", backend, sampling=sampling, **{name: None})
-
-
-def test_parameters_are_those_of_the_rows(backend: str) -> None:
-    refused(r"sampling.temperature must have shape \(3,\)", backend, sampling=tensors(NATURAL, 2, 7))
-    refused("sampling must be SamplingTensors", backend, sampling=NATURAL)
-    refused("bias_ids must be below 7", backend, sampling=tensors(SamplingParams(logit_bias={7: 1.0}), 3, 8))
 
 
 def test_a_long_tail_is_summed_whole(backend):

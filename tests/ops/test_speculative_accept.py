@@ -269,47 +269,6 @@ def test_a_token_drafted_twice_is_penalised_once(backend: str) -> None:
     assert (accepted.item(), next_token.item()) == (3, 0), "9 / 2 > 3, 9 / 4 is not"
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-def test_presence_and_frequency_count_the_tokens_before_each_position(coupled: bool, backend: str) -> None:
-    """Drafted tokens count as generated from the position after theirs on, each as often as it comes; the prompt does
-    not count. Greedy, so that the first position at which another token leads is seen."""
-    logits = torch.tensor([5.0, 4.2, 0.0]).expand(1, 4, 3)
-    for presence, frequency, counts, expected in (
-        (0.0, 0.5, [0, 0, 0], (2, 1)),  # 5, 4.5, 4 against 4.2
-        (0.0, 0.5, [1, 0, 0], (1, 1)),
-        (0.5, 0.0, [0, 0, 0], (3, 0)),  # 5, then 4.5
-        (0.9, 0.0, [0, 0, 0], (1, 1)),
-        (0.9, 0.0, [0, 4, 0], (3, 0)),
-        (-0.5, 0.0, [0, 1, 0], (3, 0)),  # 5 against 4.7, then 5.5
-        (0.0, -0.5, [0, 2, 0], (0, 1)),
-    ):
-        params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
-        text = text_of(torch.ones(1, 3, dtype=torch.bool), torch.tensor([counts]).int())
-        accepted, next_token = speculative_accept(
-            logits, torch.tensor([[0, 0, 0]]), None, tensors(params, 1, 3), rng_keys_of(1),
-            torch.zeros(1, dtype=torch.int64), coupled=coupled, **text, backend=backend,
-        )  # fmt: skip
-        assert (accepted.item(), next_token.item()) == expected, (presence, frequency, counts)
-
-
-@pytest.mark.parametrize("coupled", [False, True])
-def test_rows_of_every_kind_in_one_batch(coupled: bool, backend: str) -> None:
-    """Each row of a mixed batch is bit for bit the row alone, of which the other rows' parameters are unknown."""
-    kinds = list(FILTERS.values()) * 2
-    arguments, reached = make(kinds, rows=len(kinds)), set()
-    if coupled:
-        arguments["draft_tokens"][::2] = choices(arguments, backend)[::2, :K]
-    accepted, next_token = speculative_accept(**arguments, coupled=coupled, backend=backend)
-    for row, params in enumerate(kinds):
-        alone = rows_of(arguments, slice(row, row + 1)) | {"sampling": tensors(params, 1, V)}
-        if not params.penalised:
-            del alone["prompt_mask"], alone["output_counts"]
-        result = speculative_accept(**alone, coupled=coupled, backend=backend)
-        assert [t.item() for t in result] == [accepted[row].item(), next_token[row].item()], row
-        reached.add(accepted[row].item())
-    assert len(reached) > 1
-
-
 @every_filter
 @pytest.mark.parametrize("coupled", [False, True])
 def test_a_row_does_not_depend_on_its_neighbours(params: SamplingParams, coupled: bool, backend: str) -> None:
@@ -508,58 +467,6 @@ def test_verdicts_can_be_read_later(backend: str) -> None:
     with pytest.raises(ValueError) as later:
         raise_for(row_status, accepted)
     assert str(now.value) == str(later.value)
-
-
-def every_argument() -> dict:
-    more = {"active": torch.bool, "num_draft_tokens": torch.int32, "row_status": torch.int32}
-    return make(NATURAL) | {name: torch.ones(B, dtype=dtype) for name, dtype in more.items()}
-
-
-def refused(match: str, backend: str, **wrong: object) -> None:
-    with pytest.raises(ValueError, match=match) as caught:
-        speculative_accept(**{**every_argument(), **wrong}, backend=backend)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", [name for name in every_argument() if name != "sampling"])
-def test_arguments_that_do_not_fit_are_named(name: str, backend: str) -> None:
-    tensor = every_argument()[name]
-    refused(r"\bmeta\b" if name == "logits" else rf"\b{name}\b.*\bmeta\b", backend, **{name: tensor.to("meta")})
-    refused(rf"\b{name}\b", backend, **{name: tensor.to(torch.int16)})
-    refused(rf"\b{name}\b", backend, **{name: tensor[None]})
-    if name != "logits":
-        refused(rf"\b{name}\b", backend, **{name: torch.cat([tensor, tensor[:1]])})
-    refused(rf"\b{name}\b.*contiguous", backend, **{name: tensor.repeat_interleave(2, -1)[..., ::2]})
-
-
-def test_sizes_that_do_not_fit_are_named(backend: str) -> None:
-    base = make(NATURAL)
-    refused("draft_tokens must have shape", backend, draft_tokens=base["draft_tokens"][:, 1:].contiguous())
-    refused("draft_probs must have shape", backend, draft_probs=base["draft_probs"][:, 1:])
-    refused("draft_probs must have shape", backend, draft_probs=base["draft_probs"][..., 1:].contiguous())
-    refused(r"logits must have shape \(B, K\+1, V\)", backend, logits=base["logits"][:, :0])
-    refused(r"rng_keys must have shape \(6, 2\)", backend, rng_keys=base["rng_keys"][:, :1].contiguous())
-
-
-def test_num_draft_tokens_are_not_negative(backend: str) -> None:
-    refused(
-        "num_draft_tokens must be at least 0",
-        backend,
-        num_draft_tokens=torch.tensor([1, 2, 3, -1, 0, 9], dtype=torch.int32),
-    )
-
-
-@pytest.mark.parametrize("token", [-1, V])
-def test_drafted_tokens_are_of_the_vocabulary(token: int, backend: str) -> None:
-    drafted = make(NATURAL)["draft_tokens"]
-    drafted[2, 1] = token
-    refused("draft_tokens.*from 0 to 76", backend, draft_tokens=drafted)
-
-
-def test_a_penalty_needs_the_text(backend: str) -> None:
-    for penalty in ({"repetition_penalty": 1.1}, {"presence_penalty": 1}, {"frequency_penalty": -1}):
-        sampling = tensors(SamplingParams(temperature=1.0, **penalty), B, V)
-        refused("penalties need output_counts", backend, sampling=sampling, output_counts=None)
 
 
 def test_probs_that_another_softmax_rounded_is_no_error(kernels):

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..backend import run
-from ..checks import (
+from .backend import run
+from .checks import (
     check,
     check_active,
     check_rng_keys,
@@ -11,10 +11,10 @@ from ..checks import (
     check_sampling,
     check_tokens,
 )
-from ..noise import Purpose
-from ..sampling import raise_for
-from ..sampling_tensors import SamplingTensors
-from ..speculative_accept import SpeculativeAcceptArgs
+from .noise import Purpose
+from .sampling import raise_for
+from .sampling_tensors import SamplingTensors
+from .speculative_accept import SpeculativeAcceptArgs
 
 
 def sample_tokens(
