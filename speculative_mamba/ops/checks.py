@@ -143,7 +143,8 @@ def check_sampling(
     """Parameters of every row, and the text that penalties need; ``SamplingTensors`` has checked itself."""
     if not isinstance(sampling, SamplingTensors):
         raise ValueError(f"sampling must be SamplingTensors, got {type(sampling).__name__}")
-    check("sampling.temperature", sampling.temperature, (batch,), like)
+    if sampling.rows != batch or sampling.temperature.device != like.device:
+        check("sampling.temperature", sampling.temperature, (batch,), like)
     text = {"prompt_mask": (prompt_mask, torch.bool), "output_counts": (output_counts, torch.int32)}
     for name, (tensor, dtype) in text.items():
         if tensor is not None:

@@ -68,10 +68,10 @@ def sample_tokens(
     check_row_status(row_status, batch, logits)
     if probs is not None:
         check("probs", probs, logits.shape, logits)
-    draft_tokens = logits.new_empty(batch, 0, dtype=torch.int64) if draft_tokens is None else draft_tokens
-    check_tokens("draft_tokens", draft_tokens, (batch, draft_tokens.shape[-1]), vocabulary, logits)
+    if draft_tokens is not None:
+        check_tokens("draft_tokens", draft_tokens, (batch, draft_tokens.shape[-1]), vocabulary, logits)
     args = SpeculativeAcceptArgs(
-        logits[:, None], draft_tokens, None, sampling, rng_keys, positions, False, prompt_mask, output_counts, active,
+        logits.unsqueeze(1), draft_tokens, None, sampling, rng_keys, positions, False, prompt_mask, output_counts, active,
         None, purpose=int(purpose), target_probs=probs,
     )  # fmt: skip
     _, tokens, found = run("speculative_accept", backend, args)

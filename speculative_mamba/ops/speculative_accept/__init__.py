@@ -23,12 +23,12 @@ class SpeculativeAcceptArgs(NamedTuple):
     """The arguments of ``speculative_accept``, as every backend takes them; and with K = 0 those of ``sample_tokens``,
     of which each has more:
 
-    draft_tokens: (B, R) with R of at least K: the last K are tested, those before only count as text.
+    draft_tokens: (B, R) with R of at least K: the last K are tested, those before only count as text. None: R is 0.
     purpose: of the noise that tokens are drawn with. target_probs: (B, V), None: **written** with K = 0.
     """
 
     logits: torch.Tensor
-    draft_tokens: torch.Tensor
+    draft_tokens: torch.Tensor | None
     draft_probs: torch.Tensor | None
     sampling: SamplingTensors
     rng_keys: torch.Tensor
@@ -40,6 +40,13 @@ class SpeculativeAcceptArgs(NamedTuple):
     num_draft_tokens: torch.Tensor | None
     purpose: int = int(Purpose.TOKEN)
     target_probs: torch.Tensor | None = None
+
+    @property
+    def text_tokens(self) -> torch.Tensor:
+        """Draft tokens as a tensor in any case."""
+        if self.draft_tokens is None:
+            return self.logits.new_empty(len(self.logits), 0, dtype=torch.int64)
+        return self.draft_tokens
 
 
 def speculative_accept(

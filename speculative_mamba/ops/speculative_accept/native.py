@@ -14,7 +14,8 @@ def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch
     next_token = logits.new_empty(batch, dtype=torch.int64)
     kernels, where = compiled(logits)
     kernels.speculative_accept(
-        args, where, batch=batch, tokens=tokens, vocabulary=vocabulary, draft_stride=args.draft_tokens.shape[1],
+        args, where, batch=batch, tokens=tokens, vocabulary=vocabulary,
+        draft_stride=0 if args.draft_tokens is None else args.draft_tokens.shape[1],
         **vars(args.sampling), bias_capacity=args.sampling.bias_capacity, accepted=accepted, next_token=next_token,
         row_status=row_status, scratch=scratch(logits),
     )  # fmt: skip

@@ -142,7 +142,8 @@ def _first_rejection(status, choices, rejected, active, accepted, next_token, ro
 def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = args.logits
     batch, tokens, _ = logits.shape
-    lists = candidates(logits, args.sampling, args.prompt_mask, args.output_counts, args.draft_tokens)
+    draft_tokens = args.text_tokens
+    lists = candidates(logits, args.sampling, args.prompt_mask, args.output_counts, draft_tokens)
 
     def new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -150,11 +151,11 @@ def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch
     choices, rejected = new(torch.int32, batch, tokens), new(torch.int8, batch, tokens)
     target_probs = None if args.target_probs is None else (args.target_probs, args.target_probs.stride(0))
     launch(
-        _decide, batch * tokens, logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), draft_tokens=args.draft_tokens,
+        _decide, batch * tokens, logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), draft_tokens=draft_tokens,
         draft_probs=None if args.draft_probs is None else with_strides(args.draft_probs), rng_keys=args.rng_keys,
         positions=args.positions, active=args.active, num_draft_tokens=args.num_draft_tokens,
         target_probs=target_probs, choices=choices, rejected=rejected, coupled=int(args.coupled),
-        purpose=args.purpose, draft_stride=args.draft_tokens.shape[1],
+        purpose=args.purpose, draft_stride=draft_tokens.shape[1],
     )  # fmt: skip
     accepted, next_token, row_status = new(torch.int32, batch), new(torch.int64, batch), new(torch.int32, batch)
     launch(
