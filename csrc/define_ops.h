@@ -1,12 +1,29 @@
-// Python's view of a table of kernels: integers in, params struct, launcher. No logic.
+// Python's view of a table of kernels: one function an op, which fills the op's struct of params.h and launches.
 //
-// Included once per module, behind a header that gives Kernels, kernels(), Where and where_of(): the last argument of
-// every function is the number of threads, or the stream.
+// Such a function takes the op's argument object, a named tuple, then where it runs (the number of threads, or the stream), then
+// keywords. Every field of the struct is filled by name, from the keyword or else from the argument that is called so:
+//
+// - a pointer from a tensor, or from None;
+// - the strides, the dtype and the bytes that follow a pointer (`<tensor>_…_stride`, `<tensor>_dtype`,
+//   `<tensor>_bytes`) from the same tensor;
+// - `scratch` from a function that makes a tensor of so many bytes; it is called if the kernel needs any.
+//
+// A tensor is whatever has data_ptr(), stride(), dtype and nbytes. Included once per module, behind a header that gives
+// Kernels, kernels(), Where, where_of() and, for kernels that need scratch memory, scratch_bytes().
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "philox.h"
 #include "program.h"
 
 namespace py = pybind11;
@@ -14,306 +31,250 @@ using namespace speculative_mamba;
 
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
+struct Field {
+    enum Source { value, scratch, stride, dtype, bytes };  // the last three are of the tensor before
+    py::str name;
+    Source source = value;
+    int dimension = 0;  // of a stride
+};
+
+inline bool ends_with(const std::string& text, const std::string& end) {
+    return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
-inline DType dtype(int code) { return static_cast<DType>(code); }
+// Throws unless the fields that are named cover the struct.
+template <typename Params>
+void check_cover(const std::vector<Field>& fields) {
+    Params params{};
+    const auto begin = reinterpret_cast<uintptr_t>(&params);
+    uintptr_t end = begin;
+    size_t count = 0;
+    bool covered = true;
+    const auto advance = [&](uintptr_t at, size_t size, size_t alignment) {
+        covered = covered && at >= end && at - end < alignment;
+        end = at + size, count++;
+    };
+    params.visit([&](auto&... member) {
+        (advance(reinterpret_cast<uintptr_t>(&member), sizeof member, alignof(decltype(member))), ...);
+    });
+    if (!covered || begin + sizeof params - end >= alignof(Params) || count != fields.size())
+        throw std::logic_error(std::string("csrc/params.h: these are not all fields, in order: ") + Params::kFields);
+}
 
 template <typename Params>
-void submit(void (*Kernels::*kernel)(const Params&, Where), const Params& params, intptr_t where) {
-    Program::submit([kernel, params](intptr_t place) { (kernels().*kernel)(params, where_of(place)); }, where);
+std::vector<Field> make_fields() {
+    std::vector<bool> is_pointer;
+    Params().visit([&](auto&... member) {
+        (is_pointer.push_back(std::is_pointer_v<std::remove_reference_t<decltype(member)>>), ...);
+    });
+    std::vector<Field> fields;
+    std::string name, tensor;
+    int strides = 0;
+    for (std::istringstream names(Params::kFields); std::getline(names >> std::ws, name, ',');) {
+        name = name.substr(name.find('.') + 1);  // of a struct within, its own name
+        Field field;
+        field.name = py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name.c_str()));
+        if (is_pointer.at(fields.size())) {
+            tensor = name, strides = 0;
+            if (name == "scratch") field.source = Field::scratch;
+        } else if (!tensor.empty() && name.compare(0, tensor.size() + 1, tensor + "_") == 0) {
+            if (name == tensor + "_dtype") field.source = Field::dtype;
+            if (name == tensor + "_bytes") field.source = Field::bytes;
+            if (ends_with(name, "_stride")) field.source = Field::stride, field.dimension = strides++;
+        }
+        fields.push_back(std::move(field));
+    }
+    check_cover<Params>(fields);
+    return fields;
 }
 
-using Pair = std::pair<int64_t, int64_t>;  // strides of (batch, token), of a cache of entries (batch, head)
-
-void attention(int activations, int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dims,
-               int64_t slots, int64_t capacity, uintptr_t q, Pair q_strides, uintptr_t k, Pair k_strides, uintptr_t v,
-               Pair v_strides, uintptr_t keys, Pair keys_strides, uintptr_t values, Pair values_strides,
-               int cache_dtype, uintptr_t lengths, uintptr_t start_slot, uintptr_t null_columns, int64_t write_slot,
-               bool keep_last, uintptr_t inv_freq, int64_t pairs, float scale, uintptr_t y, uintptr_t scratch,
-               int64_t scratch_size, intptr_t where) {
-    submit<AttentionParams>(&Kernels::attention,
-                            {dtype(activations),
-                             batch,
-                             tokens,
-                             heads,
-                             kv_heads,
-                             dims,
-                             slots,
-                             capacity,
-                             pointer<float>(q),
-                             q_strides.first,
-                             q_strides.second,
-                             pointer<float>(k),
-                             k_strides.first,
-                             k_strides.second,
-                             pointer<float>(v),
-                             v_strides.first,
-                             v_strides.second,
-                             pointer<void>(keys),
-                             keys_strides.first,
-                             keys_strides.second,
-                             pointer<void>(values),
-                             values_strides.first,
-                             values_strides.second,
-                             dtype(cache_dtype),
-                             pointer<int32_t>(lengths),
-                             pointer<int32_t>(start_slot),
-                             pointer<int32_t>(null_columns),
-                             write_slot,
-                             keep_last,
-                             pointer<float>(inv_freq),
-                             pairs,
-                             scale,
-                             pointer<float>(y),
-                             pointer<float>(scratch),
-                             scratch_size},
-                            where);
+// The result of a call of Python's, or its error.
+inline py::object checked(PyObject* result) {
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
 }
 
-void causal_conv1d(int activations, int64_t batch, int64_t tokens, int64_t channels, int64_t width, int64_t repeat,
-                   int64_t block, bool silu, uintptr_t x, Pair x_strides, uintptr_t weight, Pair weight_strides,
-                   int weight_dtype, uintptr_t bias, uintptr_t window, Pair window_strides, uintptr_t start_slot,
-                   uintptr_t null_columns, int64_t write_slot, bool keep_last, uintptr_t y, intptr_t where) {
-    submit<CausalConv1dParams>(&Kernels::causal_conv1d,
-                               {dtype(activations),
-                                batch,
-                                tokens,
-                                channels,
-                                width,
-                                repeat,
-                                block,
-                                silu,
-                                pointer<float>(x),
-                                x_strides.first,
-                                x_strides.second,
-                                pointer<void>(weight),
-                                weight_strides.first,
-                                weight_strides.second,
-                                dtype(weight_dtype),
-                                pointer<float>(bias),
-                                pointer<float>(window),
-                                window_strides.first,
-                                window_strides.second,
-                                pointer<int32_t>(start_slot),
-                                pointer<int32_t>(null_columns),
-                                write_slot,
-                                keep_last,
-                                pointer<float>(y)},
-                               where);
+// What is asked of tensors.
+struct TensorNames {
+    py::str data_ptr{"data_ptr"}, stride{"stride"}, dtype{"dtype"}, nbytes{"nbytes"};
+};
+inline const TensorNames& of_tensor() {
+    static const TensorNames& names = *new TensorNames;  // outlives the interpreter
+    return names;
+}
+inline py::object call(const py::object& tensor, const py::str& method) {
+    return checked(PyObject_CallMethodNoArgs(tensor.ptr(), method.ptr()));
+}
+inline py::object get(py::handle object, const py::str& name) {
+    return checked(PyObject_GetAttr(object.ptr(), name.ptr()));
 }
 
-void selective_scan(int activations, int64_t batch, int64_t tokens, int64_t channels, int64_t state_size,
-                    int64_t b_groups, int64_t c_groups, uintptr_t x, Pair x_strides, uintptr_t dt, Pair dt_strides,
-                    uintptr_t A, uintptr_t B, Pair b_strides, uintptr_t C, Pair c_strides, uintptr_t D, uintptr_t z,
-                    Pair z_strides, uintptr_t dt_bias, uintptr_t states, Pair states_strides, int state_dtype,
-                    uintptr_t start_slot, uintptr_t null_columns, int64_t write_slot, bool keep_last,
-                    int64_t input_slots, uintptr_t input_x, uintptr_t input_dt, uintptr_t input_B, uintptr_t y,
-                    intptr_t where) {
-    submit<SelectiveScanParams>(&Kernels::selective_scan,
-                                {dtype(activations),
-                                 batch,
-                                 tokens,
-                                 channels,
-                                 state_size,
-                                 b_groups,
-                                 c_groups,
-                                 pointer<float>(x),
-                                 x_strides.first,
-                                 x_strides.second,
-                                 pointer<float>(dt),
-                                 dt_strides.first,
-                                 dt_strides.second,
-                                 pointer<float>(A),
-                                 pointer<float>(B),
-                                 b_strides.first,
-                                 b_strides.second,
-                                 pointer<float>(C),
-                                 c_strides.first,
-                                 c_strides.second,
-                                 pointer<float>(D),
-                                 pointer<float>(z),
-                                 z_strides.first,
-                                 z_strides.second,
-                                 pointer<float>(dt_bias),
-                                 pointer<void>(states),
-                                 states_strides.first,
-                                 states_strides.second,
-                                 dtype(state_dtype),
-                                 pointer<int32_t>(start_slot),
-                                 pointer<int32_t>(null_columns),
-                                 write_slot,
-                                 keep_last,
-                                 input_slots,
-                                 pointer<float>(input_x),
-                                 pointer<float>(input_dt),
-                                 pointer<float>(input_B),
-                                 pointer<float>(y)},
-                                where);
+// By what comes behind the dot of "torch.float32".
+inline DType dtype_of(py::handle dtype) {
+    static std::vector<std::pair<py::object, DType>>& known = *new std::vector<std::pair<py::object, DType>>;
+    for (const auto& [object, code] : known)
+        if (object.is(dtype)) return code;
+    const std::string name = py::str(dtype);
+    for (int code = 0; code < static_cast<int>(std::size(kDTypes)); code++) {
+        if (!ends_with(name, std::string(".") + kDTypes[code])) continue;
+        known.emplace_back(py::reinterpret_borrow<py::object>(dtype), static_cast<DType>(code));
+        return static_cast<DType>(code);
+    }
+    throw std::invalid_argument("kernels do not know dtype " + name);
 }
 
-void ssd(int activations, int64_t batch, int64_t tokens, int64_t heads, int64_t head_size, int64_t state_size,
-         int64_t x_heads, int64_t b_groups, int64_t c_groups, uintptr_t x, Pair x_strides, uintptr_t dt,
-         Pair dt_strides, uintptr_t A, uintptr_t B, Pair b_strides, uintptr_t C, Pair c_strides, uintptr_t D,
-         bool d_per_channel, uintptr_t z, Pair z_strides, uintptr_t dt_bias, std::pair<float, float> dt_limit,
-         uintptr_t states, Pair states_strides, int state_dtype, uintptr_t start_slot, uintptr_t null_columns,
-         int64_t write_slot, bool keep_last, int64_t input_slots, uintptr_t input_x, uintptr_t input_dt,
-         uintptr_t input_b, uintptr_t y, intptr_t where) {
-    submit<SsdParams>(&Kernels::ssd,
-                      {dtype(activations),
-                       batch,
-                       tokens,
-                       heads,
-                       head_size,
-                       state_size,
-                       x_heads,
-                       b_groups,
-                       c_groups,
-                       pointer<float>(x),
-                       x_strides.first,
-                       x_strides.second,
-                       pointer<float>(dt),
-                       dt_strides.first,
-                       dt_strides.second,
-                       pointer<float>(A),
-                       pointer<float>(B),
-                       b_strides.first,
-                       b_strides.second,
-                       pointer<float>(C),
-                       c_strides.first,
-                       c_strides.second,
-                       pointer<float>(D),
-                       d_per_channel,
-                       pointer<float>(z),
-                       z_strides.first,
-                       z_strides.second,
-                       pointer<float>(dt_bias),
-                       dt_limit.first,
-                       dt_limit.second,
-                       pointer<void>(states),
-                       states_strides.first,
-                       states_strides.second,
-                       dtype(state_dtype),
-                       pointer<int32_t>(start_slot),
-                       pointer<int32_t>(null_columns),
-                       write_slot,
-                       keep_last,
-                       input_slots,
-                       pointer<float>(input_x),
-                       pointer<float>(input_dt),
-                       pointer<float>(input_b),
-                       pointer<float>(y)},
-                      where);
-}
+// The fields of an op, and where they are in its argument object.
+class Fields {
+   public:
+    explicit Fields(std::vector<Field> fields) : fields_(std::move(fields)), places_(fields_.size()) {}
 
-void skinny_linear(int activations, int y_dtype, int64_t rows, int64_t in_features, int64_t out_features, uintptr_t x,
-                   int64_t x_row_stride, uintptr_t weight, int64_t weight_row_stride, int weight_dtype,
-                   uintptr_t weight_scale, uintptr_t bias, uintptr_t y, intptr_t where) {
-    submit<SkinnyLinearParams>(&Kernels::skinny_linear,
-                               {dtype(activations), dtype(y_dtype), rows, in_features, out_features, pointer<float>(x),
-                                x_row_stride, pointer<void>(weight), weight_row_stride, dtype(weight_dtype),
-                                pointer<float>(weight_scale), pointer<float>(bias), pointer<float>(y)},
-                               where);
-}
+    const Field& operator[](size_t i) const { return fields_[i]; }
 
-void gated_silu(int activations, int64_t rows, int64_t features, uintptr_t gate, int64_t gate_row_stride, uintptr_t up,
-                int64_t up_row_stride, uintptr_t y, intptr_t where) {
-    submit<GatedSiluParams>(&Kernels::gated_silu,
-                            {dtype(activations), rows, features, pointer<float>(gate), gate_row_stride,
-                             pointer<float>(up), up_row_stride, pointer<float>(y)},
-                            where);
-}
+    // What each field is filled from: null where there is neither a keyword nor an argument.
+    std::vector<PyObject*> values(const py::tuple& arguments, const py::kwargs& keywords) {
+        if (!type_.is(py::type::handle_of(arguments))) find_places(arguments);
+        std::vector<PyObject*> values(fields_.size());
+        for (size_t i = 0; i < values.size(); i++)
+            if (places_[i] >= 0) values[i] = PyTuple_GET_ITEM(arguments.ptr(), places_[i]);
+        size_t expected = 0;  // keywords mostly come in order
+        for (const auto& [name, value] : keywords) {
+            const size_t i = find(name, expected);
+            values[i] = value.ptr(), expected = i + 1;
+        }
+        return values;
+    }
 
-void rms_norm(int activations, int64_t rows, int64_t features, int64_t groups, uintptr_t x, int64_t x_row_stride,
-              uintptr_t residual, uintptr_t gate, int64_t gate_row_stride, uintptr_t weight, int weight_dtype,
-              float eps, uintptr_t residual_out, uintptr_t y, intptr_t where) {
-    submit<RmsNormParams>(&Kernels::rms_norm,
-                          {dtype(activations), rows, features, groups, pointer<float>(x), x_row_stride,
-                           pointer<float>(residual), pointer<float>(gate), gate_row_stride, pointer<void>(weight),
-                           dtype(weight_dtype), eps, pointer<float>(residual_out), pointer<float>(y)},
-                          where);
-}
+   private:
+    void find_places(const py::tuple& arguments) {
+        const py::list names(arguments.attr("_fields"));
+        for (size_t i = 0; i < fields_.size(); i++) {
+            places_[i] = -1;
+            for (size_t place = 0; place < names.size(); place++)
+                if (fields_[i].name.equal(names[place])) places_[i] = static_cast<int>(place);
+        }
+        type_ = py::type::of(arguments);
+    }
 
-// Addresses of SamplingTensors, in the order of its fields.
-using SamplingAddresses = std::array<uintptr_t, 9>;
+    size_t find(py::handle name, size_t expected) const {
+        const auto is_filled = [&](size_t i) { return fields_[i].source <= Field::scratch; };
+        for (size_t i = expected; i < fields_.size(); i++)
+            if (fields_[i].name.is(name) && is_filled(i)) return i;
+        for (size_t i = 0; i < fields_.size(); i++)
+            if (fields_[i].name.equal(name) && is_filled(i)) return i;
+        throw py::type_error("no field takes the keyword '" + std::string(py::str(name)) + "'");
+    }
 
-SamplingTensors sampling_tensors(const SamplingAddresses& at, int64_t bias_capacity) {
-    return {pointer<float>(at[0]), pointer<int32_t>(at[1]), pointer<float>(at[2]),   pointer<float>(at[3]),
-            pointer<float>(at[4]), pointer<float>(at[5]),   pointer<float>(at[6]),   pointer<int32_t>(at[7]),
-            pointer<float>(at[8]), bias_capacity};
-}
+    std::vector<Field> fields_;
+    py::object type_;
+    std::vector<int> places_;
+};
 
-void speculative_accept(int64_t batch, int64_t tokens, int64_t vocabulary, uintptr_t logits, Pair logits_strides,
-                        uintptr_t draft_tokens, int64_t draft_stride, uintptr_t draft_probs, Pair draft_probs_strides,
-                        const SamplingAddresses& sampling, int64_t bias_capacity, bool coupled, int purpose,
-                        uintptr_t prompt_mask, uintptr_t output_counts, uintptr_t rng_keys, uintptr_t positions,
-                        uintptr_t active, uintptr_t num_draft_tokens, uintptr_t target_probs,
-                        int64_t target_probs_stride, uintptr_t accepted, uintptr_t next_token, uintptr_t row_status,
-                        uintptr_t decisions, uintptr_t scratch, uintptr_t adjusted, intptr_t where) {
-    submit<SpeculativeAcceptParams>(&Kernels::speculative_accept,
-                                    {batch,
-                                     tokens,
-                                     vocabulary,
-                                     pointer<float>(logits),
-                                     logits_strides.first,
-                                     logits_strides.second,
-                                     pointer<int64_t>(draft_tokens),
-                                     draft_stride,
-                                     pointer<float>(draft_probs),
-                                     draft_probs_strides.first,
-                                     draft_probs_strides.second,
-                                     sampling_tensors(sampling, bias_capacity),
-                                     coupled,
-                                     purpose,
-                                     pointer<bool>(prompt_mask),
-                                     pointer<int32_t>(output_counts),
-                                     pointer<int64_t>(rng_keys),
-                                     pointer<int64_t>(positions),
-                                     pointer<bool>(active),
-                                     pointer<int32_t>(num_draft_tokens),
-                                     pointer<float>(target_probs),
-                                     target_probs_stride,
-                                     pointer<int32_t>(accepted),
-                                     pointer<int64_t>(next_token),
-                                     pointer<int32_t>(row_status),
-                                     pointer<int64_t>(decisions),
-                                     pointer<uint64_t>(scratch),
-                                     pointer<float>(adjusted)},
-                                    where);
-}
+template <typename Params>
+class Filler {
+   public:
+    Filler(Fields& fields, const py::tuple& arguments, const py::kwargs& keywords)
+        : values_(fields.values(arguments, keywords)) {
+        params_.visit([&](auto&... member) { ((fill(member, fields[at_]), at_++), ...); });
+    }
 
-void commit_tokens(int64_t batch, int64_t lookahead, int64_t vocabulary, int64_t steps, int64_t capacity,
-                   uintptr_t drafted, uintptr_t accepted, uintptr_t following, uintptr_t verdicts, uintptr_t limits,
-                   uintptr_t is_stop, uintptr_t last, uintptr_t positions, uintptr_t room, uintptr_t active,
-                   uintptr_t slots, uintptr_t output_counts, uintptr_t text, uintptr_t record, intptr_t where) {
-    submit<CommitTokensParams>(
-        &Kernels::commit_tokens,
-        {batch, lookahead, vocabulary, steps, capacity, pointer<int64_t>(drafted), pointer<int32_t>(accepted),
-         pointer<int64_t>(following), pointer<int32_t>(verdicts), pointer<int32_t>(limits), pointer<bool>(is_stop),
-         pointer<int64_t>(last), pointer<int64_t>(positions), pointer<int32_t>(room), pointer<bool>(active),
-         pointer<int32_t>(slots), pointer<int32_t>(output_counts), pointer<int64_t>(text), pointer<int64_t>(record)},
-        where);
+    const Params& params() const { return params_; }
+
+   private:
+    py::object value_of(const Field& field) {
+        PyObject* value = values_[at_];
+        if (!value) throw py::type_error("nothing fills the field '" + std::string(field.name) + "'");
+        return py::reinterpret_borrow<py::object>(value);
+    }
+
+    template <typename T>
+    void fill(T*& member, const Field& field) {
+        tensor_ = value_of(field), strides_ = py::object();
+        if (field.source == Field::scratch) {
+            needed_ = scratch_bytes(params_);
+            if (PyCallable_Check(tensor_.ptr())) tensor_ = needed_ > 0 ? tensor_(needed_) : py::none();
+        }
+        if (tensor_.is_none()) return;
+        member = static_cast<T*>(PyLong_AsVoidPtr(call(tensor_, of_tensor().data_ptr).ptr()));
+        if (!member && PyErr_Occurred()) throw py::error_already_set();
+    }
+
+    void fill(int64_t& member, const Field& field) {
+        if (field.source == Field::value) {
+            member = whole(value_of(field));
+        } else if (field.source == Field::bytes) {
+            if (!tensor_.is_none()) member = whole(get(tensor_, of_tensor().nbytes));
+            if (member < needed_)
+                throw std::invalid_argument(std::string(field.name) + " is " + std::to_string(member) +
+                                            ", but the kernel needs " + std::to_string(needed_));
+        } else if (!tensor_.is_none()) {
+            if (!strides_) strides_ = call(tensor_, of_tensor().stride);
+            member = whole(checked(PySequence_GetItem(strides_.ptr(), field.dimension)));
+        }
+    }
+
+    void fill(int& member, const Field& field) { member = static_cast<int>(whole(value_of(field))); }
+
+    void fill(DType& member, const Field& field) {
+        if (field.source == Field::dtype && tensor_.is_none()) return;
+        member = dtype_of(field.source == Field::dtype ? get(tensor_, of_tensor().dtype) : value_of(field));
+    }
+
+    void fill(bool& member, const Field& field) {
+        const int truth = PyObject_IsTrue(value_of(field).ptr());
+        if (truth < 0) throw py::error_already_set();
+        member = truth != 0;
+    }
+
+    void fill(float& member, const Field& field) {
+        const double number = PyFloat_AsDouble(value_of(field).ptr());
+        if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+        member = static_cast<float>(number);
+    }
+
+    static int64_t whole(const py::object& number) {
+        const int64_t value = PyLong_AsLongLong(number.ptr());
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
+
+    Params params_{};
+    std::vector<PyObject*> values_;
+    size_t at_ = 0;                // the field that is being filled
+    py::object tensor_, strides_;  // of the last pointer
+    int64_t needed_ = 0;
+};
+
+template <typename Params>
+void define(py::module_& m, const char* name, void (*Kernels::*kernel)(const Params&, Where)) {
+    Fields& fields = *new Fields(make_fields<Params>());  // outlives the interpreter
+    m.def(name, [kernel, &fields](const py::tuple& arguments, intptr_t where, const py::kwargs& keywords) {
+        const Filler<Params> filler(fields, arguments, keywords);
+        py::gil_scoped_release release;
+        const auto launch = [kernel, params = filler.params()](intptr_t place) {
+            (kernels().*kernel)(params, where_of(place));
+        };
+        Program::submit(launch, where);
+    });
 }
 
 // The functions of all ops, and Program.
 inline void define_ops(py::module_& m) {
-    using release = py::call_guard<py::gil_scoped_release>;
-    m.def("attention", &attention, release());
-    m.def("causal_conv1d", &causal_conv1d, release());
-    m.def("selective_scan", &selective_scan, release());
-    m.def("ssd", &ssd, release());
-    m.def("skinny_linear", &skinny_linear, release());
-    m.def("rms_norm", &rms_norm, release());
-    m.def("gated_silu", &gated_silu, release());
-    m.def("speculative_accept", &speculative_accept, release());
-    m.def("commit_tokens", &commit_tokens, release());
+#define SM_DEFINE(op, Params) define<Params>(m, #op, &Kernels::op);
+#define SM_NAME(op, Params) #op,
+    SM_FOR_EACH_OP(SM_DEFINE)
+    m.attr("ops") = std::vector<std::string>{SM_FOR_EACH_OP(SM_NAME)};
+    // What the specification knows too: tests compare them.
+    m.attr("MAX_CONV_WIDTH") = kMaxConvWidth;
+    m.attr("RECORD_COLUMNS") = kRecordColumns;
+    m.attr("ROUNDING") = kRounding;
+    m.attr("ROW_STATUSES") = static_cast<int>(RowStatus::bad_residual);
+    m.attr("PURPOSES") = py::make_tuple(static_cast<int>(Purpose::token), static_cast<int>(Purpose::draft),
+                                        static_cast<int>(Purpose::test));
     py::class_<Program>(m, "Program", py::module_local(), "A recorded sequence of kernel calls.")
         .def(py::init<>())
-        .def("run", &Program::run, release())
+        .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
         .def_static("record", &Program::record, py::arg("program").none(true));
-    m.doc() = "Pointers are integers, strides are in elements, dtype codes: 0 float32, 1 bfloat16, 2 float16, 3 int8.";
+    m.doc() = "Kernels: op(arguments, threads or stream, **fields of the op's struct in csrc/params.h).";
 }
 
 }  // namespace

@@ -5,18 +5,18 @@
 
 namespace speculative_mamba {
 
-template <typename Place>
+#define SM_ENTRY(op, Params) void (*op)(const Params&, Where);
+template <typename Where>
 struct KernelTable {
     const char* name;
-    void (*attention)(const AttentionParams&, Place);
-    void (*causal_conv1d)(const CausalConv1dParams&, Place);
-    void (*selective_scan)(const SelectiveScanParams&, Place);
-    void (*ssd)(const SsdParams&, Place);
-    void (*skinny_linear)(const SkinnyLinearParams&, Place);
-    void (*rms_norm)(const RmsNormParams&, Place);
-    void (*gated_silu)(const GatedSiluParams&, Place);
-    void (*speculative_accept)(const SpeculativeAcceptParams&, Place);
-    void (*commit_tokens)(const CommitTokensParams&, Place);
+    SM_FOR_EACH_OP(SM_ENTRY)
 };
+#undef SM_ENTRY
+
+// Bytes of `scratch` that a call needs. Kernels that need some declare a function of that name for their params.
+template <typename Params>
+int64_t scratch_bytes(const Params&) {
+    return 0;
+}
 
 }  // namespace speculative_mamba

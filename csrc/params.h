@@ -1,13 +1,30 @@
 // One plain struct per op: pointers, sizes, strides in elements. No framework types, no ownership.
 //
 // Activations are float32 on the CPU. On a GPU they are of dtype `activations`, whatever their pointers' type says.
+//
+// Fields have the names of the op's arguments, in their order, after the sizes. Python fills them by name, as
+// define_ops.h says: after a tensor's pointer come its strides (`<tensor>_…_stride`, of its first dimensions) and its
+// dtype (`<tensor>_dtype`). Memory that a kernel needs beside (`scratch`, `scratch_bytes`) comes last.
 #pragma once
 
 #include <cstdint>
 
+// Ends a struct: names all its fields, in order.
+#define SM_FIELDS(...)                                 \
+    static constexpr const char* kFields = #__VA_ARGS__; \
+    template <typename Visitor>                        \
+    void visit(const Visitor& visitor) {               \
+        visitor(__VA_ARGS__);                          \
+    }
+
 namespace speculative_mamba {
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };  // int8: skinny_linear's weight only
+constexpr const char* kDTypes[] = {"float32", "bfloat16", "float16", "int8"};
+
+constexpr int kMaxConvWidth = 8;
+constexpr int64_t kRecordColumns = 5;  // beside the drafted tokens
+constexpr double kRounding = 1e-6;     // bounds of filters are met up to the rounding of float32
 
 // y = causal depthwise convolution of x, or silu of it; the inputs are kept in `window` so that a later call can start
 // after any of them. Channel d convolves channel d / (block·repeat) · block + d % block of x.
@@ -15,7 +32,6 @@ struct CausalConv1dParams {
     DType activations;  // of x and y
     int64_t batch, tokens, channels, width;
     int64_t repeat, block;  // block·repeat divides D
-    bool silu;
     const float* x;  // (B, T, D / repeat), channels contiguous
     int64_t x_batch_stride, x_token_stride;
     const void* weight;  // (D, W)
@@ -25,10 +41,16 @@ struct CausalConv1dParams {
     float* window;      // (B, W-1+S, D): row W-1+j is the input of slot j
     int64_t window_batch_stride, window_row_stride;
     const int32_t* start_slot;    // (B); -1: nothing of the row is read or written, y is 0
-    const int32_t* null_columns;  // (B), may be null: leading tokens of a row whose input counts as 0
     int64_t write_slot;           // slot of the first token
+    bool silu;
+    const int32_t* null_columns;  // (B), may be null: leading tokens of a row whose input counts as 0
     bool keep_last;               // prefill: only the last token's slot is kept, as slot 0
+    bool constant_weights;        // no kernel before writes weight or bias
     float* y;                     // (B, T, D) contiguous
+
+    SM_FIELDS(activations, batch, tokens, channels, width, repeat, block, x, x_batch_stride, x_token_stride, weight,
+              weight_channel_stride, weight_tap_stride, weight_dtype, bias, window, window_batch_stride,
+              window_row_stride, start_slot, write_slot, silu, null_columns, keep_last, constant_weights, y)
 };
 
 // Mamba-1 selective scan of T tokens per row, with the state after every token rounded to its dtype and written to its
@@ -43,25 +65,32 @@ struct SelectiveScanParams {
     int64_t dt_batch_stride, dt_token_stride;
     const float* A;  // (D, N) contiguous
     const float* B;  // (B, T, Gb, N), (Gb, N) contiguous
-    int64_t b_batch_stride, b_token_stride;
+    int64_t B_batch_stride, B_token_stride;
     const float* C;  // (B, T, Gc, N), (Gc, N) contiguous
-    int64_t c_batch_stride, c_token_stride;
+    int64_t C_batch_stride, C_token_stride;
     const float* D;  // (D)
     const float* z;  // (B, T, D), may be null
     int64_t z_batch_stride, z_token_stride;
     const float* dt_bias;  // (D)
     void* states;          // (B, S, D, N), or with inputs (B, 1, D, N); (D, N) contiguous
     int64_t states_batch_stride, states_slot_stride;
-    DType state_dtype;
-    const int32_t* start_slot;    // (B); -1: nothing of the row is read or written, y is 0
-    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
+    DType states_dtype;
+    const int32_t* start_slot;  // (B); -1: nothing of the row is read or written, y is 0
     int64_t write_slot;
-    bool keep_last;       // prefill: only the last state is written, to slot 0
-    int64_t input_slots;  // S where there are inputs
-    float* input_x;       // (B, S, D) contiguous; null, like the next two, where every slot has its state
-    float* input_dt;      // (B, S, D) contiguous; after bias and softplus, 0: this input counts as nothing
-    float* input_B;       // (B, S, Gb, N) contiguous
-    float* y;             // (B, T, D) contiguous
+    int64_t input_slots;          // S where there are inputs
+    float* input_x;               // (B, S, D) contiguous; null, like the next two, where every slot has its state
+    float* input_dt;              // (B, S, D) contiguous; after bias and softplus, 0: this input counts as nothing
+    float* input_B;               // (B, S, Gb, N) contiguous
+    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
+    bool keep_last;               // prefill: only the last state is written, to slot 0
+    bool constant_weights;        // no kernel before writes A, D or dt_bias
+    float* y;                     // (B, T, D) contiguous
+
+    SM_FIELDS(activations, batch, tokens, channels, state_size, b_groups, c_groups, x, x_batch_stride, x_token_stride,
+              dt, dt_batch_stride, dt_token_stride, A, B, B_batch_stride, B_token_stride, C, C_batch_stride,
+              C_token_stride, D, z, z_batch_stride, z_token_stride, dt_bias, states, states_batch_stride,
+              states_slot_stride, states_dtype, start_slot, write_slot, input_slots, input_x, input_dt, input_B,
+              null_columns, keep_last, constant_weights, y)
 };
 
 // Mamba-2 scan of T tokens per row: one A and one step size for a whole head of P channels with N states each. X heads
@@ -77,27 +106,34 @@ struct SsdParams {
     int64_t dt_batch_stride, dt_token_stride;
     const float* A;  // (H)
     const float* B;  // (B, T, Gb, N), (Gb, N) contiguous
-    int64_t b_batch_stride, b_token_stride;
+    int64_t B_batch_stride, B_token_stride;
     const float* C;  // (B, T, Gc, N), (Gc, N) contiguous
-    int64_t c_batch_stride, c_token_stride;
+    int64_t C_batch_stride, C_token_stride;
     const float* D;  // (H), or (H, P) contiguous
     bool d_per_channel;
-    const float* z;  // (B, T, H, P), (H, P) contiguous, may be null
-    int64_t z_batch_stride, z_token_stride;
     const float* dt_bias;  // (H)
-    float dt_min, dt_max;
     void* states;  // (B, S, H, P, N), (H, P, N) contiguous; one slot where inputs are kept
     int64_t states_batch_stride, states_slot_stride;
-    DType state_dtype;
-    const int32_t* start_slot;    // (B); -1: nothing of the row is read or written, y is 0
-    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
+    DType states_dtype;
+    const int32_t* start_slot;  // (B); -1: nothing of the row is read or written, y is 0
     int64_t write_slot;
-    bool keep_last;  // prefill: only the last state is written, to slot 0
+    const float* z;  // (B, T, H, P), (H, P) contiguous, may be null
+    int64_t z_batch_stride, z_token_stride;
+    float dt_min, dt_max;
     int64_t input_slots;
-    float* input_x;   // (B, S, X, P) contiguous
-    float* input_dt;  // (B, S, H) contiguous, after everything; null: a state per slot
-    float* input_b;   // (B, S, Gb, N) contiguous
-    float* y;         // (B, T, H, P) contiguous
+    float* input_x;               // (B, S, X, P) contiguous
+    float* input_dt;              // (B, S, H) contiguous, after everything; null: a state per slot
+    float* input_B;               // (B, S, Gb, N) contiguous
+    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
+    bool keep_last;               // prefill: only the last state is written, to slot 0
+    bool constant_weights;        // no kernel before writes A, D or dt_bias
+    float* y;                     // (B, T, H, P) contiguous
+
+    SM_FIELDS(activations, batch, tokens, heads, head_size, state_size, x_heads, b_groups, c_groups, x, x_batch_stride,
+              x_token_stride, dt, dt_batch_stride, dt_token_stride, A, B, B_batch_stride, B_token_stride, C,
+              C_batch_stride, C_token_stride, D, d_per_channel, dt_bias, states, states_batch_stride,
+              states_slot_stride, states_dtype, start_slot, write_slot, z, z_batch_stride, z_token_stride, dt_min,
+              dt_max, input_slots, input_x, input_dt, input_B, null_columns, keep_last, constant_weights, y)
 };
 
 // Causal grouped-query attention of T tokens per row over a cache of rotated keys and of values, of which a slot holds
@@ -113,26 +149,30 @@ struct AttentionParams {
     int64_t v_batch_stride, v_token_stride;
     void* keys;  // (B, G, L, P), entries contiguous
     int64_t keys_batch_stride, keys_head_stride;
+    DType keys_dtype;  // of values too
     void* values;  // (B, G, L, P), entries contiguous
     int64_t values_batch_stride, values_head_stride;
-    DType cache_dtype;
-    int32_t* lengths;             // (B, S) contiguous: entries of each slot's state
-    const int32_t* start_slot;    // (B); -1: nothing of the row is read or written, y is 0
-    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that take no entry
+    int32_t* lengths;           // (B, S) contiguous: entries of each slot's state
+    const int32_t* start_slot;  // (B); -1: nothing of the row is read or written, y is 0
     int64_t write_slot;
-    bool keep_last;         // prefill: only the last length is written, to slot 0
     const float* inv_freq;  // (R): radians per position; may be null with R = 0
     int64_t pairs;          // R: dimensions i and i+R are rotated together
     float scale;
-    float* y;              // (B, T, H, P) contiguous
-    float* scratch;        // (scratch_size): memory of the CUDA kernel, laid out there
-    int64_t scratch_size;  // B·T·H·P + B·min(T, 64)·H·C·(P+2) + B, where C chunks of 256 entries hold L
+    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that take no entry
+    bool keep_last;               // prefill: only the last length is written, to slot 0
+    float* y;                     // (B, T, H, P) contiguous
+    float* scratch;
+    int64_t scratch_bytes;
+
+    SM_FIELDS(activations, batch, tokens, heads, kv_heads, dims, slots, capacity, q, q_batch_stride, q_token_stride, k,
+              k_batch_stride, k_token_stride, v, v_batch_stride, v_token_stride, keys, keys_batch_stride,
+              keys_head_stride, keys_dtype, values, values_batch_stride, values_head_stride, lengths, start_slot,
+              write_slot, inv_freq, pairs, scale, null_columns, keep_last, y, scratch, scratch_bytes)
 };
 
 // y = x Wᵀ + bias for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n] times.
 struct SkinnyLinearParams {
     DType activations;  // of x
-    DType y_dtype;
     int64_t rows, in_features, out_features;
     const float* x;  // (M, K), features contiguous
     int64_t x_row_stride;
@@ -141,7 +181,12 @@ struct SkinnyLinearParams {
     DType weight_dtype;
     const float* weight_scale;  // (N), read only with int8
     const float* bias;          // (N), may be null
+    bool constant_weights;      // no kernel before writes weight, weight_scale or bias
     float* y;                   // (M, N) contiguous
+    DType y_dtype;
+
+    SM_FIELDS(activations, rows, in_features, out_features, x, x_row_stride, weight, weight_row_stride, weight_dtype,
+              weight_scale, bias, constant_weights, y, y_dtype)
 };
 
 // y = silu(gate) · up
@@ -153,6 +198,8 @@ struct GatedSiluParams {
     const float* up;  // (M, I), features contiguous
     int64_t up_row_stride;
     float* y;  // (M, I) contiguous
+
+    SM_FIELDS(activations, rows, features, gate, gate_row_stride, up, up_row_stride, y)
 };
 
 // residual_out = x + residual, or x · silu(gate); y = residual_out / sqrt(mean(residual_out²) + eps) · weight, with a
@@ -162,14 +209,18 @@ struct RmsNormParams {
     int64_t rows, features, groups;
     const float* x;  // (M, D), features contiguous
     int64_t x_row_stride;
+    const void* weight;  // (D)
+    DType weight_dtype;
     const float* residual;  // (M, D) contiguous, may be null
     const float* gate;      // (M, D), features contiguous, may be null
     int64_t gate_row_stride;
-    const void* weight;  // (D)
-    DType weight_dtype;
     float eps;
-    float* residual_out;  // (M, D) contiguous
-    float* y;             // (M, D) contiguous
+    bool constant_weights;  // no kernel before writes weight
+    float* y;               // (M, D) contiguous
+    float* residual_out;    // (M, D) contiguous
+
+    SM_FIELDS(activations, rows, features, groups, x, x_row_stride, weight, weight_dtype, residual, gate,
+              gate_row_stride, eps, constant_weights, y, residual_out)
 };
 
 // How tokens are chosen, one value per row; see ops/sampling_tensors.py.
@@ -206,22 +257,28 @@ struct SpeculativeAcceptParams {
     const float* draft_probs;     // (B, K, V), may be null: each drafted token was certain
     int64_t draft_probs_batch_stride, draft_probs_token_stride;
     SamplingTensors sampling;
+    const int64_t* rng_keys;   // (B, 2): seed, stream
+    const int64_t* positions;  // (B): of the first token that is chosen
+    int purpose;               // of the noise that tokens are drawn with
     bool coupled;
-    int purpose;                    // of the noise that tokens are drawn with
-    const bool* prompt_mask;        // (B, V): tokens of the prompt; read only with a penalty, like the next
-    const int32_t* output_counts;   // (B, V): how often each token was generated, before the drafted ones
-    const int64_t* rng_keys;        // (B, 2): seed, stream
-    const int64_t* positions;       // (B): of the first token that is chosen
-    const bool* active;             // (B), may be null: rows to decide
+    const bool* prompt_mask;          // (B, V): tokens of the prompt; read only with a penalty, like the next
+    const int32_t* output_counts;     // (B, V): how often each token was generated, before the drafted ones
+    const bool* active;               // (B), may be null: rows to decide
     const int32_t* num_draft_tokens;  // (B), may be null: only that many drafted tokens of a row count, at least 0
-    float* target_probs;            // (B, V), may be null: with K = 0, what each token was drawn from
-    int64_t target_probs_stride;
+    float* target_probs;              // (B, V), may be null: with K = 0, what each token was drawn from
+    int64_t target_probs_batch_stride;
     int32_t* accepted;    // (B); the position, where the status is not ok
     int64_t* next_token;  // (B)
     int32_t* row_status;  // (B)
-    int64_t* decisions;   // (B, K+1): memory of the CUDA kernels, like the next two
-    uint64_t* scratch;    // (B, K+1, S), laid out in cuda/logits.cuh; S = ⌈V / 64⌉ + ⌈V / 512⌉
-    float* adjusted;      // (B, K+1, V): logits after bias and penalties; null where no row can have either
+    uint64_t* scratch;    // laid out in cuda/logits.cuh
+    int64_t scratch_bytes;
+
+    SM_FIELDS(batch, tokens, vocabulary, logits, logits_batch_stride, logits_token_stride, draft_tokens, draft_stride,
+              draft_probs, draft_probs_batch_stride, draft_probs_token_stride, sampling.temperature, sampling.top_k,
+              sampling.top_p, sampling.min_p, sampling.repetition_penalty, sampling.presence_penalty,
+              sampling.frequency_penalty, sampling.bias_ids, sampling.bias_values, sampling.bias_capacity, rng_keys,
+              positions, purpose, coupled, prompt_mask, output_counts, active, num_draft_tokens, target_probs,
+              target_probs_batch_stride, accepted, next_token, row_status, scratch, scratch_bytes)
 };
 
 // Ends a round: accepted tokens and the one after them become text, up to a stop token or the end of the budget.
@@ -241,7 +298,22 @@ struct CommitTokensParams {
     int32_t* slots;                        // (S, B): where step s of the next round starts; -1: the row has ended
     int32_t* output_counts;                // (B, V), may be null: how often each token was generated
     int64_t* text;                         // (B, L), may be null
-    int64_t* record;  // (B, K+5): tokens committed, accepted, verdict, min(K, limit), the K+1 tokens of the window
+    int64_t* record;  // (B, K + kRecordColumns): tokens committed, accepted, verdict, min(K, limit), the K+1 tokens of the window
+
+    SM_FIELDS(batch, lookahead, vocabulary, steps, capacity, drafted, accepted, following, verdicts, limits, is_stop,
+              last, positions, room, active, slots, output_counts, text, record)
 };
+
+// The list of all ops: what they are called everywhere, and their structs.
+#define SM_FOR_EACH_OP(OP)                             \
+    OP(attention_verify, AttentionParams)              \
+    OP(causal_conv1d_verify, CausalConv1dParams)       \
+    OP(commit_tokens, CommitTokensParams)              \
+    OP(gated_silu, GatedSiluParams)                    \
+    OP(rms_norm, RmsNormParams)                        \
+    OP(selective_scan_verify, SelectiveScanParams)     \
+    OP(skinny_linear, SkinnyLinearParams)              \
+    OP(speculative_accept, SpeculativeAcceptParams)    \
+    OP(ssd_verify, SsdParams)
 
 }  // namespace speculative_mamba

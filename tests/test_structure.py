@@ -57,15 +57,20 @@ def test_only_the_bindings_know_the_extension() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_has_one_name_everywhere(op: str) -> None:
-    files = [f"csrc/cpu/{op}.cpp", f"tests/ops/test_{op}.py"]
-    files += [f"speculative_mamba/ops/{op}/{name}.py" for name in ("__init__", "reference", "native")]
-    missing = [name for name in files if not (ROOT / name).is_file()]
+    """On every backend, which take the op's one argument object."""
+    files = [f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu", f"tests/ops/test_{op}.py"]
+    backends = [f"speculative_mamba/ops/{op}/{name}.py" for name in ("reference", "native", "triton")]
+    missing = [name for name in [*files, *backends] if not (ROOT / name).is_file()]
     assert not missing
+    args = "".join(part.capitalize() for part in op.split("_")) + "Args"
+    for name in backends:
+        assert f"def {op}(args: {args}) ->" in (ROOT / name).read_text("utf-8"), name
     assert callable(getattr(ops, op))
 
 
 def test_every_op_is_public() -> None:
-    assert sorted(ops.__all__) == OPS
+    """sample_tokens is speculative_accept without a drafted token."""
+    assert sorted(ops.__all__) == sorted([*OPS, "sample_tokens"])
 
 
 def test_files_are_short() -> None:

@@ -245,6 +245,6 @@ void run(const AttentionParams& p, int threads) {
 
 }  // namespace
 
-void attention(const AttentionParams& p, int threads) { SM_DISPATCH_DTYPE(p.cache_dtype, run<scalar_t>(p, threads)); }
+void attention_verify(const AttentionParams& p, int threads) { SM_DISPATCH_DTYPE(p.keys_dtype, run<scalar_t>(p, threads)); }
 
 }  // namespace speculative_mamba::SM_ISA

@@ -6,8 +6,6 @@
 namespace speculative_mamba::SM_ISA {
 namespace {
 
-constexpr int kMaxWidth = 8;
-
 // Where sixteen channels find theirs in a token of x.
 struct Source {
     bool contiguous;
@@ -41,7 +39,7 @@ void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, in
     if (p.start_slot[row] < 0) return store_zeros(y, p.tokens, p.channels, count);
     const int64_t null_columns = p.null_columns ? p.null_columns[row] : 0;
 
-    Vec taps[kMaxWidth], inputs[kMaxWidth];
+    Vec taps[kMaxConvWidth], inputs[kMaxConvWidth];
     for (int k = 0; k < width; k++) {
         taps[k] = load_strided(weight + k * p.weight_tap_stride, p.weight_channel_stride, count);
     }
@@ -80,7 +78,7 @@ void run(const CausalConv1dParams& p, int threads) {
 
 }  // namespace
 
-void causal_conv1d(const CausalConv1dParams& p, int threads) {
+void causal_conv1d_verify(const CausalConv1dParams& p, int threads) {
     SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t>(p, threads));
 }
 

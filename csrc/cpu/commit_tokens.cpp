@@ -33,8 +33,8 @@ bool commit(const CommitTokensParams& p, int64_t b, int64_t* record) {
 
 void commit_tokens(const CommitTokensParams& p, int) {
     for (int64_t b = 0; b < p.batch; b++) {
-        int64_t* record = p.record + b * (p.lookahead + 5);
-        std::fill_n(record, p.lookahead + 5, 0);
+        int64_t* record = p.record + b * (p.lookahead + kRecordColumns);
+        std::fill_n(record, p.lookahead + kRecordColumns, 0);
         p.active[b] = p.active[b] && commit(p, b, record);
         for (int64_t s = 0; s < p.steps; s++) {
             const int64_t slot = s == 0 ? record[0] - 1 : s;

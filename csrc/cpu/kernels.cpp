@@ -6,20 +6,11 @@
 
 namespace speculative_mamba::SM_ISA {
 
-void attention(const AttentionParams&, int threads);
-void causal_conv1d(const CausalConv1dParams&, int threads);
-void selective_scan(const SelectiveScanParams&, int threads);
-void ssd(const SsdParams&, int threads);
-void skinny_linear(const SkinnyLinearParams&, int threads);
-void rms_norm(const RmsNormParams&, int threads);
-void gated_silu(const GatedSiluParams&, int threads);
-void speculative_accept(const SpeculativeAcceptParams&, int threads);
-void commit_tokens(const CommitTokensParams&, int threads);
+#define SM_DECLARE(op, Params) void op(const Params&, int threads);
+SM_FOR_EACH_OP(SM_DECLARE)
 
+#define SM_NAME(op, Params) op,
 extern const Kernels table;
-const Kernels table = {
-    SM_STRING(SM_ISA), attention, causal_conv1d, selective_scan,     ssd,
-    skinny_linear,     rms_norm,  gated_silu,    speculative_accept, commit_tokens,
-};
+const Kernels table = {SM_STRING(SM_ISA), SM_FOR_EACH_OP(SM_NAME)};
 
 }  // namespace speculative_mamba::SM_ISA

@@ -72,6 +72,13 @@ inline Scratch scratch(int64_t vocabulary) {
             static_cast<uint32_t*>(at(3)), static_cast<uint32_t*>(at(4)), static_cast<int32_t*>(at(5))};
 }
 
+// A logit after the penalties, of a token that was generated so often; or else it stands in the prompt.
+inline float penalised(float logit, int32_t count, const RowSampling& row) {
+    const float lowered = logit > 0 ? logit / row.repetition_penalty : logit * row.repetition_penalty;
+    if (count <= 0) return lowered;
+    return lowered - row.frequency_penalty * static_cast<float>(count) - row.presence_penalty;
+}
+
 // Logits after bias and penalties, in that order. A token counts as generated output_counts (V) times, and once more for
 // each of the window's tokens before this position, `drafted` of them.
 inline const float* adjusted(const float* logits, int64_t vocabulary, const RowSampling& row, const bool* prompt_mask,
@@ -82,16 +89,28 @@ inline const float* adjusted(const float* logits, int64_t vocabulary, const RowS
     for (int64_t i = 0; i < row.bias_count; i++)
         if (row.bias_ids[i] < vocabulary) s.logits[row.bias_ids[i]] += row.bias_values[i];
     if (!row.penalised()) return s.logits;
-    int32_t* counts = s.ids;
-    std::memcpy(counts, output_counts, vocabulary * sizeof(int32_t));
-    for (int64_t i = 0; i < drafted; i++) counts[draft_tokens[i]]++;
-    const float repetition = row.repetition_penalty, frequency = row.frequency_penalty, presence = row.presence_penalty;
-    for (int64_t i = 0; i < vocabulary; i++) {
-        const float value = s.logits[i], count = static_cast<float>(counts[i]);
-        const bool generated = counts[i] > 0;
-        const float lowered = value > 0 ? value / repetition : value * repetition;
-        const float repeated = generated | prompt_mask[i] ? lowered : value;
-        s.logits[i] = generated ? repeated - frequency * count - presence : repeated;
+    constexpr int64_t kPart = 16;  // tokens that are skipped together where the text holds none of them
+    for (int64_t first = 0; first < vocabulary; first += kPart) {
+        const int64_t last = smaller(vocabulary, first + kPart);
+        if (last - first == kPart) {
+            uint64_t words[kPart / 8], marked = 0;
+            std::memcpy(words, prompt_mask + first, sizeof words);
+            for (const uint64_t word : words) marked |= word;
+            int32_t counted = 0;
+            for (int64_t i = 0; i < kPart; i++) counted |= output_counts[first + i];
+            if (marked == 0 && counted == 0) continue;
+        }
+        for (int64_t i = first; i < last; i++)
+            if (output_counts[i] > 0 || prompt_mask[i]) s.logits[i] = penalised(s.logits[i], output_counts[i], row);
+    }
+    for (int64_t i = 0; i < drafted; i++) {
+        const int64_t token = draft_tokens[i];
+        int32_t count = output_counts[token];
+        for (int64_t other = 0; other < drafted; other++) count += draft_tokens[other] == token;
+        float logit = logits[token];
+        for (int64_t at = 0; at < row.bias_count; at++)
+            if (row.bias_ids[at] == token) logit += row.bias_values[at];
+        s.logits[token] = penalised(logit, count, row);
     }
     return s.logits;
 }
@@ -215,7 +234,6 @@ inline void sort_all(const float* x, int64_t size, const Scratch& s) {
 }
 
 constexpr int64_t kHeapAtMost = 1024;
-constexpr double kRounding = 1e-6;  // "reaches p" up to the rounding of float32
 
 // The k likeliest tokens, of them the fewest that reach p, of them those of at least min_p times the largest.
 inline Probs top_tokens(const float* x, int64_t vocabulary, float max, const RowSampling& row, const Scratch& s) {

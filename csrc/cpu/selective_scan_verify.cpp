@@ -70,18 +70,18 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
         const int64_t lanes = smaller(kLanes, p.state_size - n);
         for (int64_t c = 0; c < s.count; c++) {
             const int64_t channel = s.channel + c, offset = c * p.state_size + n;
-            const float* B = p.B + s.row * p.b_batch_stride + s.first * p.b_token_stride +
+            const float* B = p.B + s.row * p.B_batch_stride + s.first * p.B_token_stride +
                              group(channel, p.b_groups, p.channels) * p.state_size + n;
-            const float* C = p.C + s.row * p.c_batch_stride + s.first * p.c_token_stride +
+            const float* C = p.C + s.row * p.C_batch_stride + s.first * p.C_token_stride +
                              group(channel, p.c_groups, p.channels) * p.state_size + n;
             const Vec A = load_n(p.A + channel * p.state_size + n, lanes);
             Vec state = load_n(s.start + offset, lanes);
             if (s.replayed) state = replay(p, s, channel, n, lanes, A, state);
             if (s.kept) store_n(s.kept + offset, state, lanes);
             for (int64_t t = 0; t < s.tokens; t++) {
-                Vec next = step(state, dt[t][c], dt_x[t][c], A, B + t * p.b_token_stride, lanes);
+                Vec next = step(state, dt[t][c], dt_x[t][c], A, B + t * p.B_token_stride, lanes);
                 state = rounded<State>(next);  // what a call that starts here would read
-                y[t][c] += sum(mul(state, load_n(C + t * p.c_token_stride, lanes)));
+                y[t][c] += sum(mul(state, load_n(C + t * p.C_token_stride, lanes)));
                 // Rounds alike, and the work is shared.
                 if (s.slots) store_n(s.slots + t * p.states_slot_stride + offset, next, lanes);
             }
@@ -148,7 +148,7 @@ void run(const SelectiveScanParams& p, int threads) {
     for (int64_t row = 0; row < p.batch; row++) {
         if (p.start_slot[row] < 0) continue;
         for (int64_t t = 0; t < p.tokens; t++) {
-            const float* B = p.B + row * p.b_batch_stride + t * p.b_token_stride;
+            const float* B = p.B + row * p.B_batch_stride + t * p.B_token_stride;
             std::memcpy(p.input_B + (row * p.input_slots + p.write_slot + t) * size, B, size * sizeof(float));
         }
     }
@@ -156,8 +156,8 @@ void run(const SelectiveScanParams& p, int threads) {
 
 }  // namespace
 
-void selective_scan(const SelectiveScanParams& p, int threads) {
-    SM_DISPATCH_DTYPE(p.state_dtype, run<scalar_t>(p, threads));
+void selective_scan_verify(const SelectiveScanParams& p, int threads) {
+    SM_DISPATCH_DTYPE(p.states_dtype, run<scalar_t>(p, threads));
 }
 
 }  // namespace speculative_mamba::SM_ISA

@@ -42,7 +42,7 @@ Outcome decide(const SpeculativeAcceptParams& p, int64_t b) {
         Probs target;
         const RowStatus status = make_probs(logits, p.vocabulary, row, s, target);
         if (status != RowStatus::ok) return {status, t, 0};
-        if (p.target_probs) target.store(p.target_probs + b * p.target_probs_stride, p.vocabulary);
+        if (p.target_probs) target.store(p.target_probs + b * p.target_probs_batch_stride, p.vocabulary);
         Noise noise{static_cast<uint64_t>(p.rng_keys[2 * b]), static_cast<uint32_t>(p.rng_keys[2 * b + 1]),
                     static_cast<uint32_t>(p.positions[b] + t), static_cast<Purpose>(p.purpose)};
         const bool last = t == end;

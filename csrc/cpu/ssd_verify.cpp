@@ -74,11 +74,11 @@ void fill(const SsdParams& p, const Block& b, int64_t first, int64_t n, Segment&
     const int64_t c_offset = group_of(p, b.head, p.c_groups) * p.state_size + n;
     for (int64_t i = 0; i < s.count; i++) {
         if (i < s.old) {
-            const float* B = p.input_b + (first_input + i) * p.b_groups * p.state_size;
+            const float* B = p.input_B + (first_input + i) * p.b_groups * p.state_size;
             s.B[i] = whole_vectors(B + b_offset, s.size, s.padded_b[i]);
         } else {
-            const float* B = p.B + b.row * p.b_batch_stride + (first_token + i) * p.b_token_stride;
-            const float* C = p.C + b.row * p.c_batch_stride + (first_token + i) * p.c_token_stride;
+            const float* B = p.B + b.row * p.B_batch_stride + (first_token + i) * p.B_token_stride;
+            const float* C = p.C + b.row * p.C_batch_stride + (first_token + i) * p.C_token_stride;
             s.B[i] = whole_vectors(B + b_offset, s.size, s.padded_b[i]);
             s.C[i] = whole_vectors(C + c_offset, s.size, s.padded_c[i]);
         }
@@ -206,7 +206,7 @@ void remember(const SsdParams& p, int64_t row, int64_t token) {
     const int64_t x_size = p.x_heads * p.head_size, b_size = p.b_groups * p.state_size;
     std::memcpy(p.input_x + input * x_size, p.x + row * p.x_batch_stride + token * p.x_token_stride,
                 x_size * sizeof(float));
-    std::memcpy(p.input_b + input * b_size, p.B + row * p.b_batch_stride + token * p.b_token_stride,
+    std::memcpy(p.input_B + input * b_size, p.B + row * p.B_batch_stride + token * p.B_token_stride,
                 b_size * sizeof(float));
 }
 
@@ -232,6 +232,6 @@ void run(const SsdParams& p, int threads) {
 
 }  // namespace
 
-void ssd(const SsdParams& p, int threads) { SM_DISPATCH_DTYPE(p.state_dtype, run<scalar_t>(p, threads)); }
+void ssd_verify(const SsdParams& p, int threads) { SM_DISPATCH_DTYPE(p.states_dtype, run<scalar_t>(p, threads)); }
 
 }  // namespace speculative_mamba::SM_ISA

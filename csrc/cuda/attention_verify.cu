@@ -4,6 +4,7 @@
 // Chunks lie at fixed positions, and the order within and among them is fixed. So what a token adds up, and in which
 // order, follows from its position alone.
 #include "device.cuh"
+#include "kernels.h"
 
 namespace speculative_mamba::cuda {
 namespace {
@@ -22,14 +23,18 @@ struct Scratch {
     float* sums;              // (B, S, H, C, P): weighted values of a chunk
     float* softmax;           // (B, S, H, C, 2): greatest score of a chunk, and the sum of its weights
     int32_t* begin;           // (B): token t of the window is at position begin + t
+    int64_t bytes;            // of all
 
     explicit Scratch(const AttentionParams& p)
         : segment(p.tokens < kSegment ? p.tokens : kSegment), chunks((p.capacity + kChunk - 1) / kChunk) {
         const int64_t results = p.batch * segment * p.heads * chunks;
+        const int64_t sums_at = p.batch * p.tokens * p.heads * p.dims, softmax_at = sums_at + results * p.dims;
+        const int64_t begin_at = softmax_at + results * 2;
         queries = p.scratch;
-        sums = queries + p.batch * p.tokens * p.heads * p.dims;
-        softmax = sums + results * p.dims;
-        begin = reinterpret_cast<int32_t*>(softmax + results * 2);
+        sums = p.scratch + sums_at;
+        softmax = p.scratch + softmax_at;
+        begin = reinterpret_cast<int32_t*>(p.scratch + begin_at);
+        bytes = (begin_at + p.batch) * static_cast<int64_t>(sizeof(float));
     }
     // Which of the results a query's first chunk is, t counted from the start of the segment.
     __device__ int64_t result(const AttentionParams& p, int64_t row, int64_t t, int64_t head) const {
@@ -252,13 +257,15 @@ void run(const AttentionParams& p, cudaStream_t stream) {
 
 template <typename Act>
 void with_activations(const AttentionParams& p, cudaStream_t stream) {
-    SM_DISPATCH_DTYPE(p.cache_dtype, run<Act, scalar_t>(p, stream));
+    SM_DISPATCH_DTYPE(p.keys_dtype, run<Act, scalar_t>(p, stream));
 }
 
 }  // namespace
 
-void attention(const AttentionParams& p, cudaStream_t stream) {
+void attention_verify(const AttentionParams& p, cudaStream_t stream) {
     SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }
 
 }  // namespace speculative_mamba::cuda
+
+int64_t speculative_mamba::scratch_bytes(const AttentionParams& p) { return cuda::Scratch(p).bytes; }

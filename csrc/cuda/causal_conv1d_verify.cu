@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
     float* window = p.window + row * p.window_batch_stride + channel;
     Act* y = reinterpret_cast<Act*>(p.y) + row * p.tokens * p.channels + channel;
 
+    wait_for_weights(p.constant_weights);
     Inputs taps[Taps] = {}, bias = {};
 #pragma unroll
     for (int c = 0; c < Channels; c++) {
@@ -112,7 +113,7 @@ void with_activations(const CausalConv1dParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-void causal_conv1d(const CausalConv1dParams& p, cudaStream_t stream) {
+void causal_conv1d_verify(const CausalConv1dParams& p, cudaStream_t stream) {
     SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }
 

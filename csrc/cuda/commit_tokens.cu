@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kRows* kWarp) commit(CommitTokensParams p) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarp;
     if (row >= p.batch) return;
     const int64_t* drafted = p.drafted + row * p.lookahead;
-    int64_t* record = p.record + row * (p.lookahead + 5);
+    int64_t* record = p.record + row * (p.lookahead + kRecordColumns);
 
     const bool active = load_raw(p.active + row);
     const int accepted = active ? load_raw(p.accepted + row) : 0, verdict = active ? load_raw(p.verdicts + row) : 0;

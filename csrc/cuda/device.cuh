@@ -103,7 +103,8 @@ __device__ __forceinline__ float rounded(float a) {
 }
 
 // Memory is touched only here and by groups below, so that a build for the CPU can check every access.
-// Constants are what no kernel writes, such as weights: they may be read before wait_for_previous().
+// Constants are weights: where the caller says that no kernel before writes them, they are read before
+// wait_for_previous().
 enum class From { memory, constants };
 #if defined(SM_HOST_SHIM)
 inline shim::Kind kind_of(From from) { return from == From::memory ? shim::Kind::load : shim::Kind::load_constant; }
@@ -216,8 +217,9 @@ inline bool fours(const void* p, Strides... strides) {
 }
 
 // Kernels of a stream overlap where the card can do it: while one runs, those after it are loaded already. So each
-// reads constants at most before wait_for_previous(), which returns when all kernels before have ended, and writes
-// nothing; a kernel that does read constants first begins with start_next(), so that those after it can do the same.
+// writes nothing before wait_for_previous(), which returns when all kernels before have ended, and reads weights at
+// most, after wait_for_weights(). A kernel that reads them first begins with start_next(), so that those after it can
+// do the same.
 __device__ __forceinline__ void start_next() {
 #if !defined(SM_HOST_SHIM) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -240,6 +242,11 @@ __device__ __forceinline__ void wait_before_next() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
     start_next();
+}
+
+// Weights may be read from here on: before the kernels before have ended only if none of them writes any.
+__device__ __forceinline__ void wait_for_weights(bool are_constant) {
+    if (!are_constant) wait_before_next();
 }
 
 // log(1 + exp(x)), accurate for the smallest results too.

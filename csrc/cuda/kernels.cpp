@@ -3,11 +3,9 @@
 
 namespace speculative_mamba {
 
+#define SM_NAME(op, Params) cuda::op,
 const Kernels& kernels() {
-    static const Kernels table = {
-        SM_CUDA_ARCHITECTURES, cuda::attention, cuda::causal_conv1d, cuda::selective_scan,     cuda::ssd,
-        cuda::skinny_linear,   cuda::rms_norm,  cuda::gated_silu,    cuda::speculative_accept, cuda::commit_tokens,
-    };
+    static const Kernels table = {SM_CUDA_ARCHITECTURES, SM_FOR_EACH_OP(SM_NAME)};
     return table;
 }
 

@@ -14,16 +14,13 @@ using Kernels = KernelTable<Where>;
 const Kernels& kernels();
 
 namespace cuda {
-
-void attention(const AttentionParams&, cudaStream_t);
-void causal_conv1d(const CausalConv1dParams&, cudaStream_t);
-void selective_scan(const SelectiveScanParams&, cudaStream_t);
-void ssd(const SsdParams&, cudaStream_t);
-void skinny_linear(const SkinnyLinearParams&, cudaStream_t);
-void rms_norm(const RmsNormParams&, cudaStream_t);
-void gated_silu(const GatedSiluParams&, cudaStream_t);
-void speculative_accept(const SpeculativeAcceptParams&, cudaStream_t);
-void commit_tokens(const CommitTokensParams&, cudaStream_t);
-
+#define SM_DECLARE(op, Params) void op(const Params&, cudaStream_t);
+SM_FOR_EACH_OP(SM_DECLARE)
+#undef SM_DECLARE
 }  // namespace cuda
+
+// What these ops need; how they lay it out is told there.
+int64_t scratch_bytes(const AttentionParams&);
+int64_t scratch_bytes(const SpeculativeAcceptParams&);
+
 }  // namespace speculative_mamba

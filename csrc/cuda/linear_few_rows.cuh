@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, Turns <= 5 ? 2 : 1)
     };
     const auto next_tile = [&] { weight += tile_stride, rows_ahead -= tile_rows; };
 
+    wait_for_weights(p.constant_weights);
     for (int tile = 0; tile < S::kTiles; tile++, next_tile()) {
 #pragma unroll
         for (int turn = 0; turn < Turns; turn++) {

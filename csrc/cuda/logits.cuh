@@ -59,7 +59,19 @@ __device__ __forceinline__ bool is_biased(const SamplingTensors& s, int64_t row)
     return s.bias_capacity > 0 && load_raw(s.bias_ids + row * s.bias_capacity) >= 0;
 }
 
-// A position of a row's window, and its memory between launches.
+// Memory between launches, in words, of a position without its decision and its adjusted logits.
+inline __host__ __device__ int64_t spans_of(int64_t vocabulary) { return (vocabulary + kSpan - 1) / kSpan; }
+inline __host__ __device__ int64_t words_of(int64_t vocabulary) { return (vocabulary + 63) / 64 + spans_of(vocabulary); }
+// (K+1) of a row: what its positions decide. Behind the words of all positions.
+__device__ __forceinline__ int64_t* decisions_of(const SpeculativeAcceptParams& p, int64_t row) {
+    return reinterpret_cast<int64_t*>(p.scratch) + p.batch * p.tokens * words_of(p.vocabulary) + row * p.tokens;
+}
+// (V) of a position: its logits after bias and penalties, of a row that has any. Behind all decisions.
+__device__ __forceinline__ float* adjusted_of(const SpeculativeAcceptParams& p, int64_t row, int64_t t) {
+    return reinterpret_cast<float*>(decisions_of(p, p.batch)) + (row * p.tokens + t) * p.vocabulary;
+}
+
+// A position of a row's window.
 struct Position {
     int64_t row, t;
     int vocabulary;
@@ -69,14 +81,13 @@ struct Position {
 
     __device__ Position(const SpeculativeAcceptParams& p, int64_t row, int64_t t)
         : row(row), t(t), vocabulary(static_cast<int>(p.vocabulary)) {
-        const int64_t place = row * p.tokens + t;
         const bool adjusted = RowPenalties(p.sampling, row).any() || is_biased(p.sampling, row);
-        logits = adjusted ? p.adjusted + place * p.vocabulary
+        logits = adjusted ? adjusted_of(p, row, t)
                           : p.logits + row * p.logits_batch_stride + t * p.logits_token_stride;
-        max = p.scratch + place * ((vocabulary + 63) / 64 + spans());
+        max = p.scratch + (row * p.tokens + t) * words_of(vocabulary);
         keys = reinterpret_cast<uint32_t*>(max + spans());
     }
-    __device__ int spans() const { return (vocabulary + kSpan - 1) / kSpan; }
+    __device__ int spans() const { return static_cast<int>(spans_of(vocabulary)); }
     __device__ int groups() const { return (vocabulary + kGroup - 1) / kGroup; }
 };
 
@@ -146,7 +157,7 @@ __global__ void __launch_bounds__(kReduceThreads, 4) reduce_logits(SpeculativeAc
     const Adjustments adjust{counts, bias, static_cast<int>(blockIdx.x) * kChunk, RowPenalties(p.sampling, row)};
     if (adjust.penalties.any() || is_biased(p.sampling, row)) {
         adjust.gather(p, row, t);
-        float* out = p.adjusted + (row * p.tokens + t) * p.vocabulary;
+        float* out = adjusted_of(p, row, t);
 #pragma unroll
         for (int q = 0; q < kQuads; q++) {
 #pragma unroll
@@ -170,7 +181,7 @@ __global__ void __launch_bounds__(kReduceThreads, 4) reduce_logits(SpeculativeAc
             if (i < count_of(q) && key < least) least = key, token = first_of(q) + i;
         }
         max = Min{}(max, packed(least, token));
-        if (p.target_probs) store4(p.target_probs + row * p.target_probs_stride + first_of(q), Float4{}, count_of(q));
+        if (p.target_probs) store4(p.target_probs + row * p.target_probs_batch_stride + first_of(q), Float4{}, count_of(q));
         least = warp_reduce<kGroup / 4>(least, Min{});
         if (lane % (kGroup / 4) == 0 && count_of(q) > 0) store_raw(position.keys + first_of(q) / kGroup, least);
     }

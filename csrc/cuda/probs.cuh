@@ -8,7 +8,6 @@
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr double kRounding = 1e-6;  // bounds are met up to the rounding of float32
 constexpr int kMaxVocabulary = kBins * kBins;
 
 inline dim3 threads_for(int64_t vocabulary) {
@@ -111,7 +110,7 @@ struct TargetProbs {
         }
         candidates.sort(size);
         size = Min{}(size, limit);
-        cut(size, top_p < 1.f ? nucleus(top_p, load_raw(candidates.before + size)) : ~uint64_t{0});
+        cut(size, top_p < 1.f ? nucleus(top_p, load_raw(candidates.before + size)) : ~uint64_t{0}, min_weight);
     }
 
     // As many groups as tokens are wanted have one up to the bin that this returns; those groups are listed.
@@ -163,23 +162,24 @@ struct TargetProbs {
         };
         if (const int size = list_bins(0); size <= kMaxCandidates) {
             candidates.sort(size);
-            return cut(size, enough);
+            return cut(size, enough, min_weight);
         }
         if (const int size = list_bins(last.bin); size <= kMaxCandidates) {
             candidates.sort(size);
-            cut(size, enough - last.before);
-            listed = -1;
+            cut(size, enough - last.before, 0.f);
+            listed = -1;  // it is the threshold that counts
             return;
         }
         keep(enough, By::weight);
     }
 
-    // Of the first `size` candidates those that have less than `enough` before them and weigh enough themselves.
-    __device__ void cut(int size, uint64_t enough) {
+    // Of the first `size` candidates those that have less than `enough` before them and weigh at least `lightest`; the
+    // first does.
+    __device__ void cut(int size, uint64_t enough, float lightest) {
         const int i = static_cast<int>(threadIdx.x);
         auto keeps = [&](int at) {
             return at < size && load_raw(candidates.before + at) < enough &&
-                   weights(logit_of(key_of(load_raw(candidates.sorted + at)))) >= min_weight;
+                   weights(logit_of(key_of(load_raw(candidates.sorted + at)))) >= lightest;
         };
         if (keeps(i) && !keeps(i + 1)) store_raw(candidates.num_groups, static_cast<unsigned>(i + 1));
         __syncthreads();

@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1) normalise_at_once(RmsNormParams p
     const int size = group_size(p), first = 4 * static_cast<int>(threadIdx.x);
     const Pointers<Act, Weight> at(p, size);
     auto exists = [&](int j) { return first + j * kStep < size; };
+    wait_for_weights(p.constant_weights);
     Packed4<Weight> weights[Steps] = {};
 #pragma unroll
     for (int j = 0; j < Steps; j++)

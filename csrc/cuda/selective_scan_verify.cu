@@ -28,8 +28,8 @@ struct Place {
         x = reinterpret_cast<const Act*>(p.x) + row * p.x_batch_stride + channel;
         dt = reinterpret_cast<const Act*>(p.dt) + row * p.dt_batch_stride + channel;
         z = p.z ? reinterpret_cast<const Act*>(p.z) + row * p.z_batch_stride + channel : nullptr;
-        B = reinterpret_cast<const Act*>(p.B) + row * p.b_batch_stride + b_group * p.state_size;
-        C = reinterpret_cast<const Act*>(p.C) + row * p.c_batch_stride + c_group * p.state_size;
+        B = reinterpret_cast<const Act*>(p.B) + row * p.B_batch_stride + b_group * p.state_size;
+        C = reinterpret_cast<const Act*>(p.C) + row * p.C_batch_stride + c_group * p.state_size;
         A = p.A + channel * p.state_size;
         states = static_cast<State*>(p.states) + row * p.states_batch_stride + channel * p.state_size;
         const int64_t kept = row * p.input_slots;
@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 && !Replays ? 5 : 4) scan
     const bool has_states = exists && 4 * lane < p.state_size;
     const int n = 4 * lane;
     const Place<Act, State> at(p, row, channel);
+    wait_for_weights(p.constant_weights);
     Float4 A{};
     if (has_states) A = in_powers_of_2(widen(load_packed4(at.A + n, From::constants)));
     const float dt_bias = load(p.dt_bias + channel, From::constants), skip = load(p.D + channel, From::constants);
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 && !Replays ? 5 : 4) scan
         window.load_part([&](Packed4<Act>& four, int which, int i, int quarter) {
             const int t = first + i;
             if (t >= tokens || 4 * quarter >= p.state_size) return;
-            four = load_packed4((which ? at.C + t * p.c_token_stride : at.B + t * p.b_token_stride) + 4 * quarter);
+            four = load_packed4((which ? at.C + t * p.C_token_stride : at.B + t * p.B_token_stride) + 4 * quarter);
         });
         return window;
     };
@@ -245,8 +246,8 @@ __global__ void __launch_bounds__(kThreads) scan_any(SelectiveScanParams p) {
         const float dt = t < nulls ? 0.f : softplus(load(at.dt + t * p.dt_token_stride) + dt_bias);
         float sum = 0.f;
         for (int n = 4 * lane; n < size; n += 4 * kWarp) {
-            const Float4 next = feed(n, dt, dt * x, at.B + t * p.b_token_stride);
-            add_products(sum, next, load4(at.C + t * p.c_token_stride + n, count(n)));
+            const Float4 next = feed(n, dt, dt * x, at.B + t * p.B_token_stride);
+            add_products(sum, next, load4(at.C + t * p.C_token_stride + n, count(n)));
         }
         sum = sum_of_lanes<kWarp, kGroup>(sum);
         if (!p.input_dt && !p.keep_last) store_to(at.states + (p.write_slot + t) * p.states_slot_stride);
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(kThreads) keep_B(SelectiveScanParams p) {
     const int count = size - at < 4 ? static_cast<int>(size - at) : 4;
     wait_for_previous();
     const int64_t start = load_raw(p.start_slot + row);
-    const Act* B = reinterpret_cast<const Act*>(p.B) + row * p.b_batch_stride + t * p.b_token_stride;
+    const Act* B = reinterpret_cast<const Act*>(p.B) + row * p.B_batch_stride + t * p.B_token_stride;
     const Float4 value = load4(B + at, count);
     if (start < 0) return;
     store4(p.input_B + (row * p.input_slots + p.write_slot + t) * size + at, value, count);
@@ -287,8 +288,8 @@ template <typename Act, typename State>
 void run(const SelectiveScanParams& p, cudaStream_t stream) {
     const auto rows = static_cast<unsigned>(p.batch);
     const bool in_fours = p.state_size % 4 == 0 && fours<float>(p.A) && fours<float>(p.input_B) &&
-                          fours<Act>(p.B, p.b_batch_stride, p.b_token_stride) &&
-                          fours<Act>(p.C, p.c_batch_stride, p.c_token_stride) &&
+                          fours<Act>(p.B, p.B_batch_stride, p.B_token_stride) &&
+                          fours<Act>(p.C, p.C_batch_stride, p.C_token_stride) &&
                           fours<State>(p.states, p.states_batch_stride, p.states_slot_stride);
     auto shared = [&](int64_t of_block) {
         return share_group(p.b_groups, p.channels, of_block) && share_group(p.c_groups, p.channels, of_block);
@@ -308,12 +309,12 @@ void run(const SelectiveScanParams& p, cudaStream_t stream) {
 
 template <typename Act>
 void with_activations(const SelectiveScanParams& p, cudaStream_t stream) {
-    SM_DISPATCH_DTYPE(p.state_dtype, run<Act, scalar_t>(p, stream));
+    SM_DISPATCH_DTYPE(p.states_dtype, run<Act, scalar_t>(p, stream));
 }
 
 }  // namespace
 
-void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
+void selective_scan_verify(const SelectiveScanParams& p, cudaStream_t stream) {
     SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }
 

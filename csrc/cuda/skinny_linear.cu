@@ -123,6 +123,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
         }
     };
 
+    wait_for_weights(p.constant_weights);
     Position ahead = enter_tile(static_cast<int>(blockIdx.x));
     for (int stage = 0; stage < Cut::kDepth; stage++, advance(ahead)) {
         if (ahead.tile < tiles) copy_weight(ring + stage * layout.stage_bytes, ahead);

@@ -1,6 +1,7 @@
 // A first launch over all logits; then a block decides a position of a row as if all tokens before it stood; and a row's
 // first rejection is its answer. What a row asks for is data: the launches are the same for every mix of rows.
 #include "gumbel_argmax.cuh"
+#include "kernels.h"
 
 namespace speculative_mamba::cuda {
 namespace {
@@ -58,7 +59,7 @@ __device__ __forceinline__ int64_t decide_position(const SpeculativeAcceptParams
     const float peak = logit_of(key_of(likeliest));
     const RowStatus status = status_of(peak, sampling.greedy());
     if (status != RowStatus::ok) return decision(status);
-    float* target_probs = p.target_probs ? p.target_probs + row * p.target_probs_stride : nullptr;
+    float* target_probs = p.target_probs ? p.target_probs + row * p.target_probs_batch_stride : nullptr;
     if (sampling.greedy()) {
         if (target_probs && threadIdx.x == 0) store(target_probs + token_of(likeliest), 1.f);
         return token_of(likeliest) == drafted ? kStands : token_of(likeliest);
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) decide(SpeculativeAcceptParams
     const int64_t decided = active ? decide_position(p, memory, candidates, row, t) : 0;
     if (threadIdx.x != 0) return;
     if (p.tokens == 1) return answer(p, row, 0, decided);
-    store_raw(p.decisions + row * p.tokens + t, decided);
+    store_raw(decisions_of(p, row) + t, decided);
 }
 
 // By a warp: the first position of a row whose drafted token does not stand.
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kWarp) first_rejection(SpeculativeAcceptParams
     const int64_t row = blockIdx.x;
     const int lane = static_cast<int>(threadIdx.x);
     for (int64_t t = lane;; t += kWarp) {
-        const int64_t decided = t < p.tokens ? load_raw(p.decisions + row * p.tokens + t) : kStands;
+        const int64_t decided = t < p.tokens ? load_raw(decisions_of(p, row) + t) : kStands;
         const int first = warp_reduce<kWarp>(decided == kStands ? kWarp : lane, Min{});
         if (first == kWarp) continue;
         if (lane == first) answer(p, row, t, decided);
@@ -113,3 +114,9 @@ void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
 }
 
 }  // namespace speculative_mamba::cuda
+
+// Words and a decision of every position, and its logits where rows can have penalties or bias.
+int64_t speculative_mamba::scratch_bytes(const SpeculativeAcceptParams& p) {
+    const bool adjusts = p.sampling.repetition_penalty || p.sampling.bias_capacity > 0;
+    return p.batch * p.tokens * (8 * (cuda::words_of(p.vocabulary) + 1) + (adjusts ? 4 * p.vocabulary : 0));
+}

@@ -27,14 +27,14 @@ struct Place {
         x = reinterpret_cast<const Act*>(p.x) + row * p.x_batch_stride + x_at;
         dt = reinterpret_cast<const Act*>(p.dt) + row * p.dt_batch_stride + head;
         z = p.z ? reinterpret_cast<const Act*>(p.z) + row * p.z_batch_stride + channel : nullptr;
-        B = reinterpret_cast<const Act*>(p.B) + row * p.b_batch_stride + b_at;
-        C = reinterpret_cast<const Act*>(p.C) + row * p.c_batch_stride + c_at;
+        B = reinterpret_cast<const Act*>(p.B) + row * p.B_batch_stride + b_at;
+        C = reinterpret_cast<const Act*>(p.C) + row * p.C_batch_stride + c_at;
         states = static_cast<State*>(p.states) + row * p.states_batch_stride + channel * p.state_size;
         x_size = p.x_heads * p.head_size, b_size = p.b_groups * p.state_size;
         const int64_t kept = row * p.input_slots;
         kept_x = p.input_x + kept * x_size + x_at;
         kept_dt = p.input_dt + kept * p.heads + head;
-        kept_B = p.input_b + kept * b_size + b_at;
+        kept_B = p.input_B + kept * b_size + b_at;
         y = reinterpret_cast<Act*>(p.y) + row * p.tokens * channels + channel;
     }
 };
@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
     // A lane's pair k is of this token, among those loaded together, and of this channel.
     auto token_of = [&](int k) { return (k * Lanes + lane) / kPairs * kGroup + lane % kGroup; };
     const int own_channel = lane / kGroup % kChannels;
+    wait_for_weights(p.constant_weights);
     const float A = load(p.A + head, From::constants), dt_bias = load(p.dt_bias + head, From::constants);
     const float skip = load(p.D + (p.d_per_channel ? channel + own_channel : head), From::constants);
     wait_for_previous();
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
         window.load_part([&](Packed4<Act>& four, int which, int i, int quarter) {
             const int t = first + i;
             if (t >= tokens || 4 * quarter >= p.state_size) return;
-            four = load_packed4((which ? at.C + t * p.c_token_stride : at.B + t * p.b_token_stride) + 4 * quarter);
+            four = load_packed4((which ? at.C + t * p.C_token_stride : at.B + t * p.B_token_stride) + 4 * quarter);
         });
         return window;
     };
@@ -267,8 +268,8 @@ __global__ void __launch_bounds__(kThreads) scan_any(SsdParams p) {
         const float dt = t < nulls ? 0.f : step_size(p, load(at.dt + t * p.dt_token_stride), dt_bias);
         float sum = 0.f;
         for (int n = 4 * lane; n < size; n += 4 * kWarp) {
-            const Float4 next = feed(n, dt, x, at.B + t * p.b_token_stride);
-            add_products(sum, next, load4(at.C + t * p.c_token_stride + n, count(n)));
+            const Float4 next = feed(n, dt, x, at.B + t * p.B_token_stride);
+            add_products(sum, next, load4(at.C + t * p.C_token_stride + n, count(n)));
         }
         sum = sum_of_lanes<kWarp, kPairs>(sum);
         if (!p.input_dt && !p.keep_last) store_to(at.states + (p.write_slot + t) * p.states_slot_stride);
@@ -296,9 +297,10 @@ __global__ void __launch_bounds__(kThreads) keep_inputs(SsdParams p) {
         from = reinterpret_cast<const Act*>(base) + offset, to = kept + input * values, size = values;
     };
     or_else(p.x, row * p.x_batch_stride + t * p.x_token_stride, p.input_x, x_size);
-    or_else(p.B, row * p.b_batch_stride + t * p.b_token_stride, p.input_b, b_size);
+    or_else(p.B, row * p.B_batch_stride + t * p.B_token_stride, p.input_B, b_size);
     if (at >= size || (p.keep_last && !is_dt)) return;
     const int count = size - at < 4 ? static_cast<int>(size - at) : 4;
+    wait_for_weights(p.constant_weights);
     const Float4 bias = is_dt ? load4(p.dt_bias + at, count, From::constants) : Float4{};
     wait_for_previous();
     const int64_t start = load_raw(p.start_slot + row);
@@ -316,9 +318,9 @@ __global__ void __launch_bounds__(kThreads) keep_inputs(SsdParams p) {
 template <typename Act, typename State, int Lanes>
 bool run_fast(const SsdParams& p, cudaStream_t stream) {
     constexpr int kOfBlock = kChannels * kThreads / Lanes;
-    const bool fits = p.state_size % 4 == 0 && p.head_size % kOfBlock == 0 && fours<float>(p.input_b) &&
-                      fours<Act>(p.B, p.b_batch_stride, p.b_token_stride) &&
-                      fours<Act>(p.C, p.c_batch_stride, p.c_token_stride) &&
+    const bool fits = p.state_size % 4 == 0 && p.head_size % kOfBlock == 0 && fours<float>(p.input_B) &&
+                      fours<Act>(p.B, p.B_batch_stride, p.B_token_stride) &&
+                      fours<Act>(p.C, p.C_batch_stride, p.C_token_stride) &&
                       fours<State>(p.states, p.states_batch_stride, p.states_slot_stride);
     if (!fits) return false;
     const dim3 blocks(blocks_for(p.heads * p.head_size, kOfBlock), static_cast<unsigned>(p.batch));
@@ -346,12 +348,12 @@ void run(const SsdParams& p, cudaStream_t stream) {
 
 template <typename Act>
 void with_activations(const SsdParams& p, cudaStream_t stream) {
-    SM_DISPATCH_DTYPE(p.state_dtype, run<Act, scalar_t>(p, stream));
+    SM_DISPATCH_DTYPE(p.states_dtype, run<Act, scalar_t>(p, stream));
 }
 
 }  // namespace
 
-void ssd(const SsdParams& p, cudaStream_t stream) {
+void ssd_verify(const SsdParams& p, cudaStream_t stream) {
     SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }
 

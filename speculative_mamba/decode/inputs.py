@@ -87,7 +87,8 @@ def check_sampling(sampling: object, rows: int) -> None:
         if isinstance(sampling.seed, tuple) and len(sampling.seed) != rows:
             raise ValueError(f"there are {len(sampling.seed)} seeds for {rows} rows; give one seed, or one per row")
         return
-    if not _all_of(sampling, lambda params: isinstance(params, SamplingParams)):
+    of_rows = isinstance(sampling, (list, tuple)) and len(sampling) > 0
+    if not of_rows or not all(isinstance(params, SamplingParams) for params in sampling):
         raise ValueError(f"sampling must be SamplingParams, or a list of one per row; got {sampling!r}")
     if len(sampling) != rows:
         raise ValueError(

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 
-from ..ops import attention_verify, causal_conv1d_verify, skinny_linear
+from ..ops import attention_verify
 from ..ops.int8 import Int8Weight
 from .cache import CAPACITY_STEP, AttentionCache, CacheSizes, Window
+from .model_ops import causal_conv1d_verify, skinny_linear
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops import rms_norm
 from .attention import Attention
 from .cache import LayerCache, Window
 from .mamba1 import Mamba1Mixer
 from .mamba1_grouped import GroupedMamba1Mixer
 from .mamba2 import Mamba2Mixer
 from .mlp import GatedMlp
+from .model_ops import rms_norm
 
 Mixer = Mamba1Mixer | GroupedMamba1Mixer | Mamba2Mixer | Attention | GatedMlp
 

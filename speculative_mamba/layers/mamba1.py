@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import torch
 
-from ..ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
+from .model_ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear
 from .settle import settle_scan
 
 # Replay takes a third of the memory; which is faster differs from run to run (python -m benchmarks.checkpoints).

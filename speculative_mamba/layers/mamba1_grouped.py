@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import torch
 
-from ..ops import causal_conv1d_verify, selective_scan_verify, skinny_linear
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
 from .mamba1 import REPLAY_IS_FASTER
+from .model_ops import causal_conv1d_verify, selective_scan_verify, skinny_linear
 from .settle import settle_scan
 
 

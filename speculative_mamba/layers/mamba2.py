@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from ..ops import causal_conv1d_verify, rms_norm, skinny_linear, ssd_verify
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
+from .model_ops import causal_conv1d_verify, rms_norm, skinny_linear, ssd_verify
 from .settle import settle_ssd
 
 # On two cores replay takes a half to a third of the time at any batch, and a fifth of the memory

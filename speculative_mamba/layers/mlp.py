@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 
-from ..ops import gated_silu, skinny_linear
+from ..ops import gated_silu
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, Window
+from .model_ops import skinny_linear
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from ..layers.block import Block
 from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, room_for
-from ..ops import rms_norm, skinny_linear
+from ..layers.model_ops import rms_norm, skinny_linear
 from ..ops.checks import check_follows, check_start_slot
 from ..ops.int8 import Int8Weight
 from ..ops.recording import Recording, ResultPool, next_stage

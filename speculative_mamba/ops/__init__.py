@@ -2,6 +2,10 @@
 
 "Activations" are what flows between layers. All of one call have one dtype: float32, or on backends other than ``cpu``
 also bfloat16 or float16. Arithmetic is float32 always.
+
+``constant_weights=True`` says that no kernel of the stream writes the named arguments while a call waits for its turn,
+as holds for the weights of a model: then CUDA kernels read them before the kernels before have ended. It changes no
+result. Without it a call may follow whatever wrote its arguments.
 """
 
 from .attention_verify import attention_verify

@@ -11,9 +11,6 @@ from types import ModuleType
 import torch
 
 _REBUILD = "SPECULATIVE_MAMBA_CUDA=on pip install -e ."
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # as in csrc/params.h
-
-
 _SOURCE = {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"}  # file of each op
 
 
@@ -129,13 +126,8 @@ def resolve(backend: str, device_type: str) -> str:
     return backend
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Where the tensor's data starts, as the compiled kernels take it; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def compiled(like: torch.Tensor) -> tuple[ModuleType, int]:
-    """The compiled kernels for a tensor's device, and their last argument: the number of threads, or the stream."""
+    """The compiled kernels for a tensor's device, and where they run: the number of threads, or the stream."""
     if like.is_cuda:
         return cuda_extension()[0], torch.cuda.current_stream(like.device).cuda_stream
     return extension()[0], torch.get_num_threads()
@@ -151,8 +143,11 @@ def _implementation(op: str, backend: str) -> Callable:
     return getattr(importlib.import_module(f"speculative_mamba.ops.{op}.{_SOURCE[backend]}"), op)
 
 
-def run(op: str, backend: str, first: torch.Tensor, *arguments: object) -> object:
-    """Calls an op's implementation, which takes these arguments, on the first one's device."""
+def run(op: str, backend: str, args: tuple) -> object:
+    """Calls an op's implementation, which takes the op's argument object, on the device of the first argument."""
+    first = args[0]
     implementation = _implementation(op, resolve(backend, first.device.type))
+    if not first.is_cuda:
+        return implementation(args)
     with current_device(first):
-        return implementation(first, *arguments)
+        return implementation(args)

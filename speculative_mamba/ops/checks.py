@@ -143,7 +143,8 @@ def check_sampling(
     """Parameters of every row, and the text that penalties need; ``SamplingTensors`` has checked itself."""
     if not isinstance(sampling, SamplingTensors):
         raise ValueError(f"sampling must be SamplingTensors, got {type(sampling).__name__}")
-    check("sampling.temperature", sampling.temperature, (batch,), like)
+    if sampling.rows != batch or sampling.temperature.device != like.device:
+        check("sampling.temperature", sampling.temperature, (batch,), like)
     text = {"prompt_mask": (prompt_mask, torch.bool), "output_counts": (output_counts, torch.int32)}
     for name, (tensor, dtype) in text.items():
         if tensor is not None:
@@ -151,6 +152,6 @@ def check_sampling(
             check_contiguous(name, tensor)
         elif sampling.has_penalties:
             raise ValueError(f"penalties need {name}, which counts the tokens of each text")
-    ids = sampling.bias_ids.flatten().tolist() if sampling.bias_capacity and like.device.type == "cpu" else []
-    if any(token >= vocabulary for token in ids):
+    biased = sampling.bias_ids.tolist() if sampling.bias_capacity and like.device.type == "cpu" else []
+    if any(token >= vocabulary for row in biased for token in row):
         raise ValueError(f"sampling.bias_ids must be below {vocabulary}, the size of the vocabulary")

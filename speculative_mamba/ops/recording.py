@@ -2,9 +2,8 @@
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -91,6 +90,6 @@ def new_result(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None
     return like.new_empty(shape, dtype=dtype) if recording is None else recording.new_result(like, shape, dtype)
 
 
-def scratch(kernels: ModuleType, like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory that only CUDA kernels need; empty for the others."""
-    return new_result(like, size if hasattr(kernels, "architectures") else 0, dtype=dtype)
+def scratch(like: torch.Tensor) -> Callable[[int], torch.Tensor]:
+    """What makes the scratch memory that a kernel asks for, of so many bytes."""
+    return lambda size: new_result(like, size, dtype=torch.uint8)

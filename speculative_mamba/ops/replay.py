@@ -27,3 +27,7 @@ class ReplayInputs:
     x: torch.Tensor
     dt: torch.Tensor
     B: torch.Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.dt.shape[1]

@@ -147,9 +147,9 @@ class SamplingTensors:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def row(self, index: int) -> "SamplingTensors":
-        """A row on its own; its tensors are views."""
-        return SamplingTensors(**{name: value[index : index + 1] for name, value in self.tensors().items()})
+    def rows_of(self, rows: slice) -> "SamplingTensors":
+        """Those of some rows, as views."""
+        return SamplingTensors(**{name: value[rows] for name, value in self.tensors().items()})
 
     def copy_(self, other: "SamplingTensors") -> None:
         """Takes over the values of ``other``, in place.

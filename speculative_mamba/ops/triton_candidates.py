@@ -1,4 +1,4 @@
-"""Candidates of every position, in Triton: the tokens that top-k, top-p and min-p may keep, after bias and penalties."""
+"""Candidates of every position, in Triton: what top-k, top-p and min-p may keep, after bias and penalties."""
 
 from dataclasses import dataclass
 

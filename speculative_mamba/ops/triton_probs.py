@@ -37,8 +37,8 @@ def logit_of(key):
 
 @triton.jit
 def row_sampling(sampling, b, vocabulary):
-    """A row's temperature, top-k, top-p and min-p, the latter two as bounds that rounding may reach; whether it is greedy,
-    which is top-k 1 at any temperature."""
+    """A row's temperature, top-k, top-p and min-p, the latter two as bounds that rounding may reach; and whether it is
+    greedy, which is top-k 1 at any temperature."""
     temperature, top_p, min_p = tl.load(sampling[0] + b), tl.load(sampling[2] + b), tl.load(sampling[3] + b)
     greedy = temperature == 0
     top_k = tl.where(greedy, 1, tl.minimum(tl.load(sampling[1] + b), vocabulary))
@@ -67,9 +67,9 @@ def logits_of(logits, adjusted, penalties, bias, position, tokens, vocabulary):
     row has penalties or bias."""
     b, t = position // tokens, position % tokens
     row = logits[0] + b * logits[1] + t * logits[2]
-    if adjusted is not None:
-        if is_adjusted(penalties, bias, b):
-            row = adjusted + position * vocabulary
+    counts = False if adjusted is None else is_adjusted(penalties, bias, b)
+    if counts:
+        row = adjusted + position * vocabulary
     return row
 
 
@@ -170,8 +170,8 @@ def threshold(ids, keys, weights, count, least, total, top_k, nucleus, floor):
 
 @triton.jit
 def gumbel_argmax(best, winner, token, weight, seed, stream, position, purpose):
-    """The winner of a block of tokens and those before it, by an exponential race: the smallest E / weight wins, of equals
-    the lowest id. E = -log(1 - v) is at least v."""
+    """The winner among a block of tokens and those before it, by an exponential race: the smallest E / weight wins, of
+    equals the lowest id. E = -log(1 - v) is at least v."""
     v = (bits_of(token, seed, stream, position, purpose).to(tl.float64) + 0.5) * 2.0**-32
     weight = weight.to(tl.float64)
     if tl.max((v < weight * best).to(tl.int32), 0) == 1:

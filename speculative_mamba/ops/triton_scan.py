@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .replay import ReplayInputs
+from .ssd_verify import SsdVerifyArgs
 from .triton_math import ALL, exp, launch, narrow, row_sums, silu, softplus, widen
 
 STATES = 256  # of a program, four for each of 64 threads: 320 programs for a row of 5120 channels with 16 states
@@ -132,44 +132,30 @@ def _keep_inputs(
     tl.store(b_old + slot * b_size + i, widen(tl.load(B[0] + row * B[1] + t * B[2] + i, i < b_size)), i < b_size)
 
 
-def scan(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor,
-    dt_limit: tuple[float, float],
-    states: torch.Tensor,
-    start_slot: torch.Tensor,
-    write_slot: int,
-    null_columns: torch.Tensor | None,
-    keep_last: bool,
-    inputs: ReplayInputs | None,
-) -> torch.Tensor:
+def scan(args: SsdVerifyArgs) -> torch.Tensor:
     """``ssd_verify``, where A may also be (H, N): one for every state of a head's channels."""
-    batch, tokens, heads = dt.shape
+    x, B, states, inputs = args.x, args.B, args.states, args.inputs
+    batch, tokens, heads = args.dt.shape
     x_heads, head_size = x.shape[2:]
     state_size = states.shape[-1]
     y = x.new_empty(batch, tokens, heads, head_size)
     block_n = triton.next_power_of_2(state_size)
     block = min(max(1, STATES // block_n), triton.next_power_of_2(heads * head_size))
     shared = {
-        "x": _strided(x), "dt": _strided(dt), "B": _strided(B), "dt_bias": dt_bias, "dt_limit": dt_limit,
-        "start_slot": start_slot, "null_columns": null_columns, "write_slot": write_slot, "tokens": tokens,
-        "heads": heads, "inputs": None if inputs is None else (inputs.x, inputs.dt, inputs.B, inputs.dt.shape[1]),
+        "x": _strided(x), "dt": _strided(args.dt), "B": _strided(B), "dt_bias": args.dt_bias,
+        "dt_limit": args.dt_limit, "start_slot": args.start_slot, "null_columns": args.null_columns,
+        "write_slot": args.write_slot, "tokens": tokens, "heads": heads,
+        "inputs": None if inputs is None else (inputs.x, inputs.dt, inputs.B, inputs.dt.shape[1]),
     }  # fmt: skip
     launch(
-        _scan, batch * triton.cdiv(heads * head_size, block), y, 2, **shared,
-        A=A, C=_strided(C), D=D, z=None if z is None else _strided(z), states=_strided(states), y=y,
-        head_size=head_size, x_heads=x_heads, b_groups=B.shape[2], c_groups=C.shape[2],
-        keep_last=int(keep_last), STATE_SIZE=state_size, BLOCK=block, BLOCK_N=block_n, A_PER_STATE=A.ndim == 2,
-        D_PER_CHANNEL=D.ndim == 2, maxnreg=REGISTERS,
+        _scan, batch * triton.cdiv(heads * head_size, block), y, 2, **shared, A=args.A, C=_strided(args.C), D=args.D,
+        z=None if args.z is None else _strided(args.z), states=_strided(states), y=y, head_size=head_size,
+        x_heads=x_heads, b_groups=B.shape[2], c_groups=args.C.shape[2], keep_last=int(args.keep_last),
+        STATE_SIZE=state_size, BLOCK=block, BLOCK_N=block_n, A_PER_STATE=args.A.ndim == 2,
+        D_PER_CHANNEL=args.D.ndim == 2, maxnreg=REGISTERS,
     )  # fmt: skip
-    if inputs is not None and keep_last:
-        inputs.dt[:, 0].masked_fill_((start_slot >= 0)[:, None], 0)
+    if inputs is not None and args.keep_last:
+        inputs.dt[:, 0].masked_fill_((args.start_slot >= 0)[:, None], 0)
     elif inputs is not None:
         x_size, b_size = x_heads * head_size, B.shape[2] * state_size
         programs = batch * tokens * triton.cdiv(max(x_size, heads, b_size), INPUTS)

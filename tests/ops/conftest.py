@@ -11,7 +11,7 @@ import torch
 from device import on_device
 from interpreter import repair
 from sampling import INTERPRETED, without_most_interpreted
-from shim import CUDA, built_shim
+from shim import CUDA, built_shim, synchronize
 
 from speculative_mamba.ops import backend as backends
 
@@ -94,6 +94,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     monkeypatch.setitem(backends.BACKENDS, name, (("cpu",), lambda: (True, "for a test")))
     if place == "shim":
         monkeypatch.setattr(backends, "extension", lambda: (built_shim(), "CUDA kernels on the CPU"))
+        synchronize()
     if request.param == INTERPRETED:
         repair(monkeypatch)
         monkeypatch.setattr("speculative_mamba.ops.triton_scan.STATES", 1 << 14)  # it is programs that cost

@@ -12,10 +12,12 @@ def on_device(implementation: Callable, device: str) -> Callable:
     between, and back afterwards."""
 
     @functools.wraps(implementation)
-    def call(*arguments: object) -> object:
+    def call(args: tuple) -> object:
         storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
         def there(value: object) -> object:
+            if hasattr(value, "_fields"):
+                return type(value)(*map(there, value))
             if dataclasses.is_dataclass(value):
                 fields = {field.name: there(getattr(value, field.name)) for field in dataclasses.fields(value)}
                 return dataclasses.replace(value, **fields)
@@ -30,7 +32,7 @@ def on_device(implementation: Callable, device: str) -> Callable:
             view = torch.empty(0, dtype=value.dtype, device=device)
             return view.set_(copy, value.storage_offset(), value.shape, value.stride())
 
-        results = implementation(*map(there, arguments))
+        results = implementation(there(args))
         for here, copy in storages.values():
             here.copy_(copy)
         return results.cpu() if isinstance(results, torch.Tensor) else tuple(result.cpu() for result in results)

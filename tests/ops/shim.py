@@ -1,5 +1,6 @@
 """Builds the CUDA kernels for the CPU: a module like ``_C_cuda`` that runs them through cuda_shim/."""
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -41,6 +42,11 @@ def built_shim() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def synchronize() -> None:
+    """As after waiting for a GPU: what its kernels wrote until now is theirs no more."""
+    ctypes.CDLL(built_shim().__file__).synchronize()
 
 
 def compile_on_shim(sources: list[Path], target: Path, options: list[str]) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from speculative_mamba.ops import attention_verify
-from speculative_mamba.ops.attention_verify import reference
+from speculative_mamba.ops.attention_verify import AttentionVerifyArgs, reference
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
 from speculative_mamba.ops.recording import Recording
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
@@ -132,7 +132,7 @@ def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> No
     actual, single, exact = copy(inputs), copy(inputs), double(inputs)
     y, y_single = run(actual, kernels), run(single, "reference")
     exact |= {"write_slot": 0, "scale": inputs["q"].shape[-1] ** -0.5}
-    y_exact = reference.attention_verify(*[exact[k] for k in ORDER], None, False)
+    y_exact = reference.attention_verify(AttentionVerifyArgs(*[exact[k] for k in ORDER], None, False))
     assert_accurate(y, y_single, y_exact, what="y")
     for name in ("keys", "values"):
         # As float32, whose unit in the last place is the smaller one.

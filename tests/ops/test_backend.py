@@ -95,18 +95,26 @@ def test_the_environment_chooses_the_instruction_set(select_isa: object, monkeyp
 
 
 WITHOUT_TORCH = """
-import sys, ctypes, importlib.util
+import collections, ctypes, importlib.util, sys
 sys.modules["torch"] = sys.modules["numpy"] = None
 spec = importlib.util.spec_from_file_location("_C", {path!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-pair = ctypes.c_float * 2
-x, weight, y, residual = pair(3, 4), pair(1, 2), pair(), pair()
-at = ctypes.addressof
-module.rms_norm(0, 1, 2, 1, at(x), 2, 0, 0, 0, at(weight), 0, 0.0, at(residual), at(y), 1)
-print(list(residual), [round(v * 12.5 ** 0.5, 4) for v in y])
+Pair = ctypes.c_float * 2
+class Tensor:
+    def __init__(self, *values, dtype="any.float32"):
+        self.values, self.dtype = Pair(*values), dtype
+    def data_ptr(self): return ctypes.addressof(self.values)
+    def stride(self): return 2, 1
+Args = collections.namedtuple("Args", "x weight residual gate groups eps constant_weights")
+def norm(weight):
+    y, residual = Tensor(), Tensor()
+    args = Args(Tensor(3, 4), weight, None, None, 1, 0.0, False)
+    module.rms_norm(args, 1, activations="any.float32", rows=1, features=2, y=y, residual_out=residual)
+    print(list(residual.values), [round(v * 12.5 ** 0.5, 4) for v in y.values])
+norm(Tensor(1, 2))
 try:
-    module.rms_norm(0, 1, 2, 1, at(x), 2, 0, 0, 0, at(weight), 9, 0.0, at(residual), at(y), 1)
+    norm(Tensor(1, 2, dtype="any.float8"))
 except ValueError as error:
     print(error)
 """
@@ -114,7 +122,9 @@ except ValueError as error:
 
 def test_the_extension_needs_no_torch() -> None:
     result = python(WITHOUT_TORCH.format(path=backends.extension()[0].__file__))
-    assert result.stdout.splitlines() == ["[3.0, 4.0] [3.0, 8.0]", "unknown dtype code 9"], result.stderr
+    assert result.stdout.splitlines() == ["[3.0, 4.0] [3.0, 8.0]", "kernels do not know dtype any.float8"], (
+        result.stderr
+    )
 
 
 def scan_inputs(channels: int = 256) -> list:

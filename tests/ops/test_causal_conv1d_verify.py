@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from speculative_mamba.ops import causal_conv1d_verify
-from speculative_mamba.ops.causal_conv1d_verify import reference
+from speculative_mamba.ops.causal_conv1d_verify import CausalConv1dVerifyArgs, reference
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
 BASE = {"batch": 3, "tokens": 5, "channels": 33, "width": 4, "slots": 8, "dtype": torch.float32, "bias": True}
@@ -112,9 +112,11 @@ def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> No
     x, weight, bias, window, start_slot, silu, repeat, block = copy(inputs).values()
     y_single = run(copy(inputs), "reference")
     bias = None if bias is None else bias.double()
-    y_double = reference.causal_conv1d_verify(
-        x.double(), weight.double(), bias, window.double(), start_slot, 0, None, False, silu, repeat, block or 1
-    )
+    args = CausalConv1dVerifyArgs(
+        x.double(), weight.double(), bias, window.double(), start_slot, 0, silu, repeat, block or 1, null_columns=None,
+        keep_last=False, constant_weights=False,
+    )  # fmt: skip
+    y_double = reference.causal_conv1d_verify(args)
     assert_accurate(run(inputs, kernels), y_single, y_double, what="y")
 
 

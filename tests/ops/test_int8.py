@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from speculative_mamba.ops import causal_conv1d_verify, rms_norm, skinny_linear
-from speculative_mamba.ops.backend import DTYPE_CODE, extension
 from speculative_mamba.ops.int8 import Int8Weight, quantised
+from speculative_mamba.ops.rms_norm import RmsNormArgs, native
 
 
 def weights() -> torch.Tensor:
@@ -113,9 +113,6 @@ def test_int8_without_a_scale_is_no_weight(backend: str) -> None:
 
 
 def test_the_kernels_of_other_ops_refuse_the_code_of_int8(cpu: str) -> None:
-    x, weight, y = torch.ones(1, 33), torch.ones(33, dtype=torch.int8), torch.zeros(2, 33)
-    code = DTYPE_CODE[torch.int8]
+    args = RmsNormArgs(torch.ones(1, 33), torch.ones(33, dtype=torch.int8), None, None, 1, 1e-5, False)
     with pytest.raises(ValueError, match="unknown dtype code 3"):
-        extension()[0].rms_norm(
-            0, 1, 33, 1, x.data_ptr(), 33, 0, 0, 0, weight.data_ptr(), code, 1e-5, y[0].data_ptr(), y[1].data_ptr(), 1
-        )
+        native.rms_norm(args)

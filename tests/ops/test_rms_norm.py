@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from speculative_mamba.ops import rms_norm
-from speculative_mamba.ops.rms_norm import reference
+from speculative_mamba.ops.rms_norm import RmsNormArgs, reference
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
 BASE = {
@@ -71,7 +71,7 @@ def row(inputs: dict, m: int) -> dict:
 def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> None:
     inputs = make(change)
     double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    y_double, residual_double = reference.rms_norm(**double, eps=1e-5)
+    y_double, residual_double = reference.rms_norm(RmsNormArgs(**double, eps=1e-5, constant_weights=False))
     y_single, residual_single = rms_norm(**inputs, backend="reference")
     y, residual_out = rms_norm(**inputs, backend=kernels)
     assert_accurate(y, y_single, y_double, what="y")

@@ -5,11 +5,11 @@ import torch
 
 from speculative_mamba.ops import selective_scan_verify
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
-from speculative_mamba.ops.selective_scan_verify import reference
+from speculative_mamba.ops.selective_scan_verify import SelectiveScanVerifyArgs, reference
 from speculative_mamba.testing.scan import PER_TOKEN, copy, cut, make, split
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
-ORDER = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "states", "start_slot", "write_slot")
+PLAIN = {"write_slot": 0, "inputs": None, "null_columns": None, "keep_last": False, "constant_weights": False}
 CHANGES = [
     {},
     {"batch": 1},
@@ -66,7 +66,7 @@ def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> No
     double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     y = run(actual, kernels)
     y_single = run(single, "reference")
-    y_double = reference.selective_scan_verify(*[{**double, "write_slot": 0}[k] for k in ORDER], None, False)
+    y_double = reference.selective_scan_verify(SelectiveScanVerifyArgs(**double, **PLAIN))
     tokens = inputs["x"].shape[1]
     assert_accurate(y, y_single, y_double, what="y")
     # As float32, whose unit in the last place is the smaller one.

@@ -12,7 +12,7 @@ BLOCKS = 3
 FAULTS = ("none", "no_barrier", "load_beyond", "store_beyond", "store_to_input", "two_blocks", "lost_lane",
           "different_barriers", "early_load", "plain_add", "wide_store",
           "no_wait", "false_constant", "misaligned", "no_group", "young_group", "copy_before_wait",
-          "never_awaited")  # fmt: skip
+          "never_awaited", "written_constant")  # fmt: skip
 Run = Callable[[str, str, int], tuple[str, torch.Tensor, torch.Tensor]]
 
 
@@ -57,6 +57,7 @@ def test_kernels_without_a_fault(run: Run, seed: int) -> None:
         ("block_sum", "misaligned", "misaligned access"),
         ("block_sum", "no_wait", "before the kernel before has ended"),
         ("block_sum", "false_constant", "no constant"),
+        ("block_sum", "written_constant", "that a kernel before has written"),
         ("block_sum", "load_beyond", "load out of bounds"),
         ("block_sum", "store_beyond", "store out of bounds"),
         ("block_sum", "store_to_input", "read only"),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from speculative_mamba.ops import skinny_linear
 from speculative_mamba.ops.int8 import Int8Weight, quantised
-from speculative_mamba.ops.skinny_linear import reference
+from speculative_mamba.ops.skinny_linear import SkinnyLinearArgs, reference
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
 BASE = {"rows": 5, "in_features": 77, "out_features": 37, "dtype": torch.float32, "contiguous": False}
@@ -65,11 +65,16 @@ def make(change: dict | None = None, seed: int = 0) -> tuple[torch.Tensor, torch
     return x, Int8Weight(values[:, inside[0]], scale[inside[1]])
 
 
+def specified(x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """By the reference, in the dtype of x."""
+    return reference.skinny_linear(SkinnyLinearArgs(x, weight, bias, x.dtype, constant_weights=False))
+
+
 @table
 def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> None:
     x, weight = make(change)
     y_single = skinny_linear(x, weight, backend="reference")
-    assert_accurate(skinny_linear(x, weight, backend=kernels), y_single, reference.skinny_linear(x.double(), weight))
+    assert_accurate(skinny_linear(x, weight, backend=kernels), y_single, specified(x.double(), weight))
 
 
 @table
@@ -155,7 +160,7 @@ def test_extreme_values_of_int8(backend: str) -> None:
     y = skinny_linear(x, weight, backend=backend)
     assert (y[:, 3] == 0).all() and (y[:, 36] == 0).all()
     size = x.double().abs() @ weight.values.double().abs().T * weight.scale.double()
-    error = (y.double() - reference.skinny_linear(x.double(), weight)).abs()
+    error = (y.double() - specified(x.double(), weight)).abs()
     assert (error <= 1e-6 * size + 1e-38).all()
 
 
@@ -227,9 +232,9 @@ def test_activations_of_16_bits(
     x = torch.randn(rows, features, generator=g).to(dtype)
     weight, bias = torch.randn(outputs, features, generator=g), torch.randn(outputs, generator=g)
     weight = quantised(weight) if weight_dtype is torch.int8 else weight.to(weight_dtype)
-    exact = reference.skinny_linear(x.double(), weight, bias)
+    exact = specified(x.double(), weight, bias)
     y = skinny_linear(x, weight, bias, out_dtype=torch.float32, backend=gpu_kernels)
-    assert_accurate(y, reference.skinny_linear(x.float(), weight, bias), exact)
+    assert_accurate(y, specified(x.float(), weight, bias), exact)
     assert_bitwise_equal(skinny_linear(x, weight, bias, backend=gpu_kernels), y.to(dtype), "rounded")
     for first in range(0, rows, 3):
         alone = skinny_linear(x[first : first + 1], weight, bias, out_dtype=torch.float32, backend=gpu_kernels)
@@ -264,8 +269,8 @@ def test_a_row_of_16_bits_is_the_same_among_any_others(
         return skinny_linear(x, weight, bias, out_dtype=torch.float32, backend=gpu_kernels)
 
     y = run(x)
-    exact = reference.skinny_linear(x.double(), weight, bias)
-    assert_accurate(y, reference.skinny_linear(x.float(), weight, bias), exact)
+    exact = specified(x.double(), weight, bias)
+    assert_accurate(y, specified(x.float(), weight, bias), exact)
     for count in (1, 5, 8, 9, 16, 17, 40, 64):
         assert_bitwise_equal(run(x[:count]), y[:count], f"first {count} rows")
         assert_bitwise_equal(run(x[-count:]), y[-count:], f"last {count} rows")
@@ -285,8 +290,8 @@ def test_shares_of_a_weight_of_many_features(features: int, outputs: int, int8: 
     weight = torch.randn(outputs, features, generator=g)
     weight = quantised(weight) if int8 else weight.bfloat16()
     y = skinny_linear(x, weight, out_dtype=torch.float32, backend=gpu_kernels)
-    exact = reference.skinny_linear(x.double(), weight)
-    assert_accurate(y, reference.skinny_linear(x.float(), weight), exact)
+    exact = specified(x.double(), weight)
+    assert_accurate(y, specified(x.float(), weight), exact)
     for count in (1, 5, 8):
         few = skinny_linear(x[:count], weight, out_dtype=torch.float32, backend=gpu_kernels)
         assert_bitwise_equal(few, y[:count], f"first {count} rows")

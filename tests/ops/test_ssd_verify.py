@@ -8,10 +8,10 @@ import torch
 from speculative_mamba.ops import ssd_verify
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
 from speculative_mamba.ops.replay import ReplayInputs
-from speculative_mamba.ops.ssd_verify import reference
+from speculative_mamba.ops.ssd_verify import SsdVerifyArgs, reference
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
-ORDER = ("x", "dt", "A", "B", "C", "D", "dt_bias", "states", "start_slot", "write_slot", "z", "dt_limit")
+PLAIN = {"write_slot": 0, "inputs": None, "null_columns": None, "keep_last": False, "constant_weights": False}
 PER_TOKEN = ("x", "dt", "B", "C", "z")
 BASE = {
     "batch": 3, "tokens": 5, "heads": 6, "head_size": 21, "state_size": 40, "x_heads": 6, "b_groups": 2, "c_groups": 3,
@@ -131,7 +131,7 @@ def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> No
     double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     y = run(actual, kernels)
     y_single = run(single, "reference")
-    y_double = reference.ssd_verify(*[{**double, "write_slot": 0}[k] for k in ORDER], None, None, False)
+    y_double = reference.ssd_verify(SsdVerifyArgs(**double, **PLAIN))
     tokens = inputs["x"].shape[1]
     assert_accurate(y, y_single, y_double, what="y")
     # As float32, whose unit in the last place is the smaller one.

@@ -1,4 +1,5 @@
-"""Models of six tokens whose laws are tables, the same laws by hand in float64, and a chi-square test of what is drawn.
+"""Models of six tokens whose probabilities are tables, the same by hand in float64, and a chi-square test of what is
+drawn.
 
 A row of a table holds weights, e to the power of the logits. They sum to 3, so that logits of both signs occur.
 """
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from speculative_mamba.decode import Drafter, NgramDrafter
+from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.testing.models import TableModel
+from speculative_mamba.testing.sampling import probs_by_hand
 from speculative_mamba.testing.scripted import ScriptedDraft
 
 VOCABULARY = 6
-FIRST = 3  # tokens whose joint law is tested
+FIRST = 3  # tokens that are tested together
 DRAFTS = {  # seed, sharpness and share of zeros of the draft's table
     "equal": (0, 1.5, 0.2),
     "sharper": (0, 3.0, 0.2),
@@ -37,55 +40,34 @@ def table(seed: int, sharpness: float = 1.5, zeros: float = 0.0, support: slice 
 
 
 def filter_by_hand(
-    weights: list[float],
-    seen: frozenset[int] = frozenset(),
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    weights: list[float], prompt: tuple[int, ...] = (), generated: tuple[int, ...] = (), **params: object
 ) -> list[float]:
-    """Penalty, temperature, the k likeliest, the smallest set that reaches p, min-p; ties: lowest id first."""
+    """Probabilities of tokens with these weights, after a text."""
     logits = [math.log(weight) if weight > 0 else -math.inf for weight in weights]
-    for token in seen:
-        logits[token] *= repetition_penalty if logits[token] <= 0 else 1 / repetition_penalty
-    powered = [math.exp(logit / temperature) for logit in logits]
-    order = sorted(range(len(powered)), key=lambda token: (-powered[token], token))
-    kept = order[: top_k or None]
-    total = sum(powered[token] for token in kept)
-    nucleus, reached = [], 0.0
-    for token in kept:
-        if reached >= top_p:
-            break
-        nucleus.append(token)
-        reached += powered[token] / total
-    nucleus = [token for token in nucleus if powered[token] >= min_p * powered[order[0]]]
-    total = sum(powered[token] for token in nucleus)
-    return [powered[token] / total if token in nucleus else 0.0 for token in range(len(powered))]
+    return probs_by_hand(logits, SamplingParams(**{"temperature": 1.0, **params}), prompt, generated)
 
 
-def joint_law_by_hand(rows: torch.Tensor, prompt: list[int], **filters: float) -> torch.Tensor:
-    """Probability (6, 6, 6) of the first three tokens after ``prompt``, which counts as text for the penalty."""
+def joint_probs_by_hand(rows: torch.Tensor, prompt: list[int], **params: object) -> torch.Tensor:
+    """Probability (6, 6, 6) of the first three tokens after ``prompt``."""
     weights = rows.tolist()
-    penalised = filters.get("repetition_penalty", 1.0) != 1
+    given = tuple(prompt) if SamplingParams(**params).penalised else ()
 
     @functools.cache
-    def law(last: int, seen: frozenset[int]) -> list[float]:
-        return filter_by_hand(weights[last], seen, **filters)
+    def probs(last: int, generated: tuple[int, ...]) -> list[float]:
+        return filter_by_hand(weights[last], given, generated, **params)
 
     joint = torch.zeros((VOCABULARY,) * FIRST, dtype=torch.float64)
     for path in itertools.product(range(VOCABULARY), repeat=FIRST):
-        probability, text = 1.0, list(prompt)
-        for token in path:
-            probability *= law(text[-1], frozenset(text) if penalised else frozenset())[token]
-            text.append(token)
+        probability, last = 1.0, prompt[-1]
+        for at, token in enumerate(path):
+            probability *= probs(last, tuple(sorted(path[:at])) if given else ())[token]
+            last = token
         joint[path] = probability
     return joint
 
 
 def chi_square_p_value(drawn: torch.Tensor, joint: torch.Tensor) -> float:
-    """How likely a sample at least this far from the law is. Cells that expect fewer than 5 are counted as one.
+    """How likely a sample at least this far from the probabilities is. Cells that expect fewer than 5 count as one.
 
     drawn: (samples, 3). 0 if something was drawn that cannot be.
     """
@@ -131,14 +113,14 @@ def make_table() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture
 def by_hand() -> Callable[..., list[float]]:
-    """by_hand(weights, seen, **filters)"""
+    """by_hand(weights, prompt, generated, **params)"""
     return filter_by_hand
 
 
 @pytest.fixture
-def joint_law() -> Callable[..., torch.Tensor]:
-    """joint_law(rows, prompt, **filters)"""
-    return joint_law_by_hand
+def joint_probs() -> Callable[..., torch.Tensor]:
+    """joint_probs(rows, prompt, **params)"""
+    return joint_probs_by_hand
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ FILTERS = {
     "top-k top-p": {"top_k": 4, "top_p": 0.8, "temperature": 0.9},
     "min-p": {"min_p": 0.1},
     "penalty": {"repetition_penalty": 1.5},
+    "counts": {"presence_penalty": 0.7, "frequency_penalty": 0.6, "logit_bias": {1: 1.0, 3: -2.0}},
     "all": {"temperature": 1.2, "top_k": 5, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.4},
 }
 TOKENS = 14
@@ -25,7 +26,7 @@ def params(seed: int | list[int] = 3, **filters: float) -> sm.SamplingParams:
     return sm.SamplingParams(**{"temperature": 1.0, **filters}, seed=seed)
 
 
-def text(target: object, prompts: list, sampling: sm.SamplingParams, **options: object) -> list[list[int]]:
+def text(target: object, prompts: list, sampling: sm.SamplingParams | list, **options: object) -> list[list[int]]:
     options = {"max_new_tokens": TOKENS, "stop_token_ids": (), "acceptance": "coupled", **options}
     return [row.tolist() for row in sm.generate(target, prompts, sampling=sampling, **options).sequences]
 
@@ -50,7 +51,7 @@ def test_tables_with_any_draft_and_lookahead(make_draft, target_table, filters, 
     sampling, target = params(**FILTERS[filters]), TableModel(target_table(draft))
     prompts = PROMPTS if draft != "disjoint" else [[2, 0], [1], [2, 2, 1]]
     expected = text(target, prompts, sampling)
-    assert text(target, prompts, sampling, acceptance="rejection") == expected, "plain sampling knows one law"
+    assert text(target, prompts, sampling, acceptance="rejection") == expected, "plain sampling knows one text"
     for lookahead in (1, 2, 4, 15):
         drafted = make_draft(draft, PROMPTS[0], len(prompts))
         assert text(target, prompts, sampling, draft=drafted, lookahead=lookahead) == expected
@@ -120,6 +121,18 @@ def test_a_seed_per_row_with_models_of_unequal_drafts(pair) -> None:
             text(target, [prompt], params([seed], **filters))[0] for prompt, seed in zip(PROMPTS, seeds, strict=True)
         ]
         assert text(target, PROMPTS, params(seeds, **filters), draft=drafts["near"]) == alone
+
+
+@pytest.mark.parametrize("draft", [None, "near"])
+def test_parameters_per_row_make_each_row_its_own_run(pair, draft) -> None:
+    """Greedy rows and sampled ones of every kind, whatever their neighbours are."""
+    target, drafts = pair
+    rows = [sm.SamplingParams(), *(params(seed, **filters) for seed, filters in enumerate(FILTERS.values()))][:6]
+    rows[1] = params(2**40, **FILTERS["counts"])
+    alone = [text(target, [prompt], [row])[0] for prompt, row in zip(PROMPTS, rows, strict=True)]
+    for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1], [1, 0], [2, 2, 1, 0]):
+        prompts, chosen = [PROMPTS[row] for row in order], [rows[row] for row in order]
+        assert text(target, prompts, chosen, draft=drafts.get(draft), lookahead=3) == [alone[row] for row in order]
 
 
 @pytest.mark.parametrize("draft", [None, "other"])

@@ -1,9 +1,28 @@
 """Causal grouped-query attention of a window of tokens over a cache that goes back by its length."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
 from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous, check_null_columns, check_slots
+
+
+class AttentionVerifyArgs(NamedTuple):
+    """The arguments of ``attention_verify``, as every backend takes them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    lengths: torch.Tensor
+    start_slot: torch.Tensor
+    write_slot: int
+    inv_freq: torch.Tensor | None
+    scale: float
+    null_columns: torch.Tensor | None
+    keep_last: bool
 
 
 def attention_verify(
@@ -83,10 +102,10 @@ def attention_verify(
     if q.device.type == "cpu":
         _check_room(tokens, capacity, lengths, start_slot, null_columns)
     scale = dims**-0.5 if scale is None else scale
-    return run(
-        "attention_verify", backend,
+    args = AttentionVerifyArgs(
         q, k, v, keys, values, lengths, start_slot, write_slot, inv_freq, scale, null_columns, keep_last,
     )  # fmt: skip
+    return run("attention_verify", backend, args)
 
 
 def _check_room(

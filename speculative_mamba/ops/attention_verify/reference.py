@@ -6,45 +6,35 @@ Token by token and without matrix products, because PyTorch rounds sums by the s
 
 import torch
 
+from ..wide import is_narrow, widened
+from . import AttentionVerifyArgs
 
-def attention_verify(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    lengths: torch.Tensor,
-    start_slot: torch.Tensor,
-    write_slot: int,
-    inv_freq: torch.Tensor | None,
-    scale: float,
-    null_columns: torch.Tensor | None,
-    keep_last: bool,
-) -> torch.Tensor:
-    if q.dtype in (torch.bfloat16, torch.float16):
-        wide = q.float(), k.float(), v.float()
-        rest = lengths, start_slot, write_slot, inv_freq, scale, null_columns, keep_last
-        return attention_verify(*wide, keys, values, *rest).to(q.dtype)
+
+def attention_verify(args: AttentionVerifyArgs) -> torch.Tensor:
+    q = args.q
+    if is_narrow(q):
+        return attention_verify(widened(args, "q", "k", "v")).to(q.dtype)
     batch, tokens, heads, _ = q.shape
-    kv_heads = k.shape[2]
+    kv_heads = args.k.shape[2]
     y = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for b in range(batch):
-        if start_slot[b] < 0:
+        if args.start_slot[b] < 0:
             continue
-        length = int(lengths[b, start_slot[b]])
+        length = int(args.lengths[b, args.start_slot[b]])
         for t in range(tokens):
-            if null_columns is None or t >= null_columns[b]:
-                keys[b, :, length] = rotate(k[b, t], length, inv_freq)
-                values[b, :, length] = v[b, t]
-                query = (rotate(q[b, t], length, inv_freq) * scale).unflatten(0, (kv_heads, heads // kv_heads))
+            if args.null_columns is None or t >= args.null_columns[b]:
+                args.keys[b, :, length] = rotate(args.k[b, t], length, args.inv_freq)
+                args.values[b, :, length] = args.v[b, t]
+                query = rotate(q[b, t], length, args.inv_freq) * args.scale
+                query = query.unflatten(0, (kv_heads, heads // kv_heads))
                 length += 1
-                entries = [cache[b, :, :length].to(q.dtype).contiguous()[:, None] for cache in (keys, values)]
-                weights = torch.softmax((query[:, :, None] * entries[0]).sum(-1), -1)
-                y[b, t] = (weights[..., None] * entries[1]).sum(-2).flatten(0, 1)
-            if not keep_last:
-                lengths[b, write_slot + t] = length
-        if keep_last:
-            lengths[b, 0] = length
+                keys, values = (c[b, :, :length].to(q.dtype).contiguous()[:, None] for c in (args.keys, args.values))
+                weights = torch.softmax((query[:, :, None] * keys).sum(-1), -1)
+                y[b, t] = (weights[..., None] * values).sum(-2).flatten(0, 1)
+            if not args.keep_last:
+                args.lengths[b, args.write_slot + t] = length
+        if args.keep_last:
+            args.lengths[b, 0] = length
     return y
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..triton_math import exp, lane_sums, launch, narrow, row_sums, widen
 from ..triton_rotary import rotated
+from . import AttentionVerifyArgs
 
 QUERIES = 16  # in a tile
 ENTRIES = 32  # in a block; half as many where each is larger
@@ -118,37 +119,25 @@ def _advance(lengths, start_slot, null_columns, tokens, slots, write_slot, keep_
             tl.store(lengths + b * slots + write_slot + t, start + tl.maximum(t + 1 - nulls, 0))
 
 
-def attention_verify(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    lengths: torch.Tensor,
-    start_slot: torch.Tensor,
-    write_slot: int,
-    inv_freq: torch.Tensor | None,
-    scale: float,
-    null_columns: torch.Tensor | None,
-    keep_last: bool,
-) -> torch.Tensor:
-    batch, tokens, heads, dims = q.shape
-    kv_heads = k.shape[2]
-    window = {"lengths": lengths, "start_slot": start_slot, "null_columns": null_columns, "tokens": tokens,
+def attention_verify(args: AttentionVerifyArgs) -> torch.Tensor:
+    batch, tokens, heads, dims = args.q.shape
+    kv_heads, inv_freq, lengths = args.k.shape[2], args.inv_freq, args.lengths
+    window = {"lengths": lengths, "start_slot": args.start_slot, "null_columns": args.null_columns, "tokens": tokens,
               "slots": lengths.shape[1]}  # fmt: skip
     block = max(PART, triton.next_power_of_2(dims))
     sizes = {"inv_freq": inv_freq, "pairs": 0 if inv_freq is None else len(inv_freq), "kv_heads": kv_heads,
              "dims": dims, "QUERIES": QUERIES, "BLOCK": block}  # fmt: skip
-    q, k, v, keys, values = ((tensor, tensor.stride(0), tensor.stride(1)) for tensor in (q, k, v, keys, values))
-    y = torch.empty(batch, tokens, heads, dims, dtype=q[0].dtype, device=lengths.device)
+    strided = (args.q, args.k, args.v, args.keys, args.values)
+    q, k, v, keys, values = ((tensor, tensor.stride(0), tensor.stride(1)) for tensor in strided)
+    y = torch.empty(batch, tokens, heads, dims, dtype=args.q.dtype, device=args.q.device)
     launch(
         _write, batch * triton.cdiv(tokens * kv_heads, QUERIES), lengths, 4, k=k, v=v, keys=keys, values=values,
         **window, **sizes,
     )  # fmt: skip
     launch(
         _attend, batch * kv_heads * triton.cdiv(tokens * heads // kv_heads, QUERIES), lengths,
-        8, q=q, keys=keys, values=values, y=y, heads=heads, scale=scale, PARTS=block // PART,
+        8, q=q, keys=keys, values=values, y=y, heads=heads, scale=args.scale, PARTS=block // PART,
         ENTRIES=ENTRIES if block <= 128 else ENTRIES // 2, **window, **sizes,
     )  # fmt: skip
-    launch(_advance, batch, lengths, 1, **window, write_slot=write_slot, keep_last=int(keep_last))
+    launch(_advance, batch, lengths, 1, **window, write_slot=args.write_slot, keep_last=int(args.keep_last))
     return y

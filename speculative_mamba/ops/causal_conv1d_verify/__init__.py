@@ -1,9 +1,28 @@
 """Depthwise causal convolution, with SiLU or without, over a window of tokens, starting from any earlier token."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
 from ..checks import MAX_CONV_WIDTH, WEIGHT_DTYPES, check, check_activations, check_null_columns, check_slots
+
+
+class CausalConv1dVerifyArgs(NamedTuple):
+    """The arguments of ``causal_conv1d_verify``, as every backend takes them."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    window: torch.Tensor
+    start_slot: torch.Tensor
+    write_slot: int
+    silu: bool
+    repeat: int
+    block: int
+    null_columns: torch.Tensor | None
+    keep_last: bool
+    constant_weights: bool
 
 
 def causal_conv1d_verify(
@@ -14,11 +33,12 @@ def causal_conv1d_verify(
     start_slot: torch.Tensor,
     write_slot: int = 0,
     *,
-    null_columns: torch.Tensor | None = None,
-    keep_last: bool = False,
     silu: bool = True,
     repeat: int = 1,
     block: int | None = None,
+    null_columns: torch.Tensor | None = None,
+    keep_last: bool = False,
+    constant_weights: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Convolves T tokens per row after the token in slot ``start_slot`` and keeps every token's input.
@@ -31,11 +51,12 @@ def causal_conv1d_verify(
     | window       | (B, W-1+S, D)    | float32                    | **written** |
     | start_slot   | (B)              | int32                      | slot of the last committed token; -1: left out |
     | write_slot   | int              |                            | slot of the first token of the window |
-    | null_columns | (B)              | int32 or None              | that many leading inputs of a row count as 0 |
-    | keep_last    | bool             |                            | prefill: keep the last W-1 inputs, as slot 0's |
     | silu         | bool             |                            | False: the convolution without activation |
     | repeat       | int              |                            | channels of y for each channel of x |
     | block        | int or None      |                            | channels of x that repeat together |
+    | null_columns | (B)              | int32 or None              | that many leading inputs of a row count as 0 |
+    | keep_last    | bool             |                            | prefill: keep the last W-1 inputs, as slot 0's |
+    | constant_weights | bool         |                            | see ``ops``; of weight, bias |
     | returns      | (B, T, D)        | as x                       | silu(conv(x) + bias) |
 
     Row W-1+j of ``window`` holds the input of slot j; rows s+1 … s+W-1 are what precedes the token after slot s. The
@@ -74,7 +95,7 @@ def causal_conv1d_verify(
     check("window", window, (batch, window.shape[1], channels), x)
     check_slots(x, slots, start_slot, write_slot, keep_last)
     check_null_columns(null_columns, batch, x)
-    return run(
-        "causal_conv1d_verify", backend,
-        x, weight, bias, window, start_slot, write_slot, null_columns, keep_last, silu, repeat, block,
+    args = CausalConv1dVerifyArgs(
+        x, weight, bias, window, start_slot, write_slot, silu, repeat, block, null_columns, keep_last, constant_weights,
     )  # fmt: skip
+    return run("causal_conv1d_verify", backend, args)

@@ -3,27 +3,18 @@
 import torch
 import torch.nn.functional as F
 
+from ..wide import is_narrow, widened
+from . import CausalConv1dVerifyArgs
 
-def causal_conv1d_verify(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    window: torch.Tensor,
-    start_slot: torch.Tensor,
-    write_slot: int,
-    null_columns: torch.Tensor | None,
-    keep_last: bool,
-    silu: bool = True,
-    repeat: int = 1,
-    block: int = 1,
-) -> torch.Tensor:
-    if x.dtype in (torch.bfloat16, torch.float16):
-        rest = weight, bias, window, start_slot, write_slot, null_columns, keep_last, silu, repeat, block
-        return causal_conv1d_verify(x.float(), *rest).to(x.dtype)
+
+def causal_conv1d_verify(args: CausalConv1dVerifyArgs) -> torch.Tensor:
+    x, window, start_slot, null_columns = args.x, args.window, args.start_slot, args.null_columns
+    if is_narrow(x):
+        return causal_conv1d_verify(widened(args, "x")).to(x.dtype)
     batch, tokens, _ = x.shape
-    channels, width = weight.shape
-    x = x.unflatten(2, (-1, 1, block)).expand(-1, -1, -1, repeat, -1).flatten(2)
-    weight = weight.to(x.dtype)
+    channels, width = args.weight.shape
+    x = x.unflatten(2, (-1, 1, args.block)).expand(-1, -1, -1, args.repeat, -1).flatten(2)
+    weight = args.weight.to(x.dtype)
     columns = torch.arange(tokens, device=x.device)
     if null_columns is not None:
         x = x.masked_fill((columns < null_columns[:, None])[..., None], 0)
@@ -36,17 +27,17 @@ def causal_conv1d_verify(
         into = window[:, first : first + inputs.shape[1]]
         into.copy_(torch.where(taken, inputs, into))
 
-    if keep_last:
+    if args.keep_last:
         write(1, inputs[:, tokens:])
     else:
-        if write_slot == 0:
+        if args.write_slot == 0:
             write(0, history)
-        write(width - 1 + write_slot, x)
-    y = torch.zeros(channels, dtype=x.dtype, device=x.device) if bias is None else bias
+        write(width - 1 + args.write_slot, x)
+    y = torch.zeros(channels, dtype=x.dtype, device=x.device) if args.bias is None else args.bias
     for k in range(width):
         y = y + inputs[:, k : k + tokens] * weight[:, k]
     y = y.masked_fill(~taken, 0)
-    if not silu or not batch:
+    if not args.silu or not batch:
         return y
     # PyTorch rounds SiLU by where a value lies in its tensor, so every token goes through it alone.
     return torch.stack([torch.stack([F.silu(token) for token in row]) for row in y])

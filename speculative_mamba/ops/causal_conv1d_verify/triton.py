@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ..triton_math import launch, narrow, widen
 from ..triton_math import silu as silu_of
+from . import CausalConv1dVerifyArgs
 
 CHANNELS = 128  # of a program
 
@@ -63,26 +64,16 @@ def _convolve(
             tl.store(window_row + (1 + k) * row_stride + channel, inputs[k], exists)
 
 
-def causal_conv1d_verify(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    window: torch.Tensor,
-    start_slot: torch.Tensor,
-    write_slot: int,
-    null_columns: torch.Tensor | None,
-    keep_last: bool,
-    silu: bool,
-    repeat: int,
-    block: int,
-) -> torch.Tensor:
+def causal_conv1d_verify(args: CausalConv1dVerifyArgs) -> torch.Tensor:
+    x, weight, window = args.x, args.weight, args.window
     batch, tokens, _ = x.shape
     channels, width = weight.shape
     y = x.new_empty(batch, tokens, channels)
     launch(
         _convolve, batch * triton.cdiv(channels, CHANNELS), y, 4, x=(x, x.stride(0), x.stride(1)),
-        weight=(weight, *weight.stride()), bias=bias, window=(window, window.stride(0), window.stride(1)), y=y,
-        start_slot=start_slot, null_columns=null_columns, tokens=tokens, channels=channels, repeat=repeat, block=block,
-        write_slot=write_slot, keep_last=int(keep_last), WIDTH=width, SILU=silu, BLOCK=CHANNELS,
+        weight=(weight, *weight.stride()), bias=args.bias, window=(window, window.stride(0), window.stride(1)), y=y,
+        start_slot=args.start_slot, null_columns=args.null_columns, tokens=tokens, channels=channels,
+        repeat=args.repeat, block=args.block, write_slot=args.write_slot, keep_last=int(args.keep_last), WIDTH=width,
+        SILU=args.silu, BLOCK=CHANNELS,
     )  # fmt: skip
     return y

@@ -1,6 +1,7 @@
 """The end of a round: which tokens become text, and where each row goes on."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +10,20 @@ from ..checks import check, check_contiguous, check_tokens
 from .rows import BatchState
 
 __all__ = ["BatchState", "commit_tokens"]
+
+
+class CommitTokensArgs(NamedTuple):
+    """The arguments of ``commit_tokens``, as every backend takes them."""
+
+    drafted: torch.Tensor
+    accepted: torch.Tensor
+    following: torch.Tensor
+    verdicts: torch.Tensor
+    limits: torch.Tensor
+    is_stop: torch.Tensor
+    rows: BatchState
+    output_counts: torch.Tensor | None
+    text: torch.Tensor | None
 
 
 def commit_tokens(
@@ -84,9 +99,10 @@ def commit_tokens(
         _check_range("accepted", accepted, 0, lookahead)
         _check_range("rows.positions", rows.positions, 0)
         _check_range("rows.room", rows.room, -1)
-    return run(
-        "commit_tokens", backend, drafted, accepted, following, verdicts, limits, is_stop, rows, output_counts, text
-    )
+    args = CommitTokensArgs(
+        drafted, accepted, following, verdicts, limits, is_stop, rows, output_counts, text,
+    )  # fmt: skip
+    return run("commit_tokens", backend, args)
 
 
 def _check_range(name: str, tensor: torch.Tensor, least: int, most: float = math.inf) -> None:

@@ -2,29 +2,19 @@
 
 import torch
 
-from ..backend import address, compiled
+from ..backend import compiled
 from ..recording import new_result
-from .rows import BatchState
+from . import CommitTokensArgs
+from .rows import RECORD_COLUMNS
 
 
-def commit_tokens(
-    drafted: torch.Tensor,
-    accepted: torch.Tensor,
-    following: torch.Tensor,
-    verdicts: torch.Tensor,
-    limits: torch.Tensor,
-    is_stop: torch.Tensor,
-    rows: BatchState,
-    output_counts: torch.Tensor | None,
-    text: torch.Tensor | None,
-) -> torch.Tensor:
+def commit_tokens(args: CommitTokensArgs) -> torch.Tensor:
+    drafted, rows = args.drafted, args.rows
     batch, lookahead = drafted.shape
-    record = new_result(drafted, batch, lookahead + 5)
+    record = new_result(drafted, batch, lookahead + RECORD_COLUMNS)
     kernels, where = compiled(drafted)
     kernels.commit_tokens(
-        batch, lookahead, len(is_stop), len(rows.slots), 0 if text is None else text.shape[1], drafted.data_ptr(),
-        accepted.data_ptr(), following.data_ptr(), verdicts.data_ptr(), limits.data_ptr(), is_stop.data_ptr(),
-        rows.last.data_ptr(), rows.positions.data_ptr(), rows.room.data_ptr(), rows.active.data_ptr(),
-        rows.slots.data_ptr(), address(output_counts), address(text), record.data_ptr(), where,
+        args, where, batch=batch, lookahead=lookahead, vocabulary=len(args.is_stop), steps=len(rows.slots),
+        capacity=0 if args.text is None else args.text.shape[1], **vars(rows), record=record,
     )  # fmt: skip
     return record

@@ -2,38 +2,30 @@
 
 import torch
 
-from .rows import BatchState
+from . import CommitTokensArgs
+from .rows import RECORD_COLUMNS
 
 
-def commit_tokens(
-    drafted: torch.Tensor,
-    accepted: torch.Tensor,
-    following: torch.Tensor,
-    verdicts: torch.Tensor,
-    limits: torch.Tensor,
-    is_stop: torch.Tensor,
-    rows: BatchState,
-    output_counts: torch.Tensor | None,
-    text: torch.Tensor | None,
-) -> torch.Tensor:
+def commit_tokens(args: CommitTokensArgs) -> torch.Tensor:
+    drafted, verdicts, rows = args.drafted, args.verdicts, args.rows
     batch, lookahead = drafted.shape
-    record = drafted.new_zeros(batch, lookahead + 5)
+    record = drafted.new_zeros(batch, lookahead + RECORD_COLUMNS)
     for row in range(batch):
         if rows.active[row]:
-            window = torch.cat([drafted[row, : accepted[row]], following[row, None]])
-            tokens, stops = _committed(window, is_stop, 0 if verdicts[row] else int(rows.room[row]) + 1)
+            window = torch.cat([drafted[row, : args.accepted[row]], args.following[row, None]])
+            tokens, stops = _committed(window, args.is_stop, 0 if verdicts[row] else int(rows.room[row]) + 1)
             count, position = len(tokens), int(rows.positions[row])
-            record[row, 0], record[row, 1], record[row, 2] = count, accepted[row], verdicts[row]
-            record[row, 3] = min(lookahead, int(limits[row]))
+            record[row, 0], record[row, 1], record[row, 2] = count, args.accepted[row], verdicts[row]
+            record[row, 3] = min(lookahead, int(args.limits[row]))
             record[row, 4 : 4 + len(window)] = window
             rows.last[row] = torch.cat([rows.last[row], tokens])[-2:]
             rows.positions[row] += count
             rows.room[row] -= count
             rows.active[row] = not stops and not verdicts[row] and rows.room[row] >= 0
-            if output_counts is not None:
-                output_counts[row] += torch.bincount(tokens, minlength=len(is_stop)).int()
-            if text is not None:
-                into = text[row, position : position + count]
+            if args.output_counts is not None:
+                args.output_counts[row] += torch.bincount(tokens, minlength=len(args.is_stop)).int()
+            if args.text is not None:
+                into = args.text[row, position : position + count]
                 into[:] = tokens[: len(into)]
         rows.slots[:, row] = torch.arange(len(rows.slots)) if rows.active[row] else -1
         if rows.active[row]:

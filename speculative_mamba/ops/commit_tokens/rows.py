@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+RECORD_COLUMNS = 5  # of a record, beside the drafted tokens
+
 
 @dataclass
 class BatchState:

@@ -5,13 +5,14 @@ import triton
 import triton.language as tl
 
 from ..triton_math import launch
-from .rows import BatchState
+from . import CommitTokensArgs
+from .rows import RECORD_COLUMNS
 
 
-@triton.jit(do_not_specialize=["batch", "lookahead", "vocabulary", "steps", "capacity"])
+@triton.jit(do_not_specialize=["batch", "lookahead", "vocabulary", "steps", "capacity", "columns"])
 def _commit(
-    drafted, accepted, following, verdicts, limits, is_stop, last, positions, room, active, slots, output_counts, text, record,
-    batch, lookahead, vocabulary, steps, capacity, BLOCK: tl.constexpr,
+    drafted, accepted, following, verdicts, limits, is_stop, last, positions, room, active, slots, output_counts, text,
+    record, batch, lookahead, vocabulary, steps, capacity, columns, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -27,7 +28,7 @@ def _commit(
     first_stop = tl.min(tl.where(ends, at, limit), 0)
     count = tl.minimum(first_stop + 1, limit)
     goes_on = (count > 0) & (first_stop == limit) & (space >= count)
-    begin = record + b * (lookahead + 5)
+    begin = record + b * columns
     tl.store(begin, count.to(tl.int64))
     tl.store(begin + 1, stands.to(tl.int64))
     tl.store(begin + 2, verdict.to(tl.int64))
@@ -49,23 +50,15 @@ def _commit(
             tl.store(text + b * capacity + position + at, token, mask=(at < count) & (position + at < capacity))
 
 
-def commit_tokens(
-    drafted: torch.Tensor,
-    accepted: torch.Tensor,
-    following: torch.Tensor,
-    verdicts: torch.Tensor,
-    limits: torch.Tensor,
-    is_stop: torch.Tensor,
-    rows: BatchState,
-    output_counts: torch.Tensor | None,
-    text: torch.Tensor | None,
-) -> torch.Tensor:
+def commit_tokens(args: CommitTokensArgs) -> torch.Tensor:
+    drafted, rows, text = args.drafted, args.rows, args.text
     (batch, lookahead), steps = drafted.shape, len(rows.slots)
-    record = drafted.new_empty(batch, lookahead + 5)
+    record = drafted.new_empty(batch, lookahead + RECORD_COLUMNS)
     launch(
-        _commit, batch, drafted, 1, drafted=drafted, accepted=accepted, following=following, verdicts=verdicts,
-        limits=limits, is_stop=is_stop, **vars(rows), output_counts=output_counts, text=text, record=record, batch=batch,
-        lookahead=lookahead, vocabulary=len(is_stop), steps=steps, capacity=0 if text is None else text.shape[1],
-        BLOCK=triton.next_power_of_2(steps),
+        _commit, batch, drafted, 1, drafted=drafted, accepted=args.accepted, following=args.following,
+        verdicts=args.verdicts, limits=args.limits, is_stop=args.is_stop, **vars(rows),
+        output_counts=args.output_counts, text=text, record=record, batch=batch, lookahead=lookahead,
+        vocabulary=len(args.is_stop), steps=steps, capacity=0 if text is None else text.shape[1],
+        columns=record.shape[1], BLOCK=triton.next_power_of_2(steps),
     )  # fmt: skip
     return record

@@ -1,9 +1,18 @@
 """The gate of an MLP."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
 from ..checks import check, check_activations
+
+
+class GatedSiluArgs(NamedTuple):
+    """The arguments of ``gated_silu``, as every backend takes them."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
 
 
 def gated_silu(gate: torch.Tensor, up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -24,4 +33,4 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor, *, backend: str = "auto") -
         raise ValueError(f"gate must be a matrix, got shape {tuple(gate.shape)}")
     check_activations("gate", gate, backend)
     check("up", up, gate.shape, gate, gate.dtype)
-    return run("gated_silu", backend, gate, up)
+    return run("gated_silu", backend, GatedSiluArgs(gate, up))

@@ -2,16 +2,15 @@
 
 import torch
 
-from ..backend import DTYPE_CODE, compiled
+from ..backend import compiled
 from ..recording import new_result
+from . import GatedSiluArgs
 
 
-def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def gated_silu(args: GatedSiluArgs) -> torch.Tensor:
+    gate = args.gate
     rows, features = gate.shape
     y = new_result(gate, rows, features)
     kernels, where = compiled(gate)
-    kernels.gated_silu(
-        DTYPE_CODE[gate.dtype], rows, features, gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0),
-        y.data_ptr(), where,
-    )  # fmt: skip
+    kernels.gated_silu(args, where, activations=gate.dtype, rows=rows, features=features, y=y)
     return y

@@ -3,9 +3,13 @@
 import torch
 import torch.nn.functional as F
 
+from ..wide import is_narrow, widened
+from . import GatedSiluArgs
 
-def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    if gate.dtype in (torch.bfloat16, torch.float16):
-        return gated_silu(gate.float(), up.float()).to(gate.dtype)
-    rows = [F.silu(g.contiguous()) * u for g, u in zip(gate, up, strict=True)]
+
+def gated_silu(args: GatedSiluArgs) -> torch.Tensor:
+    gate = args.gate
+    if is_narrow(gate):
+        return gated_silu(widened(args, "gate", "up")).to(gate.dtype)
+    rows = [F.silu(g.contiguous()) * u for g, u in zip(gate, args.up, strict=True)]
     return torch.stack(rows) if rows else torch.empty_like(gate)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..triton_math import launch, narrow, silu, widen
+from . import GatedSiluArgs
 
 FEATURES = 512  # of a program
 
@@ -20,7 +21,8 @@ def _multiply(gate, up, y, gate_row_stride, up_row_stride, features, BLOCK: tl.c
     tl.store(y + row * features + feature, narrow(silu(g) * u, y.dtype.element_ty), exists)
 
 
-def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def gated_silu(args: GatedSiluArgs) -> torch.Tensor:
+    gate, up = args
     rows, features = gate.shape
     y = gate.new_empty(rows, features)
     launch(

@@ -1,9 +1,23 @@
 """Residual addition or gate, and RMS normalisation, in one pass."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
 from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous
+
+
+class RmsNormArgs(NamedTuple):
+    """The arguments of ``rms_norm``, as every backend takes them."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    residual: torch.Tensor | None
+    gate: torch.Tensor | None
+    groups: int
+    eps: float
+    constant_weights: bool
 
 
 def rms_norm(
@@ -14,6 +28,7 @@ def rms_norm(
     gate: torch.Tensor | None = None,
     groups: int = 1,
     eps: float = 1e-5,
+    constant_weights: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds x to the residual stream and normalises the sum (Zhang and Sennrich 2019, arXiv 1910.07467), or gates x and
@@ -26,6 +41,7 @@ def rms_norm(
     | residual | (M, D) | float32, contiguous, or None for zero |
     | gate     | (M, D) | as x, or None; not together with residual |
     | groups   | int    | divides D: each of so many equal parts of D has its own mean |
+    | constant_weights | bool | see ``ops``; of weight |
     | returns  | normed (M, D), what was normalised (M, D) | as x, float32 |
 
     Equivalent to ``r = x + residual; r / sqrt(mean(r²) + eps) * weight, r``, with a gate to the same for
@@ -47,4 +63,4 @@ def rms_norm(
         check("gate", gate, x.shape, x, x.dtype)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} features, got {groups}")
-    return run("rms_norm", backend, x, weight, residual, gate, groups, eps)
+    return run("rms_norm", backend, RmsNormArgs(x, weight, residual, gate, groups, eps, constant_weights))

@@ -3,22 +3,19 @@
 import torch
 import torch.nn.functional as F
 
+from ..wide import is_narrow, widened
+from . import RmsNormArgs
 
-def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    groups: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if x.dtype in (torch.bfloat16, torch.float16):
-        y, value = rms_norm(x.float(), weight, residual, None if gate is None else gate.float(), groups, eps)
+
+def rms_norm(args: RmsNormArgs) -> tuple[torch.Tensor, torch.Tensor]:
+    x, residual, gate = args.x, args.residual, args.gate
+    if is_narrow(x):
+        y, value = rms_norm(widened(args, "x", "gate"))
         return y.to(x.dtype), value
     value = x.clone(memory_format=torch.contiguous_format) if residual is None else x + residual
     if gate is not None:
         for m in range(len(x)):  # PyTorch rounds SiLU by where a value lies in its tensor
             value[m] *= F.silu(gate[m])
-    parts = value.view(len(x), groups, x.shape[1] // groups)
-    scale = torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)
-    return (parts * scale).flatten(1) * weight.to(x.dtype), value
+    parts = value.view(len(x), args.groups, x.shape[1] // args.groups)
+    scale = torch.rsqrt(parts.square().mean(-1, keepdim=True) + args.eps)
+    return (parts * scale).flatten(1) * args.weight.to(x.dtype), value

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..triton_math import launch, narrow, row_sums, silu, widen
+from . import RmsNormArgs
 
 LARGEST_BLOCK = 2048
 
@@ -49,20 +50,14 @@ def _normalise(
         tl.store(y + at, narrow(value, y.dtype.element_ty), at < size)
 
 
-def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    groups: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(args: RmsNormArgs) -> tuple[torch.Tensor, torch.Tensor]:
+    x, gate, groups = args.x, args.gate, args.groups
     rows, features = x.shape
     size = features // groups
     y, residual_out = x.new_empty(rows, features), x.new_empty(rows, features, dtype=torch.float32)
     launch(
-        _normalise, rows * groups, y, 8, x=x, x_row_stride=x.stride(0), residual=residual, gate=gate,
-        gate_row_stride=0 if gate is None else gate.stride(0), weight=weight, eps=eps, y=y, residual_out=residual_out,
-        groups=groups, size=size, BLOCK=min(LARGEST_BLOCK, triton.next_power_of_2(size)),
+        _normalise, rows * groups, y, 8, x=x, x_row_stride=x.stride(0), residual=args.residual, gate=gate,
+        gate_row_stride=0 if gate is None else gate.stride(0), weight=args.weight, eps=args.eps, y=y,
+        residual_out=residual_out, groups=groups, size=size, BLOCK=min(LARGEST_BLOCK, triton.next_power_of_2(size)),
     )  # fmt: skip
     return y, residual_out

@@ -1,5 +1,8 @@
 """The Mamba-1 recurrence over a window of tokens, with the state after every token kept in a slot."""
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
@@ -13,6 +16,38 @@ from ..checks import (
     check_slots,
 )
 from ..replay import ReplayInputs
+from ..ssd_verify import SsdVerifyArgs
+
+
+class SelectiveScanVerifyArgs(NamedTuple):
+    """The arguments of ``selective_scan_verify``, as every backend takes them."""
+
+    x: torch.Tensor
+    dt: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor
+    z: torch.Tensor | None
+    dt_bias: torch.Tensor
+    states: torch.Tensor
+    start_slot: torch.Tensor
+    write_slot: int
+    inputs: ReplayInputs | None
+    null_columns: torch.Tensor | None
+    keep_last: bool
+    constant_weights: bool
+
+    def as_ssd(self) -> SsdVerifyArgs:
+        """The same for ``ssd_verify``: heads of one channel, and an A for every state."""
+        B, C = (tensor if tensor.ndim == 4 else tensor[:, :, None] for tensor in (self.B, self.C))
+        z = None if self.z is None else self.z[..., None]
+        inputs = self.inputs and ReplayInputs(self.inputs.x[..., None], self.inputs.dt, self.inputs.B)
+        return SsdVerifyArgs(
+            self.x[..., None], self.dt, self.A, B, C, self.D, self.dt_bias, self.states[:, :, :, None],
+            self.start_slot, self.write_slot, z, (0.0, math.inf), inputs, self.null_columns, self.keep_last,
+            self.constant_weights,
+        )  # fmt: skip
 
 
 def selective_scan_verify(
@@ -28,9 +63,10 @@ def selective_scan_verify(
     start_slot: torch.Tensor,
     write_slot: int = 0,
     *,
+    inputs: ReplayInputs | None = None,
     null_columns: torch.Tensor | None = None,
     keep_last: bool = False,
-    inputs: ReplayInputs | None = None,
+    constant_weights: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Scans T tokens per row from the state in slot ``start_slot`` (Gu and Dao 2023, arXiv 2312.00752, algorithm 2).
@@ -45,9 +81,10 @@ def selective_scan_verify(
     | states       | (B, S, D, N) | any of three  | **written**; (D, N) contiguous; float32, bfloat16 or float16 |
     | start_slot   | (B)          | int32         | slot of the last committed state; -1: left out |
     | write_slot   | int          |               | slot of the state after the first token |
+    | inputs       | S slots      | float32, None | **written**; then states is (B, 1, D, N), the one kept state |
     | null_columns | (B)          | int32, None   | that many leading tokens of a row leave its state as it was |
     | keep_last    | bool         |               | prefill: only the last state is written, to slot 0 |
-    | inputs       | S slots      | float32, None | **written**; then states is (B, 1, D, N), the one kept state |
+    | constant_weights | bool     |               | see ``ops``; of A, D, dt_bias |
     | returns      | (B, T, D)    | as x          | |
 
     With Δ = softplus(dt + dt_bias): state ← exp(Δ A) state + Δ x B, y = C·state + D x. The state after token t goes to
@@ -97,10 +134,11 @@ def selective_scan_verify(
     if inputs is not None:
         check_follows(start_slot, write_slot)
     check_null_columns(null_columns, batch, x)
-    return run(
-        "selective_scan_verify", backend,
-        x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, null_columns, keep_last, inputs,
+    args = SelectiveScanVerifyArgs(
+        x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, inputs, null_columns, keep_last,
+        constant_weights,
     )  # fmt: skip
+    return run("selective_scan_verify", backend, args)
 
 
 def _check_groups(name: str, tensor: torch.Tensor, x: torch.Tensor, state_size: int) -> None:

@@ -2,40 +2,20 @@
 
 import torch
 
-from ..backend import DTYPE_CODE, address, compiled
+from ..backend import compiled
 from ..recording import new_result
-from ..replay import ReplayInputs
+from . import SelectiveScanVerifyArgs
 
 
-def selective_scan_verify(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor,
-    states: torch.Tensor,
-    start_slot: torch.Tensor,
-    write_slot: int,
-    null_columns: torch.Tensor | None,
-    keep_last: bool,
-    inputs: ReplayInputs | None,
-) -> torch.Tensor:
+def selective_scan_verify(args: SelectiveScanVerifyArgs) -> torch.Tensor:
+    x, kept = args.x, args.inputs
     batch, tokens, channels = x.shape
+    b_groups, c_groups = (tensor.shape[2] if tensor.ndim == 4 else 1 for tensor in (args.B, args.C))
     y = new_result(x, batch, tokens, channels)
-    z_address, z_strides = (0, (0, 0)) if z is None else (z.data_ptr(), z.stride()[:2])
-    b_groups, c_groups = (tensor.shape[2] if tensor.ndim == 4 else 1 for tensor in (B, C))
-    kept = (0, 0, 0, 0)
-    if inputs is not None:
-        kept = (inputs.dt.shape[1], inputs.x.data_ptr(), inputs.dt.data_ptr(), inputs.B.data_ptr())
     kernels, where = compiled(x)
-    kernels.selective_scan(
-        DTYPE_CODE[x.dtype], batch, tokens, channels, A.shape[1], b_groups, c_groups, x.data_ptr(),
-        x.stride()[:2], dt.data_ptr(), dt.stride()[:2], A.data_ptr(), B.data_ptr(), B.stride()[:2], C.data_ptr(),
-        C.stride()[:2], D.data_ptr(), z_address, z_strides, dt_bias.data_ptr(), states.data_ptr(), states.stride()[:2],
-        DTYPE_CODE[states.dtype], start_slot.data_ptr(), address(null_columns), write_slot, keep_last, *kept,
-        y.data_ptr(), where,
+    kernels.selective_scan_verify(
+        args, where, activations=x.dtype, batch=batch, tokens=tokens, channels=channels, state_size=args.A.shape[1],
+        b_groups=b_groups, c_groups=c_groups, input_slots=kept and kept.slots or 0, input_x=kept and kept.x,
+        input_dt=kept and kept.dt, input_B=kept and kept.B, y=y,
     )  # fmt: skip
     return y

@@ -1,10 +1,22 @@
 """y = x Wᵀ + b for a few rows, in an order that depends on K only."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
 from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous
 from ..int8 import Int8Weight
+
+
+class SkinnyLinearArgs(NamedTuple):
+    """The arguments of ``skinny_linear``, as every backend takes them."""
+
+    x: torch.Tensor
+    weight: torch.Tensor | Int8Weight
+    bias: torch.Tensor | None
+    out_dtype: torch.dtype
+    constant_weights: bool
 
 
 def skinny_linear(
@@ -13,6 +25,7 @@ def skinny_linear(
     bias: torch.Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
+    constant_weights: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Linear layer for the few rows of a decode step.
@@ -23,6 +36,7 @@ def skinny_linear(
     | weight    | (N, K) | float32, bfloat16, float16, `Int8Weight` |
     | bias      | (N)    | float32, None                            |
     | out_dtype |        | float32, or None: as x                   |
+    | constant_weights | | bool, see ``ops``; of weight, bias       |
     | returns   | (M, N) | out_dtype                                |
 
     Equivalent to ``torch.nn.functional.linear(x, weight.float(), bias)`` with float32 accumulation; for an
@@ -51,4 +65,4 @@ def skinny_linear(
         check_contiguous("bias", bias)
     if out_dtype not in (None, x.dtype, torch.float32):
         raise ValueError(f"out_dtype must be torch.float32 or that of x, {x.dtype}, got {out_dtype}")
-    return run("skinny_linear", backend, x, weight, bias, out_dtype or x.dtype)
+    return run("skinny_linear", backend, SkinnyLinearArgs(x, weight, bias, out_dtype or x.dtype, constant_weights))

@@ -4,19 +4,16 @@ import torch
 import torch.nn.functional as F
 
 from ..int8 import Int8Weight
+from ..wide import is_narrow, widened
+from . import SkinnyLinearArgs
 
 
-def skinny_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor | Int8Weight,
-    bias: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    if x.dtype in (torch.bfloat16, torch.float16):
-        return skinny_linear(x.float(), weight, bias).to(out_dtype or x.dtype)
-    if bias is not None:
-        return skinny_linear(x, weight) + bias.to(x.dtype)
+def skinny_linear(args: SkinnyLinearArgs) -> torch.Tensor:
+    x, weight = args.x, args.weight
+    if is_narrow(x):
+        return skinny_linear(widened(args, "x")).to(args.out_dtype)
+    values = (weight.values if isinstance(weight, Int8Weight) else weight).to(x.dtype)
+    y = torch.stack([F.linear(row, values) for row in x]) if len(x) else x.new_empty(0, weight.shape[0])
     if isinstance(weight, Int8Weight):
-        return skinny_linear(x, weight.values) * weight.scale.to(x.dtype)
-    weight = weight.to(x.dtype)
-    return torch.stack([F.linear(row, weight) for row in x]) if len(x) else x.new_empty(0, weight.shape[0])
+        y = y * weight.scale.to(x.dtype)
+    return y if args.bias is None else y + args.bias.to(x.dtype)

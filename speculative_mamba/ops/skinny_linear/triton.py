@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..int8 import Int8Weight
 from ..triton_math import lane_sums, launch, narrow, widen
+from . import SkinnyLinearArgs
 
 ROWS = 16  # of x
 OUTPUTS = 16  # rows of W: a layer of 2560 outputs has 160 programs at batch 1
@@ -49,16 +50,16 @@ def _multiply(
     tl.store(y + m[:, None] * outputs + n[None, :], narrow(sums, y.dtype.element_ty), mask=here)
 
 
-def skinny_linear(
-    x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tensor | None, out_dtype: torch.dtype
-) -> torch.Tensor:
+def skinny_linear(args: SkinnyLinearArgs) -> torch.Tensor:
+    x, values, scale = args.x, args.weight, None
+    if isinstance(values, Int8Weight):
+        values, scale = values.values, values.scale
     rows, features = x.shape
-    outputs = weight.shape[0]
-    values, scale = (weight.values, weight.scale) if isinstance(weight, Int8Weight) else (weight, None)
-    y = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
+    outputs = len(values)
+    y = torch.empty(rows, outputs, dtype=args.out_dtype, device=x.device)
     launch(
         _multiply, triton.cdiv(rows, ROWS) * triton.cdiv(outputs, OUTPUTS), x, WARPS, STAGES, x=x, weight=values,
-        scale=scale, bias=bias, y=y, rows=rows, outputs=outputs, features=features, x_stride=x.stride(0),
+        scale=scale, bias=args.bias, y=y, rows=rows, outputs=outputs, features=features, x_stride=x.stride(0),
         weight_stride=values.stride(0), ROWS=ROWS, OUTPUTS=OUTPUTS, LANES=LANES, FEATURES=BYTES // x.element_size(),
         NARROW=x.element_size() == 2 and values.dtype in (x.dtype, torch.int8),
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Which drafted tokens stand, and the token after them."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..backend import run
@@ -15,7 +17,36 @@ from ..checks import (
 from ..noise import Purpose
 from ..sampling import raise_for
 from ..sampling_tensors import SamplingTensors
-from .arguments import AcceptArgs
+
+
+class SpeculativeAcceptArgs(NamedTuple):
+    """The arguments of ``speculative_accept``, as every backend takes them; and with K = 0 those of ``sample_tokens``,
+    of which each has more:
+
+    draft_tokens: (B, R) with R of at least K: the last K are tested, those before only count as text. None: R is 0.
+    purpose: of the noise that tokens are drawn with. target_probs: (B, V), None: **written** with K = 0.
+    """
+
+    logits: torch.Tensor
+    draft_tokens: torch.Tensor | None
+    draft_probs: torch.Tensor | None
+    sampling: SamplingTensors
+    rng_keys: torch.Tensor
+    positions: torch.Tensor
+    coupled: bool
+    prompt_mask: torch.Tensor | None
+    output_counts: torch.Tensor | None
+    active: torch.Tensor | None
+    num_draft_tokens: torch.Tensor | None
+    purpose: int = int(Purpose.TOKEN)
+    target_probs: torch.Tensor | None = None
+
+    @property
+    def text_tokens(self) -> torch.Tensor:
+        """Draft tokens as a tensor in any case."""
+        if self.draft_tokens is None:
+            return self.logits.new_empty(len(self.logits), 0, dtype=torch.int64)
+        return self.draft_tokens
 
 
 def speculative_accept(
@@ -41,7 +72,7 @@ def speculative_accept(
     | logits           | (B, K+1, V) | float32 | of the target, after each token of the window |
     | draft_tokens     | (B, K)      | int64   | K may be 0 |
     | draft_probs      | (B, K, V)   | float32, None | the rows the drafted tokens come from; None: all certain |
-    | sampling         | (B)         | SamplingTensors | from logits to probabilities, a row's own; temperature 0: greedy |
+    | sampling         | (B)         | SamplingTensors | of each row; greedy at temperature 0 |
     | rng_keys         | (B, 2)      | int64   | seed and stream of each row |
     | positions        | (B)         | int64   | of the first token that is chosen, counted from the start of its text |
     | coupled          | bool        |         | how drafted tokens are tested |
@@ -80,11 +111,11 @@ def speculative_accept(
     check_row_status(row_status, batch, logits)
     if draft_probs is not None:
         check("draft_probs", draft_probs, (batch, tokens - 1, vocabulary), logits)
-    arguments = AcceptArgs(
-        draft_tokens, draft_probs, sampling, rng_keys, positions, int(Purpose.TOKEN), coupled, prompt_mask,
-        output_counts, active, num_draft_tokens, None,
+    args = SpeculativeAcceptArgs(
+        logits, draft_tokens, draft_probs, sampling, rng_keys, positions, coupled, prompt_mask, output_counts, active,
+        num_draft_tokens,
     )  # fmt: skip
-    accepted, next_token, found = run("speculative_accept", backend, logits, arguments)
+    accepted, next_token, found = run("speculative_accept", backend, args)
     if row_status is None:
         raise_for(found, accepted)
     else:

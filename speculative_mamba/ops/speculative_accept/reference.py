@@ -4,30 +4,32 @@ import torch
 
 from ..noise import Purpose, exponentials, uniform
 from ..sampling import ROUNDING, RowStatus, adjust_logits, gumbel_argmax, probs_from_logits, row_status
-from .arguments import AcceptArgs
+from . import SpeculativeAcceptArgs
 
 
-def speculative_accept(logits: torch.Tensor, args: AcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, device = len(logits), logits.device
+def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, device = len(args.logits), args.logits.device
     accepted, status = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
     next_token = torch.zeros(batch, dtype=torch.int64, device=device)
     for row in range(batch):
         if args.active is None or args.active[row]:
-            status[row], accepted[row], next_token[row] = _row(logits[row], args, row)
+            status[row], accepted[row], next_token[row] = _row(args, row)
     return accepted, next_token, status
 
 
-def _row(logits: torch.Tensor, args: AcceptArgs, row: int) -> tuple[RowStatus, int, int]:
+def _row(args: SpeculativeAcceptArgs, row: int) -> tuple[RowStatus, int, int]:
     """Status, accepted, next token; for a status other than OK ``accepted`` is the position."""
-    sampling, key, position = args.sampling.row(row), args.rng_keys[row].tolist(), int(args.positions[row])
+    logits, sampling = args.logits[row], args.sampling.rows_of(slice(row, row + 1))
+    key, position = args.rng_keys[row].tolist(), int(args.positions[row])
     lookahead, vocabulary = len(logits) - 1, logits.shape[-1]
-    counted = args.draft_tokens.shape[1] - lookahead  # further tokens of the text
+    draft_tokens = args.text_tokens[row]
+    counted = len(draft_tokens) - lookahead  # further tokens of the text
     end = lookahead if args.num_draft_tokens is None else min(lookahead, int(args.num_draft_tokens[row]))
     greedy = sampling.temperature.item() == 0
     for at in range(end + 1):
         prompt_mask, output_counts = args.prompt_mask, args.output_counts
         if sampling.has_penalties:
-            window = torch.bincount(args.draft_tokens[row, : counted + at], minlength=vocabulary)
+            window = torch.bincount(draft_tokens[: counted + at], minlength=vocabulary)
             prompt_mask, output_counts = prompt_mask[row : row + 1], output_counts[row : row + 1] + window
         adjusted = adjust_logits(logits[at : at + 1], sampling, prompt_mask, output_counts)
         if status := row_status(adjusted[0], greedy):
@@ -38,10 +40,10 @@ def _row(logits: torch.Tensor, args: AcceptArgs, row: int) -> tuple[RowStatus, i
         noise = exponentials(vocabulary, key, position + at, Purpose(args.purpose), logits.device)
         if at == end or greedy or args.coupled:
             choice = gumbel_argmax(p, noise)
-            if at == end or choice != args.draft_tokens[row, counted + at]:
+            if at == end or choice != draft_tokens[counted + at]:
                 return RowStatus.OK, at, choice
             continue
-        token = int(args.draft_tokens[row, counted + at])
+        token = int(draft_tokens[counted + at])
         q = torch.zeros_like(p)
         q[token] = 1
         if args.draft_probs is not None:

@@ -24,7 +24,7 @@ from ..triton_probs import (
     threshold,
     weight_of,
 )
-from .arguments import AcceptArgs
+from . import SpeculativeAcceptArgs
 
 TEST = tl.constexpr(int(Purpose.TEST))
 WINDOW = tl.constexpr(32)  # positions that are looked up together
@@ -51,13 +51,11 @@ def _decide(
     """
     at = tl.program_id(0).to(tl.int64)
     b, t = at // tokens, at % tokens
-    if active is not None:
-        if tl.load(active + b) == 0:
-            return
+    left_out = False if active is None else tl.load(active + b) == 0
     end = tokens - 1
     if num_draft_tokens is not None:
         end = tl.minimum(tl.maximum(tl.load(num_draft_tokens + b), 0), end)
-    if t > end:
+    if left_out | (t > end):
         return
     found = tl.load(status + at)
     winner = 0
@@ -141,9 +139,11 @@ def _first_rejection(status, choices, rejected, active, accepted, next_token, ro
     tl.store(row_status + b, tl.load(status + b * tokens + found, mask=wanted, other=0))
 
 
-def speculative_accept(logits: torch.Tensor, args: AcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = args.logits
     batch, tokens, _ = logits.shape
-    lists = candidates(logits, args.sampling, args.prompt_mask, args.output_counts, args.draft_tokens)
+    draft_tokens = args.text_tokens
+    lists = candidates(logits, args.sampling, args.prompt_mask, args.output_counts, draft_tokens)
 
     def new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -151,11 +151,11 @@ def speculative_accept(logits: torch.Tensor, args: AcceptArgs) -> tuple[torch.Te
     choices, rejected = new(torch.int32, batch, tokens), new(torch.int8, batch, tokens)
     target_probs = None if args.target_probs is None else (args.target_probs, args.target_probs.stride(0))
     launch(
-        _decide, batch * tokens, logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), draft_tokens=args.draft_tokens,
+        _decide, batch * tokens, logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), draft_tokens=draft_tokens,
         draft_probs=None if args.draft_probs is None else with_strides(args.draft_probs), rng_keys=args.rng_keys,
         positions=args.positions, active=args.active, num_draft_tokens=args.num_draft_tokens,
         target_probs=target_probs, choices=choices, rejected=rejected, coupled=int(args.coupled),
-        purpose=args.purpose, draft_stride=args.draft_tokens.shape[1],
+        purpose=args.purpose, draft_stride=draft_tokens.shape[1],
     )  # fmt: skip
     accepted, next_token, row_status = new(torch.int32, batch), new(torch.int64, batch), new(torch.int32, batch)
     launch(

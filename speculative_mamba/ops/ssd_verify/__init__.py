@@ -1,6 +1,7 @@
 """The Mamba-2 recurrence over a window of tokens, with the state after every token kept in a slot or to be replayed."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,27 @@ from ..checks import (
     check_slots,
 )
 from ..replay import ReplayInputs
+
+
+class SsdVerifyArgs(NamedTuple):
+    """The arguments of ``ssd_verify``, as every backend takes them."""
+
+    x: torch.Tensor
+    dt: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor
+    dt_bias: torch.Tensor
+    states: torch.Tensor
+    start_slot: torch.Tensor
+    write_slot: int
+    z: torch.Tensor | None
+    dt_limit: tuple[float, float]
+    inputs: ReplayInputs | None
+    null_columns: torch.Tensor | None
+    keep_last: bool
+    constant_weights: bool
 
 
 def ssd_verify(
@@ -35,6 +57,7 @@ def ssd_verify(
     inputs: ReplayInputs | None = None,
     null_columns: torch.Tensor | None = None,
     keep_last: bool = False,
+    constant_weights: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Scans T tokens per row from the state in slot ``start_slot`` (Dao and Gu 2024, arXiv 2405.21060, section 7).
@@ -54,6 +77,7 @@ def ssd_verify(
     | inputs       | ReplayInputs    | None          | **written**; with it states has one slot, see ``ReplayInputs`` |
     | null_columns | (B)             | int32, None   | that many leading tokens of a row leave its state as it was |
     | keep_last    | bool            |               | prefill: only the last state is written, to slot 0 |
+    | constant_weights | bool        |               | see ``ops``; of A, D, dt_bias |
     | returns      | (B, T, H, P)    | as x          | |
 
     With Δ = softplus(dt + dt_bias), clamped to ``dt_limit``: state[p] ← exp(Δ A) state[p] + (Δ x[p]) B and
@@ -106,10 +130,11 @@ def ssd_verify(
     if inputs is not None:
         check_follows(start_slot, write_slot)
     check_null_columns(null_columns, batch, x)
-    return run(
-        "ssd_verify", backend,
+    args = SsdVerifyArgs(
         x, dt, A, B, C, D, dt_bias, states, start_slot, write_slot, z, dt_limit, inputs, null_columns, keep_last,
+        constant_weights,
     )  # fmt: skip
+    return run("ssd_verify", backend, args)
 
 
 def _check_packed(name: str, tensor: torch.Tensor, dims: int) -> None:

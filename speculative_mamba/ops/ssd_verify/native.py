@@ -2,40 +2,22 @@
 
 import torch
 
-from ..backend import DTYPE_CODE, address, compiled
+from ..backend import compiled
 from ..recording import new_result
-from ..replay import ReplayInputs
+from . import SsdVerifyArgs
 
 
-def ssd_verify(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    dt_bias: torch.Tensor,
-    states: torch.Tensor,
-    start_slot: torch.Tensor,
-    write_slot: int,
-    z: torch.Tensor | None,
-    dt_limit: tuple[float, float],
-    inputs: ReplayInputs | None,
-    null_columns: torch.Tensor | None,
-    keep_last: bool,
-) -> torch.Tensor:
-    batch, tokens, heads = dt.shape
-    x_heads, head_size = x.shape[2:]
+def ssd_verify(args: SsdVerifyArgs) -> torch.Tensor:
+    x, kept = args.x, args.inputs
+    batch, tokens, x_heads, head_size = x.shape
+    heads, b_groups, state_size = args.dt.shape[2], *args.B.shape[2:]
+    dt_min, dt_max = args.dt_limit
     y = new_result(x, batch, tokens, heads, head_size)
-    replay = (0, 0, 0, 0) if inputs is None else (
-        inputs.dt.shape[1], inputs.x.data_ptr(), inputs.dt.data_ptr(), inputs.B.data_ptr()
-    )  # fmt: skip
     kernels, where = compiled(x)
-    kernels.ssd(
-        DTYPE_CODE[x.dtype], batch, tokens, heads, head_size, B.shape[3], x_heads, B.shape[2], C.shape[2],
-        x.data_ptr(), x.stride()[:2], dt.data_ptr(), dt.stride()[:2], A.data_ptr(), B.data_ptr(), B.stride()[:2],
-        C.data_ptr(), C.stride()[:2], D.data_ptr(), D.ndim == 2, address(z), (0, 0) if z is None else z.stride()[:2],
-        dt_bias.data_ptr(), dt_limit, states.data_ptr(), states.stride()[:2], DTYPE_CODE[states.dtype],
-        start_slot.data_ptr(), address(null_columns), write_slot, keep_last, *replay, y.data_ptr(), where,
+    kernels.ssd_verify(
+        args, where, activations=x.dtype, batch=batch, tokens=tokens, heads=heads, head_size=head_size,
+        state_size=state_size, x_heads=x_heads, b_groups=b_groups, c_groups=args.C.shape[2],
+        d_per_channel=args.D.ndim == 2, dt_min=dt_min, dt_max=dt_max, input_slots=kept and kept.slots or 0,
+        input_x=kept and kept.x, input_dt=kept and kept.dt, input_B=kept and kept.B, y=y,
     )  # fmt: skip
     return y

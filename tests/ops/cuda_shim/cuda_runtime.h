@@ -6,7 +6,8 @@
 // thread's. Two accesses to one address, one of them a store, need __syncthreads between them, or within a warp
 // __syncwarp; a shuffle orders no memory, and between blocks of one launch nothing does. An atomic access counts as a
 // store, but two of them do not race. A wide access is one to each of its words. An asynchronous copy happens when its
-// thread waits for it; until then nobody may touch where it goes.
+// thread waits for it; until then nobody may touch where it goes. Before a thread has waited for the kernels before, it
+// may read constants alone, and none that a kernel of this call or of the call before has written.
 #pragma once
 
 #include <setjmp.h>
@@ -123,6 +124,7 @@ struct BlockMemory {
 struct Machine {
     Memory memory;  // of the call
     std::unordered_map<uintptr_t, Cell> cells;
+    std::vector<std::unordered_map<uintptr_t, Cell>> ended, ended_before;  // launches of this call, of the last
     std::vector<BlockMemory*> block_memory;  // that the running block has asked for
     std::vector<uint64_t> launched;          // further memory of a block, whose size the launch states
     BlockMemory launched_cells{0, 0, 4};
@@ -164,6 +166,15 @@ struct Machine {
         return at + bytes <= found->first + found->second.bytes ? &found->second : nullptr;
     }
 
+    bool was_written(uintptr_t at) const {
+        const auto writes = [=](const auto& launch) {
+            const auto found = launch.find(at);
+            return found != launch.end() && (found->second.store.block >= 0 || found->second.atomic.block >= 0);
+        };
+        return std::any_of(ended.begin(), ended.end(), writes) ||
+               std::any_of(ended_before.begin(), ended_before.end(), writes);
+    }
+
     // Two accesses that are alike may come in any order, others not.
     void touch(Cell& cell, Kind kind) {
         const Access now{block, running->block_epoch, running->warp_epoch, running->id};
@@ -201,7 +212,9 @@ struct Machine {
         const Range* range = range_of(memory, at, bytes);
         const bool loads = kind == Kind::load || kind == Kind::load_constant;
         if (!range) fail(loads ? "load out of bounds" : "store out of bounds");
-        if (kind == Kind::load_constant && range->use != Use::constant) fail("this is no constant");
+        if (!running->waited && range->use != Use::constant) fail("this is no constant");
+        for (size_t offset = 0; !running->waited && offset < bytes; offset += word)
+            if (was_written(at + offset)) fail("a constant that a kernel before has written");
         if (range->use != Use::write) {
             if (!loads) fail("store to memory that is read only");
             return;  // nobody to race with
@@ -335,6 +348,13 @@ struct Machine {
         }
     }
 
+    // Before the memory of a call is announced.
+    void begin_call() {
+        memory.clear();
+        ended_before = std::move(ended);
+        ended.clear();
+    }
+
     // With so many bytes of launched memory for each block.
     void launch(const dim3& blocks, const dim3& block_threads, size_t bytes, std::function<void()> kernel) {
         if (bytes > memory_of_block()) throw Failure("more memory than a block can have");
@@ -349,6 +369,7 @@ struct Machine {
                 for (unsigned x = 0; x < grid.x; x++) indices.emplace_back(x, y, z);
         std::shuffle(indices.begin(), indices.end(), random);
         for (const dim3& index : indices) run_block(index);
+        ended.push_back(std::move(cells));
     }
 };
 

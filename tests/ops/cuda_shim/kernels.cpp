@@ -1,5 +1,5 @@
 // The table of kernels that the bindings call, filled with CUDA kernels that run on the CPU. Before each, the memory
-// that its arguments describe is announced, row by row: whatever lies between is out of bounds.
+// that its arguments describe is announced (announce_all), row by row: whatever lies between is out of bounds.
 #include "../../../csrc/cuda/kernels.h"
 
 #include "../../../csrc/dtype.h"
@@ -35,6 +35,12 @@ void announce_activations(const Params& p, const void* base, int64_t rows, int64
     announce(base, rows, row_stride, columns, column_stride, size, Use::read, bytes_of(p.activations));
 }
 
+// Weights may be read before the kernels before have ended where the caller says that none of them writes any.
+template <typename Params>
+Use weights_of(const Params& p) {
+    return p.constant_weights ? Use::constant : Use::read;
+}
+
 // Of each row that is not left out `size` floats.
 template <typename Params>
 void announce_inputs(const Params& p, float* base, int64_t size) {
@@ -54,7 +60,7 @@ void announce_states(const Params& p, int64_t size) {
     for (int64_t row = 0; row < p.batch; row++) {
         if (p.start_slot[row] < 0) continue;
         auto slot = [&](int64_t number, Use use) {
-            const int64_t element = bytes_of(p.state_dtype);
+            const int64_t element = bytes_of(p.states_dtype);
             const int64_t offset = row * p.states_batch_stride + number * p.states_slot_stride;
             announce(static_cast<char*>(p.states) + element * offset, 1, 0, 1, 0, size, use, element);
         };
@@ -68,7 +74,7 @@ void announce_states(const Params& p, int64_t size) {
 
 // Of each row the entries before the window, and those of the window.
 void announce_entries(const AttentionParams& p, void* base, int64_t batch_stride, int64_t head_stride) {
-    const int64_t element = bytes_of(p.cache_dtype);
+    const int64_t element = bytes_of(p.keys_dtype);
     for (int64_t row = 0; row < p.batch; row++) {
         if (p.start_slot[row] < 0) continue;
         const int64_t length = p.lengths[row * p.slots + p.start_slot[row]];
@@ -82,8 +88,7 @@ void announce_entries(const AttentionParams& p, void* base, int64_t batch_stride
     }
 }
 
-void attention(const AttentionParams& p, cudaStream_t stream) {
-    shim::Machine::get().memory.clear();
+void announce_all(const AttentionParams& p) {
     announce_activations(p, p.q, p.batch, p.q_batch_stride, p.tokens, p.q_token_stride, p.heads * p.dims);
     announce_activations(p, p.k, p.batch, p.k_batch_stride, p.tokens, p.k_token_stride, p.kv_heads * p.dims);
     announce_activations(p, p.v, p.batch, p.v_batch_stride, p.tokens, p.v_token_stride, p.kv_heads * p.dims);
@@ -97,18 +102,16 @@ void attention(const AttentionParams& p, cudaStream_t stream) {
     }
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
-    announce(p.inv_freq, p.pairs, Use::constant);
-    announce(p.scratch, p.scratch_size, Use::write);
+    announce(p.inv_freq, p.pairs);
+    announce_bytes(p.scratch, p.scratch_bytes, Use::write);
     announce_result(p, p.batch * p.tokens * p.heads * p.dims);
-    cuda::attention(p, stream);
 }
 
-void causal_conv1d(const CausalConv1dParams& p, cudaStream_t stream) {
-    shim::Machine::get().memory.clear();
+void announce_all(const CausalConv1dParams& p) {
     announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, p.channels / p.repeat);
     const int64_t element = bytes_of(p.weight_dtype);
-    announce(p.weight, p.channels, p.weight_channel_stride, p.width, p.weight_tap_stride, 1, Use::constant, element);
-    announce(p.bias, p.channels, Use::constant);
+    announce(p.weight, p.channels, p.weight_channel_stride, p.width, p.weight_tap_stride, 1, weights_of(p), element);
+    announce(p.bias, p.channels, weights_of(p));
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
     announce_result(p, p.batch * p.tokens * p.channels);
@@ -124,50 +127,42 @@ void causal_conv1d(const CausalConv1dParams& p, cudaStream_t stream) {
         if (!p.keep_last && p.write_slot == 0) rows(0, history, Use::write);
         if (!p.keep_last) rows(history + p.write_slot, p.tokens, Use::write);
     }
-    cuda::causal_conv1d(p, stream);
 }
 
-void gated_silu(const GatedSiluParams& p, cudaStream_t stream) {
-    shim::Machine::get().memory.clear();
+void announce_all(const GatedSiluParams& p) {
     announce_activations(p, p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
     announce_activations(p, p.up, p.rows, p.up_row_stride, 1, 0, p.features);
     announce_result(p, p.rows * p.features);
-    cuda::gated_silu(p, stream);
 }
 
-void rms_norm(const RmsNormParams& p, cudaStream_t stream) {
-    shim::Machine::get().memory.clear();
+void announce_all(const RmsNormParams& p) {
     announce_activations(p, p.x, p.rows, p.x_row_stride, 1, 0, p.features);
     announce_activations(p, p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
     announce(p.residual, p.rows * p.features);
-    announce(p.weight, 1, 0, 1, 0, p.features, Use::constant, bytes_of(p.weight_dtype));
+    announce(p.weight, 1, 0, 1, 0, p.features, weights_of(p), bytes_of(p.weight_dtype));
     announce(p.residual_out, p.rows * p.features, Use::write);
     announce_result(p, p.rows * p.features);
-    cuda::rms_norm(p, stream);
 }
 
-void skinny_linear(const SkinnyLinearParams& p, cudaStream_t stream) {
-    shim::Machine::get().memory.clear();
+void announce_all(const SkinnyLinearParams& p) {
     announce_activations(p, p.x, p.rows, p.x_row_stride, 1, 0, p.in_features);
     const int64_t element = bytes_of(p.weight_dtype);
-    announce(p.weight, p.out_features, p.weight_row_stride, 1, 0, p.in_features, Use::constant, element);
-    announce(p.weight_scale, p.out_features, Use::constant);
-    announce(p.bias, p.out_features, Use::constant);
+    announce(p.weight, p.out_features, p.weight_row_stride, 1, 0, p.in_features, weights_of(p), element);
+    announce(p.weight_scale, p.out_features, weights_of(p));
+    announce(p.bias, p.out_features, weights_of(p));
     announce(p.y, 1, 0, 1, 0, p.rows * p.out_features, Use::write, bytes_of(p.y_dtype));
-    cuda::skinny_linear(p, stream);
 }
 
-void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
-    shim::Machine::get().memory.clear();
+void announce_all(const SelectiveScanParams& p) {
     for (const auto& [base, row, token] :
          {std::tuple(p.x, p.x_batch_stride, p.x_token_stride), std::tuple(p.dt, p.dt_batch_stride, p.dt_token_stride),
           std::tuple(p.z, p.z_batch_stride, p.z_token_stride)})
         announce_activations(p, base, p.batch, row, p.tokens, token, p.channels);
-    announce_activations(p, p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, p.b_groups * p.state_size);
-    announce_activations(p, p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
-    announce(p.A, p.channels * p.state_size, Use::constant);
-    announce(p.D, p.channels, Use::constant);
-    announce(p.dt_bias, p.channels, Use::constant);
+    announce_activations(p, p.B, p.batch, p.B_batch_stride, p.tokens, p.B_token_stride, p.b_groups * p.state_size);
+    announce_activations(p, p.C, p.batch, p.C_batch_stride, p.tokens, p.C_token_stride, p.c_groups * p.state_size);
+    announce(p.A, p.channels * p.state_size, weights_of(p));
+    announce(p.D, p.channels, weights_of(p));
+    announce(p.dt_bias, p.channels, weights_of(p));
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
     announce_result(p, p.batch * p.tokens * p.channels);
@@ -175,11 +170,9 @@ void selective_scan(const SelectiveScanParams& p, cudaStream_t stream) {
     announce_inputs(p, p.input_x, p.input_slots * p.channels);
     announce_inputs(p, p.input_dt, p.input_slots * p.channels);
     announce_inputs(p, p.input_B, p.input_slots * p.b_groups * p.state_size);
-    cuda::selective_scan(p, stream);
 }
 
-void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
-    shim::Machine::get().memory.clear();
+void announce_all(const SpeculativeAcceptParams& p) {
     announce(p.logits, p.batch, p.logits_batch_stride, p.tokens, p.logits_token_stride, p.vocabulary);
     announce(p.draft_probs, p.batch, p.draft_probs_batch_stride, p.tokens - 1, p.draft_probs_token_stride,
              p.vocabulary);
@@ -197,26 +190,20 @@ void speculative_accept(const SpeculativeAcceptParams& p, cudaStream_t stream) {
     announce_bytes(p.rng_keys, p.batch * 2 * 8);
     announce_bytes(p.positions, p.batch * 8);
     announce(p.num_draft_tokens, p.batch);
-    announce(p.target_probs, p.batch, p.target_probs_stride, 1, 0, p.vocabulary, Use::write);
-    announce_bytes(p.decisions, p.batch * p.tokens * 8, Use::write);
-    const int64_t scratch = (p.vocabulary + 63) / 64 + (p.vocabulary + 511) / 512;
-    announce_bytes(p.scratch, p.batch * p.tokens * scratch * 8, Use::write);
-    if (s.repetition_penalty || s.bias_capacity)
-        announce(p.adjusted, p.batch * p.tokens * p.vocabulary, Use::write);
+    announce(p.target_probs, p.batch, p.target_probs_batch_stride, 1, 0, p.vocabulary, Use::write);
+    announce_bytes(p.scratch, p.scratch_bytes, Use::write);
     announce_bytes(p.next_token, p.batch * 8, Use::write);
     announce(p.accepted, p.batch, Use::write);
     announce(p.row_status, p.batch, Use::write);
-    cuda::speculative_accept(p, stream);
 }
 
-void commit_tokens(const CommitTokensParams& p, cudaStream_t stream) {
-    shim::Machine::get().memory.clear();
+void announce_all(const CommitTokensParams& p) {
     announce_bytes(p.drafted, p.batch * p.lookahead * 8);
     announce(p.accepted, p.batch);
     announce_bytes(p.following, p.batch * 8);
     announce(p.verdicts, p.batch);
     announce(p.limits, p.batch);
-    announce_bytes(p.is_stop, p.vocabulary, Use::constant);
+    announce_bytes(p.is_stop, p.vocabulary);
     announce_bytes(p.last, p.batch * 2 * 8, Use::write);
     announce_bytes(p.positions, p.batch * 8, Use::write);
     announce(p.room, p.batch, Use::write);
@@ -224,50 +211,47 @@ void commit_tokens(const CommitTokensParams& p, cudaStream_t stream) {
     announce(p.slots, p.steps * p.batch, Use::write);
     announce(p.output_counts, p.batch * p.vocabulary, Use::write);
     announce_bytes(p.text, p.batch * p.capacity * 8, Use::write);
-    announce_bytes(p.record, p.batch * (p.lookahead + 5) * 8, Use::write);
-    cuda::commit_tokens(p, stream);
+    announce_bytes(p.record, p.batch * (p.lookahead + kRecordColumns) * 8, Use::write);
 }
 
-void ssd(const SsdParams& p, cudaStream_t stream) {
-    shim::Machine::get().memory.clear();
+void announce_all(const SsdParams& p) {
     const int64_t channels = p.heads * p.head_size, x_size = p.x_heads * p.head_size,
                   b_size = p.b_groups * p.state_size;
     announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, x_size);
     announce_activations(p, p.dt, p.batch, p.dt_batch_stride, p.tokens, p.dt_token_stride, p.heads);
     announce_activations(p, p.z, p.batch, p.z_batch_stride, p.tokens, p.z_token_stride, channels);
-    announce_activations(p, p.B, p.batch, p.b_batch_stride, p.tokens, p.b_token_stride, b_size);
-    announce_activations(p, p.C, p.batch, p.c_batch_stride, p.tokens, p.c_token_stride, p.c_groups * p.state_size);
-    announce(p.A, p.heads, Use::constant);
-    announce(p.D, p.d_per_channel ? channels : p.heads, Use::constant);
-    announce(p.dt_bias, p.heads, Use::constant);
+    announce_activations(p, p.B, p.batch, p.B_batch_stride, p.tokens, p.B_token_stride, b_size);
+    announce_activations(p, p.C, p.batch, p.C_batch_stride, p.tokens, p.C_token_stride, p.c_groups * p.state_size);
+    announce(p.A, p.heads, weights_of(p));
+    announce(p.D, p.d_per_channel ? channels : p.heads, weights_of(p));
+    announce(p.dt_bias, p.heads, weights_of(p));
     announce(p.start_slot, p.batch);
     announce(p.null_columns, p.batch);
     announce_result(p, p.batch * p.tokens * channels);
     announce_states(p, channels * p.state_size);
     announce_inputs(p, p.input_x, p.input_slots * x_size);
     announce_inputs(p, p.input_dt, p.input_slots * p.heads);
-    announce_inputs(p, p.input_b, p.input_slots * b_size);
-    cuda::ssd(p, stream);
+    announce_inputs(p, p.input_B, p.input_slots * b_size);
 }
 
 }  // namespace
 
+#define SM_ENTRY(op, Params)                       \
+    [](const Params& p, cudaStream_t stream) {     \
+        shim::Machine::get().begin_call();         \
+        announce_all(p);                           \
+        cuda::op(p, stream);                       \
+    },
+
 const Kernels& kernels() {
-    static const Kernels table = [] {
-        Kernels made{};
-        made.name = "none";
-        made.attention = attention;
-        made.causal_conv1d = causal_conv1d;
-        made.commit_tokens = commit_tokens;
-        made.gated_silu = gated_silu;
-        made.rms_norm = rms_norm;
-        made.selective_scan = selective_scan;
-        made.skinny_linear = skinny_linear;
-        made.speculative_accept = speculative_accept;
-        made.ssd = ssd;
-        return made;
-    }();
+    static const Kernels table = {"none", SM_FOR_EACH_OP(SM_ENTRY)};
     return table;
+}
+
+// What kernels have written counts no longer: memory may be used anew.
+extern "C" __attribute__((visibility("default"))) void synchronize() {
+    auto& machine = shim::Machine::get();
+    machine.ended.clear(), machine.ended_before.clear();
 }
 
 }  // namespace speculative_mamba

@@ -13,6 +13,7 @@ struct Arguments {
     const float* in;  // (blocks, 64)
     float* out;       // (blocks)
     int fault;
+    const float* written;  // by the launch before
 };
 
 enum Fault {
@@ -33,7 +34,8 @@ enum Fault {
     no_group,
     young_group,
     copy_before_wait,
-    never_awaited
+    never_awaited,
+    written_constant
 };
 
 // Sums a row of 64: lane by lane through memory of the block.
@@ -41,6 +43,7 @@ __global__ void block_sum(Arguments a) {
     SM_SHARED(float, values, kThreads);
     const int i = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
     if (a.fault == false_constant && i == 5) load(a.in + i, From::constants);
+    if (a.fault == written_constant && i == 5) load(a.written, From::constants);
     if (a.fault != no_wait) wait_for_previous();
     if (a.fault == misaligned && i == 9) load_group<4>(a.in + 1);
     store(values + i, load(a.in + block * kThreads + (a.fault == load_beyond ? i + 1 : i)));
@@ -117,9 +120,12 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
     static std::string message;
     auto& machine = shim::Machine::get();
     machine.random.seed(seed);
-    machine.memory.clear();
-    machine.memory[reinterpret_cast<uintptr_t>(in)] = {blocks * kThreads * sizeof(float), shim::Use::read};
-    machine.memory[reinterpret_cast<uintptr_t>(out)] = {blocks * sizeof(float), shim::Use::write};
+    const auto announce = [&](const float* base, int64_t count, shim::Use use) {
+        machine.memory[reinterpret_cast<uintptr_t>(base)] = {count * sizeof(float), use};
+    };
+    machine.begin_call();
+    announce(in, blocks * kThreads, shim::Use::read);
+    announce(out, blocks, shim::Use::write);
     message.clear();
     try {
         const std::string name = kernel;
@@ -128,8 +134,18 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
                         : name == "copied_sum" ? copied_sum
                                                : count_positive;
         const int64_t memory = name == "copied_sum" ? kThreads * sizeof(float) : 0;
-        launch_with_memory(function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), memory, nullptr,
-                           Arguments{in, out, fault});
+        const dim3 grid(static_cast<unsigned>(blocks));
+        std::vector<float> weight(1);
+        if (fault == written_constant) {
+            announce(weight.data(), 1, shim::Use::write);
+            launch_with_memory(function, dim3(1), dim3(kThreads), memory, nullptr,
+                               Arguments{in, weight.data(), none, nullptr});
+            machine.begin_call();
+            announce(in, blocks * kThreads, shim::Use::read);
+            announce(out, blocks, shim::Use::write);
+            announce(weight.data(), 1, shim::Use::constant);
+        }
+        launch_with_memory(function, grid, dim3(kThreads), memory, nullptr, Arguments{in, out, fault, weight.data()});
     } catch (const shim::Failure& failure) { message = failure.what(); }
     return message.c_str();
 }

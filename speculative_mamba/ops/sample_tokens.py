@@ -2,8 +2,8 @@
 
 import torch
 
-from ..backend import run
-from ..checks import (
+from .backend import run
+from .checks import (
     check,
     check_active,
     check_rng_keys,
@@ -11,10 +11,10 @@ from ..checks import (
     check_sampling,
     check_tokens,
 )
-from ..noise import Purpose
-from ..sampling import raise_for
-from ..sampling_tensors import SamplingTensors
-from ..speculative_accept.arguments import AcceptArgs
+from .noise import Purpose
+from .sampling import raise_for
+from .sampling_tensors import SamplingTensors
+from .speculative_accept import SpeculativeAcceptArgs
 
 
 def sample_tokens(
@@ -68,13 +68,13 @@ def sample_tokens(
     check_row_status(row_status, batch, logits)
     if probs is not None:
         check("probs", probs, logits.shape, logits)
-    draft_tokens = logits.new_empty(batch, 0, dtype=torch.int64) if draft_tokens is None else draft_tokens
-    check_tokens("draft_tokens", draft_tokens, (batch, draft_tokens.shape[-1]), vocabulary, logits)
-    arguments = AcceptArgs(
-        draft_tokens, None, sampling, rng_keys, positions, int(purpose), False, prompt_mask, output_counts, active,
-        None, probs,
+    if draft_tokens is not None:
+        check_tokens("draft_tokens", draft_tokens, (batch, draft_tokens.shape[-1]), vocabulary, logits)
+    args = SpeculativeAcceptArgs(
+        logits.unsqueeze(1), draft_tokens, None, sampling, rng_keys, positions, False, prompt_mask, output_counts, active,
+        None, purpose=int(purpose), target_probs=probs,
     )  # fmt: skip
-    _, tokens, found = run("speculative_accept", backend, logits[:, None], arguments)
+    _, tokens, found = run("speculative_accept", backend, args)
     if row_status is None:
         raise_for(found)
     else:
