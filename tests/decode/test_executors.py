@@ -136,6 +136,22 @@ def test_one_capture_serves_prompts_of_any_length_and_any_seed(pair, prompt, exe
     assert executor.num_captures == 1
 
 
+@pytest.mark.parametrize("draft", ["near", "ngram"])
+@pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
+def test_one_capture_serves_every_mix_of_parameters(pair, prompt, executor, acceptance, draft) -> None:
+    """Greedy rows, sampled ones, penalties and bias of each row are data."""
+    models, given = pair(), [prompt(length) for length in (3, 9, 40)]
+    greedy, hot = sm.SamplingParams(), sm.SamplingParams(temperature=1.3, top_p=0.9, seed=5)
+    counts = sm.SamplingParams(0.9, frequency_penalty=0.8, presence_penalty=0.4, logit_bias={7: 2.0, 9: -100}, seed=6)
+    mixes = greedy, hot, [greedy, hot, counts], [counts, greedy, hot], [sm.SamplingParams(repetition_penalty=1.5)] * 3
+    for sampling in mixes:
+        both(
+            executor, models.target, given, draft=models.drafts.get(draft, draft), lookahead=3, max_new_tokens=20,
+            sampling=sampling, acceptance=acceptance, stop_token_ids=(),
+        )  # fmt: skip
+    assert executor.captures == 1
+
+
 def test_a_cache_that_grows_is_captured_again(family, prompt, executor) -> None:
     target, drafts = family("llama")
     for length in (3, 40, 200, 50):

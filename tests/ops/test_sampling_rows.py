@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from test_speculative_accept import FILTERS, K, V, choices, make, rows_of
 
-from speculative_mamba.ops import sample_tokens
+from speculative_mamba.ops import sample_tokens, speculative_accept
 from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.ops.sampling_tensors import SamplingTensors
 from speculative_mamba.testing.sampling import assert_probs, probs_by_hand, rng_keys_of, sample, tensors, text_of
@@ -112,3 +113,44 @@ def test_what_bias_and_penalties_leave_is_judged(backend: str) -> None:
     assert status.tolist() == [3, 1, 1, 0, 0, 0]
     assert tokens[3:5].tolist() == [1, 2] and tokens[:3].tolist() == [0, 0, 0]
     assert probs[3:].tolist() == [[0, 1, 0], [0, 0, 1], [0.5, 0.5, 0]]
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_presence_and_frequency_count_the_tokens_before_each_position(coupled: bool, backend: str) -> None:
+    """Drafted tokens count as generated from the position after theirs on, each as often as it comes; the prompt does
+    not count. Greedy, so that the first position at which another token leads is seen."""
+    logits = torch.tensor([5.0, 4.2, 0.0]).expand(1, 4, 3)
+    for presence, frequency, counts, expected in (
+        (0.0, 0.5, [0, 0, 0], (2, 1)),  # 5, 4.5, 4 against 4.2
+        (0.0, 0.5, [1, 0, 0], (1, 1)),
+        (0.5, 0.0, [0, 0, 0], (3, 0)),  # 5, then 4.5
+        (0.9, 0.0, [0, 0, 0], (1, 1)),
+        (0.9, 0.0, [0, 4, 0], (3, 0)),
+        (-0.5, 0.0, [0, 1, 0], (3, 0)),  # 5 against 4.7, then 5.5
+        (0.0, -0.5, [0, 2, 0], (0, 1)),
+    ):
+        params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
+        text = text_of(torch.ones(1, 3, dtype=torch.bool), torch.tensor([counts]).int())
+        accepted, next_token = speculative_accept(
+            logits, torch.tensor([[0, 0, 0]]), None, tensors(params, 1, 3), rng_keys_of(1),
+            torch.zeros(1, dtype=torch.int64), coupled=coupled, **text, backend=backend,
+        )  # fmt: skip
+        assert (accepted.item(), next_token.item()) == expected, (presence, frequency, counts)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_windows_of_every_kind_in_one_batch(coupled: bool, backend: str) -> None:
+    """Each row of a mixed batch is bit for bit the row alone, of which the other rows' parameters are unknown."""
+    kinds = list(FILTERS.values()) * 2
+    arguments, reached = make(kinds, rows=len(kinds)), set()
+    if coupled:
+        arguments["draft_tokens"][::2] = choices(arguments, backend)[::2, :K]
+    accepted, next_token = speculative_accept(**arguments, coupled=coupled, backend=backend)
+    for row, params in enumerate(kinds):
+        alone = rows_of(arguments, slice(row, row + 1)) | {"sampling": tensors(params, 1, V)}
+        if not params.penalised:
+            del alone["prompt_mask"], alone["output_counts"]
+        result = speculative_accept(**alone, coupled=coupled, backend=backend)
+        assert [t.item() for t in result] == [accepted[row].item(), next_token[row].item()], row
+        reached.add(accepted[row].item())
+    assert len(reached) > 1
