@@ -149,7 +149,7 @@ def test_one_capture_serves_every_mix_of_parameters(pair, prompt, executor, acce
             executor, models.target, given, draft=models.drafts.get(draft, draft), lookahead=3, max_new_tokens=20,
             sampling=sampling, acceptance=acceptance, stop_token_ids=(),
         )  # fmt: skip
-    assert executor.captures == 1
+    assert executor.num_captures == 1
 
 
 def test_a_cache_that_grows_is_captured_again(family, prompt, executor) -> None:
