@@ -89,7 +89,12 @@ class Batch:
 
         rng_key: seed and stream, by default (``params.seed``, 0). states: target's and draft's, of the prompt's first
         tokens.
+
+        Raises:
+            ValueError: the row is still generating, or there is nothing to generate.
         """
+        if index in self.generating() or max_new_tokens < 1:
+            raise ValueError(f"row {index} is still generating, or has no token to generate ({max_new_tokens})")
         stream = TextStream(self._tokenizer, self._stop_strings, prompt) if self._stop_strings else None
         row = Row(list(prompt), len(prompt) + max_new_tokens, self._launched, stream)
         self.rows[index] = row

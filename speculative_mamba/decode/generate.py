@@ -136,8 +136,8 @@ def generate(
             while batch.generating():
                 loop.step()
         finally:
-            if loop is not None and cache is not None:
-                loop.save(cache, prompts)
+            if loop is not None:
+                loop.close(cache, prompts)
             executor.close()
     reasons = [row.finish_reason for row in batch.rows]
     return _result(target, batch.texts(), reasons, loop.stats, [row.logits for row in batch.rows], output_logits, cache)

@@ -155,7 +155,16 @@ class DecodeLoop:
             for index, token in fresh:
                 self._on_token(index, token)
 
-    def save(self, cache: GenerationCache, prompts: Sequence[list[int]]) -> None:
+    def close(self, cache: GenerationCache | None = None, prompts: Sequence[list[int]] = ()) -> None:
+        """No more rounds; the batch keeps its texts. They and their states go into the cache, if there is one."""
+        try:
+            if cache is not None:
+                self._save(cache, prompts)
+        finally:
+            self.batch.round = None  # what is on the device is freed at once, not when cycles are looked for
+            self._executor.close()
+
+    def _save(self, cache: GenerationCache, prompts: Sequence[list[int]]) -> None:
         """Leaves in the cache the texts, and the states of all rows that are known to be those of their texts.
 
         prompts: for rows that were not admitted any more.

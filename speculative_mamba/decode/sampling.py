@@ -75,7 +75,7 @@ class Sampler:
                 [params], self._vocab_size, penalties=self.tensors.has_penalties, bias_capacity=self._bias_capacity
             )
             self._params[row] = None  # unknown, should this break off
-            self.tensors.row(row).copy_(its)
+            self.tensors.rows_of(slice(row, row + 1)).copy_(its)
             self._params[row] = params
         self.rng_keys[row] = torch.tensor(rng_key, dtype=torch.int64, device=self.rng_keys.device)
         if self.prompt_mask is not None:

@@ -69,7 +69,7 @@ def serve(target, draft, requests, rows, executor, lookahead=3, coupled=True, st
         while clients.visit(loop, now):
             loop.step()
             now += 1
-        executor.close()
+        loop.close()
     return clients.done
 
 
@@ -188,6 +188,18 @@ def test_a_row_that_was_given_up_and_taken_while_rounds_are_queued(pair, prompt,
     assert batch.rows[0].tokens == plain(target, prompt(7), 12)[0]
     assert batch.rows[1].tokens == plain(target, prompt(4, seed=1), 30)[0]
     assert batch.rows[0].finish_reason == "length"
+
+
+def test_a_row_that_is_generating_is_not_given_away(pair, prompt) -> None:
+    batch, executor = sm.Batch(1), sm.EagerExecutor()
+    with torch.no_grad(), executor:
+        loop = sm.DecodeLoop(pair().target, None, batch, executor, FixedLookahead(0))
+        with pytest.raises(ValueError, match="row 0"):
+            loop.admit(0, prompt(3), MIX[0], 0)
+        loop.admit(0, prompt(3), MIX[0], 5)
+        with pytest.raises(ValueError, match="row 0 is still generating"):
+            loop.admit(0, prompt(4), MIX[0], 5)
+    assert batch.rows[0].tokens == prompt(3)
 
 
 def test_one_capture_serves_every_mix(pair, prompt) -> None:

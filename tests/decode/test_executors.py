@@ -176,6 +176,22 @@ def test_memory_that_follows_the_text(family, prompt, monkeypatch, kind, draft) 
     assert executor.num_captures < 6
 
 
+@pytest.mark.parametrize("draft", ["model", "ngram", "scripted", None])
+def test_what_a_call_needed_is_freed_at_once(draft) -> None:
+    """Not only when cycles are looked for, which may be long after a device is full."""
+    target, other = (random_model(tiny_config(), seed=seed) for seed in (0, 1))
+    drafts = {"model": other, "scripted": ScriptedDraft([[1, 2]], 61, lambda row, at: True)}
+    held = weakref.ref(target)
+    gc.collect()
+    gc.disable()
+    try:
+        sm.generate(target, [[1, 2]], draft=drafts.get(draft, draft), max_new_tokens=6, cache=sm.GenerationCache())
+        del target
+        assert held() is None
+    finally:
+        gc.enable()
+
+
 def test_a_named_executor_keeps_nothing_alive(monkeypatch) -> None:
     monkeypatch.setattr(executors, "GraphExecutor", RecordingExecutor)
     target, draft = (random_model(tiny_config(), seed=seed) for seed in (0, 1))
