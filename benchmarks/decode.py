@@ -25,7 +25,7 @@ from speculative_mamba.layers import attention, mamba1, mamba2
 from speculative_mamba.models.config import AttentionConfig, MlpConfig, ModelConfig, mamba1_config
 from speculative_mamba.ops.recording import Recording
 from speculative_mamba.testing.models import MAMBA2_SHAPES, SHAPES, published_config, random_model
-from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
+from speculative_mamba.testing.scripted import CapturableScript, agree_at_rate
 
 from .report import Report, number, parser, progress, share
 
@@ -131,7 +131,7 @@ def bench_shape(report: Report, name: str, draft_name: str | None, tokens: int, 
         runs[None].append(plain.stats)
         text = plain.sequences[0].tolist()
         for rate in RATES:
-            draft = ScriptedDraft([text], target.vocab_size, agree_at_rate(rate, repeat), ModelDrafter(cost))
+            draft = CapturableScript([text], target.vocab_size, agree_at_rate(rate, repeat), cost=ModelDrafter(cost))
             result = sm.generate(target, prompt, draft=draft, **settings)
             if result.sequences[0].tolist() != text:
                 raise SystemExit(f"{name}: text differs from plain decoding; not timed")

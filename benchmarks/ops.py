@@ -22,9 +22,10 @@ from speculative_mamba.ops import (
     speculative_accept,
     ssd_verify,
 )
-from speculative_mamba.ops.filters import Filters
 from speculative_mamba.ops.int8 import Int8Weight, quantised
 from speculative_mamba.ops.noise import Purpose
+from speculative_mamba.ops.sampling_params import SamplingParams
+from speculative_mamba.ops.sampling_tensors import SamplingTensors
 from speculative_mamba.testing.models import SHAPES, published_config
 from speculative_mamba.testing.timing import interleaved_medians, rotate
 
@@ -209,21 +210,23 @@ def bench_attention(report: Report, heads: int, kv_heads: int, dims: int) -> Non
             _add(report, "attention_verify", shape, times, moved, "torch", "float32", tokens=tokens)
 
 
-def torch_law(logits: torch.Tensor, f: Filters) -> torch.Tensor:
-    """The filtered law (T, V) as one would write it with PyTorch's operations: only the k largest are ever sorted."""
+def torch_probs(logits: torch.Tensor, f: SamplingParams) -> torch.Tensor:
+    """Filtered probabilities (T, V) in PyTorch's operations: only the k largest are ever sorted."""
     kept, ids = (logits / f.temperature).topk(f.top_k or logits.shape[-1], -1)
-    law = torch.softmax(kept, -1)
-    law = law.masked_fill(law.cumsum(-1) - law >= f.top_p, 0)
-    return torch.zeros_like(logits).scatter_(-1, ids, law / law.sum(-1, keepdim=True))
+    probs = torch.softmax(kept, -1)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= f.top_p, 0)
+    return torch.zeros_like(logits).scatter_(-1, ids, probs / probs.sum(-1, keepdim=True))
 
 
-def torch_accept(logits: torch.Tensor, drafted: torch.Tensor, laws: torch.Tensor, f: Filters) -> tuple[int, int]:
+def torch_accept(
+    logits: torch.Tensor, drafted: torch.Tensor, draft_probs: torch.Tensor, f: SamplingParams
+) -> tuple[int, int]:
     """The same test in PyTorch's operations, for one row."""
-    law = torch_law(logits[0], f)
-    q, tokens = laws[0], drafted[0, :, None]
-    kept = torch.rand(len(q)) * q.gather(1, tokens)[:, 0] < law[:-1].gather(1, tokens)[:, 0]
+    probs = torch_probs(logits[0], f)
+    q, tokens = draft_probs[0], drafted[0, :, None]
+    kept = torch.rand(len(q)) * q.gather(1, tokens)[:, 0] < probs[:-1].gather(1, tokens)[:, 0]
     accepted = int(kept.long().cumprod(0).sum())
-    rest = law[-1] if accepted == len(q) else (law[accepted] - q[accepted]).clamp_(min=0)
+    rest = probs[-1] if accepted == len(q) else (probs[accepted] - q[accepted]).clamp_(min=0)
     return accepted, int(torch.multinomial(rest, 1))
 
 
@@ -232,29 +235,30 @@ def bench_accept(report: Report, vocabulary: int = 50280, lookahead: int = 4) ->
     positions, keys = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64)
     logits = 3 * torch.randn(1, lookahead + 1, vocabulary)
     for name, f in {
-        "top-k 50, top-p 0.8": Filters(0.8, 50, 0.8),
-        "top-p 0.9": Filters(0.8, 0, 0.9),
-        "no filter": Filters(1.0),
-        "greedy": Filters(),
+        "top-k 50, top-p 0.8": SamplingParams(0.8, 50, 0.8),
+        "top-p 0.9": SamplingParams(0.8, 0, 0.9),
+        "no filter": SamplingParams(1.0),
+        "greedy": SamplingParams(),
     }.items():
-        laws = torch.empty(1, lookahead, vocabulary)
+        draft_probs = torch.empty(1, lookahead, vocabulary)
+        sampling = SamplingTensors.from_params([f], vocabulary)
         drafted = torch.stack(
             [
-                sample_tokens(logits[:, at], f, keys, positions + at, Purpose.DRAFT, laws=laws[:, at])
+                sample_tokens(logits[:, at], sampling, keys, positions + at, Purpose.DRAFT, probs=draft_probs[:, at])
                 for at in range(lookahead)
             ],
             1,
         )
 
-        def ours(f: Filters = f, drafted: torch.Tensor = drafted, laws: torch.Tensor = laws, backend: str = "auto"):
-            return speculative_accept(logits, drafted, laws, f, keys, positions, backend=backend)
+        def ours(drafted=drafted, draft_probs=draft_probs, sampling=sampling, backend: str = "auto"):
+            return speculative_accept(logits, drafted, draft_probs, sampling, keys, positions, backend=backend)
 
-        def theirs(f: Filters = f, drafted: torch.Tensor = drafted, laws: torch.Tensor = laws):
+        def theirs(f: SamplingParams = f, drafted: torch.Tensor = drafted, draft_probs: torch.Tensor = draft_probs):
             if f.greedy:
                 choices = logits.argmax(-1)
                 accepted = (choices[:, :-1] == drafted).int().cumprod(1).sum(1)
                 return accepted, choices.gather(1, accepted[:, None])
-            return torch_accept(logits, drafted, laws, f)
+            return torch_accept(logits, drafted, draft_probs, f)
 
         if [t.tolist() for t in ours()] != [t.tolist() for t in ours(backend="reference")]:
             raise SystemExit(f"speculative_accept, {name}: differs from the reference; not timed")

@@ -37,7 +37,7 @@ import speculative_mamba as sm
 from speculative_mamba.decode import ModelDrafter
 from speculative_mamba.models.config import ModelConfig, mamba1_config
 from speculative_mamba.testing.models import SHAPES, published_config, random_model
-from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
+from speculative_mamba.testing.scripted import CapturableScript, agree_at_rate
 from speculative_mamba.testing.timing import interleaved_medians
 
 from .decode import LOOKAHEAD, PROMPT_TOKENS, draft_config
@@ -79,7 +79,7 @@ class Ours:
         self._slot.fill_(len(tokens) - 1)
         return logits[0]
 
-    def decode(self, prompt: list[int], count: int, draft: ScriptedDraft | None = None) -> sm.GenerationResult:
+    def decode(self, prompt: list[int], count: int, draft: CapturableScript | None = None) -> sm.GenerationResult:
         settings = {"lookahead": LOOKAHEAD, "max_new_tokens": count, "stop_token_ids": ()}
         return sm.generate(self.model, [prompt], draft=draft, **settings)
 
@@ -260,7 +260,9 @@ def time_texts(
         for engine in engines:
             spent[engine.name].append(engine.seconds_per_token(prompt, options.tokens))
         if ours is not None:
-            draft = ScriptedDraft([text], ours.model.vocab_size, agree_at_rate(RATE, repeat), ModelDrafter(cost))
+            draft = CapturableScript(
+                [text], ours.model.vocab_size, agree_at_rate(RATE, repeat), cost=ModelDrafter(cost)
+            )
             result = ours.decode(prompt, options.tokens, draft)
             if result.sequences[0].tolist() != text:
                 raise SystemExit("the text with a draft differs from plain decoding; not timed")

@@ -16,7 +16,7 @@ import torch
 import speculative_mamba as sm
 from speculative_mamba.decode import ModelDrafter
 from speculative_mamba.testing.models import SHAPES, published_config, random_model
-from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
+from speculative_mamba.testing.scripted import CapturableScript, agree_at_rate
 from speculative_mamba.testing.timing import interleaved_medians
 
 from .decode import PROMPT_TOKENS, draft_config
@@ -38,7 +38,9 @@ def sweep_lookahead(report: Report, target: sm.MambaLM, tokens: int, repeats: in
         for repeat in range(repeats):
             progress(f"acceptance {rate}, every K in turn, {repeat + 1} of {repeats}")
             for lookahead in (0, *LOOKAHEADS):
-                draft = ScriptedDraft([text], target.vocab_size, agree_at_rate(rate, repeat), ModelDrafter(cost))
+                draft = CapturableScript(
+                    [text], target.vocab_size, agree_at_rate(rate, repeat), cost=ModelDrafter(cost)
+                )
                 options = {"draft": draft, "lookahead": lookahead} if lookahead else {}
                 result = sm.generate(target, prompt, **options, **settings)
                 if result.sequences[0].tolist() != text:

@@ -268,7 +268,7 @@ inline void define_ops(py::module_& m) {
     m.attr("MAX_CONV_WIDTH") = kMaxConvWidth;
     m.attr("RECORD_COLUMNS") = kRecordColumns;
     m.attr("ROUNDING") = kRounding;
-    m.attr("VERDICTS") = static_cast<int>(Verdict::bad_residual);
+    m.attr("ROW_STATUSES") = static_cast<int>(RowStatus::bad_residual);
     m.attr("PURPOSES") = py::make_tuple(static_cast<int>(Purpose::token), static_cast<int>(Purpose::draft),
                                         static_cast<int>(Purpose::test));
     py::class_<Program>(m, "Program", py::module_local(), "A recorded sequence of kernel calls.")

@@ -223,75 +223,62 @@ struct RmsNormParams {
               gate_row_stride, eps, constant_weights, y, residual_out)
 };
 
-// How logits become a law, in this order; see cpu/law.h.
-struct Filters {
-    float repetition_penalty;  // 1: none
-    float temperature;         // 0: greedy
-    int64_t top_k;             // 0: all
-    float top_p;               // 1: all
-    float min_p;               // 0: all
+// How tokens are chosen, one value per row; see ops/sampling_tensors.py.
+struct SamplingTensors {
+    const float* temperature;         // (B); 0: greedy
+    const int32_t* top_k;             // (B); 0: all tokens
+    const float* top_p;               // (B); 1: all tokens
+    const float* min_p;               // (B); 0: all tokens
+    const float* repetition_penalty;  // (B); null, like the next two: no row has a penalty
+    const float* presence_penalty;    // (B)
+    const float* frequency_penalty;   // (B)
+    const int32_t* bias_ids;          // (B, N); -1 behind the last
+    const float* bias_values;         // (B, N)
+    int64_t bias_capacity;            // N
 };
 
 // What came of a row's logits.
-enum class Verdict : int32_t {
+enum class RowStatus : int32_t {
     ok = 0,
     nan_logits = 1,
     infinite_logits = 2,
-    no_token = 3,       // every logit is -inf
-    bad_draft_law = 4,  // the draft's law gives its own token no probability
-    bad_residual = 5,   // max(p - q, 0) is empty or not finite
+    no_token = 3,         // every logit is -inf
+    bad_draft_probs = 4,  // the draft's probabilities give its own token none
+    bad_residual = 5,     // max(p - q, 0) is empty or not finite
 };
 
-// One token per row, drawn with the noise of (seed, stream, position, purpose).
-struct SampleTokensParams {
-    int64_t batch, vocabulary;
-    const float* logits;  // (B, V), tokens contiguous
-    int64_t logits_batch_stride;
-    Filters filters;
-    const int64_t* keys;       // (B, 2): seed, stream
-    const int64_t* positions;  // (B): of the token that is drawn
-    int purpose;
-    float* laws;  // (B, V), may be null: the law each token was drawn from
-    int64_t laws_batch_stride;
-    const bool* seen;       // (B, V): tokens of the text; read only with a penalty
-    const int64_t* recent;  // (B, R): further tokens of the text
-    int64_t recent_tokens;
-    const bool* active;  // (B), may be null: rows to draw for
-    int64_t* tokens;     // (B)
-    int32_t* verdicts;   // (B)
-    uint64_t* scratch;
-    int64_t scratch_bytes;
-
-    SM_FIELDS(batch, vocabulary, logits, logits_batch_stride, filters.repetition_penalty, filters.temperature,
-              filters.top_k, filters.top_p, filters.min_p, keys, positions, purpose, laws, laws_batch_stride, seen,
-              recent, recent_tokens, active, tokens, verdicts, scratch, scratch_bytes)
-};
-
-// How many of a row's K drafted tokens stand, and the token after them.
+// How many of a row's K drafted tokens stand, and the token after them. With K = 0 a token is sampled.
 struct SpeculativeAcceptParams {
     int64_t batch, tokens, vocabulary;  // tokens = K+1
     const float* logits;                // (B, K+1, V), tokens of the vocabulary contiguous
     int64_t logits_batch_stride, logits_token_stride;
-    const int64_t* drafted;  // (B, K)
-    const float* laws;       // (B, K, V), may be null: each drafted token was certain
-    int64_t laws_batch_stride, laws_token_stride;
-    Filters filters;
-    const int64_t* keys;       // (B, 2): seed, stream
+    const int64_t* draft_tokens;  // (B, R): the last K are tested, those before are text that is not yet counted
+    int64_t draft_stride;         // R
+    const float* draft_probs;     // (B, K, V), may be null: each drafted token was certain
+    int64_t draft_probs_batch_stride, draft_probs_token_stride;
+    SamplingTensors sampling;
+    const int64_t* rng_keys;   // (B, 2): seed, stream
     const int64_t* positions;  // (B): of the first token that is chosen
+    int purpose;               // of the noise that tokens are drawn with
     bool coupled;
-    const bool* seen;       // (B, V): tokens of the text before the window; read only with a penalty
-    const bool* active;     // (B), may be null: rows to decide
-    const int32_t* limits;  // (B), may be null: only that many drafted tokens of a row count, at least 0
-    int32_t* accepted;      // (B); the position, where the verdict is not ok
-    int64_t* next;          // (B)
-    int32_t* verdicts;      // (B)
-    uint64_t* scratch;
+    const bool* prompt_mask;          // (B, V): tokens of the prompt; read only with a penalty, like the next
+    const int32_t* output_counts;     // (B, V): how often each token was generated, before the drafted ones
+    const bool* active;               // (B), may be null: rows to decide
+    const int32_t* num_draft_tokens;  // (B), may be null: only that many drafted tokens of a row count, at least 0
+    float* target_probs;              // (B, V), may be null: with K = 0, what each token was drawn from
+    int64_t target_probs_batch_stride;
+    int32_t* accepted;    // (B); the position, where the status is not ok
+    int64_t* next_token;  // (B)
+    int32_t* row_status;  // (B)
+    uint64_t* scratch;    // laid out in cuda/logits.cuh
     int64_t scratch_bytes;
 
-    SM_FIELDS(batch, tokens, vocabulary, logits, logits_batch_stride, logits_token_stride, drafted, laws,
-              laws_batch_stride, laws_token_stride, filters.repetition_penalty, filters.temperature, filters.top_k,
-              filters.top_p, filters.min_p, keys, positions, coupled, seen, active, limits, accepted, next, verdicts,
-              scratch, scratch_bytes)
+    SM_FIELDS(batch, tokens, vocabulary, logits, logits_batch_stride, logits_token_stride, draft_tokens, draft_stride,
+              draft_probs, draft_probs_batch_stride, draft_probs_token_stride, sampling.temperature, sampling.top_k,
+              sampling.top_p, sampling.min_p, sampling.repetition_penalty, sampling.presence_penalty,
+              sampling.frequency_penalty, sampling.bias_ids, sampling.bias_values, sampling.bias_capacity, rng_keys,
+              positions, purpose, coupled, prompt_mask, output_counts, active, num_draft_tokens, target_probs,
+              target_probs_batch_stride, accepted, next_token, row_status, scratch, scratch_bytes)
 };
 
 // Ends a round: accepted tokens and the one after them become text, up to a stop token or the end of the budget.
@@ -309,13 +296,13 @@ struct CommitTokensParams {
     int32_t* room;                         // (B): tokens that may still come, less one
     bool* active;                          // (B)
     int32_t* slots;                        // (S, B): where step s of the next round starts; -1: the row has ended
-    bool* seen;                            // (B, V), may be null: tokens of the text
+    int32_t* output_counts;                // (B, V), may be null: how often each token was generated
     int64_t* text;                         // (B, L), may be null
     int64_t* record;  // (B, K + kRecordColumns): tokens committed, accepted, verdict, min(K, limit), the K+1 tokens of
                       // the window
 
     SM_FIELDS(batch, lookahead, vocabulary, steps, capacity, drafted, accepted, following, verdicts, limits, is_stop,
-              last, positions, room, active, slots, seen, text, record)
+              last, positions, room, active, slots, output_counts, text, record)
 };
 
 // The list of all ops: what they are called everywhere, and their structs.
@@ -325,7 +312,6 @@ struct CommitTokensParams {
     OP(commit_tokens, CommitTokensParams)           \
     OP(gated_silu, GatedSiluParams)                 \
     OP(rms_norm, RmsNormParams)                     \
-    OP(sample_tokens, SampleTokensParams)           \
     OP(selective_scan_verify, SelectiveScanParams)  \
     OP(skinny_linear, SkinnyLinearParams)           \
     OP(speculative_accept, SpeculativeAcceptParams) \

@@ -7,13 +7,19 @@ __version__ = "0.1.0"
 # Names are imported when they are first used: the command line has to handle signals before torch is there.
 _HOMES = {
     "decode": (
+        "Batch",
+        "BatchState",
+        "DecodeLoop",
+        "Draft",
         "Drafter",
+        "EagerExecutor",
         "GenerationCache",
         "GenerationResult",
         "GenerationStats",
         "GraphExecutor",
         "ModelDrafter",
         "NgramDrafter",
+        "Proposal",
         "Sampler",
         "SamplingParams",
         "generate",

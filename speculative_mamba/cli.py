@@ -18,7 +18,7 @@ from .info import describe
 from .models import MambaLM, load_model, load_pair
 from .models.language_model import CHECKPOINTS
 from .models.tokenizer import added_around, encode
-from .ops.filters import GREEDY_BELOW
+from .ops.sampling_params import GREEDY_BELOW
 from .ops.threads import available_cpus, num_threads, set_num_threads
 from .streams import FAILURE, PROGRAM, OutputError, check_output, exit_code, one_line, say, signs_of_life, write
 

@@ -1,4 +1,4 @@
-"""The ops that choose tokens. Their public functions also wait for the device, to learn whether a row has a law; that
+"""The ops that choose tokens. Their public functions also wait for the device, to learn whether a row has a token; that
 wait is not timed."""
 
 from abc import abstractmethod
@@ -8,38 +8,38 @@ import torch
 
 from speculative_mamba.ops import commit_tokens
 from speculative_mamba.ops.backend import run
-from speculative_mamba.ops.commit_tokens import RowPlaces
-from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.commit_tokens import BatchState
 from speculative_mamba.ops.noise import Purpose
-from speculative_mamba.ops.sample_tokens import SampleTokensArgs
+from speculative_mamba.ops.sampling_params import SamplingParams
+from speculative_mamba.ops.sampling_tensors import SamplingTensors
 from speculative_mamba.ops.speculative_accept import SpeculativeAcceptArgs
 
 from . import updates
 from .work import Work, nbytes, outer_rows
 
 FILTERS = {
-    "top-k+top-p": Filters(0.8, 50, 0.8),
-    "greedy": Filters(),
-    "top-p": Filters(0.8, 0, 0.9),
-    "no filter": Filters(1.0),
+    "top-k+top-p": SamplingParams(0.8, 50, 0.8),
+    "greedy": SamplingParams(),
+    "top-p": SamplingParams(0.8, 0, 0.9),
+    "no filter": SamplingParams(1.0),
 }
 
 
 class Choice(Work):
     """Logits, and the noise's keys and positions: a stream of its own for every row."""
 
-    def __init__(self, logits: torch.Tensor, filters: Filters) -> None:
+    def __init__(self, logits: torch.Tensor, params: SamplingParams) -> None:
         batch, device = len(logits), logits.device
-        self.logits, self.filters = logits, filters
-        self.keys = torch.stack([torch.zeros(batch, device=device), torch.arange(batch, device=device)], 1).long()
+        self.logits, self.params = logits, params
+        self.sampling = SamplingTensors.from_params([params] * batch, logits.shape[-1], device)
+        self.rng_keys = torch.stack([torch.zeros(batch, device=device), torch.arange(batch, device=device)], 1).long()
         self.positions = torch.full((batch,), 100, device=device)
-        # A survey and an answer; where many tokens are kept also a race and, with top-p, where it ends.
-        self.launches = 2 if filters.greedy or filters.top_k else 3 if filters.top_p == 1 else 5
+        self.launches = 2  # a reduction of all logits, and a block for each position
 
     def check(self, backend: str) -> None:
         """The first and the last row choose among all what the reference chooses for them alone."""
         chosen = self.run(backend)
-        assert not chosen[-1].any(), f"verdicts {chosen[-1].tolist()}"
+        assert not chosen[-1].any(), f"row_status {chosen[-1].tolist()}"
         for row in outer_rows(len(self.logits)):
             alone = slice(row, row + 1)
             found = [part[alone].tolist() for part in chosen]
@@ -49,53 +49,62 @@ class Choice(Work):
     def run(self, backend: str) -> tuple[torch.Tensor, ...]:
         return self.of_rows(slice(None), backend)
 
+    def choose(
+        self,
+        rows: slice,
+        backend: str,
+        logits: torch.Tensor,
+        draft_tokens: torch.Tensor,
+        draft_probs: torch.Tensor | None,
+        purpose: Purpose,
+        target_probs: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """What ``rows`` choose by their logits (B, K+1, V)."""
+        args = SpeculativeAcceptArgs(
+            logits, draft_tokens, draft_probs, self.sampling.rows_of(rows), self.rng_keys[rows], self.positions[rows],
+            False, None, None, None, None, int(purpose), target_probs,
+        )  # fmt: skip
+        return run("speculative_accept", backend, args)
+
     @abstractmethod
     def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
-        """What is chosen, and last the verdicts."""
+        """What is chosen, and last the row status."""
 
 
 class Sample(Choice):
-    """sample_tokens, which leaves the law for a later test unless the choice is greedy."""
+    """sample_tokens, which leaves the probabilities for a later test unless the choice is greedy."""
 
-    def __init__(self, vocabulary: int, filters: Filters, batch: int, device: torch.device) -> None:
-        super().__init__(3 * torch.randn(batch, vocabulary, device=device), filters)
-        self.laws = None if filters.greedy else torch.empty_like(self.logits)
-        self.recent = torch.empty(batch, 0, dtype=torch.int64, device=device)
-        self.moved = nbytes(self.logits, self.laws)
+    def __init__(self, vocabulary: int, params: SamplingParams, batch: int, device: torch.device) -> None:
+        super().__init__(3 * torch.randn(batch, vocabulary, device=device), params)
+        self.probs = None if params.greedy else torch.empty_like(self.logits)
+        self.draft_tokens = torch.empty(batch, 0, dtype=torch.int64, device=device)
+        self.moved = nbytes(self.logits, self.probs)
 
     def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
-        laws = None if self.laws is None else self.laws[rows]
-        args = SampleTokensArgs(
-            self.logits[rows], self.filters, self.keys[rows], self.positions[rows], int(Purpose.DRAFT), laws, seen=None,
-            recent=self.recent[rows], active=None,
-        )  # fmt: skip
-        return run("sample_tokens", backend, args)
+        probs = None if self.probs is None else self.probs[rows]
+        return self.choose(rows, backend, self.logits[rows, None], self.draft_tokens[rows], None, Purpose.DRAFT, probs)
 
     def baselines(self) -> dict[str, Callable[[], object]]:
-        return {"torch": lambda: updates.sample(self.logits, self.filters)}
+        return {"torch": lambda: updates.sample(self.logits, self.params)}
 
 
 class Accept(Choice):
     """speculative_accept of drafts that are all right, so that every position is looked at."""
 
-    def __init__(self, vocabulary: int, filters: Filters, batch: int, tokens: int, device: torch.device) -> None:
-        super().__init__(3 * torch.randn(batch, tokens, vocabulary, device=device), filters)
+    def __init__(self, vocabulary: int, params: SamplingParams, batch: int, tokens: int, device: torch.device) -> None:
+        super().__init__(3 * torch.randn(batch, tokens, vocabulary, device=device), params)
         drafting = self.logits[:, :-1]
-        self.laws = None if filters.greedy else updates.law(drafting, filters)
-        self.drafted = drafting.argmax(-1) if filters.greedy else updates.draw(self.laws)
+        self.draft_probs = None if params.greedy else updates.probs_of(drafting, params)
+        self.draft_tokens = drafting.argmax(-1) if params.greedy else updates.draw(self.draft_probs)
         self.moved = self.logits.nbytes
-        self.launches += not filters.greedy  # the first refusal
+        self.launches += tokens > 1  # the first rejection
 
     def of_rows(self, rows: slice, backend: str) -> tuple[torch.Tensor, ...]:
-        laws = None if self.laws is None else self.laws[rows]
-        args = SpeculativeAcceptArgs(
-            self.logits[rows], self.drafted[rows], laws, self.filters, self.keys[rows], self.positions[rows],
-            coupled=False, seen=None, active=None, limits=None,
-        )  # fmt: skip
-        return run("speculative_accept", backend, args)
+        probs = None if self.draft_probs is None else self.draft_probs[rows]
+        return self.choose(rows, backend, self.logits[rows], self.draft_tokens[rows], probs, Purpose.TOKEN)
 
     def baselines(self) -> dict[str, Callable[[], object]]:
-        return {"torch": lambda: updates.accept(self.logits, self.drafted, self.laws, self.filters)}
+        return {"torch": lambda: updates.accept(self.logits, self.draft_tokens, self.draft_probs, self.params)}
 
 
 class Commit(Work):
@@ -110,7 +119,7 @@ class Commit(Work):
             whole(7, batch, lookahead), whole(lookahead, batch, dtype=i32), whole(9, batch), whole(0, batch, dtype=i32),
             whole(lookahead, batch, dtype=i32), whole(0, vocabulary, dtype=torch.bool),
         ]  # fmt: skip
-        self.rows = RowPlaces(
+        self.rows = BatchState(
             whole(1, batch, 2), whole(100, batch), whole(1 << 30, batch, dtype=i32),
             whole(1, batch, dtype=torch.bool), whole(0, tokens, batch, dtype=i32),
         )  # fmt: skip
@@ -121,7 +130,7 @@ class Commit(Work):
         return commit_tokens(*self.window, self.rows, backend=backend)
 
     def check(self, backend: str) -> None:
-        expected = RowPlaces(*(tensor.clone() for tensor in vars(self.rows).values()))
+        expected = BatchState(*(tensor.clone() for tensor in vars(self.rows).values()))
         record = commit_tokens(*self.window, expected, backend="reference")
         assert torch.equal(self.run(backend), record), "another record than the reference"
         for name, tensor in vars(expected).items():

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import speculative_mamba as sm
 from speculative_mamba.models.config import AttentionConfig
 from speculative_mamba.testing.models import MAMBA2_SHAPES, published_config, random_model
-from speculative_mamba.testing.scripted import ScriptedProposer, agree_at_rate
+from speculative_mamba.testing.scripted import CapturableScript, agree_at_rate
 
 from ..decode import draft_config
 from ..report import Machine, Report, number, seconds, share
@@ -68,7 +68,7 @@ def bench_model(report: Report, name: str, device: torch.device, repeats: int = 
     graphs = sm.GraphExecutor()
     call = partial(sm.generate, target, prompt, lookahead=LOOKAHEAD, stop_token_ids=(), max_new_tokens=TOKENS)
     text = call().sequences[0].tolist()
-    scripted = ScriptedProposer([text], target.vocab_size, agree_at_rate(RATE), device, sm.ModelDrafter(draft))
+    scripted = CapturableScript([text], target.vocab_size, agree_at_rate(RATE), device, sm.ModelDrafter(draft))
     ways = {"plain": None} if name == "130m" else {"plain": None, "speculative": scripted}
     runs = {
         (way, executor): partial(call, draft=drafter, executor=graphs if executor == "graph" else executor)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from speculative_mamba.ops.commit_tokens import RowPlaces
-from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.commit_tokens import BatchState
+from speculative_mamba.ops.sampling_params import SamplingParams
 
 
 @functools.cache
@@ -51,11 +51,11 @@ def scan_update(
     return (y if z is None else y * F.silu(z.float())).to(x.dtype)
 
 
-def law(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
-    """The filtered law (..., V): only the k largest are ever sorted."""
-    kept, ids = (logits / filters.temperature).topk(filters.top_k or logits.shape[-1], -1)
+def probs_of(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Filtered probabilities (..., V): only the k largest are ever sorted."""
+    kept, ids = (logits / params.temperature).topk(params.top_k or logits.shape[-1], -1)
     kept = torch.softmax(kept, -1)
-    kept = kept.masked_fill(kept.cumsum(-1) - kept >= filters.top_p, 0)
+    kept = kept.masked_fill(kept.cumsum(-1) - kept >= params.top_p, 0)
     return torch.zeros_like(logits).scatter_(-1, ids, kept / kept.sum(-1, keepdim=True))
 
 
@@ -64,28 +64,28 @@ def draw(weights: torch.Tensor) -> torch.Tensor:
     return (weights / torch.empty_like(weights).exponential_()).argmax(-1)
 
 
-def sample(logits: torch.Tensor, filters: Filters) -> torch.Tensor:
-    return logits.argmax(-1) if filters.greedy else draw(law(logits, filters))
+def sample(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    return logits.argmax(-1) if params.greedy else draw(probs_of(logits, params))
 
 
 def accept(
-    logits: torch.Tensor, drafted: torch.Tensor, laws: torch.Tensor | None, filters: Filters
+    logits: torch.Tensor, drafted: torch.Tensor, draft_probs: torch.Tensor | None, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accepted and next token of every row, by greedy choice or the test of Leviathan et al., without a host read."""
-    if filters.greedy:
+    if params.greedy:
         choices = logits.argmax(-1)
         accepted = (choices[:, :-1] == drafted).int().cumprod(1).sum(1)
         return accepted, choices.gather(1, accepted[:, None])[:, 0]
-    target = law(logits, filters)
-    p, q = (rows.gather(2, drafted[..., None])[..., 0] for rows in (target[:, :-1], laws))
+    target = probs_of(logits, params)
+    p, q = (rows.gather(2, drafted[..., None])[..., 0] for rows in (target[:, :-1], draft_probs))
     accepted = (torch.rand_like(q) * q < p).int().cumprod(1).sum(1)
     at = accepted[:, None, None].expand(-1, 1, logits.shape[-1])
-    of_draft = F.pad(laws, (0, 0, 0, 1)).gather(1, at)  # nothing is taken from the law after the last token
+    of_draft = F.pad(draft_probs, (0, 0, 0, 1)).gather(1, at)  # nothing is taken after the last token
     return accepted, draw((target.gather(1, at) - of_draft).clamp_(min=0)[:, 0])
 
 
 def commit(
-    drafted: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor, is_stop: torch.Tensor, rows: RowPlaces
+    drafted: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor, is_stop: torch.Tensor, rows: BatchState
 ) -> torch.Tensor:
     """commit_tokens without a budget; leaves ``rows`` alone."""
     at = torch.arange(drafted.shape[1] + 1, device=drafted.device)

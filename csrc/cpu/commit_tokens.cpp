@@ -23,7 +23,7 @@ bool commit(const CommitTokensParams& p, int64_t b, int64_t* record) {
         p.room[b]--;
         last[0] = last[1];
         last[1] = token;
-        if (p.seen) p.seen[b * p.vocabulary + token] = true;
+        if (p.output_counts) p.output_counts[b * p.vocabulary + token]++;
         if (p.text && at < p.capacity) p.text[b * p.capacity + at] = token;
     }
     return !stops && p.room[b] >= 0;

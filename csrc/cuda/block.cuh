@@ -9,22 +9,31 @@ namespace {
 constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / kWarp;
 constexpr int kDigit = 11, kBins = 1 << kDigit;
 
-struct Memory {
+// Shared memory of block_reduce and Histogram.
+struct BlockMemory {
     unsigned *low, *high;  // (kBins): 64-bit sums in two halves, of which adding is fast
-    uint64_t* of_warp;     // (kMaxWarps)
+    uint64_t* warps;       // (kMaxWarps)
     uint64_t* found;       // (3)
 };
-#define SM_BLOCK_MEMORY(memory)              \
-    SM_SHARED(unsigned, low, kBins);         \
-    SM_SHARED(unsigned, high, kBins);        \
-    SM_SHARED(uint64_t, of_warp, kMaxWarps); \
-    SM_SHARED(uint64_t, found, 3);           \
-    const Memory memory { low, high, of_warp, found }
+#define SM_BLOCK_MEMORY(memory)            \
+    SM_SHARED(unsigned, low, kBins);       \
+    SM_SHARED(unsigned, high, kBins);      \
+    SM_SHARED(uint64_t, warps, kMaxWarps); \
+    SM_SHARED(uint64_t, found, 3);         \
+    const BlockMemory memory { low, high, warps, found }
 
-// Enough for what a block combines.
-#define SM_BLOCK_SUMS(memory)                \
-    SM_SHARED(uint64_t, of_warp, kMaxWarps); \
-    const Memory memory { nullptr, nullptr, of_warp, nullptr }
+struct Min {
+    template <typename T>
+    __device__ T operator()(T a, T b) const {
+        return a < b ? a : b;
+    }
+};
+struct Sum {
+    __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a + b; }
+};
+struct Or {
+    __device__ uint64_t operator()(uint64_t a, uint64_t b) const { return a | b; }
+};
 
 // Calls act(i, load_at(i)) for i = 0 … end-1, each by one thread.
 template <typename Load, typename Act>
@@ -42,33 +51,30 @@ __device__ __forceinline__ void for_each(int end, Load load_at, Act act) {
     }
 }
 
-// Combines the values of a warp's lanes; the same in each.
-template <typename Combine>
-__device__ __forceinline__ uint64_t of_lanes(uint64_t value, Combine combine) {
+// Combines the values of neighbouring lanes; the same in each.
+template <int Lanes, typename T, typename Combine>
+__device__ __forceinline__ T warp_reduce(T value, Combine combine) {
 #pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, mask));
+    for (int mask = Lanes / 2; mask > 0; mask /= 2) value = combine(value, __shfl_xor_sync(kAllLanes, value, mask));
     return value;
 }
 
 // Combines the values of all threads; the same in each.
 template <typename Combine>
-__device__ __forceinline__ uint64_t of_block(const Memory& m, uint64_t value, Combine combine) {
+__device__ __forceinline__ uint64_t block_reduce(const BlockMemory& m, uint64_t value, Combine combine) {
     const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
-    value = of_lanes(value, combine);
+    value = warp_reduce<kWarp>(value, combine);
     __syncthreads();
-    if (thread % kWarp == 0) store_raw(m.of_warp + thread / kWarp, value);
+    if (thread % kWarp == 0) store_raw(m.warps + thread / kWarp, value);
     __syncthreads();
-    value = load_raw(m.of_warp);
-    for (int w = 1; w < warps; w++) value = combine(value, load_raw(m.of_warp + w));
+    value = load_raw(m.warps);
+    for (int w = 1; w < warps; w++) value = combine(value, load_raw(m.warps + w));
     return value;
 }
-__device__ __forceinline__ uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
-__device__ __forceinline__ uint64_t plus(uint64_t a, uint64_t b) { return a + b; }
-__device__ __forceinline__ uint64_t either(uint64_t a, uint64_t b) { return a | b; }
 
 // Sums of what the threads add, by bins.
 struct Histogram {
-    Memory m;
+    BlockMemory m;
 
     __device__ void clear() const {
         for (int i = static_cast<int>(threadIdx.x); i < kBins; i += static_cast<int>(blockDim.x)) {
@@ -77,10 +83,10 @@ struct Histogram {
         }
         __syncthreads();
     }
-    __device__ void add(int bin, uint64_t measure) const {
-        const auto low = static_cast<unsigned>(measure);
+    __device__ void add(int bin, uint64_t value) const {
+        const auto low = static_cast<unsigned>(value);
         const unsigned carry = add_atomically(m.low + bin, low) + low < low;
-        const unsigned high = static_cast<unsigned>(measure >> 32) + carry;
+        const unsigned high = static_cast<unsigned>(value >> 32) + carry;
         if (high) add_atomically(m.high + bin, high);
     }
     __device__ uint64_t at(int bin) const {
@@ -98,17 +104,17 @@ struct Histogram {
         __syncthreads();
         uint64_t sum = 0;
         for (int i = first; i < first + bins; i++) sum += at(i);
-        uint64_t before = 0, of_warp = sum;  // of lower lanes; of the lanes that have met
+        uint64_t before = 0, joined = sum;  // of lower lanes; of the lanes that have met
 #pragma unroll
         for (int mask = 1; mask < kWarp; mask *= 2) {
-            const uint64_t other = __shfl_xor_sync(kAllLanes, of_warp, mask);
-            of_warp += other;
+            const uint64_t other = __shfl_xor_sync(kAllLanes, joined, mask);
+            joined += other;
             if (lane & mask) before += other;
         }
-        if (lane == 0) store_raw(m.of_warp + warp, of_warp);
+        if (lane == 0) store_raw(m.warps + warp, joined);
         if (thread == 0) store_raw(m.found, static_cast<uint64_t>(kBins));
         __syncthreads();
-        for (int w = 0; w < warp; w++) before += load_raw(m.of_warp + w);
+        for (int w = 0; w < warp; w++) before += load_raw(m.warps + w);
         if (before < target && before + sum >= target) {
             int bin = first;
             for (; before + at(bin) < target; bin++) before += at(bin);

@@ -54,7 +54,10 @@ __global__ void __launch_bounds__(kRows* kWarp) commit(CommitTokensParams p) {
     store_raw(p.room + row, room - count);
     for (int t = 0; t < count; t++) {
         const int64_t token = token_at(t), at = position + t;
-        if (p.seen) store_raw(p.seen + row * p.vocabulary + token, true);
+        if (p.output_counts) {
+            int32_t* count = p.output_counts + row * p.vocabulary + token;
+            store_raw(count, load_raw(count) + 1);
+        }
         if (p.text && at < p.capacity) store_raw(p.text + row * p.capacity + at, token);
     }
 }

@@ -21,7 +21,6 @@ SM_FOR_EACH_OP(SM_DECLARE)
 
 // What these ops need; how they lay it out is told there.
 int64_t scratch_bytes(const AttentionParams&);
-int64_t scratch_bytes(const SampleTokensParams&);
 int64_t scratch_bytes(const SpeculativeAcceptParams&);
 
 }  // namespace speculative_mamba

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from training.scan import STATES, TAPS, ConvSiLU, GatedScan, RMSNorm
 
 from examples.embedded_pair.scan import STATES, TAPS, ConvSiLU, GatedScan, RMSNorm
-from training.scan import STATES, TAPS, ConvSiLU, GatedScan, RMSNorm
 
 VOCABULARY = 256
 EPSILON = 1e-5

@@ -1,21 +1,29 @@
-"""Draft, verify, accept: the loop around a target model."""
+"""Propose, verify, accept, commit: the loop around a target model."""
 
+from ..ops.commit_tokens import BatchState
+from .batch import Batch
 from .cache import GenerationCache
-from .drafter import Drafter, ModelDrafter
+from .drafts import Draft, Drafter, ModelDrafter, NgramDrafter, Proposal
+from .executors import EagerExecutor, GraphExecutor
 from .generate import GenerationResult, generate
-from .graphs import GraphExecutor
-from .ngram import NgramDrafter
+from .loop import DecodeLoop
 from .sampling import Sampler, SamplingParams
 from .stats import GenerationStats
 
 __all__ = [
+    "Batch",
+    "BatchState",
+    "DecodeLoop",
+    "Draft",
     "Drafter",
+    "EagerExecutor",
     "GenerationCache",
     "GenerationResult",
     "GenerationStats",
     "GraphExecutor",
     "ModelDrafter",
     "NgramDrafter",
+    "Proposal",
     "Sampler",
     "SamplingParams",
     "generate",

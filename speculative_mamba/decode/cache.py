@@ -1,16 +1,11 @@
 """Where a batch of texts has got to, for generating on from there."""
 
-import hashlib
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ..models.language_model import MambaLM
-from ..ops.int8 import Int8Weight
-
-_SAMPLED = 32  # elements of a tensor that its model is known by
+from ..models.identity import KnownModel
 
 # One layer's recurrent state after some token, and the convolution's inputs before the next (see ``MambaCache``).
 LayerState = tuple[torch.Tensor, ...]
@@ -28,63 +23,15 @@ class RowState:
         """A copy of the state in a row's slot."""
         return RowState(tokens, [layer.checkpoint(row, slot) for layer in cache])
 
-    def begins(self, text: list[int]) -> bool:
-        """Whether a text goes on from this state."""
-        return text[: len(self.tokens)] == self.tokens
 
-
-def absorb(model: object, cache: list, row: int, tokens: list[int], state: RowState | None) -> None:
-    """Brings slot 0 of a row to the state after ``tokens``, going on from ``state`` if there is one."""
+def prefill(model: object, cache: list, row: int, tokens: list[int], state: RowState | None) -> None:
+    """Brings slot 0 of a row, which is fresh, to the state after ``tokens``; goes on from ``state`` if there is one."""
     done = 0
     if state is not None:
         done = len(state.tokens)
         for layer, saved in zip(cache, state.layers, strict=True):
             layer.restore(row, saved)
     model.prefill(tokens[done:], cache, row)
-
-
-def weights_of(model: object) -> list[torch.Tensor]:
-    """The tensors that a model computes with."""
-    weights = [model.embedding, *model.weights()] if isinstance(model, MambaLM) else vars(model).values()
-    parts = ((w.values, w.scale) if isinstance(w, Int8Weight) else (w,) for w in weights)
-    return [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
-
-
-def options_of(model: object) -> tuple:
-    """What else its results depend on."""
-    if not isinstance(model, MambaLM):
-        return type(model).__qualname__, model.vocab_size
-    return model.config, model.state_dtype, model.checkpoint, model.backend
-
-
-class KnownModel:
-    """Knows a model again without keeping it alive, by its weights also where it was loaded again or elsewhere."""
-
-    def __init__(self, model: object) -> None:
-        self._model, self._fingerprint = weakref.ref(model), _fingerprint(model)
-
-    def __getstate__(self) -> dict:
-        return {"_model": None, "_fingerprint": self._fingerprint}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, KnownModel) and other._fingerprint == self._fingerprint
-
-    def model(self) -> object:
-        """The model, while somebody else holds it."""
-        return self._model and self._model()
-
-
-def _known(model: object, known: KnownModel | None) -> KnownModel:
-    return known if known is not None and known.model() is model else KnownModel(model)
-
-
-def _fingerprint(model: object) -> str:
-    digest = hashlib.sha256(repr(options_of(model)).encode())
-    for tensor in weights_of(model):
-        flat = tensor.detach().reshape(-1)
-        part = flat[:: max(1, len(flat) // _SAMPLED)].contiguous().view(torch.uint8).cpu()
-        digest.update(repr((tensor.shape, tensor.dtype)).encode() + part.numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass
@@ -120,16 +67,17 @@ class GenerationCache:
 
     def copy(self) -> "GenerationCache":
         """An independent cache at the same texts."""
-        copied = GenerationCache()
-        copied.store(list(map(list, self.sequences)), list(self.target_states), list(self.draft_states))
-        copied._target, copied._draft = self._target, self._draft
-        return copied
+        sequences = [list(text) for text in self.sequences]
+        states = list(self.target_states), list(self.draft_states)
+        return GenerationCache(sequences, *states, self._target, self._draft)
 
     def store(
         self, sequences: list[list[int]], target_states: list[RowState | None], draft_states: list[RowState | None]
     ) -> None:
         """Texts, and states of them. Texts come first: a state beyond its text would be refused."""
-        self.sequences, self.target_states, self.draft_states = sequences, target_states, draft_states
+        self.sequences = sequences
+        self.target_states = target_states
+        self.draft_states = draft_states
 
     def open(self, prompts: Sequence[list[int]], target: object, draft: object) -> None:
         """Takes over a batch of prompts, each of which must begin with its row's text.
@@ -139,30 +87,31 @@ class GenerationCache:
         Raises:
             ValueError: the cache belongs to another model, another number of rows or another text.
         """
-        known = _known(target, self._target)
+        known = KnownModel.of(target, self._target)
         if self._target is None:
             self.target_states = [None] * len(prompts)
-        else:
-            if known != self._target:
-                raise ValueError("the cache belongs to another model; use one cache per target model")
-            if len(self.target_states) != len(prompts):
-                count = len(self.target_states)
-                raise ValueError(f"the cache holds {count} rows, but there are {len(prompts)} prompts")
-            for row, (prompt, state) in enumerate(zip(prompts, self.target_states, strict=True)):
-                for text in (*self.sequences[row : row + 1], [] if state is None else state.tokens):
-                    if prompt[: len(text)] != text:
-                        raise ValueError(
-                            f"the prompt of row {row} does not begin with the {len(text)} tokens of its cache"
-                        )
-                if state is not None and len(state.tokens) >= len(prompt):
-                    raise ValueError(f"the prompt of row {row} is no longer than the tokens that its cache has read")
+        elif known != self._target:
+            raise ValueError("the cache belongs to another model; use one cache per target model")
+        self._check_texts(prompts)
         if draft is not None:
-            drafted = _known(draft, self._draft)
+            drafted = KnownModel.of(draft, self._draft)
             if drafted != self._draft:
                 self.draft_states = []
             self._draft = drafted
         if len(self.draft_states) != len(prompts):
             self.draft_states = [None] * len(prompts)
         states = zip(self.draft_states, prompts, strict=True)
-        self.draft_states = [state if state and state.begins(prompt[:-2]) else None for state, prompt in states]
+        # The draft's own window begins with the last two tokens.
+        self.draft_states = [s if s and prompt[:-2][: len(s.tokens)] == s.tokens else None for s, prompt in states]
         self._target, self.sequences = known, [list(prompt) for prompt in prompts]
+
+    def _check_texts(self, prompts: Sequence[list[int]]) -> None:
+        if len(self.target_states) != len(prompts):
+            count = len(self.target_states)
+            raise ValueError(f"the cache holds {count} rows, but there are {len(prompts)} prompts")
+        for row, (prompt, state) in enumerate(zip(prompts, self.target_states, strict=True)):
+            for text in (*self.sequences[row : row + 1], [] if state is None else state.tokens):
+                if prompt[: len(text)] != text:
+                    raise ValueError(f"the prompt of row {row} does not begin with its cache's {len(text)} tokens")
+            if state is not None and len(state.tokens) >= len(prompt):
+                raise ValueError(f"the prompt of row {row} is no longer than the tokens that its cache has read")

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Collection, Sequence
 
+from ..models.tokenizer import tokenizer_of
 from ..models.vocabulary import check_same_vocabulary, known_vocabulary
-from ..ops.filters import is_whole
+from ..ops.sampling_params import is_int
 from .cache import GenerationCache
-from .drafter import Drafter, LanguageModel, Proposer
-from .proposers import draft_model
+from .drafts import Draft, Drafter, LanguageModel
 from .sampling import SamplingParams
 
 ACCEPTANCES = ("rejection", "coupled")
@@ -27,9 +27,12 @@ def check_models(target: object, draft: object) -> None:
         raise ValueError(f"unknown draft {draft!r}; by name there is: {', '.join(NAMED_DRAFTS)}")
     if draft is None or isinstance(draft, str):
         return
-    if isinstance(draft, type) or not isinstance(draft, LanguageModel | Drafter | Proposer):
-        raise ValueError(f"draft must be a model, as load_model gives it, or a Drafter, got {type(draft).__name__}")
-    model = draft_model(draft)
+    if isinstance(draft, type) or not isinstance(draft, LanguageModel | Drafter | Draft):
+        raise ValueError(
+            f"draft must be a model, as load_model gives it, a Drafter or a Draft, got {type(draft).__name__}"
+        )
+    model = draft if isinstance(draft, LanguageModel) and not isinstance(draft, Drafter) else None
+    model = draft.model if isinstance(draft, Draft) else model
     if model is not None and model.device != target.device:
         raise ValueError(f"draft and target are on two devices, {model.device} and {target.device}; use one")
     check_same_vocabulary(known_vocabulary(target), known_vocabulary(draft))
@@ -41,7 +44,7 @@ def check_generation(
     *,
     lookahead: int | str,
     max_new_tokens: int,
-    sampling: SamplingParams,
+    sampling: SamplingParams | Sequence[SamplingParams],
     acceptance: str,
     stop_strings: Sequence[str],
     stop_token_ids: Sequence[int] = (),
@@ -54,27 +57,46 @@ def check_generation(
     Raises:
         ValueError: the first that is out of range.
     """
-    if lookahead != "auto" and not (is_whole(lookahead) and 1 <= lookahead <= MAX_LOOKAHEAD):
+    if lookahead != "auto" and not (is_int(lookahead) and 1 <= lookahead <= MAX_LOOKAHEAD):
         raise ValueError(f"lookahead (K) must be auto or a whole number from 1 to {MAX_LOOKAHEAD}, got {lookahead!r}")
-    if not is_whole(max_new_tokens) or not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
+    if not is_int(max_new_tokens) or not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise ValueError(f"max_new_tokens must be a whole number from 0 to {MAX_NEW_TOKENS}, got {max_new_tokens!r}")
-    if not isinstance(sampling, SamplingParams):
-        raise ValueError(f"sampling must be SamplingParams, got {sampling!r}")
-    if isinstance(sampling.seed, tuple) and len(sampling.seed) != rows:
-        raise ValueError(f"there are {len(sampling.seed)} seeds for {rows} rows; give one seed, or one per row")
+    check_sampling(sampling, rows)
     if acceptance not in ACCEPTANCES:
         raise ValueError(f"unknown acceptance {acceptance!r}; choose from: {', '.join(ACCEPTANCES)}")
-    if not _all_of(stop_token_ids, is_whole):
+    if not _all_of(stop_token_ids, is_int):
         raise ValueError(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
     if not _all_of(stop_strings, lambda stop: isinstance(stop, str) and stop):
         raise ValueError(f"stop_strings must be a list of strings that are not empty, got {stop_strings!r}")
-    if stop_strings and getattr(target, "tokenizer", None) is None:
+    if stop_strings and tokenizer_of(target) is None:
         raise ValueError("stop_strings need the target's tokenizer, and it has none; use stop_token_ids instead")
     for name, callback in (("on_token", on_token), ("logits_processor", logits_processor)):
         if callback is not None and not callable(callback):
             raise ValueError(f"{name} must be a function, got {type(callback).__name__}")
     if cache is not None and not isinstance(cache, GenerationCache):
         raise ValueError(f"cache must be a GenerationCache, got {type(cache).__name__}")
+
+
+def check_sampling(sampling: object, rows: int) -> None:
+    """One ``SamplingParams``, or a list of one per row, of which each has one seed.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(sampling, SamplingParams):
+        if isinstance(sampling.seed, tuple) and len(sampling.seed) != rows:
+            raise ValueError(f"there are {len(sampling.seed)} seeds for {rows} rows; give one seed, or one per row")
+        return
+    of_rows = isinstance(sampling, (list, tuple)) and len(sampling) > 0
+    if not of_rows or not all(isinstance(params, SamplingParams) for params in sampling):
+        raise ValueError(f"sampling must be SamplingParams, or a list of one per row; got {sampling!r}")
+    if len(sampling) != rows:
+        raise ValueError(
+            f"sampling is {len(sampling)} SamplingParams for {rows} rows; give one, or one per row; got {sampling!r}"
+        )
+    for row, params in enumerate(sampling):
+        if isinstance(params.seed, tuple):
+            raise ValueError(f"in a list of sampling parameters each has one seed, got {params.seed!r} for row {row}")
 
 
 def _all_of(values: object, test: Callable[[object], object]) -> bool:

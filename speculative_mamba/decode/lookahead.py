@@ -8,6 +8,14 @@ AUTO_LOOKAHEADS = (0, 1, 2, 3, 4, 5, 7, 10)
 AUTO_AT_MOST = AUTO_LOOKAHEADS[-1]
 
 
+def as_lookahead(lookahead: int | str, most: int) -> "AdaptiveLookahead | FixedLookahead":
+    """What chooses K for ``generate``: a number or "auto", at most ``most``."""
+    if lookahead != "auto":
+        return FixedLookahead(min(int(lookahead), most))
+    allowed = [k for k in AUTO_LOOKAHEADS if k <= most]
+    return AdaptiveLookahead(allowed) if len(allowed) > 1 else FixedLookahead(0)
+
+
 class FixedLookahead:
     """The same K in every round."""
 

@@ -1,4 +1,4 @@
-"""One round of a batch, on the models' device: draft, verify, accept, commit."""
+"""One round of a batch, on the models' device: propose, verify, accept, commit."""
 
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -10,22 +10,22 @@ import torch
 from ..layers.cache import AttentionCache
 from ..models.language_model import MambaLM
 from ..ops import commit_tokens
-from ..ops.commit_tokens import RowPlaces
-from ..ops.law import VERDICTS
-from .cache import RowState, absorb
-from .drafter import LanguageModel, Proposal, Proposer
-from .sampling import Sampler
+from ..ops.commit_tokens import BatchState
+from ..ops.sampling import ROW_STATUS_TEXTS
+from .cache import RowState, prefill
+from .drafts.base import Draft, LanguageModel, Proposal
+from .sampling import Sampler, SamplingParams
 
-_OF_DRAFT = 16  # verdicts of a draft's logits are this many times those of the target's
+_OF_DRAFT = 16  # a record's status of a draft is this many times that of the target
 
 
 @dataclass
 class RoundResult:
-    """drafts, proposed: tokens a row that were asked for, and that came. record: (B, 5 + proposed) int64, see
+    """lookahead, proposed: tokens a row that were asked for, and that came. record: (B, 5 + proposed) int64, see
     ``commit_tokens``. logits: (B, 1 + proposed, V) of the target. A later round may write over both. draft_s, verify_s:
     until the calls of the draft and of the target returned."""
 
-    drafts: int
+    lookahead: int
     proposed: int
     record: torch.Tensor
     logits: torch.Tensor
@@ -36,140 +36,140 @@ class RoundResult:
 class Round:
     """What rounds work on, and how they are run. Between two rounds nothing has to be read by the host.
 
-    Rows are left out until ``begin``, and again when they have ended: a round then changes nothing of them. With
-    ``replayed`` the models' calls are not recorded, since the whole round is.
+    Rows are left out until they are admitted, and again when they have ended: a round then changes nothing of them.
+    captured: the whole round is captured, so the models' calls are not recorded by themselves.
     """
 
     def __init__(
         self,
         target: LanguageModel,
-        proposer: Proposer | None,
+        draft: Draft | None,
         sampler: Sampler,
-        batch: int,
-        lookahead: int,
-        replayed: bool = False,
+        state: BatchState,
+        captured: bool = False,
     ) -> None:
-        device = target.device
-        self.target, self.proposer, self.sampler = target, proposer, sampler
-        self.layers = target.new_cache(batch, lookahead + 1)
-        if replayed:
+        steps, batch = state.slots.shape
+        device = state.last.device
+        self.target, self.sampler, self.state, self._captured = target, sampler, state, captured
+        self.draft = draft and draft.allocate(batch, steps - 1, sampler, captured=captured)
+        self.layers = target.new_cache(batch, steps)
+        if captured:
             self.layers = list(self.layers)
-        self.places = RowPlaces(
-            last=torch.zeros(batch, 2, dtype=torch.int64, device=device),
-            positions=sampler.positions,
-            room=torch.zeros(batch, dtype=torch.int32, device=device),
-            active=sampler.active,
-            slots=torch.full((lookahead + 1, batch), -1, dtype=torch.int32, device=device),
-        )
-        self._replayed = replayed
-        self.is_stop = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)
-        self._nothing = Proposal(torch.empty(batch, 0, dtype=torch.int64, device=device), None, self.places.room)
-        self._verdicts = torch.zeros(lookahead + 1, batch, dtype=torch.int32, device=device)
-        self._steps = torch.arange(lookahead, dtype=torch.int32, device=device)[:, None]
+        self._is_stop = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)
+        self._row_status = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._steps = torch.arange(steps, dtype=torch.int32, device=device)[:, None]
+        no_tokens = torch.empty(batch, 0, dtype=torch.int64, device=device)
+        self._no_proposal = Proposal(no_tokens, None, state.room)
+        self._used: set[int] = set()  # rows that had a text
 
-    def absorb(self, texts: list[list[int]], states: Sequence[RowState | None] | None) -> None:
-        """The target reads each row's text but for its last token, from the fresh state on or a saved one."""
-        for row, text in enumerate(texts):
-            absorb(self.target, self.layers, row, text[:-1], states[row] if states else None)
-
-    def begin(self, texts: Sequence[Sequence[int]], budget: int, stop_token_ids: Collection[int]) -> None:
-        """Every row goes on from its text, which the models have read."""
-        places, device = self.places, self.places.last.device
-        self.sampler.begin(texts)
-        last = [[text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]
-        places.last.copy_(torch.tensor(last, dtype=torch.int64, device=device))
-        places.room.fill_(budget - 1)
-        slots = torch.arange(len(places.slots), dtype=torch.int32, device=device)
-        places.slots.copy_(slots[:, None].expand_as(places.slots))
-        self.is_stop.zero_()
-        known = [token for token in stop_token_ids if 0 <= token < self.target.vocab_size]
-        if known:
-            self.is_stop[torch.tensor(known, dtype=torch.int64, device=device)] = True
-
-    def leave_out(self, row: int) -> None:
-        """From the next round on this row stays as it is."""
-        self.places.active[row].fill_(False)
-        self.places.slots[:, row].fill_(-1)
-
-    def reset(self) -> None:
-        """Leaves all rows out, whatever an earlier call left behind: until ``begin`` rounds change nothing."""
-        self._leave_all_out()
-        for layer in self._all_layers():
-            layer.reset()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Rounds that run meanwhile change nothing."""
-        places, caches = self.places, [layer for layer in self._all_layers() if isinstance(layer, AttentionCache)]
-        active, slots, bounds = places.active.clone(), places.slots.clone(), [cache.at_most for cache in caches]
-        self._leave_all_out()
-        yield
-        places.active.copy_(active)
-        places.slots.copy_(slots)
-        for cache, bound in zip(caches, bounds, strict=True):
-            cache.at_most = bound
-
-    def _leave_all_out(self) -> None:
-        self.places.active.fill_(False)
-        self.places.slots.fill_(-1)
-
-    def _all_layers(self) -> list:
-        return [*self.layers, *(self.proposer.layers if self.proposer else ())]
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Memory of caches and texts."""
-        own = [tensor for layer in self.layers for tensor in layer.tensors()]
-        return own + (self.proposer.tensors() if self.proposer else [])
-
-    def reserve(self, entries: int) -> bool:
-        """Makes room for texts of so many tokens. Whether anything moved."""
-        moved = isinstance(self.target, MambaLM) and self.target.reserve(self.layers, entries)
-        return (self.proposer is not None and self.proposer.reserve(entries)) or moved
-
-    def run(self, drafts: int) -> RoundResult:
-        """Drafts so many tokens for every row, or fewer if the proposer has no more."""
+    def run(self, lookahead: int) -> RoundResult:
+        """Drafts so many tokens for every row, or fewer if the draft has no more, and commits those that stand."""
         began = time.perf_counter()
-        places, verdicts, proposal = self.places, self._verdicts, self._nothing
-        if drafts:
-            proposal = self.proposer.draft(places, drafts, verdicts[:drafts])
+        state, sampler = self.state, self.sampler
+        proposal = self.draft.propose(state, lookahead) if lookahead else self._no_proposal
         proposed = time.perf_counter()
-        window = torch.cat([places.last[:, 1:], proposal.tokens], 1) if drafts else places.last[:, 1:]
-        logits = self.target.verify(window, self.layers, places.slots[0])
+        tokens = proposal.tokens
+        logits = self.target.verify(torch.cat([state.last[:, 1:], tokens], 1), self.layers, state.slots[0])
         verified = time.perf_counter()
-        limits = proposal.limits
-        if proposal.tokens.shape[1]:
-            limits = self._up_to_a_stop(proposal, logits)
-        accepted, following = self.sampler.accept(
-            logits, proposal.tokens, proposal.laws, limits=limits, verdicts=verdicts[drafts]
-        )
-        if drafts:
-            verdicts[:drafts].masked_fill_(self._steps[:drafts] >= limits, 0)  # of tokens that do not count
-            verdicts[drafts].add_(verdicts[:drafts].amax(0), alpha=_OF_DRAFT)
+        counted = self._up_to_a_stop(proposal, logits) if tokens.shape[1] else proposal.num_tokens
+        accepted, next_token = sampler.accept(logits, tokens, proposal.probs, counted, self._row_status)
+        if tokens.shape[1] and proposal.row_status is not None:
+            of_counted = proposal.row_status.masked_fill(self._steps[: len(proposal.row_status)] >= counted, 0)
+            self._row_status.add_(of_counted.amax(0), alpha=_OF_DRAFT)
         record = commit_tokens(
-            proposal.tokens, accepted, following, verdicts[drafts], proposal.limits, self.is_stop, places,
-            seen=self.sampler.seen, text=self.proposer.text if self.proposer else None, backend=self.sampler.backend,
+            tokens, accepted, next_token, self._row_status, proposal.num_tokens, self._is_stop, state,
+            output_counts=sampler.output_counts, text=self.draft and self.draft.text, backend=sampler.backend,
         )  # fmt: skip
-        return RoundResult(drafts, proposal.tokens.shape[1], record, logits, proposed - began, verified - proposed)
+        return RoundResult(lookahead, tokens.shape[1], record, logits, proposed - began, verified - proposed)
 
     def _up_to_a_stop(self, proposal: Proposal, logits: torch.Tensor) -> torch.Tensor:
         """How many of a row's drafted tokens count, now that none does behind a stop token.
 
         Nor do the logits there, which may be anything: those that would be looked at are made harmless.
         """
-        stops = self.is_stop[proposal.tokens]
-        if not self._replayed and not stops.any():
-            return proposal.limits
+        stops = self._is_stop[proposal.tokens]
+        if not self._captured and not stops.any():
+            return proposal.num_tokens
         behind = stops.cumsum(1, dtype=torch.int32) - stops.int() > 0
-        limits = torch.minimum(proposal.limits, (~behind).sum(1, dtype=torch.int32))
-        last = (limits.long() - 1).clamp(min=0)[:, None]
-        ends = (limits > 0) & stops.gather(1, last)[:, 0]
+        counted = torch.minimum(proposal.num_tokens, (~behind).sum(1, dtype=torch.int32))
+        last = (counted.long() - 1).clamp(min=0)[:, None]
+        ends = (counted > 0) & stops.gather(1, last)[:, 0]
         after = (last + 1)[..., None].expand(-1, 1, logits.shape[2])
         logits.scatter_(1, after, logits.gather(1, after).masked_fill(ends[:, None, None], 0))
-        return limits
+        return counted
+
+    def stop_at(self, token_ids: Collection[int]) -> None:
+        """From the next round on these tokens end rows."""
+        self._is_stop.zero_()
+        known = [token for token in token_ids if 0 <= token < len(self._is_stop)]
+        if known:
+            self._is_stop[torch.tensor(known, dtype=torch.int64, device=self._is_stop.device)] = True
+
+    def admit(
+        self,
+        row: int,
+        text: list[int],
+        max_new_tokens: int,
+        params: SamplingParams,
+        rng_key: Sequence[int],
+        target_state: RowState | None,
+        draft_state: RowState | None,
+    ) -> None:
+        """A row goes on from this text, of which the states have read some."""
+        state = self.state
+        if row in self._used:
+            for layer in self._all_layers():
+                layer.row(row).reset()
+        self._used.add(row)
+        prefill(self.target, self.layers, row, text[:-1], target_state)
+        if self.draft is not None:
+            self.draft.prefill(row, text, draft_state)
+        self.sampler.admit(row, text, params, rng_key)
+        state.last[row] = torch.tensor([0, *text][-2:], dtype=torch.int64, device=state.last.device)
+        state.positions[row] = len(text)
+        state.room[row] = max_new_tokens - 1
+        state.slots[:, row] = self._steps[:, 0]
+        state.active[row] = True
+
+    def retire(self, row: int) -> None:
+        """From the next round on this row stays as it is."""
+        self.state.active[row] = False
+        self.state.slots[:, row] = -1
+
+    def retire_all(self) -> None:
+        self.state.active.fill_(False)
+        self.state.slots.fill_(-1)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Rounds that run meanwhile change nothing."""
+        state, caches = self.state, [layer for layer in self._all_layers() if isinstance(layer, AttentionCache)]
+        active, slots, bounds = state.active.clone(), state.slots.clone(), [cache.at_most for cache in caches]
+        self.retire_all()
+        for cache in caches:
+            cache.at_most = 0
+        yield
+        state.active.copy_(active)
+        state.slots.copy_(slots)
+        for cache, bound in zip(caches, bounds, strict=True):
+            cache.at_most = bound
+
+    def reserve(self, entries: int) -> bool:
+        """Makes room for texts of so many tokens. Whether anything moved."""
+        moved = isinstance(self.target, MambaLM) and self.target.reserve(self.layers, entries)
+        return (self.draft is not None and self.draft.reserve(entries)) or moved
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Memory of caches and texts."""
+        own = [tensor for layer in self.layers for tensor in layer.tensors()]
+        return own + (self.draft.tensors() if self.draft else [])
+
+    def _all_layers(self) -> list:
+        return [*self.layers, *(self.draft.layers if self.draft else ())]
 
 
-def broken(row: int, position: int, verdict: int) -> str:
-    """What a record's verdict says, in a line."""
-    if verdict >= _OF_DRAFT:
-        return f"the draft cannot propose a token: row {row}: {VERDICTS[verdict // _OF_DRAFT]}"
-    return f"row {row}, position {position} of the window: {VERDICTS[verdict]}"
+def explain(row: int, position: int, status: int) -> str:
+    """What a record's status says, in a line."""
+    if status >= _OF_DRAFT:
+        return f"the draft cannot propose a token: row {row}: {ROW_STATUS_TEXTS[status // _OF_DRAFT]}"
+    return f"row {row}, position {position} of the window: {ROW_STATUS_TEXTS[status]}"

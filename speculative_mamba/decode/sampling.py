@@ -1,125 +1,117 @@
-"""How tokens are drawn: the user's parameters, and the sampler that applies them to a batch."""
+"""How tokens are chosen: the sampler that applies each row's parameters."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from ..ops import sample_tokens, speculative_accept
-from ..ops.filters import Filters, is_whole
+from ..ops.commit_tokens import BatchState
 from ..ops.noise import Purpose
+from ..ops.sampling_params import SamplingParams
+from ..ops.sampling_tensors import SamplingTensors
+
+__all__ = ["LogitsProcessor", "Sampler", "SamplingParams"]
 
 # (row, the text so far, logits (V) of the next token) -> logits (V); see ``generate``.
 LogitsProcessor = Callable[[int, list[int], torch.Tensor], torch.Tensor]
 
+_MIN_BIAS_CAPACITY = 16
 
-@dataclass(frozen=True)
-class SamplingParams(Filters):
-    """How the next token is drawn: ``Filters`` and a seed. The defaults are greedy.
 
-    seed: a whole number from 0 to 2^63-1, or one per row. Random numbers are a function of (seed, row, position in the
-    text, token), so a row's numbers depend neither on other rows nor on the draft, and no global generator is touched.
-    With a seed per row, a row uses the numbers that it would use alone with that seed.
+class Texts(Protocol):
+    """What a logits processor is told of."""
 
-    Raises:
-        ValueError: a value is out of range.
-    """
+    def generating(self) -> list[int]:
+        """Rows that are not complete."""
 
-    seed: int | Sequence[int] = 0
+    def text(self, row: int) -> list[int]:
+        """All committed tokens."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.seed, (list, tuple)):
-            object.__setattr__(self, "seed", tuple(self.seed))
-        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
-            if not is_whole(seed) or not 0 <= seed < 2**63:
-                raise ValueError(f"seed must be a whole number from 0 to 2^63-1, or one per row, got {self.seed!r}")
-
-    def keys(self, rows: int) -> torch.Tensor:
-        """Seed and stream of each row, (rows, 2) int64."""
-        if isinstance(self.seed, tuple):
-            streams = [[seed, 0] for seed in self.seed]
-        else:
-            streams = [[self.seed, row] for row in range(rows)]
-        return torch.tensor(streams, dtype=torch.int64, device="cpu")
+    def ends_within(self, row: int, tokens: Sequence[int]) -> bool:
+        """Whether a row's text is complete with some of these tokens behind it."""
 
 
 class Sampler:
     """Chooses tokens for a batch, the draft's and the target's.
 
-    positions: (B) int64, of each row's next token. active: (B) bool, the rows that are generating. seen: (B, V) bool,
-    tokens of each text, or None without a repetition penalty. They are the device's: what commits tokens moves them on.
+    state: where the rows stand. prompt_mask, (B, V) bool, and output_counts, (B, V) int32: what each text holds, or
+    None without penalties; what commits tokens moves them on. With ``every_mix`` there is memory for whatever ``admit``
+    may ask for later, else for these parameters.
     """
 
     def __init__(
         self,
-        sampling: SamplingParams,
-        rows: int,
-        vocabulary: int,
+        params: Sequence[SamplingParams],
+        vocab_size: int,
+        state: BatchState,
         *,
-        acceptance: str = "rejection",
-        processor: LogitsProcessor | None = None,
-        device: torch.device | str = "cpu",
+        coupled: bool = False,
+        every_mix: bool = False,
         backend: str = "auto",
+        processor: LogitsProcessor | None = None,
+        texts: Texts | None = None,
     ) -> None:
-        self.sampling, self.backend = sampling, backend
-        self.coupled = acceptance == "coupled"
-        self.keys = torch.zeros(rows, 2, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.active = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.seen = None
-        if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
-        self._processor = processor
-        self.follow({}, lambda row, tokens: False)
+        batch, device = len(state.positions), state.positions.device
+        self.backend, self.coupled, self._state = backend, coupled, state
+        self.draws = every_mix or not all(its.greedy for its in params)
+        self._vocab_size, self._bias_capacity = vocab_size, bias_capacity(params) if every_mix else 0
+        self._params: list[SamplingParams | None] = [*params, *[SamplingParams()] * (batch - len(params))]
+        self.tensors = SamplingTensors.from_params(
+            self._params, vocab_size, device, penalties=every_mix, bias_capacity=self._bias_capacity
+        )
+        self._bias_capacity = self.tensors.bias_capacity
+        self.rng_keys = torch.zeros(batch, 2, dtype=torch.int64, device=device)
+        self.prompt_mask = self.output_counts = None
+        if self.tensors.has_penalties:
+            self.prompt_mask = torch.zeros(batch, vocab_size, dtype=torch.bool, device=device)
+            self.output_counts = torch.zeros(batch, vocab_size, dtype=torch.int32, device=device)
+        self._processor, self._texts = processor, texts
 
-    def begin(self, texts: Sequence[Sequence[int]]) -> None:
-        """All rows go on from these tokens."""
-        device = self.keys.device
-        self.positions.copy_(torch.tensor([len(text) for text in texts], dtype=torch.int64, device=device))
-        self.active.fill_(True)
-        if self.seen is not None:
-            self.seen.zero_()
-            for row, text in enumerate(texts):
-                self.seen[row, torch.tensor(text, dtype=torch.int64, device=device)] = True
-
-    def reseed(self, sampling: SamplingParams) -> None:
-        """The seed of what follows; the other parameters must be those from before."""
-        self.keys.copy_(sampling.keys(len(self.keys)))
-
-    def follow(self, texts: dict[int, list[int]], ends: Callable[[int, list[int]], bool]) -> None:
-        """What a logits processor is told: the committed tokens of the rows that are generating, and whether a row's
-        text is complete with some further tokens, so that nobody is asked what comes after them."""
-        self._texts, self._ends = texts, ends
+    def admit(self, row: int, prompt: Sequence[int], params: SamplingParams, rng_key: Sequence[int]) -> None:
+        """A row's tokens are from now on chosen by these parameters, with numbers of this seed and stream."""
+        if params != self._params[row]:
+            its = SamplingTensors.from_params(
+                [params], self._vocab_size, penalties=self.tensors.has_penalties, bias_capacity=self._bias_capacity
+            )
+            self._params[row] = None  # unknown, should this break off
+            self.tensors.rows_of(slice(row, row + 1)).copy_(its)
+            self._params[row] = params
+        self.rng_keys[row] = torch.tensor(rng_key, dtype=torch.int64, device=self.rng_keys.device)
+        if self.prompt_mask is not None:
+            self.output_counts[row] = 0
+            self.prompt_mask[row] = False
+            self.prompt_mask[row, torch.tensor(prompt, dtype=torch.int64, device=self.prompt_mask.device)] = True
 
     def draft(
         self,
         logits: torch.Tensor,
-        drafted: torch.Tensor,
-        laws: torch.Tensor | None,
-        verdicts: torch.Tensor | None = None,
+        draft_tokens: torch.Tensor,
+        probs: torch.Tensor | None,
+        row_status: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A draft's next token for each row.
 
-        logits: (B, V) float32 of the draft. drafted: (B, k) int64, its tokens of this round so far. laws: (B, V)
-        float32 or None, written: the law each token was drawn from. verdicts: (B) int32 or None, written instead of an
+        logits: (B, V) float32 of the draft. draft_tokens: (B, k) int64, its tokens of this round so far. probs: (B, V)
+        float32 or None, written: what each token was drawn from. row_status: (B) int32 or None, written instead of an
         error. Returns tokens (B) int64.
 
         Raises:
-            ValueError: a row has no law.
+            ValueError: a row has no token that could be drawn.
         """
         if self._processor is not None:
             logits = logits.clone()
-            for row in self._texts:
-                tokens = drafted[row].tolist()
-                if not self._ends(row, tokens):
+            for row in self._texts.generating():
+                tokens = draft_tokens[row].tolist()
+                if not self._texts.ends_within(row, tokens):
                     logits[row] = self._process(row, tokens, logits[row])
-        purpose = Purpose.TOKEN if self.coupled else Purpose.DRAFT
-        recent = None if self.seen is None else drafted.contiguous()
+        positions = self._state.positions + draft_tokens.shape[1]
+        counted = None if self.output_counts is None else draft_tokens.contiguous()
         try:
             return sample_tokens(
-                logits, self.sampling, self.keys, self.positions + drafted.shape[1], purpose, laws=laws,
-                seen=self.seen, recent=recent, active=self.active, verdicts=verdicts, backend=self.backend,
+                logits, self.tensors, self.rng_keys, positions, Purpose.TOKEN if self.coupled else Purpose.DRAFT,
+                probs=probs, draft_tokens=counted, prompt_mask=self.prompt_mask, output_counts=self.output_counts,
+                active=self._state.active, row_status=row_status, backend=self.backend,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"the draft cannot propose a token: {error}") from None
@@ -127,31 +119,26 @@ class Sampler:
     def accept(
         self,
         logits: torch.Tensor,
-        drafted: torch.Tensor,
-        laws: torch.Tensor | None,
-        *,
-        limits: torch.Tensor | None = None,
-        verdicts: torch.Tensor | None = None,
+        draft_tokens: torch.Tensor,
+        draft_probs: torch.Tensor | None,
+        num_draft_tokens: torch.Tensor,
+        row_status: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``speculative_accept`` for the rows that are generating. logits: (B, K+1, V) float32 of the target.
-
-        Raises:
-            ValueError: logits or laws that matter are broken, and no ``verdicts`` are asked for.
-        """
+        """``speculative_accept`` for the rows that are generating. logits: (B, K+1, V) float32 of the target."""
         if self._processor is not None:
-            logits = self._processed(logits, drafted, limits)
+            logits = self._processed(logits, draft_tokens, num_draft_tokens.tolist())
         return speculative_accept(
-            logits, drafted.contiguous(), laws, self.sampling, self.keys, self.positions, coupled=self.coupled,
-            seen=self.seen, active=self.active, limits=limits, verdicts=verdicts, backend=self.backend,
+            logits, draft_tokens.contiguous(), draft_probs, self.tensors, self.rng_keys, self._state.positions,
+            coupled=self.coupled, prompt_mask=self.prompt_mask, output_counts=self.output_counts,
+            active=self._state.active, num_draft_tokens=num_draft_tokens, row_status=row_status, backend=self.backend,
         )  # fmt: skip
 
-    def _processed(self, logits: torch.Tensor, drafted: torch.Tensor, limits: torch.Tensor | None) -> torch.Tensor:
+    def _processed(self, logits: torch.Tensor, draft_tokens: torch.Tensor, counts: list[int]) -> torch.Tensor:
         logits = logits.clone()
-        counts = [drafted.shape[1]] * len(drafted) if limits is None else limits.tolist()
-        for row in self._texts:
-            tokens = drafted[row, : counts[row]].tolist()
+        for row in self._texts.generating():
+            tokens = draft_tokens[row, : counts[row]].tolist()
             for position in range(len(tokens) + 1):
-                if self._ends(row, tokens[:position]):
+                if self._texts.ends_within(row, tokens[:position]):
                     logits[row, position] = 0  # harmless, and never drawn from
                     break
                 logits[row, position] = self._process(row, tokens[:position], logits[row, position])
@@ -160,9 +147,26 @@ class Sampler:
                     break
         return logits
 
-    def _process(self, row: int, drafted: list[int], logits: torch.Tensor) -> torch.Tensor:
-        processed = self._processor(row, self._texts[row] + drafted, logits.clone())
+    def _process(self, row: int, tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        processed = self._processor(row, self._texts.text(row) + tokens, logits.clone())
         if not isinstance(processed, torch.Tensor) or processed.shape != logits.shape:
             what = tuple(processed.shape) if isinstance(processed, torch.Tensor) else type(processed).__name__
             raise ValueError(f"logits_processor must return logits of shape {tuple(logits.shape)}, got {what}")
         return processed
+
+
+def bias_capacity(params: Sequence[SamplingParams]) -> int:
+    """Biased tokens of a row that there is memory for, so that few captured rounds serve all calls: a power of two."""
+    longest = max((len(its.logit_bias) for its in params), default=1)
+    return max(_MIN_BIAS_CAPACITY, 1 << (longest - 1).bit_length())
+
+
+def of_rows(
+    sampling: SamplingParams | Sequence[SamplingParams], rows: int
+) -> list[tuple[SamplingParams, tuple[int, int]]]:
+    """Parameters of each row, and its seed and stream."""
+    if not isinstance(sampling, SamplingParams):
+        return [(params, (params.seed, 0)) for params in sampling]
+    if isinstance(sampling.seed, tuple):
+        return [(sampling, (seed, 0)) for seed in sampling.seed]
+    return [(sampling, (sampling.seed, row)) for row in range(rows)]

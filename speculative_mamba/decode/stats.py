@@ -64,5 +64,9 @@ class GenerationStats:
 
     def as_dict(self) -> dict:
         """All of the above, ready for JSON."""
-        derived = ("acceptance_rate", "tokens_per_round", "tokens_per_s")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        derived = {
+            "acceptance_rate": self.acceptance_rate,
+            "tokens_per_round": self.tokens_per_round,
+            "tokens_per_s": self.tokens_per_s,
+        }
+        return asdict(self) | derived

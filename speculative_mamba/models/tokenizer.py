@@ -45,6 +45,16 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_of(model: object) -> Tokenizer | None:
+    """The tokenizer of a model, if it has one.
+
+    Raises:
+        ValueError: its file is broken or out of reach.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    return None if tokenizer is None else as_tokenizer(tokenizer)
+
+
 def as_tokenizer(tokenizer: object) -> Tokenizer:
     """The ``tokenizers.Tokenizer`` in what a caller has: that itself, or a fast tokenizer of transformers.
 

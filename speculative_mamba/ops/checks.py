@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from .backend import resolve
-from .filters import Filters
 from .replay import ReplayInputs
+from .sampling_tensors import SamplingTensors
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CONV_WIDTH = 8
@@ -158,15 +158,15 @@ def check_null_columns(null_columns: torch.Tensor | None, batch: int, x: torch.T
         check("null_columns", null_columns, (batch,), x, torch.int32)
 
 
-def check_verdicts(verdicts: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:
-    if verdicts is not None:
-        check("verdicts", verdicts, (batch,), like, torch.int32)
+def check_row_status(row_status: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:
+    if row_status is not None:
+        check("row_status", row_status, (batch,), like, torch.int32)
 
 
-def check_keys(keys: torch.Tensor, positions: torch.Tensor, batch: int, like: torch.Tensor) -> None:
-    check("keys", keys, (batch, 2), like, torch.int64)
+def check_rng_keys(rng_keys: torch.Tensor, positions: torch.Tensor, batch: int, like: torch.Tensor) -> None:
+    check("rng_keys", rng_keys, (batch, 2), like, torch.int64)
     check("positions", positions, (batch,), like, torch.int64)
-    check_contiguous("keys", keys)
+    check_contiguous("rng_keys", rng_keys)
     check_contiguous("positions", positions)
 
 
@@ -176,16 +176,19 @@ def check_active(active: torch.Tensor | None, batch: int, like: torch.Tensor) ->
         check_contiguous("active", active)
 
 
-def check_limits(limits: torch.Tensor | None, active: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:
+def check_num_draft_tokens(
+    num_draft_tokens: torch.Tensor | None, active: torch.Tensor | None, batch: int, like: torch.Tensor
+) -> None:
     """Whole numbers from 0 up in active rows; their values are cheap to check on the CPU, so they are."""
-    if limits is None:
+    if num_draft_tokens is None:
         return
-    check("limits", limits, (batch,), like, torch.int32)
-    check_contiguous("limits", limits)
-    if limits.device.type == "cpu":
+    check("num_draft_tokens", num_draft_tokens, (batch,), like, torch.int32)
+    check_contiguous("num_draft_tokens", num_draft_tokens)
+    if num_draft_tokens.device.type == "cpu":
+        counts = num_draft_tokens.tolist()
         wanted = [True] * batch if active is None else active.tolist()
-        if any(limit < 0 and row for limit, row in zip(limits.tolist(), wanted, strict=True)):
-            raise ValueError(f"limits must be at least 0, got {limits.tolist()}")
+        if any(count < 0 and row for count, row in zip(counts, wanted, strict=True)):
+            raise ValueError(f"num_draft_tokens must be at least 0, got {counts}")
 
 
 def token_ids(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -209,9 +212,26 @@ def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], vocabu
         raise ValueError(f"{name} must hold token ids from 0 to {vocabulary - 1}, got {tokens.tolist()}")
 
 
-def check_seen(filters: Filters, seen: torch.Tensor | None, batch: int, vocabulary: int, like: torch.Tensor) -> None:
-    if seen is not None:
-        check("seen", seen, (batch, vocabulary), like, torch.bool)
-        check_contiguous("seen", seen)
-    elif filters.repetition_penalty != 1:
-        raise ValueError("a repetition penalty needs seen, the tokens of each text")
+def check_sampling(
+    sampling: SamplingTensors,
+    prompt_mask: torch.Tensor | None,
+    output_counts: torch.Tensor | None,
+    batch: int,
+    vocabulary: int,
+    like: torch.Tensor,
+) -> None:
+    """Parameters of every row, and the text that penalties need; ``SamplingTensors`` has checked itself."""
+    if not isinstance(sampling, SamplingTensors):
+        raise ValueError(f"sampling must be SamplingTensors, got {type(sampling).__name__}")
+    if sampling.rows != batch or sampling.temperature.device != like.device:
+        check("sampling.temperature", sampling.temperature, (batch,), like)
+    text = {"prompt_mask": (prompt_mask, torch.bool), "output_counts": (output_counts, torch.int32)}
+    for name, (tensor, dtype) in text.items():
+        if tensor is not None:
+            check(name, tensor, (batch, vocabulary), like, dtype)
+            check_contiguous(name, tensor)
+        elif sampling.has_penalties:
+            raise ValueError(f"penalties need {name}, which counts the tokens of each text")
+    biased = sampling.bias_ids.tolist() if sampling.bias_capacity and like.device.type == "cpu" else []
+    if any(token >= vocabulary for row in biased for token in row):
+        raise ValueError(f"sampling.bias_ids must be below {vocabulary}, the size of the vocabulary")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..decode.graphs import Arrival, GraphExecutor, Kind
+from ..decode.executors.cuda_graph import CapturedRound, GraphExecutor, PendingRound
 from ..decode.round import RoundResult
 from ..ops import backend as backends
 
@@ -65,33 +65,33 @@ def _write_over(first: object, now: object) -> None:
 
 
 class RecordingExecutor(GraphExecutor):
-    """``GraphExecutor`` with tapes for graphs: the same kinds, the same lag, no device. replays counts the rounds."""
+    """``GraphExecutor`` with tapes for graphs: the same kinds, the same queue, no device. num_replays counts rounds."""
 
     device_type = "cpu"
 
-    def __init__(self, keep: int = 4) -> None:
-        super().__init__(keep)
-        self.captures = self.replays = 0
+    def __init__(self, max_captured: int = 4) -> None:
+        super().__init__(max_captured)
+        self.num_captures = self.num_replays = 0
 
-    def _capture(self, kind: Kind, drafts: int) -> Callable[[], RoundResult]:
-        self.captures += 1
+    def _capture(self, captured: CapturedRound, lookahead: int) -> Callable[[], RoundResult]:
+        self.num_captures += 1
         tape = Tape()
-        kind.round.run(drafts)
+        captured.round.run(lookahead)
         with tape.running():
-            result = kind.round.run(drafts)
+            result = captured.round.run(lookahead)
 
         def replay() -> RoundResult:
-            self.replays += 1
+            self.num_replays += 1
             tape.replay()
             return result
 
         return replay
 
-    def _send(self, replay: Callable[[], RoundResult]) -> Arrival:
-        return _Arrived(replay, self._output_logits)
+    def _send(self, replay: Callable[[], RoundResult]) -> PendingRound:
+        return _Replayed(replay, self._output_logits)
 
 
-class _Arrived(Arrival):
+class _Replayed(PendingRound):
     """What a round left, kept until it is asked for."""
 
     def __init__(self, replay: Callable[[], RoundResult], output_logits: bool) -> None:

@@ -6,34 +6,28 @@ from collections.abc import Callable
 
 import torch
 
-from ..decode.drafter import Drafter, Proposal, Proposer
+from ..decode.cache import RowState
+from ..decode.drafts import Draft, Proposal
 from ..decode.sampling import Sampler
-from ..ops.commit_tokens import RowPlaces
+from ..ops.commit_tokens import BatchState
 
 
 class ScriptedDraft:
     """Proposes tokens of a known text, right or wrong as ``agree(row, position)`` says.
 
     texts: per row the whole sequence that the target will produce, prompt included. position counts from the start of
-    that sequence. cost: a drafter that runs for each proposal and whose tokens are thrown away, so that the time of a
-    real draft is in the figure.
+    that sequence.
     """
 
-    def __init__(
-        self, texts: list[list[int]], vocab_size: int, agree: Callable[[int, int], bool], cost: Drafter | None = None
-    ) -> None:
+    def __init__(self, texts: list[list[int]], vocab_size: int, agree: Callable[[int, int], bool]) -> None:
         self.vocab_size = vocab_size
-        self._texts, self._agree, self._cost = texts, agree, cost
+        self._texts, self._agree = texts, agree
 
-    def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None:
-        if self._cost is not None:
-            self._cost.begin(prompts, lookahead, sampler)
+    def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None: ...
 
     def propose(
         self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self._cost is not None:
-            self._cost.propose(rows, accepted, lookahead)
         proposals = []
         for index, row in enumerate(rows):
             positions = range(len(row), len(row) + lookahead)
@@ -46,8 +40,14 @@ class ScriptedDraft:
         return right if self._agree(row, position) else (right + 1) % self.vocab_size
 
 
-class ScriptedProposer(Proposer):
-    """The same on the device, for rounds that are not run as Python."""
+class CapturableScript(Draft):
+    """The same on the device, for rounds that are captured.
+
+    cost: a draft that runs for each proposal and whose tokens are thrown away, so that the time of a real one is in the
+    figure.
+    """
+
+    capturable = True
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class ScriptedProposer(Proposer):
         vocab_size: int,
         agree: Callable[[int, int], bool],
         device: torch.device | str = "cpu",
-        cost: Proposer | None = None,
+        cost: Draft | None = None,
     ) -> None:
         self.vocab_size, self._cost = vocab_size, cost
         self.model = None if cost is None else cost.model
@@ -66,30 +66,27 @@ class ScriptedProposer(Proposer):
         padded = [row + [0] * (longest - len(row)) for row in rows]
         self._proposals = torch.tensor(padded, dtype=torch.int64, device=device)
 
-    def prepare(self, batch: int, lookahead: int, sampler: Sampler, replayed: bool) -> "ScriptedProposer":
-        prepared = copy.copy(self)
+    def allocate(self, batch: int, lookahead: int, sampler: Sampler, *, captured: bool) -> "CapturableScript":
+        allocated = copy.copy(self)
         if self._cost is not None:
-            prepared._cost = self._cost.prepare(batch, lookahead, sampler, replayed)
-        return prepared
-
-    @property
-    def layers(self) -> list:
-        return [] if self._cost is None else self._cost.layers
+            allocated._cost = self._cost.allocate(batch, lookahead, sampler, captured=captured)
+            allocated.layers = allocated._cost.layers
+        return allocated
 
     def reserve(self, entries: int) -> bool:
         return self._cost is not None and self._cost.reserve(entries)
 
-    def absorb(self, texts: list[list[int]]) -> None:
+    def prefill(self, row: int, text: list[int], state: RowState | None = None) -> None:
         if self._cost is not None:
-            self._cost.absorb(texts)
+            self._cost.prefill(row, text)
 
-    def draft(self, places: RowPlaces, lookahead: int, verdicts: torch.Tensor) -> Proposal:
-        verdicts.zero_()
+    def propose(self, state: BatchState, lookahead: int) -> Proposal:
         if self._cost is not None:
-            self._cost.draft(places, lookahead, verdicts)
-        at = places.positions[:, None] + torch.arange(lookahead, dtype=torch.int64, device=places.positions.device)
+            self._cost.propose(state, lookahead)
+        device = state.positions.device
+        at = state.positions[:, None] + torch.arange(lookahead, dtype=torch.int64, device=device)
         tokens = self._proposals.gather(1, at.clamp(max=self._proposals.shape[1] - 1))
-        return Proposal(tokens, None, places.room)
+        return Proposal(tokens, None, state.room)
 
 
 def agree_at_rate(rate: float, seed: int = 0) -> Callable[[int, int], bool]:

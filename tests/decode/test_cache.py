@@ -400,11 +400,11 @@ def test_a_result_does_not_hold_the_models(prompt):
 def test_drafters_and_executors_can_be_copied(again):
     """Also after they were used; a copy of an executor has no graphs yet."""
     target = TableModel(torch.eye(11).roll(1, 1) + 0.01)
-    graphs = RecordingExecutor(keep=3)
+    graphs = RecordingExecutor(max_captured=3)
     for draft in (sm.NgramDrafter(11, shortest=1), sm.ModelDrafter(target)):
         options = {"draft": draft, "max_new_tokens": 12, "sampling": sm.SamplingParams(temperature=1.0, seed=1)}
         expected = lists(sm.generate(target, [[1, 2, 1]], executor=graphs, **options))
         options["draft"] = again(draft)
         assert lists(sm.generate(target, [[1, 2, 1]], executor=again(graphs), **options)) == expected
         assert lists(sm.generate(target, [[1, 2, 1]], executor=again(EagerExecutor()), **options)) == expected
-    assert again(graphs)._keep == 3
+    assert again(graphs)._max_captured == 3

@@ -1,6 +1,8 @@
 """Any class can be the draft: it may propose fewer tokens than asked for, and what makes no sense is refused."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 import speculative_mamba as sm
 from speculative_mamba.decode import ModelDrafter
 from speculative_mamba.testing.models import random_model, tiny_config
+from speculative_mamba.testing.recording import RecordingExecutor
 from speculative_mamba.testing.scripted import ScriptedDraft
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -30,16 +33,19 @@ class Few(ScriptedDraft):
 
 
 class FewOfAModel(ModelDrafter):
-    """A draft model of whose tokens and laws only the first 3, 0, 2, 0, 1 are used."""
+    """A draft model of whose tokens and probabilities only the first 3, 0, 2, 0, 1 are used."""
+
+    capturable = False
 
     def __init__(self, model):
         super().__init__(model)
         self.counts = iter(COUNTS * 20)
 
-    def propose(self, rows, accepted, lookahead):
-        tokens, laws = super().propose(rows, accepted, lookahead)
+    def propose(self, state, lookahead):
+        whole = super().propose(state, lookahead)
         count = min(next(self.counts), lookahead)
-        return tokens[:, :count], None if laws is None else laws[:, :count]
+        probs = None if whole.probs is None else whole.probs[:, :count].contiguous()
+        return sm.Proposal(whole.tokens[:, :count].contiguous(), probs, whole.num_tokens, whole.row_status[:count])
 
 
 def right_but_for(every):
@@ -246,15 +252,15 @@ FIVES = torch.full((2, 3), 5)
         (torch.full((2, 3), 5, dtype=torch.int32), None, ["int32", "int64"]),
         ([[5, 5, 5]] * 2, None, ["draft", "list"]),
         (None, None, ["draft", "None"]),
-        (FIVES, certain(2, 2, 61), ["laws", "(2, 2, 61)"]),
-        (FIVES, certain(2, 4, 61), ["laws", "(2, 4, 61)"]),
-        (FIVES, certain(1, 3, 61), ["laws", "(1, 3, 61)"]),
-        (FIVES, certain(2, 3, 60), ["laws", "(2, 3, 60)"]),
-        (FIVES, certain(2, 3, 61)[0], ["laws", "(3, 61)"]),
-        (FIVES, certain(2, 3, 61).double(), ["laws", "float64"]),
-        (FIVES, [[0.5]], ["laws", "list"]),
-        (FIVES, torch.zeros(2, 3, 61), ["law", "no probability"]),
-        (FIVES, torch.full((2, 3, 61), torch.nan), ["law"]),
+        (FIVES, certain(2, 2, 61), ["probs", "(2, 2, 61)"]),
+        (FIVES, certain(2, 4, 61), ["probs", "(2, 4, 61)"]),
+        (FIVES, certain(1, 3, 61), ["probs", "(1, 3, 61)"]),
+        (FIVES, certain(2, 3, 60), ["probs", "(2, 3, 60)"]),
+        (FIVES, certain(2, 3, 61)[0], ["probs", "(3, 61)"]),
+        (FIVES, certain(2, 3, 61).double(), ["probs", "float64"]),
+        (FIVES, [[0.5]], ["probs", "list"]),
+        (FIVES, torch.zeros(2, 3, 61), ["draft_probs", "no probability"]),
+        (FIVES, torch.full((2, 3, 61), torch.nan), ["probab"]),
     ],
     ids=[
         "too many", "too few rows", "too many rows", "one dimension", "three dimensions", "too large", "negative",
@@ -325,3 +331,14 @@ def test_a_draft_on_another_device_is_refused_by_name(pair):
     with pytest.raises(ValueError, match="meta and cpu") as caught:
         sm.generate(pair().target, [[1, 2]], draft=draft)
     assert "\n" not in str(caught.value) and "draft" in str(caught.value)
+
+
+def test_the_examples_of_the_document_run():
+    """One after the other; the draft on the device in captured rounds, too."""
+    names, text = {}, (Path(__file__).parents[2] / "docs" / "write-a-drafter.md").read_text(encoding="utf-8")
+    for example in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        exec(example, names)
+    again = sm.generate(
+        names["target"], [names["prompt"]], draft=names["draft"], max_new_tokens=40, executor=RecordingExecutor()
+    )
+    assert again.sequences[0].tolist() == names["before"] and again.stats.accepted == names["result"].stats.accepted > 0

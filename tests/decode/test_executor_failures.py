@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import speculative_mamba as sm
+from speculative_mamba.decode.batch import Batch
 from speculative_mamba.decode.cache import RowState
 from speculative_mamba.decode.executors import EagerExecutor
 from speculative_mamba.decode.lookahead import AdaptiveLookahead, FixedLookahead
@@ -41,7 +42,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, error: Base
 @both_kinds
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
-    [(RowState, "of", MemoryError), (Sampler, "reseed", KeyboardInterrupt), (Sampler, "follow", KeyboardInterrupt)],
+    [(RowState, "of", MemoryError), (Sampler, "admit", KeyboardInterrupt), (Batch, "launching", KeyboardInterrupt)],
     ids=["saving", "opening", "launching"],
 )
 def test_an_executor_is_given_back(pair, prompt, monkeypatch, kind, owner, name, error) -> None:
@@ -54,7 +55,7 @@ def test_an_executor_is_given_back(pair, prompt, monkeypatch, kind, owner, name,
     assert sm.generate(models.target, [prompt(3)], **options).stats.tokens == 9
 
 
-INNER = ("drafter.py", "proposers.py", "model.py", "sampling.py", "round.py", "stats.py", "inputs.py", "prompts.py")
+INNER = ("model.py", "base.py", "sampling.py", "round.py", "stats.py", "inputs.py", "prompts.py")
 
 
 def interrupted_at(call: int, run: Callable[[], object]) -> bool:
@@ -143,7 +144,7 @@ def test_an_interrupt_while_the_draft_catches_up(pair, prompt, monkeypatch, asse
         return pattern[self.at % len(pattern)]
 
     monkeypatch.setattr(FixedLookahead, "next", following)
-    failing(monkeypatch, sm.ModelDrafter, "catch_up", KeyboardInterrupt(), after)
+    failing(monkeypatch, sm.ModelDrafter, "prefill", KeyboardInterrupt(), 2 + after)
     with pytest.raises(KeyboardInterrupt):
         sm.generate(
             models.target, [prompt(9), prompt(12)], draft=models.drafts["near"], lookahead=5, max_new_tokens=30,
@@ -168,7 +169,7 @@ def test_a_cache_that_could_not_grow_is_dropped(family, prompt, monkeypatch) -> 
 def test_memory_that_other_kinds_hold_is_freed_for_a_new_one(pair, prompt, monkeypatch) -> None:
     target, executor = pair().target, RecordingExecutor()
     sm.generate(target, [prompt(3)], max_new_tokens=4, executor=executor)
-    prepared, held = executor._prepared, []
+    prepared, held = executor._prepare, []
 
     def full_at_first(*arguments: object) -> object:
         held.append(executor.nbytes)
@@ -176,7 +177,7 @@ def test_memory_that_other_kinds_hold_is_freed_for_a_new_one(pair, prompt, monke
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return prepared(*arguments)
 
-    monkeypatch.setattr(executor, "_prepared", full_at_first)
+    monkeypatch.setattr(executor, "_prepare", full_at_first)
     assert sm.generate(target, [prompt(3)] * 2, max_new_tokens=4, executor=executor).stats.tokens == 8
     assert held[0] > held[1] == 0
 
@@ -220,8 +221,8 @@ def test_a_drafter_with_another_model_is_seen(pair, prompt) -> None:
 def test_auto_gives_up_an_ngram_draft_that_finds_nothing(monkeypatch) -> None:
     asked, following = [], AdaptiveLookahead.next
     monkeypatch.setattr(AdaptiveLookahead, "next", lambda self: asked.append(following(self)) or asked[-1])
-    arrived = recording._Arrived
-    monkeypatch.setattr(arrived, "wait", lambda self: (self.result, self._record, 1 + 0.3 * self.result.drafts))
+    arrived = recording._Replayed
+    monkeypatch.setattr(arrived, "wait", lambda self: (self.result, self._record, 1 + 0.3 * self.result.lookahead))
     target = TableModel(torch.eye(200).roll(1, 1))
     result = sm.generate(
         target, [[0]], draft="ngram", lookahead="auto", max_new_tokens=150, executor=RecordingExecutor()
@@ -244,7 +245,7 @@ def test_what_a_drafter_hides_is_checked(pair, monkeypatch) -> None:
     for draft, options, words in (
         (sm.ModelDrafter(Elsewhere(torch.eye(61))), {}, "draft and target are on two devices"),
         (OtherNgrams(61), graph, "OtherNgrams is Python"),
-        (Nothing(61), {}, r"propose must return \(tokens, laws\), got NoneType"),
+        (Nothing(61), {}, r"propose must return \(tokens, probs\), got NoneType"),
     ):
         with pytest.raises(ValueError, match=words):
             sm.generate(target, [[1, 2]], draft=draft, **options)

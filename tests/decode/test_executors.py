@@ -6,7 +6,6 @@ read stays what it was when the tape was made, with all rows left out.
 
 import dataclasses
 import gc
-import importlib
 import threading
 import weakref
 
@@ -14,13 +13,13 @@ import pytest
 import torch
 
 import speculative_mamba as sm
-from speculative_mamba.decode import graphs
+from speculative_mamba.decode import executors, loop
 from speculative_mamba.decode.executors import EagerExecutor
 from speculative_mamba.decode.lookahead import FixedLookahead
 from speculative_mamba.ops import backend as backends
 from speculative_mamba.testing.models import ARCHITECTURES, TableModel, random_model, tiny_config
 from speculative_mamba.testing.recording import RecordingExecutor, Tape
-from speculative_mamba.testing.scripted import ScriptedDraft, ScriptedProposer, agree_at_rate
+from speculative_mamba.testing.scripted import CapturableScript, ScriptedDraft, agree_at_rate
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 LENGTHS = (1, 2, 9, 66)
@@ -70,7 +69,7 @@ def test_every_lookahead_and_budget(pair, prompt, executor, sampling, draft) -> 
                 executor, models.target, prompts, draft=chosen, lookahead=lookahead, max_new_tokens=budget,
                 stop_token_ids=(), output_logits=True, **SAMPLING[sampling],
             )  # fmt: skip
-    assert executor.replays > 0
+    assert executor.num_replays > 0
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -97,7 +96,7 @@ def test_stop_tokens_at_every_place(pair, prompt, plain, executor, draft, batch)
             stop_token_ids=(stop, 999), output_logits=True,
         )  # fmt: skip
         ended.update(zip(result.finish_reasons, map(len, result.sequences), strict=True))
-    assert len(ended) > 3 and executor.captures == 1, "stop tokens are data"
+    assert len(ended) > 3 and executor.num_captures == 1, "stop tokens are data"
 
 
 @pytest.mark.parametrize("pattern", [(0, 3), (2, 0, 0, 4), (1, 0, 5, 0), (4, 1, 3)], ids=str)
@@ -114,7 +113,7 @@ def test_changing_lookaheads(pair, prompt, executor, monkeypatch, pattern, draft
     monkeypatch.setattr(FixedLookahead, "next", following)
     options = {"draft": models.drafts.get(draft, draft), "lookahead": 5, "max_new_tokens": 31, "stop_token_ids": ()}
     both(executor, models.target, given, **options)
-    assert executor.captures == 6
+    assert executor.num_captures == 6
 
 
 def test_auto_lookahead_gives_the_same_text(pair, prompt, executor) -> None:
@@ -134,14 +133,30 @@ def test_one_capture_serves_prompts_of_any_length_and_any_seed(pair, prompt, exe
             executor, models.target, [prompt(length, seed=call)], draft=models.drafts["near"], lookahead=3,
             max_new_tokens=20 + call, sampling=sampling, stop_token_ids=(call,),
         )  # fmt: skip
-    assert executor.captures == 1
+    assert executor.num_captures == 1
+
+
+@pytest.mark.parametrize("draft", ["near", "ngram"])
+@pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
+def test_one_capture_serves_every_mix_of_parameters(pair, prompt, executor, acceptance, draft) -> None:
+    """Greedy rows, sampled ones, penalties and bias of each row are data."""
+    models, given = pair(), [prompt(length) for length in (3, 9, 40)]
+    greedy, hot = sm.SamplingParams(), sm.SamplingParams(temperature=1.3, top_p=0.9, seed=5)
+    counts = sm.SamplingParams(0.9, frequency_penalty=0.8, presence_penalty=0.4, logit_bias={7: 2.0, 9: -100}, seed=6)
+    mixes = greedy, hot, [greedy, hot, counts], [counts, greedy, hot], [sm.SamplingParams(repetition_penalty=1.5)] * 3
+    for sampling in mixes:
+        both(
+            executor, models.target, given, draft=models.drafts.get(draft, draft), lookahead=3, max_new_tokens=20,
+            sampling=sampling, acceptance=acceptance, stop_token_ids=(),
+        )  # fmt: skip
+    assert executor.num_captures == 1
 
 
 def test_a_cache_that_grows_is_captured_again(family, prompt, executor) -> None:
     target, drafts = family("llama")
     for length in (3, 40, 200, 50):
         both(executor, target, [prompt(length)], draft=drafts["near"], lookahead=3, max_new_tokens=12)
-    assert 1 < executor.captures < 4 and executor.nbytes > 0
+    assert 1 < executor.num_captures < 4 and executor.nbytes > 0
 
 
 @pytest.mark.parametrize("kind", ["mamba2-in-llama", "mamba1"])
@@ -155,14 +170,30 @@ def test_memory_that_follows_the_text(family, prompt, monkeypatch, kind, draft) 
     new = [text[len(p) :].tolist() for text, p in zip(whole.sequences, given, strict=True)]
     last = max(set(new[0]) & set(new[1]), key=lambda token: min(text.index(token) for text in new), default=new[0][-1])
     for ahead in (1, 17):
-        monkeypatch.setattr(importlib.import_module("speculative_mamba.decode.generate"), "_AHEAD", ahead)
+        monkeypatch.setattr(loop, "AHEAD", ahead)
         both(executor, target, given, stop_token_ids=(last, new[1][-1]), **options)
         assert executor.nbytes < 3_000_000
-    assert executor.captures < 6
+    assert executor.num_captures < 6
+
+
+@pytest.mark.parametrize("draft", ["model", "ngram", "scripted", None])
+def test_what_a_call_needed_is_freed_at_once(draft) -> None:
+    """Not only when cycles are looked for, which may be long after a device is full."""
+    target, other = (random_model(tiny_config(), seed=seed) for seed in (0, 1))
+    drafts = {"model": other, "scripted": ScriptedDraft([[1, 2]], 61, lambda row, at: True)}
+    held = weakref.ref(target)
+    gc.collect()
+    gc.disable()
+    try:
+        sm.generate(target, [[1, 2]], draft=drafts.get(draft, draft), max_new_tokens=6, cache=sm.GenerationCache())
+        del target
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_a_named_executor_keeps_nothing_alive(monkeypatch) -> None:
-    monkeypatch.setattr(graphs, "GraphExecutor", RecordingExecutor)
+    monkeypatch.setattr(executors, "GraphExecutor", RecordingExecutor)
     target, draft = (random_model(tiny_config(), seed=seed) for seed in (0, 1))
     held = [weakref.ref(target), weakref.ref(draft)]
     sm.generate(target, [[1, 2]], draft=draft, executor="graph")
@@ -229,7 +260,7 @@ def test_tokens_come_in_order_and_not_more_than_two_rounds_late(pair, prompt, ex
 
     def on_token(row: int, token: int) -> None:
         seen.append((row, token))
-        late.append(executor.replays - rounds)
+        late.append(executor.num_replays - rounds)
 
     class Counting(RecordingExecutor):
         def collect(self):
@@ -338,7 +369,7 @@ def test_a_weight_that_was_replaced_is_captured_again(pair, prompt, executor) ->
     both(executor, target, [prompt(7)], draft=models.drafts["near"])
     target.state_dtype = torch.float16
     both(executor, target, [prompt(7)], draft=models.drafts["near"], output_logits=True)
-    assert executor.captures == 4
+    assert executor.num_captures == 4
 
 
 def test_a_drafter_in_the_place_of_another_is_another(pair, prompt, executor) -> None:
@@ -347,7 +378,7 @@ def test_a_drafter_in_the_place_of_another_is_another(pair, prompt, executor) ->
         draft = sm.ModelDrafter(models.drafts[name])  # the second gets the address of the first
         both(executor, models.target, [prompt(7)], draft=draft, max_new_tokens=20, stop_token_ids=())
         del draft
-    assert executor.captures == 2
+    assert executor.num_captures == 2
 
 
 def test_models_that_have_no_cache_to_reserve(executor) -> None:
@@ -356,17 +387,17 @@ def test_models_that_have_no_cache_to_reserve(executor) -> None:
 
 
 def test_only_so_many_kinds_are_kept(pair, prompt) -> None:
-    executor, target = RecordingExecutor(keep=2), pair().target
+    executor, target = RecordingExecutor(max_captured=2), pair().target
     for batch in (1, 2, 1, 3, 1, 2):
         both(executor, target, [prompt(3)] * batch, max_new_tokens=4)
-    assert executor.captures == 4
+    assert executor.num_captures == 4
     kept = executor.nbytes
-    held = [weakref.ref(kind.round) for kind in executor._kinds.values()]
+    held = [weakref.ref(kind.round) for kind in executor._captured.values()]
     executor.clear()
     gc.collect()
     assert executor.nbytes == 0 < kept and not any(round() for round in held)
-    with pytest.raises(ValueError, match="keep must be a whole number of at least 1, got 0"):
-        RecordingExecutor(keep=0)
+    with pytest.raises(ValueError, match="max_captured must be a whole number of at least 1, got 0"):
+        RecordingExecutor(max_captured=0)
 
 
 def test_threads_take_turns(pair, prompt, plain, executor) -> None:
@@ -385,7 +416,7 @@ def test_threads_take_turns(pair, prompt, plain, executor) -> None:
         thread.join()
     for length, text in results.items():
         assert text.tolist() == plain(models.target, prompt(length), 20)[0]
-    assert len(results) == 6 and executor.captures == 1
+    assert len(results) == 6 and executor.num_captures == 1
 
 
 @pytest.mark.parametrize("kind", [RecordingExecutor, EagerExecutor])
@@ -421,7 +452,7 @@ def test_one_drafter_serves_several_kinds(pair, prompt, executor) -> None:
     draft = sm.ModelDrafter(models.drafts["near"])
     for batch in (1, 2, 1, 2):
         both(executor, models.target, [prompt(5)] * batch, draft=draft, max_new_tokens=12, stop_token_ids=())
-    assert executor.captures == 2
+    assert executor.num_captures == 2
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
@@ -429,7 +460,7 @@ def test_a_scripted_proposer(pair, prompt, plain, executor, rate) -> None:
     models, prompts = pair(), [prompt(length) for length in LENGTHS]
     texts = [plain(models.target, given, 24)[0] for given in prompts]
     cost = sm.ModelDrafter(models.drafts["random"])
-    draft = ScriptedProposer(texts, 61, agree_at_rate(rate), cost=cost)
+    draft = CapturableScript(texts, 61, agree_at_rate(rate), cost=cost)
     result = both(executor, models.target, prompts, draft=draft, max_new_tokens=24, stop_token_ids=())
     assert [text.tolist() for text in result.sequences] == texts
     assert rate or result.stats.accepted == 0

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speculative_mamba as sm
-from speculative_mamba.decode import text as text_module
 from speculative_mamba.decode.text import TextStream
+from speculative_mamba.models import detokenizer
 from speculative_mamba.testing.models import TableModel
 from speculative_mamba.testing.text import byte_fallback_tokenizer, byte_level_tokenizer, word_piece_tokenizer
 
@@ -140,14 +140,14 @@ def test_the_text_ends_before_the_first_stop_string(data):
 def test_a_token_costs_the_same_however_long_the_text_is(name, monkeypatch):
     """Counted in tokens decoded, over 400 of one kind."""
     decoded = 0
-    decode = text_module.Detokenizer._decode
+    decode = detokenizer.Detokenizer._decode
 
     def counted(self, tokens):
         nonlocal decoded
         decoded += len(tokens)
         return decode(self, tokens)
 
-    monkeypatch.setattr(text_module.Detokenizer, "_decode", counted)
+    monkeypatch.setattr(detokenizer.Detokenizer, "_decode", counted)
     stream = TextStream(FALLBACK, ["zz"], ids(FALLBACK, "▁Hello"))
     costs = []
     for _ in range(4):
@@ -155,7 +155,7 @@ def test_a_token_costs_the_same_however_long_the_text_is(name, monkeypatch):
         for token in ids(FALLBACK, name) * 100:
             stream.push(token)
         costs.append(decoded)
-    assert costs[-1] <= 1.5 * costs[1] + 8 and costs[-1] < 100 * 2 * text_module.MAX_RUN
+    assert costs[-1] <= 1.5 * costs[1] + 8 and costs[-1] < 100 * 2 * detokenizer.MAX_RUN
 
 
 def test_long_runs_of_bytes_are_shown_before_they_end():

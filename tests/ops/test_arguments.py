@@ -6,10 +6,10 @@ import pytest
 import torch
 from cases import CASES as SMALL
 from cases import Random, call
+from speculative_mamba.ops.filters import Filters
 
 from speculative_mamba import ops
 from speculative_mamba.ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear, ssd_verify
-from speculative_mamba.ops.filters import Filters
 from speculative_mamba.ops.int8 import Int8Weight
 from speculative_mamba.testing.models import random_model, tiny_config
 

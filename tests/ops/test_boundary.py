@@ -13,11 +13,12 @@ from shim import built_shim, synchronize
 
 from speculative_mamba import ops
 from speculative_mamba.ops import backend as backends
-from speculative_mamba.ops import checks, law
+from speculative_mamba.ops import checks, sampling
 from speculative_mamba.ops.commit_tokens.rows import RECORD_COLUMNS
-from speculative_mamba.ops.filters import Filters
 from speculative_mamba.ops.gated_silu import GatedSiluArgs
 from speculative_mamba.ops.noise import Purpose
+from speculative_mamba.ops.sampling_params import SamplingParams
+from speculative_mamba.testing.sampling import tensors
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 
@@ -32,11 +33,21 @@ def shim(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     backends.resolve.cache_clear()
 
 
-@pytest.mark.parametrize("op_name", ops.__all__)
+# sample_tokens is speculative_accept without a drafted token, of which each has arguments of its own.
+WITH_KERNELS = [name for name in ops.__all__ if name != "sample_tokens"]
+FOR_SAMPLING = ["purpose", "target_probs"]
+
+
+@pytest.mark.parametrize("op_name", WITH_KERNELS)
 def test_backends_take_the_arguments_of_the_public_function(op_name: str) -> None:
     """In its order; but for the backend, and for what the public function fills itself."""
     parameters = inspect.signature(getattr(ops, op_name)).parameters.values()
-    public = [p.name for p in parameters if p.name != "backend" and (p.name != "verdicts" or p.default is p.empty)]
+    public = [
+        p.name
+        for p in parameters
+        if p.name != "backend" and (p.name not in ("verdicts", "row_status") or p.default is p.empty)
+    ]
+    public += FOR_SAMPLING if op_name == "speculative_accept" else []
     for source in ("reference", "native"):
         function = getattr(import_module(f"speculative_mamba.ops.{op_name}.{source}"), op_name)
         [args] = inspect.signature(function).parameters.values()
@@ -44,7 +55,7 @@ def test_backends_take_the_arguments_of_the_public_function(op_name: str) -> Non
 
 
 def test_modules_have_all_ops() -> None:
-    assert backends.extension()[0].ops == built_shim().ops == ops.__all__
+    assert backends.extension()[0].ops == built_shim().ops == WITH_KERNELS
 
 
 @pytest.mark.parametrize("module", [backends.extension()[0], None], ids=["cpu", "shim"])
@@ -52,8 +63,8 @@ def test_constants_are_those_of_the_specification(module: ModuleType | None) -> 
     module = module or built_shim()
     assert module.MAX_CONV_WIDTH == checks.MAX_CONV_WIDTH
     assert module.RECORD_COLUMNS == RECORD_COLUMNS
-    assert module.ROUNDING == law.ROUNDING
-    assert max(law.VERDICTS) == module.VERDICTS
+    assert module.ROUNDING == sampling.ROUNDING
+    assert max(sampling.RowStatus) == module.ROW_STATUSES
     assert tuple(Purpose) == module.PURPOSES
 
 
@@ -70,7 +81,7 @@ def test_a_struct_is_filled_whole_and_by_known_names() -> None:
         kernels.gated_silu(args, 1, **{**sizes, "rows": 1.5}, y=x)
 
 
-@pytest.mark.parametrize("op_name", ["attention_verify", "sample_tokens", "speculative_accept"])
+@pytest.mark.parametrize("op_name", ["attention_verify", "speculative_accept"])
 def test_too_little_scratch_memory_is_refused(op_name: str, shim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is launched. With the bytes that C++ asks for each call works."""
     asked = []
@@ -83,13 +94,9 @@ def test_too_little_scratch_memory_is_refused(op_name: str, shim: ModuleType, mo
         if op_name == "attention_verify":
             call(op_name, *CASES[op_name](Random(torch.float32)), "cuda")
             return
-        keys, positions = torch.zeros(2, 2).long(), torch.zeros(2).long()
-        filters, logits = Filters(temperature=1.0), torch.randn(2, 3, 5000)
-        if op_name == "sample_tokens":
-            ops.sample_tokens(logits[:, 0], filters, keys, positions, backend="cuda")
-        else:
-            drafted = torch.zeros(2, 2).long()
-            ops.speculative_accept(logits, drafted, None, filters, keys, positions, backend="cuda")
+        keys, positions, logits = torch.zeros(2, 2).long(), torch.zeros(2).long(), torch.randn(2, 3, 5000)
+        sampling = tensors(SamplingParams(temperature=1.0, logit_bias={4: 1.0}), 2, 5000)
+        ops.speculative_accept(logits, torch.zeros(2, 2).long(), None, sampling, keys, positions, backend="cuda")
 
     run(0)
     assert asked[0] > 0

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from speculative_mamba.ops import commit_tokens
-from speculative_mamba.ops.commit_tokens import RowPlaces
+from speculative_mamba.ops.commit_tokens import BatchState
 from speculative_mamba.ops.recording import Recording
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 V, STOPS = 50, (46, 48, 49)
-NAMES = [field.name for field in fields(RowPlaces)]
+NAMES = [field.name for field in fields(BatchState)]
 INACTIVE, BROKEN = "not active", "broken"
 
 
@@ -31,11 +31,11 @@ class Rows:
         }  # fmt: skip
         self.is_stop = torch.zeros(V, dtype=torch.bool)
         self.is_stop[list(STOPS)] = True
-        self.places = RowPlaces(
+        self.places = BatchState(
             number(0, V, rows, 2), number(1, capacity, rows), number(0, 9, rows).int(),
             torch.ones(rows, dtype=torch.bool), number(0, 99, steps, rows).int(),
         )  # fmt: skip
-        self.seen, self.text = number(0, 4, rows, V) == 0, number(-9, 0, rows, capacity)
+        self.output_counts, self.text = number(0, 4, rows, V).int(), number(-9, 0, rows, capacity)
 
     def number(self, least: int, end: int, *shape: int) -> torch.Tensor:
         return torch.randint(least, end, shape, generator=self.generator)
@@ -46,23 +46,30 @@ class Rows:
 
     def written(self) -> dict[str, torch.Tensor]:
         """All tensors that the op may write."""
-        return {"seen": self.seen, "text": self.text} | {name: getattr(self.places, name) for name in NAMES}
+        return {"output_counts": self.output_counts, "text": self.text} | {
+            name: getattr(self.places, name) for name in NAMES
+        }
 
     def only(self, rows: list[int]) -> "Rows":
         """A copy of these rows."""
         chosen = Rows.__new__(Rows)
         chosen.window, chosen.is_stop = {name: part[rows] for name, part in self.window.items()}, self.is_stop
         of_rows = {name: part[rows] for name, part in vars(self.places).items() if name != "slots"}
-        chosen.places = RowPlaces(**of_rows, slots=self.places.slots[:, rows].contiguous())
-        chosen.seen, chosen.text = self.seen[rows], self.text[rows]
+        chosen.places = BatchState(**of_rows, slots=self.places.slots[:, rows].contiguous())
+        chosen.output_counts, chosen.text = self.output_counts[rows], self.text[rows]
         return chosen
 
     def copy(self) -> "Rows":
-        return self.only(list(range(len(self.seen))))
+        return self.only(list(range(len(self.output_counts))))
 
     def commit(self, backend: str) -> torch.Tensor:
         return commit_tokens(
-            **self.window, is_stop=self.is_stop, rows=self.places, seen=self.seen, text=self.text, backend=backend
+            **self.window,
+            is_stop=self.is_stop,
+            rows=self.places,
+            output_counts=self.output_counts,
+            text=self.text,
+            backend=backend,
         )
 
 
@@ -149,7 +156,7 @@ def test_examples_by_hand(backend: str) -> None:
     """All of them as the rows of one call."""
     rows = Rows(len(EXAMPLES), 3, steps=6)
     rows.places.last[:], rows.places.positions[:] = torch.tensor([7, 8]), 10
-    rows.seen[:], rows.text[:] = False, -1
+    rows.output_counts[:], rows.text[:] = 0, -1
     for row, ((accepted, tokens, room, state), _) in enumerate(EXAMPLES.values()):
         rows.window["drafted"][row], rows.window["following"][row] = torch.tensor(tokens[:3]), tokens[3]
         rows.window["accepted"][row], rows.places.room[row] = accepted, room
@@ -165,7 +172,7 @@ def test_examples_by_hand(backend: str) -> None:
         assert places.last[row].tolist() == last and places.positions[row] == 10 + count, name
         assert places.room[row] == room and places.active[row] == active, name
         assert places.slots[:, row].tolist() == ([count - 1, 1, 2, 3, 4, 5] if active else [-1] * 6), name
-        assert rows.seen[row].nonzero()[:, 0].tolist() == sorted(window[:count]), name
+        assert rows.output_counts[row].tolist() == [window[:count].count(token) for token in range(V)], name
         assert rows.text[row].tolist() == [-1] * 10 + window[:count] + [-1] * (20 - count), name
 
 
@@ -183,13 +190,17 @@ def test_what_does_not_fit_into_the_text_is_not_written(backend: str) -> None:
 def test_a_token_may_come_twice(backend: str) -> None:
     rows = Rows(1, 3)
     rows.window["drafted"][:], rows.window["accepted"][:], rows.window["following"][:] = 5, 3, 5
-    rows.places.room[:], rows.seen[:] = 9, False
+    rows.places.room[:], rows.output_counts[:] = 9, 0
     rows.commit(backend)
-    assert rows.seen[0].nonzero().tolist() == [[5]] and rows.places.last.tolist() == [[5, 5]]
+    assert (
+        rows.output_counts[0].nonzero().tolist() == [[5]]
+        and rows.output_counts[0, 5] == 4
+        and rows.places.last.tolist() == [[5, 5]]
+    )
 
 
-@pytest.mark.parametrize("without", [("seen",), ("text",), ("seen", "text")], ids="+".join)
-def test_without_seen_or_text(without: tuple[str, ...], backend: str) -> None:
+@pytest.mark.parametrize("without", [("output_counts",), ("text",), ("output_counts", "text")], ids="+".join)
+def test_without_counts_or_text(without: tuple[str, ...], backend: str) -> None:
     rows = every_case(2).only(list(range(0, 60, 4)))
     expected = rows.copy()
     for name in without:
@@ -283,7 +294,7 @@ def place(rows: Rows, name: str) -> tuple[object, str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["drafted", "accepted", "following", "verdicts", "limits", "is_stop", "seen", "text", *NAMES]
+    "name", ["drafted", "accepted", "following", "verdicts", "limits", "is_stop", "output_counts", "text", *NAMES]
 )
 def test_arguments_that_do_not_fit_are_named(name: str, backend: str) -> None:
     said = place(Rows(3, 4), name)[2]

@@ -5,7 +5,7 @@ import torch
 from cases import CASES, Random
 
 from speculative_mamba import ops
-from speculative_mamba.ops.filters import Filters
+from speculative_mamba.testing.sampling import tensors
 
 OP = "speculative_accept"  # has every kind of kernel
 
@@ -34,8 +34,9 @@ def test_no_tokens(op: str, backend: str) -> None:
 
 def test_no_rows_to_choose_for(backend: str) -> None:
     logits, keys, positions = torch.zeros(0, 3, 9), torch.zeros(0, 2).long(), torch.zeros(0).long()
-    tokens = ops.sample_tokens(logits[:, 0], Filters(), keys, positions, backend=backend)
-    accepted, following = ops.speculative_accept(
-        logits, torch.zeros(0, 2).long(), None, Filters(), keys, positions, backend=backend
+    sampling = tensors([], 0, 9)
+    tokens = ops.sample_tokens(logits[:, 0], sampling, keys, positions, backend=backend)
+    accepted, next_token = ops.speculative_accept(
+        logits, torch.zeros(0, 2).long(), None, sampling, keys, positions, backend=backend
     )
-    assert len(tokens) == len(accepted) == len(following) == 0
+    assert len(tokens) == len(accepted) == len(next_token) == 0

@@ -10,13 +10,20 @@ import pytest
 import torch
 
 from speculative_mamba.ops import sample_tokens, speculative_accept
-from speculative_mamba.ops.filters import Filters
 from speculative_mamba.ops.noise import WORD, Purpose, exponentials, philox, uniform
+from speculative_mamba.ops.sampling_params import SamplingParams
+from speculative_mamba.ops.sampling_tensors import SamplingTensors
+from speculative_mamba.testing.sampling import tensors
 
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**62 + 3, 2**63 - 1]
 STREAMS = [0, 1, 63, 2**31 + 5]
 POSITIONS = [0, 1, 4095, 2**31 - 1, 2**31, 2**32 - 1]
-NATURAL = Filters(temperature=1.0)
+NATURAL = SamplingParams(temperature=1.0)
+
+
+def natural(logits: torch.Tensor) -> SamplingTensors:
+    return tensors(NATURAL, len(logits), logits.shape[-1])
+
 
 # Random123's kat_vectors: counter, key, result.
 KNOWN = [
@@ -68,7 +75,7 @@ def specified(vocabulary: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits, and the reference's tokens for every purpose."""
     keys, positions = keys_and_positions()
     logits = torch.randn(len(keys), vocabulary, generator=torch.Generator().manual_seed(vocabulary))
-    return logits, [sample_tokens(logits, NATURAL, keys, positions, p, backend="reference") for p in Purpose]
+    return logits, [sample_tokens(logits, natural(logits), keys, positions, p, backend="reference") for p in Purpose]
 
 
 @pytest.mark.parametrize("vocabulary", [1, 5, 63, 64, 65, 129, 1000])
@@ -76,7 +83,7 @@ def test_the_kernels_draw_the_tokens_of_the_specification(vocabulary: int, kerne
     keys, positions = keys_and_positions()
     logits, tokens = specified(vocabulary)
     for purpose, expected in zip(Purpose, tokens, strict=True):
-        assert torch.equal(sample_tokens(logits, NATURAL, keys, positions, purpose, backend=kernels), expected)
+        assert torch.equal(sample_tokens(logits, natural(logits), keys, positions, purpose, backend=kernels), expected)
         assert vocabulary == 1 or len(expected.unique()) > min(vocabulary, 50) / 2
 
 
@@ -85,8 +92,8 @@ def test_a_large_vocabulary(kernels: str) -> None:
     keys, positions = keys[::8].contiguous(), positions[::8].contiguous()
     for spread in (0.0, 3.0):
         logits = torch.randn(1, 50280, generator=torch.Generator().manual_seed(1)).mul(spread).expand(len(keys), -1)
-        expected = sample_tokens(logits, NATURAL, keys, positions, backend="reference")
-        assert torch.equal(sample_tokens(logits, NATURAL, keys, positions, backend=kernels), expected)
+        expected = sample_tokens(logits, natural(logits), keys, positions, backend="reference")
+        assert torch.equal(sample_tokens(logits, natural(logits), keys, positions, backend=kernels), expected)
 
 
 def test_the_kernels_exponentials_to_five_digits(kernels: str) -> None:
@@ -100,7 +107,9 @@ def test_the_kernels_exponentials_to_five_digits(kernels: str) -> None:
         logits = torch.full((rows, vocabulary), -torch.inf)
         logits[:, 0] = 0
         logits[torch.arange(rows), others] = ((numbers[1:] / numbers[0]).log() + slant).float()
-        assert torch.equal(sample_tokens(logits, NATURAL, keys, positions, Purpose.DRAFT, backend=kernels), expected)
+        assert torch.equal(
+            sample_tokens(logits, natural(logits), keys, positions, Purpose.DRAFT, backend=kernels), expected
+        )
 
 
 def test_the_kernels_uniform_numbers_to_five_digits(backend: str) -> None:
@@ -112,7 +121,7 @@ def test_the_kernels_uniform_numbers_to_five_digits(backend: str) -> None:
         p = u * slant
         logits = torch.stack([p.log(), torch.log1p(-p)], 1).float()[:, None].expand(-1, 2, -1)
         drafted = torch.zeros(len(keys), 1, dtype=torch.int64)
-        accepted, _ = speculative_accept(logits, drafted, None, NATURAL, keys, positions, backend=backend)
+        accepted, _ = speculative_accept(logits, drafted, None, natural(logits), keys, positions, backend=backend)
         assert accepted.tolist() == [expected] * len(keys)
 
 
@@ -179,9 +188,11 @@ def test_drawn_tokens_of_neighbouring_rows_and_positions_are_independent(kernels
         "next seed": (torch.stack([zeros + 1, streams], 1), zeros, Purpose.TOKEN),
         "draft": (base[0], zeros, Purpose.DRAFT),
     }
-    first = sample_tokens(logits, NATURAL, *base, backend=kernels)
+    first = sample_tokens(logits, natural(logits), *base, backend=kernels)
     for name, variant in variants.items():
-        pairs = torch.bincount(first * 4 + sample_tokens(logits, NATURAL, *variant, backend=kernels), minlength=16)
+        pairs = torch.bincount(
+            first * 4 + sample_tokens(logits, natural(logits), *variant, backend=kernels), minlength=16
+        )
         statistic = ((pairs - rows / 16) ** 2 / (rows / 16)).sum().item()
         assert chi_square_tail(statistic, 15) > 1e-6, name
 
@@ -189,8 +200,8 @@ def test_drawn_tokens_of_neighbouring_rows_and_positions_are_independent(kernels
 def test_the_global_generator_is_left_alone(backend: str) -> None:
     logits, keys, positions = torch.randn(3, 2, 7), torch.zeros(3, 2, dtype=torch.int64), torch.arange(3)
     before = torch.get_rng_state()
-    first = sample_tokens(logits[:, 0], NATURAL, keys, positions, backend=backend)
-    speculative_accept(logits, first[:, None], None, NATURAL, keys, positions, backend=backend)
+    first = sample_tokens(logits[:, 0], natural(logits[:, 0]), keys, positions, backend=backend)
+    speculative_accept(logits, first[:, None], None, natural(logits), keys, positions, backend=backend)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
-    assert torch.equal(sample_tokens(logits[:, 0], NATURAL, keys, positions, backend=backend), first)
+    assert torch.equal(sample_tokens(logits[:, 0], natural(logits[:, 0]), keys, positions, backend=backend), first)

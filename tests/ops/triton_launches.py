@@ -16,10 +16,11 @@ from importlib import import_module
 
 import torch
 
-from speculative_mamba.ops.commit_tokens import RowPlaces
-from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.commit_tokens import BatchState
 from speculative_mamba.ops.int8 import Int8Weight
 from speculative_mamba.ops.replay import ReplayInputs
+from speculative_mamba.ops.sampling_params import SamplingParams
+from speculative_mamba.ops.sampling_tensors import SamplingTensors
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 ROW = torch.zeros(1, dtype=torch.int32)
@@ -72,29 +73,26 @@ def attention(dtype: torch.dtype, cache: torch.dtype, dims: int) -> tuple:
     return q, k, k, keys, keys, lengths, ROW, 0, torch.zeros(dims // 2), 0.1, ROW, False
 
 
-def sampling(filters: Filters, laws: bool) -> tuple:
-    logits, row = torch.zeros(1, 50280), torch.zeros(1, dtype=torch.int64)
-    seen = torch.zeros(1, 50280, dtype=torch.bool)
-    keys = torch.zeros(1, 2, dtype=torch.int64)
-    return logits, filters, keys, row, 0, logits if laws else None, seen, row[:, None], seen[:, 0] if laws else None
-
-
-def accepting(filters: Filters, laws: bool) -> tuple:
-    logits, seen = torch.zeros(1, 5, 50280), torch.zeros(1, 50280, dtype=torch.bool)
+def accepting(params: SamplingParams, tokens: int, everything: bool) -> tuple:
+    """Of one token sample_tokens, which leaves the probabilities."""
+    logits, seen = torch.zeros(1, tokens, 50280), torch.zeros(1, 50280, dtype=torch.bool)
     row, keys = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64)
     drafted = torch.zeros(1, 4, dtype=torch.int64)
-    q, active, limits = (logits[:, 1:], seen[:, 0], ROW) if laws else (None, None, None)
-    return logits, drafted, q, filters, keys, row, False, seen, active, limits
+    q, active, limits = (logits[:, 1:], seen[:, 0], ROW) if everything else (None, None, None)
+    probs = logits[:, 0] if everything and tokens == 1 else None
+    sampling = SamplingTensors.from_params([params], 50280)
+    return logits, drafted, q, sampling, keys, row, False, seen, seen.int(), active, limits, 0, probs
 
 
 def committing(everything: bool) -> tuple:
     drafted, row = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     seen = torch.zeros(1, 50280, dtype=torch.bool)
-    rows = RowPlaces(drafted[:, :2], row, ROW, seen[:, 0], torch.zeros(5, 1, dtype=torch.int32))
-    return drafted, ROW, row, ROW, ROW, seen[0], rows, *((seen, drafted) if everything else (None, None))
+    rows = BatchState(drafted[:, :2], row, ROW, seen[:, 0], torch.zeros(5, 1, dtype=torch.int32))
+    return drafted, ROW, row, ROW, ROW, seen[0], rows, *((seen.int(), drafted) if everything else (None, None))
 
 
-GREEDY, SAMPLED = Filters(), Filters(temperature=0.8, top_k=50, top_p=0.8, repetition_penalty=1.1)
+GREEDY = SamplingParams()
+SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.8, repetition_penalty=1.1, logit_bias={7: 1.0})
 
 # op -> the arguments of calls, by function
 CALLS = {
@@ -108,12 +106,13 @@ CALLS = {
         (attention, (FLOAT32, FLOAT32, 64)), (attention, (BFLOAT16, BFLOAT16, 128)),
         (attention, (BFLOAT16, FLOAT32, 256)),
     ],
-    "sample_tokens": [(sampling, (GREEDY, False)), (sampling, (SAMPLED, True))],
     "skinny_linear": [
         (linear, (FLOAT32, FLOAT32, FLOAT32)), (linear, (BFLOAT16, BFLOAT16, BFLOAT16)),
         (linear, (BFLOAT16, torch.int8, FLOAT32)), (linear, (FLOAT32, BFLOAT16, FLOAT32)),
     ],
-    "speculative_accept": [(accepting, (GREEDY, False)), (accepting, (SAMPLED, True))],
+    "speculative_accept": [
+        (accepting, (GREEDY, 5, False)), (accepting, (SAMPLED, 5, True)), (accepting, (SAMPLED, 1, True)),
+    ],
 }  # fmt: skip
 
 

@@ -7,9 +7,9 @@ import torch
 
 from ..backend import run
 from ..checks import check, check_contiguous, check_tokens, check_written
-from .rows import RowPlaces
+from .rows import BatchState
 
-__all__ = ["RowPlaces", "commit_tokens"]
+__all__ = ["BatchState", "commit_tokens"]
 
 
 class CommitTokensArgs(NamedTuple):
@@ -21,8 +21,8 @@ class CommitTokensArgs(NamedTuple):
     verdicts: torch.Tensor
     limits: torch.Tensor
     is_stop: torch.Tensor
-    rows: RowPlaces
-    seen: torch.Tensor | None
+    rows: BatchState
+    output_counts: torch.Tensor | None
     text: torch.Tensor | None
 
 
@@ -33,9 +33,9 @@ def commit_tokens(
     verdicts: torch.Tensor,
     limits: torch.Tensor,
     is_stop: torch.Tensor,
-    rows: RowPlaces,
+    rows: BatchState,
     *,
-    seen: torch.Tensor | None = None,
+    output_counts: torch.Tensor | None = None,
     text: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -49,8 +49,8 @@ def commit_tokens(
     | verdicts  | (B)      | int32       | not 0: the row is broken |
     | limits    | (B)      | int32       | drafted tokens that counted in ``speculative_accept`` |
     | is_stop   | (V)      | bool        | tokens that end a row |
-    | rows      |          | RowPlaces   | **written** |
-    | seen      | (B, V)   | bool, None  | **written**: committed tokens are marked |
+    | rows      |          | BatchState   | **written** |
+    | output_counts | (B, V) | int32, None | **written**: each committed token counts once more |
     | text      | (B, L)   | int64, None | **written**: committed tokens, from ``rows.positions`` on; none beyond L |
     | returns   | (B, K+5) | int64       | committed, ``accepted``, ``verdicts``, min(K, ``limits``), window; below |
 
@@ -88,14 +88,17 @@ def commit_tokens(
         "rows.room": (rows.room, (batch,), torch.int32),
         "rows.active": (rows.active, (batch,), torch.bool),
         "rows.slots": (rows.slots, (len(rows.slots), batch), torch.int32),
-        "seen": (seen, (batch, vocabulary), torch.bool),
+        "output_counts": (output_counts, (batch, vocabulary), torch.int32),
         "text": (text, (batch, 0 if text is None else text.shape[1]), torch.int64),
     }
     for name, (tensor, shape, dtype) in expected.items():
         if tensor is not None:
             check(name, tensor, shape, drafted, dtype)
             check_contiguous(name, tensor)
-    written = {f"rows.{name}": tensor for name, tensor in vars(rows).items()} | {"seen": seen, "text": text}
+    written = {f"rows.{name}": tensor for name, tensor in vars(rows).items()} | {
+        "output_counts": output_counts,
+        "text": text,
+    }
     read = {"drafted": drafted, "accepted": accepted, "following": following, "verdicts": verdicts, "is_stop": is_stop}
     check_written(written, read)  # limits may be rows.room: a row's are read first
     if drafted.device.type == "cpu":
@@ -103,7 +106,7 @@ def commit_tokens(
         _check_range("rows.positions", rows.positions, 0)
         _check_range("rows.room", rows.room, -1)
     args = CommitTokensArgs(
-        drafted, accepted, following, verdicts, limits, is_stop, rows, seen, text,
+        drafted, accepted, following, verdicts, limits, is_stop, rows, output_counts, text,
     )  # fmt: skip
     return run("commit_tokens", backend, args)
 

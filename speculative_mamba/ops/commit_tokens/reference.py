@@ -22,8 +22,8 @@ def commit_tokens(args: CommitTokensArgs) -> torch.Tensor:
             rows.positions[row] += count
             rows.room[row] -= count
             rows.active[row] = not stops and not verdicts[row] and rows.room[row] >= 0
-            if args.seen is not None:
-                args.seen[row, tokens] = True
+            if args.output_counts is not None:
+                args.output_counts[row] += torch.bincount(tokens, minlength=len(args.is_stop)).int()
             if args.text is not None:
                 into = args.text[row, position : position + count]
                 into[:] = tokens[: len(into)]

@@ -8,7 +8,7 @@ RECORD_COLUMNS = 5  # of a record, beside the drafted tokens
 
 
 @dataclass
-class RowPlaces:
+class BatchState:
     """Contiguous tensors on the rows' device. Within rounds ``commit_tokens`` alone writes them.
 
     last: (B, 2) int64, the last two tokens of each text.

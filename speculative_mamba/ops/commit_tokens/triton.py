@@ -11,8 +11,8 @@ from .rows import RECORD_COLUMNS
 
 @triton.jit(do_not_specialize=["batch", "lookahead", "vocabulary", "steps", "capacity", "columns"])
 def _commit(
-    drafted, accepted, following, verdicts, limits, is_stop, last, positions, room, active, slots, seen, text, record,
-    batch, lookahead, vocabulary, steps, capacity, columns, BLOCK: tl.constexpr,
+    drafted, accepted, following, verdicts, limits, is_stop, last, positions, room, active, slots, output_counts, text,
+    record, batch, lookahead, vocabulary, steps, capacity, columns, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -44,8 +44,8 @@ def _commit(
         position = tl.load(positions + b)
         tl.store(positions + b, position + count)
         tl.store(room + b, space - count)
-        if seen is not None:
-            tl.store(seen + b * vocabulary + token, token >= 0, mask=at < count)
+        if output_counts is not None:
+            tl.atomic_add(output_counts + b * vocabulary + token, 1, mask=at < count)
         if text is not None:
             tl.store(text + b * capacity + position + at, token, mask=(at < count) & (position + at < capacity))
 
@@ -56,8 +56,9 @@ def commit_tokens(args: CommitTokensArgs) -> torch.Tensor:
     record = drafted.new_empty(batch, lookahead + RECORD_COLUMNS)
     launch(
         _commit, batch, drafted, 1, drafted=drafted, accepted=args.accepted, following=args.following,
-        verdicts=args.verdicts, limits=args.limits, is_stop=args.is_stop, **vars(rows), seen=args.seen, text=text,
-        record=record, batch=batch, lookahead=lookahead, vocabulary=len(args.is_stop), steps=steps,
-        capacity=0 if text is None else text.shape[1], columns=record.shape[1], BLOCK=triton.next_power_of_2(steps),
+        verdicts=args.verdicts, limits=args.limits, is_stop=args.is_stop, **vars(rows),
+        output_counts=args.output_counts, text=text, record=record, batch=batch, lookahead=lookahead,
+        vocabulary=len(args.is_stop), steps=steps, capacity=0 if text is None else text.shape[1],
+        columns=record.shape[1], BLOCK=triton.next_power_of_2(steps),
     )  # fmt: skip
     return record

@@ -10,11 +10,13 @@ from . import SpeculativeAcceptArgs
 def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = args.logits
     batch, tokens, vocabulary = logits.shape
-    accepted, verdicts = (logits.new_empty(batch, dtype=torch.int32) for _ in range(2))
-    following = logits.new_empty(batch, dtype=torch.int64)
+    accepted, row_status = (logits.new_empty(batch, dtype=torch.int32) for _ in range(2))
+    next_token = logits.new_empty(batch, dtype=torch.int64)
     kernels, where = compiled(logits)
     kernels.speculative_accept(
-        args, where, batch=batch, tokens=tokens, vocabulary=vocabulary, **args.filters.fields(), accepted=accepted,
-        next=following, verdicts=verdicts, scratch=scratch(logits),
+        args, where, batch=batch, tokens=tokens, vocabulary=vocabulary,
+        draft_stride=0 if args.draft_tokens is None else args.draft_tokens.shape[1],
+        **vars(args.sampling), bias_capacity=args.sampling.bias_capacity, accepted=accepted, next_token=next_token,
+        row_status=row_status, scratch=scratch(logits),
     )  # fmt: skip
-    return accepted, following, verdicts
+    return accepted, next_token, row_status

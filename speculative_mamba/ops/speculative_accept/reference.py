@@ -2,64 +2,62 @@
 
 import torch
 
-from ..filters import Filters
-from ..law import ROUNDING, draw, filtered_law, penalised, verdict
 from ..noise import Purpose, exponentials, uniform
+from ..sampling import ROUNDING, RowStatus, adjust_logits, gumbel_argmax, probs_from_logits, row_status
 from . import SpeculativeAcceptArgs
 
 
 def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, device = len(args.logits), args.logits.device
-    accepted, verdicts = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
-    following = torch.zeros(batch, dtype=torch.int64, device=device)
+    accepted, status = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
+    next_token = torch.zeros(batch, dtype=torch.int64, device=device)
     for row in range(batch):
         if args.active is None or args.active[row]:
-            counted = args.drafted[row] if args.limits is None else args.drafted[row, : args.limits[row]]
-            verdicts[row], accepted[row], following[row] = _row(
-                args.logits[row], counted, None if args.laws is None else args.laws[row], args.filters,
-                args.keys[row].tolist(), int(args.positions[row]), args.coupled,
-                None if args.seen is None else args.seen[row],
-            )  # fmt: skip
-    return accepted, following, verdicts
+            status[row], accepted[row], next_token[row] = _row(args, row)
+    return accepted, next_token, status
 
 
-def _row(
-    logits: torch.Tensor,
-    drafted: torch.Tensor,
-    laws: torch.Tensor | None,
-    filters: Filters,
-    key: list[int],
-    position: int,
-    coupled: bool,
-    seen: torch.Tensor | None,
-) -> tuple[int, int, int]:
-    """Verdict, accepted, next token; for a verdict other than 0 ``accepted`` is the position."""
-    lookahead, vocabulary = len(drafted), logits.shape[-1]
-    for at in range(lookahead + 1):
-        adjusted = logits[at]
-        if filters.repetition_penalty != 1:
-            adjusted = penalised(adjusted, filters.repetition_penalty, seen.index_fill(0, drafted[:at], True))
-        if code := verdict(adjusted, filters):
-            return code, at, 0
-        p = filtered_law(adjusted, filters)
-        noise = exponentials(vocabulary, key, position + at, Purpose.TOKEN, logits.device)
-        if at == lookahead or filters.greedy or coupled:
-            choice = draw(p, noise)
-            if at == lookahead or choice != drafted[at]:
-                return 0, at, choice
+def _row(args: SpeculativeAcceptArgs, row: int) -> tuple[RowStatus, int, int]:
+    """Status, accepted, next token; for a status other than OK ``accepted`` is the position."""
+    logits, sampling = args.logits[row], args.sampling.rows_of(slice(row, row + 1))
+    key, position = args.rng_keys[row].tolist(), int(args.positions[row])
+    lookahead, vocabulary = len(logits) - 1, logits.shape[-1]
+    draft_tokens = args.text_tokens[row]
+    counted = len(draft_tokens) - lookahead  # further tokens of the text
+    end = lookahead if args.num_draft_tokens is None else min(lookahead, int(args.num_draft_tokens[row]))
+    greedy = sampling.temperature.item() == 0
+    for at in range(end + 1):
+        prompt_mask, output_counts = args.prompt_mask, args.output_counts
+        if sampling.has_penalties:
+            window = torch.bincount(draft_tokens[: counted + at], minlength=vocabulary)
+            prompt_mask, output_counts = prompt_mask[row : row + 1], output_counts[row : row + 1] + window
+        adjusted = adjust_logits(logits[at : at + 1], sampling, prompt_mask, output_counts)
+        if status := row_status(adjusted[0], greedy):
+            return status, at, 0
+        p = probs_from_logits(adjusted, sampling)[0]
+        if args.target_probs is not None:
+            args.target_probs[row] = p
+        noise = exponentials(vocabulary, key, position + at, Purpose(args.purpose), logits.device)
+        if at == end or greedy or args.coupled:
+            choice = gumbel_argmax(p, noise)
+            if at == end or choice != draft_tokens[counted + at]:
+                return RowStatus.OK, at, choice
             continue
-        token = int(drafted[at])
-        q = torch.zeros_like(p).index_fill(0, drafted[at], 1) if laws is None else laws[at]
+        token = int(draft_tokens[counted + at])
+        q = torch.zeros_like(p)
+        q[token] = 1
+        if args.draft_probs is not None:
+            q = args.draft_probs[row, at]
         of_draft, of_target = q[token].item(), p[token].item()
         if not 0 < of_draft < torch.inf:
-            return 4, at, 0
+            return RowStatus.BAD_DRAFT_PROBS, at, 0
         if uniform(key, position + at, Purpose.TEST) * of_draft < of_target:
             continue
         residual = torch.where(p > 0, p - q, 0).clamp(min=0)
         total = residual.double().sum().item()
         if total == 0 and of_draft - of_target < ROUNDING:
-            residual = p  # only the laws' own rounding left the refused token's excess uncovered
+            residual = p  # only rounding left the refused token's excess uncovered
         elif not 0 < total < torch.inf:
-            return 5, at, 0
-        return 0, at, draw(residual, noise)
+            return RowStatus.BAD_RESIDUAL, at, 0
+        return RowStatus.OK, at, gumbel_argmax(residual, noise)
     raise AssertionError("the last position always returns")

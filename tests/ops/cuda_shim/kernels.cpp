@@ -172,32 +172,29 @@ void announce_all(const SelectiveScanParams& p) {
     announce_inputs(p, p.input_B, p.input_slots * p.b_groups * p.state_size);
 }
 
-void announce_all(const SampleTokensParams& p) {
-    announce(p.logits, p.batch, p.logits_batch_stride, 1, 0, p.vocabulary);
-    announce(p.laws, p.batch, p.laws_batch_stride, 1, 0, p.vocabulary, Use::write);
-    announce_bytes(p.seen, p.batch * p.vocabulary);
-    announce_bytes(p.active, p.batch);
-    announce_bytes(p.recent, p.batch * p.recent_tokens * 8);
-    announce_bytes(p.keys, p.batch * 2 * 8);
-    announce_bytes(p.positions, p.batch * 8);
-    announce_bytes(p.tokens, p.batch * 8, Use::write);
-    announce(p.verdicts, p.batch, Use::write);
-    announce_bytes(p.scratch, p.scratch_bytes, Use::write);
-}
-
 void announce_all(const SpeculativeAcceptParams& p) {
     announce(p.logits, p.batch, p.logits_batch_stride, p.tokens, p.logits_token_stride, p.vocabulary);
-    announce(p.laws, p.batch, p.laws_batch_stride, p.tokens - 1, p.laws_token_stride, p.vocabulary);
-    announce_bytes(p.drafted, p.batch * (p.tokens - 1) * 8);
-    announce_bytes(p.seen, p.batch * p.vocabulary);
+    announce(p.draft_probs, p.batch, p.draft_probs_batch_stride, p.tokens - 1, p.draft_probs_token_stride,
+             p.vocabulary);
+    announce_bytes(p.draft_tokens, p.batch * p.draft_stride * 8);
+    const SamplingTensors& s = p.sampling;
+    for (const float* value : {s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty,
+                               s.frequency_penalty})
+        announce(value, p.batch);
+    announce(s.top_k, p.batch);
+    announce(s.bias_ids, p.batch * s.bias_capacity);
+    announce(s.bias_values, p.batch * s.bias_capacity);
+    announce_bytes(p.prompt_mask, p.batch * p.vocabulary);
+    announce(p.output_counts, p.batch * p.vocabulary);
     announce_bytes(p.active, p.batch);
-    announce_bytes(p.keys, p.batch * 2 * 8);
+    announce_bytes(p.rng_keys, p.batch * 2 * 8);
     announce_bytes(p.positions, p.batch * 8);
-    announce(p.limits, p.batch);
+    announce(p.num_draft_tokens, p.batch);
+    announce(p.target_probs, p.batch, p.target_probs_batch_stride, 1, 0, p.vocabulary, Use::write);
     announce_bytes(p.scratch, p.scratch_bytes, Use::write);
-    announce_bytes(p.next, p.batch * 8, Use::write);
+    announce_bytes(p.next_token, p.batch * 8, Use::write);
     announce(p.accepted, p.batch, Use::write);
-    announce(p.verdicts, p.batch, Use::write);
+    announce(p.row_status, p.batch, Use::write);
 }
 
 void announce_all(const CommitTokensParams& p) {
@@ -212,7 +209,7 @@ void announce_all(const CommitTokensParams& p) {
     announce(p.room, p.batch, Use::write);
     announce_bytes(p.active, p.batch, Use::write);
     announce(p.slots, p.steps * p.batch, Use::write);
-    announce_bytes(p.seen, p.batch * p.vocabulary, Use::write);
+    announce(p.output_counts, p.batch * p.vocabulary, Use::write);
     announce_bytes(p.text, p.batch * p.capacity * 8, Use::write);
     announce_bytes(p.record, p.batch * (p.lookahead + kRecordColumns) * 8, Use::write);
 }

@@ -1,0 +1,185 @@
+"""The rows of a batch."""
+
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer
+
+from .cache import RowState
+from .round import Round, RoundResult, explain
+from .sampling import SamplingParams
+from .stats import GenerationStats
+from .text import TextStream
+
+
+@dataclass
+class Row:
+    """A text in the making.
+
+    max_length: tokens of the complete text. first_round: rounds before this one knew nothing of it. slot: the target's,
+    from which the text goes on; None where it was written over, or not all is booked. draft_at: the draft's slot, and
+    the length of the text, when the draft was last asked.
+    """
+
+    tokens: list[int]
+    max_length: int
+    first_round: int
+    stream: TextStream | None = None
+    logits: list[torch.Tensor] = field(default_factory=list)
+    finish_reason: str | None = None
+    slot: int | None = None
+    draft_at: tuple[int, int] | None = None
+
+    @property
+    def remaining(self) -> int:
+        return self.max_length - len(self.tokens)
+
+
+class Batch:
+    """The one owner of texts, budgets, stop rules, sampling parameters and slots of all rows.
+
+    ``bind`` gives it its twin on the device, which a round works on: ``round.state`` and the sampler's tensors. Rows
+    come (``admit``) and go (``retire``) between rounds, also while rounds are queued that know nothing of it; a row's
+    text does not depend on when. The host believes the record of a round: what was committed, and with what status.
+    Stop strings alone are the host's.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        stop_token_ids: Collection[int] = (),
+        stop_strings: Sequence[str] = (),
+        tokenizer: Tokenizer | None = None,
+        output_logits: bool = False,
+    ) -> None:
+        self.rows: list[Row | None] = [None] * size
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self._stop_strings, self._tokenizer, self._output_logits = tuple(stop_strings), tokenizer, output_logits
+        self._launched = self._committed = 0  # rounds
+        self.round: Round | None = None
+
+    def bind(self, round: Round) -> None:
+        self.round = round
+        round.stop_at(self.stop_token_ids)
+
+    def texts(self) -> list[list[int]]:
+        """The committed tokens of all rows; that of a row that never was is a single token."""
+        return [[0] if row is None else row.tokens for row in self.rows]
+
+    def text(self, index: int) -> list[int]:
+        return self.rows[index].tokens
+
+    def generating(self) -> list[int]:
+        """Rows that are not complete."""
+        return [index for index, row in enumerate(self.rows) if row is not None and row.finish_reason is None]
+
+    def admit(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        max_new_tokens: int,
+        *,
+        rng_key: Sequence[int] | None = None,
+        states: tuple[RowState | None, RowState | None] = (None, None),
+    ) -> None:
+        """A new text in a row that has none or whose text is complete. It gets at least one token.
+
+        rng_key: seed and stream, by default (``params.seed``, 0). states: target's and draft's, of the prompt's first
+        tokens.
+
+        Raises:
+            ValueError: the row is still generating, or there is nothing to generate.
+        """
+        if index in self.generating() or max_new_tokens < 1:
+            raise ValueError(f"row {index} is still generating, or has no token to generate ({max_new_tokens})")
+        stream = TextStream(self._tokenizer, self._stop_strings, prompt) if self._stop_strings else None
+        row = Row(list(prompt), len(prompt) + max_new_tokens, self._launched, stream)
+        self.rows[index] = row
+        rng_key = (params.seed, 0) if rng_key is None else rng_key
+        self.round.admit(index, row.tokens, max_new_tokens, params, rng_key, *states)
+        row.slot, row.draft_at = 0, (0, len(prompt))
+
+    def retire(self, index: int, reason: str = "stop") -> None:
+        """A row's text is complete, as the host alone knows."""
+        row = self.rows[index]
+        if self.in_flight():
+            row.slot = row.draft_at = None  # rounds that are queued go on with it
+        row.finish_reason = reason
+        self.round.retire(index)
+
+    def launching(self) -> None:
+        """A round is about to be queued."""
+        self._launched += 1
+
+    def in_flight(self, besides: int = 0) -> bool:
+        """Whether rounds are queued, or were when all broke off: slots may hold the state of another text by now."""
+        return self._launched - self._committed > besides
+
+    def commit(self, result: RoundResult, record: list[list[int]], stats: GenerationStats) -> list[tuple[int, int]]:
+        """Appends to each row what it gained in the oldest queued round, up to a stop. Row and token, in order.
+
+        Raises:
+            ValueError: a row is broken.
+        """
+        taking_part = [index for index in self.generating() if self.rows[index].first_round <= self._committed]
+        for index in taking_part:
+            _, accepted, status, _, *tokens = record[index]
+            if status:
+                if not self.ends_within(index, tokens[:accepted]):
+                    raise ValueError(explain(index, accepted, status))
+                record[index][0] = accepted  # a stop string, of which the device does not know
+        fresh = []
+        for index in taking_part:
+            count, accepted, _, drafted, *tokens = record[index]
+            assert count > 0, f"row {index} has ended on the device alone"
+            committed = self._commit_row(index, tokens[:count], result)
+            stats.count(drafted, accepted, committed)
+            fresh += [(index, token) for token in tokens[:committed]]
+        self._committed += 1
+        return fresh
+
+    def _commit_row(self, index: int, tokens: Sequence[int], result: RoundResult) -> int:
+        row, committed = self.rows[index], 0
+        row.slot = None
+        for token in tokens:
+            row.tokens.append(token)
+            if row.stream is not None:
+                row.stream.push(token)
+            if self._output_logits:
+                row.logits.append(result.logits[index, committed].clone())
+            committed += 1
+            if token in self.stop_token_ids:
+                row.finish_reason = "eos"
+            elif row.stream is not None and row.stream.stopped:
+                row.finish_reason = "stop"
+            elif not row.remaining:
+                row.finish_reason = "length"
+            if row.finish_reason is not None:
+                break
+        if result.lookahead:
+            row.draft_at = committed - 1, len(row.tokens)
+        if row.finish_reason == "stop":
+            self.round.retire(index)
+        if row.finish_reason != "stop" or not self.in_flight(besides=1):
+            row.slot = committed - 1
+        return committed
+
+    def ends_within(self, index: int, tokens: Sequence[int]) -> bool:
+        """Whether a row's text is complete with some of these tokens behind it."""
+        row = self.rows[index]
+        if len(tokens) >= row.remaining or not self.stop_token_ids.isdisjoint(tokens):
+            return True
+        if row.stream is None or not tokens:
+            return False
+        ahead = copy.deepcopy(row.stream, {id(self._tokenizer): self._tokenizer})
+        for token in tokens:
+            ahead.push(token)
+        return ahead.stopped
+
+    def is_known(self, index: int) -> bool:
+        """Whether the models' slots hold the state of a row's text, and of no other."""
+        row = self.rows[index]
+        return row.slot is not None and not (self.in_flight() and row.finish_reason is None)

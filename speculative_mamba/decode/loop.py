@@ -1,0 +1,195 @@
+"""The rounds of a batch, queued and collected."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..models.identity import IdentityKey, backend_of
+from ..ops.commit_tokens import BatchState
+from .batch import Batch
+from .cache import GenerationCache, RowState
+from .drafts import Draft, LanguageModel
+from .executors import Executor
+from .lookahead import AdaptiveLookahead, FixedLookahead
+from .round import Round
+from .sampling import LogitsProcessor, Sampler, SamplingParams, bias_capacity
+from .stats import GenerationStats
+
+AHEAD = 256  # tokens for which memory is made at a time
+
+
+class DecodeLoop:
+    """A batch on an executor: rounds are launched, their records are collected, rows come and go between them.
+
+    params: those of all rows to come; None: any may come. prompt_length, max_new_tokens: of the longest row, for which
+    memory is made at once. For use within ``with executor:``.
+    """
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        draft: Draft | None,
+        batch: Batch,
+        executor: Executor,
+        lookahead: AdaptiveLookahead | FixedLookahead,
+        params: Sequence[SamplingParams] | None = None,
+        *,
+        coupled: bool = False,
+        processor: LogitsProcessor | None = None,
+        output_logits: bool = False,
+        on_token: Callable[[int, int], None] | None = None,
+        prompt_length: int = 0,
+        max_new_tokens: int = 0,
+    ) -> None:
+        started = time.perf_counter()
+        self.batch, self._executor, self._lookahead, self._on_token = batch, executor, lookahead, on_token
+        self._window = max(lookahead.all) + 1
+        self._skipped = False  # whether the draft was left out of the last round
+        self._decoding_since: float | None = None
+        self.stats = GenerationStats()
+        self.stats.tested_per_position = [0] * (self._window - 1)
+        self.stats.accepted_per_position = [0] * (self._window - 1)
+
+        def make() -> Round:
+            state = _new_state(target, len(batch.rows), self._window)
+            sampler = Sampler(
+                params or (), target.vocab_size, state, coupled=coupled,
+                every_mix=executor.captures or params is None,
+                backend=backend_of(target), processor=processor, texts=batch,
+            )  # fmt: skip
+            return Round(target, draft, sampler, state, executor.captures)
+
+        drafted = () if draft is None else draft.identity()
+        key = (IdentityKey(target), *drafted, len(batch.rows), lookahead.all, bias_capacity(params or ()), coupled)
+        entries = prompt_length + min(max_new_tokens, AHEAD) + self._window
+        batch.bind(executor.prepare(key, make, entries, lookahead.all, output_logits))
+        self._draft = batch.round.draft
+        self.stats.setup_s = time.perf_counter() - started
+
+    def admit(
+        self, index: int, prompt: Sequence[int], params: SamplingParams, max_new_tokens: int, **options: object
+    ) -> None:
+        """``Batch.admit``, with memory for the text."""
+        started = time.perf_counter()
+        self._make_room(len(prompt) + min(max_new_tokens, AHEAD) + self._window)
+        self.batch.admit(index, prompt, params, max_new_tokens, **options)
+        self.stats.prompt_tokens += len(prompt)
+        self._prefilled_since(started)
+
+    def _prefilled_since(self, started: float) -> None:
+        seconds = time.perf_counter() - started
+        self.stats.prefill_s += seconds
+        if self._decoding_since is not None:
+            self._decoding_since += seconds
+
+    def step(self) -> None:
+        """Queues a round, and books the oldest if more are pending than should be."""
+        started = time.perf_counter()
+        if self._draft is not None:
+            self._draft.ready()
+        self._prefilled_since(started)
+        if self._decoding_since is None:
+            self._decoding_since = time.perf_counter()
+        self._launch()
+        while self._executor.pending > self._executor.queue_depth:
+            self._collect()
+
+    def _launch(self) -> None:
+        """Queues the next round, unless the last tokens have come meanwhile."""
+        lookahead = self._lookahead.next()
+        if self._lookahead.dropped and self.stats.draft_dropped_at is None:
+            self.stats.draft_dropped_at = self.stats.rounds
+        if lookahead and self._skipped and self._draft.stateful:
+            self._catch_up()
+        self._make_room(0)
+        active = self.batch.generating()
+        if not active:
+            return
+        if not self._executor.captures:  # what goes beyond every row's budget need not be drafted
+            lookahead = min(lookahead, max(self.batch.rows[index].remaining for index in active) - 1)
+        self._skipped = not lookahead
+        self.batch.launching()
+        self._executor.launch(lookahead)
+
+    def _catch_up(self) -> None:
+        """The draft reads what came in rounds without it."""
+        self._drain()
+        for index in self.batch.generating():
+            row = self.batch.rows[index]
+            (slot, length), row.draft_at = row.draft_at, None
+            state = self._draft.snapshot(index, slot, row.tokens[:length])
+            self._draft.prefill(index, row.tokens, state)
+            row.draft_at = 0, len(row.tokens)
+
+    def _make_room(self, entries: int) -> None:
+        """Memory for so many tokens in a row, and for those of the rounds that are queued and of the next one."""
+        if not self._executor.fits(max(entries, self._entries(self._executor.pending * self._window))):
+            self._drain()
+            self._executor.grow(max(entries, self._entries(AHEAD)))
+
+    def _entries(self, tokens: int) -> int:
+        """What the longest text takes when each row has so many more, within its budget, and a window is verified."""
+        rows = [row for row in self.batch.rows if row is not None]
+        return max((len(row.tokens) + min(row.remaining, tokens) for row in rows), default=0) + self._window
+
+    def _drain(self) -> None:
+        while self._executor.pending:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Waits for the oldest round, and appends to each row what it gained."""
+        stats = self.stats
+        result, record, seconds = self._executor.collect()
+        tested, accepted = stats.tested, stats.accepted
+        fresh = self.batch.commit(result, record, stats)
+        rows = {index for index, _ in fresh}
+        # Rows beside whose tokens none counts are as good as refused ones.
+        unmatched = sum(result.proposed > 0 and record[index][3] == 0 for index in rows)
+        stats.rounds += bool(fresh)
+        stats.draft_s += result.draft_s
+        stats.verify_s += result.verify_s
+        stats.decode_s = time.perf_counter() - self._decoding_since
+        self._lookahead.observe(result.proposed, stats.tested - tested + unmatched, stats.accepted - accepted, seconds)
+        if self._on_token is not None:
+            for index, token in fresh:
+                self._on_token(index, token)
+
+    def close(self, cache: GenerationCache | None = None, prompts: Sequence[list[int]] = ()) -> None:
+        """No more rounds; the batch keeps its texts. They and their states go into the cache, if there is one."""
+        try:
+            if cache is not None:
+                self._save(cache, prompts)
+        finally:
+            self.batch.round = None  # what is on the device is freed at once, not when cycles are looked for
+            self._executor.close()
+
+    def _save(self, cache: GenerationCache, prompts: Sequence[list[int]]) -> None:
+        """Leaves in the cache the texts, and the states of all rows that are known to be those of their texts.
+
+        prompts: for rows that were not admitted any more.
+        """
+        targets, drafts = list(cache.target_states), list(cache.draft_states)
+        texts = [list(prompt) for prompt in prompts]
+        for index, row in enumerate(self.batch.rows):
+            if row is None:
+                continue
+            texts[index] = list(row.tokens)
+            if self.batch.is_known(index):
+                targets[index] = RowState.of(self.batch.round.layers, index, row.slot, row.tokens[:-1])
+                if self._draft is not None and self._draft.stateful and row.draft_at is not None:
+                    slot, length = row.draft_at
+                    drafts[index] = self._draft.snapshot(index, slot, row.tokens[:length])
+        cache.store(texts, targets, drafts)
+
+
+def _new_state(target: LanguageModel, batch: int, steps: int) -> BatchState:
+    """All rows are left out."""
+    device = target.device
+    return BatchState(
+        last=torch.zeros(batch, 2, dtype=torch.int64, device=device),
+        positions=torch.zeros(batch, dtype=torch.int64, device=device),
+        room=torch.zeros(batch, dtype=torch.int32, device=device),
+        active=torch.zeros(batch, dtype=torch.bool, device=device),
+        slots=torch.full((steps, batch), -1, dtype=torch.int32, device=device),
+    )

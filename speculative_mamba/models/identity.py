@@ -1,0 +1,74 @@
+"""Whether a model is still the same: as an object, by its weights, and in all that a captured round relies on."""
+
+import hashlib
+import weakref
+
+import torch
+
+from ..ops.int8 import Int8Weight
+from .language_model import MambaLM
+
+_SAMPLED = 32  # elements of a tensor that its model is known by
+
+
+class IdentityKey:
+    """A key that an object is equal to itself by, and that keeps it: no later object can have its place."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IdentityKey) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def weights_of(model: object) -> list[torch.Tensor]:
+    """The tensors that a model computes with."""
+    weights = [model.embedding, *model.weights()] if isinstance(model, MambaLM) else vars(model).values()
+    parts = ((w.values, w.scale) if isinstance(w, Int8Weight) else (w,) for w in weights)
+    return [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
+
+
+def options_of(model: object) -> tuple:
+    """What else its results depend on."""
+    if not isinstance(model, MambaLM):
+        return type(model).__qualname__, model.vocab_size
+    return model.config, model.state_dtype, model.checkpoint, model.backend
+
+
+def backend_of(model: object) -> str:
+    """The backend of the ops of a model."""
+    return model.backend if isinstance(model, MambaLM) else "auto"
+
+
+class KnownModel:
+    """Knows a model again without keeping it alive, by its weights also where it was loaded again or elsewhere."""
+
+    def __init__(self, model: object) -> None:
+        self._model, self._fingerprint = weakref.ref(model), _fingerprint(model)
+
+    def __getstate__(self) -> dict:
+        return {"_model": None, "_fingerprint": self._fingerprint}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KnownModel) and other._fingerprint == self._fingerprint
+
+    def model(self) -> object:
+        """The model, while somebody else holds it."""
+        return self._model and self._model()
+
+    @staticmethod
+    def of(model: object, known: "KnownModel | None") -> "KnownModel":
+        """``known`` if it is of this very object, else anew."""
+        return known if known is not None and known.model() is model else KnownModel(model)
+
+
+def _fingerprint(model: object) -> str:
+    digest = hashlib.sha256(repr(options_of(model)).encode())
+    for tensor in weights_of(model):
+        flat = tensor.detach().reshape(-1)
+        part = flat[:: max(1, len(flat) // _SAMPLED)].contiguous().view(torch.uint8).cpu()
+        digest.update(repr((tensor.shape, tensor.dtype)).encode() + part.numpy().tobytes())
+    return digest.hexdigest()
