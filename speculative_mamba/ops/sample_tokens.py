@@ -71,8 +71,8 @@ def sample_tokens(
     if draft_tokens is not None:
         check_tokens("draft_tokens", draft_tokens, (batch, draft_tokens.shape[-1]), vocabulary, logits)
     args = SpeculativeAcceptArgs(
-        logits.unsqueeze(1), draft_tokens, None, sampling, rng_keys, positions, False, prompt_mask, output_counts, active,
-        None, purpose=int(purpose), target_probs=probs,
+        logits.unsqueeze(1), draft_tokens, None, sampling, rng_keys, positions, False, prompt_mask, output_counts,
+        active, None, purpose=int(purpose), target_probs=probs,
     )  # fmt: skip
     _, tokens, found = run("speculative_accept", backend, args)
     if row_status is None:
