@@ -75,8 +75,8 @@ def sample_tokens(
     read |= {"prompt_mask": prompt_mask, "output_counts": output_counts, "active": active}
     check_written({"probs": probs, "row_status": row_status}, read)
     args = SpeculativeAcceptArgs(
-        logits.unsqueeze(1), draft_tokens, None, sampling, rng_keys, positions, False, prompt_mask, output_counts, active,
-        None, purpose=int(purpose), target_probs=probs,
+        logits.unsqueeze(1), draft_tokens, None, sampling, rng_keys, positions, False, prompt_mask, output_counts,
+        active, None, purpose=int(purpose), target_probs=probs,
     )  # fmt: skip
     _, tokens, found = run("speculative_accept", backend, args)
     if row_status is None:

@@ -67,9 +67,9 @@ def logits_of(logits, adjusted, penalties, bias, position, tokens, vocabulary):
     row has penalties or bias."""
     b, t = position // tokens, position % tokens
     row = logits[0] + b * logits[1] + t * logits[2]
-    counts = False if adjusted is None else is_adjusted(penalties, bias, b)
-    if counts:
-        row = adjusted + position * vocabulary
+    if adjusted is not None:  # noqa: SIM102, as this is known when a kernel is compiled
+        if is_adjusted(penalties, bias, b):
+            row = adjusted + position * vocabulary
     return row
 
 

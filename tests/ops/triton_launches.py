@@ -74,12 +74,13 @@ def attention(dtype: torch.dtype, cache: torch.dtype, dims: int) -> tuple:
 
 
 def accepting(params: SamplingParams, tokens: int, everything: bool) -> tuple:
-    """Of one token sample_tokens, which leaves the probabilities."""
+    """With one token as sample_tokens does it, which leaves the probabilities and tests nothing."""
     logits, seen = torch.zeros(1, tokens, 50280), torch.zeros(1, 50280, dtype=torch.bool)
     row, keys = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64)
     drafted = torch.zeros(1, 4, dtype=torch.int64)
-    q, active, limits = (logits[:, 1:], seen[:, 0], ROW) if everything else (None, None, None)
+    q, limits = (logits[:, 1:], ROW) if everything and tokens > 1 else (None, None)
     probs = logits[:, 0] if everything and tokens == 1 else None
+    active = seen[:, 0] if everything else None
     sampling = SamplingTensors.from_params([params], 50280)
     return logits, drafted, q, sampling, keys, row, False, seen, seen.int(), active, limits, 0, probs
 

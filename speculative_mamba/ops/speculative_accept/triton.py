@@ -27,6 +27,7 @@ from ..triton_probs import (
 from . import SpeculativeAcceptArgs
 
 TEST = tl.constexpr(int(Purpose.TEST))
+REGISTERS_WITH_PROBS = 160  # of a kernel that writes them as well
 WINDOW = tl.constexpr(32)  # positions that are looked up together
 
 
@@ -151,7 +152,8 @@ def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch
     choices, rejected = new(torch.int32, batch, tokens), new(torch.int8, batch, tokens)
     target_probs = None if args.target_probs is None else (args.target_probs, args.target_probs.stride(0))
     launch(
-        _decide, batch * tokens, logits, WARPS, maxnreg=REGISTERS, **lists.arguments(), draft_tokens=draft_tokens,
+        _decide, batch * tokens, logits, WARPS, maxnreg=REGISTERS if target_probs is None else REGISTERS_WITH_PROBS,
+        **lists.arguments(), draft_tokens=draft_tokens,
         draft_probs=None if args.draft_probs is None else with_strides(args.draft_probs), rng_keys=args.rng_keys,
         positions=args.positions, active=args.active, num_draft_tokens=args.num_draft_tokens,
         target_probs=target_probs, choices=choices, rejected=rejected, coupled=int(args.coupled),
