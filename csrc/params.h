@@ -43,14 +43,14 @@ struct CausalConv1dParams {
     const int32_t* start_slot;  // (B); -1: nothing of the row is read or written, y is 0
     int64_t write_slot;         // slot of the first token
     bool silu;
-    const int32_t* null_columns;  // (B), may be null: leading tokens of a row whose input counts as 0
-    bool keep_last;               // prefill: only the last token's slot is kept, as slot 0
+    const int32_t* left_padding;  // (B), may be null: leading tokens of a row whose input counts as 0
+    bool final_state_only;        // prefill: only the last token's slot is kept, as slot 0
     bool constant_weights;        // no kernel before writes weight or bias
     float* y;                     // (B, T, D) contiguous
 
     SM_FIELDS(activations, batch, tokens, channels, width, repeat, block, x, x_batch_stride, x_token_stride, weight,
               weight_channel_stride, weight_tap_stride, weight_dtype, bias, window, window_batch_stride,
-              window_row_stride, start_slot, write_slot, silu, null_columns, keep_last, constant_weights, y)
+              window_row_stride, start_slot, write_slot, silu, left_padding, final_state_only, constant_weights, y)
 };
 
 // Mamba-1 selective scan of T tokens per row, with the state after every token rounded to its dtype and written to its
@@ -81,8 +81,8 @@ struct SelectiveScanParams {
     float* input_x;               // (B, S, D) contiguous; null, like the next two, where every slot has its state
     float* input_dt;              // (B, S, D) contiguous; after bias and softplus, 0: this input counts as nothing
     float* input_B;               // (B, S, Gb, N) contiguous
-    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
-    bool keep_last;               // prefill: only the last state is written, to slot 0
+    const int32_t* left_padding;  // (B), may be null: leading tokens of a row that leave the state alone
+    bool final_state_only;        // prefill: only the last state is written, to slot 0
     bool constant_weights;        // no kernel before writes A, D or dt_bias
     float* y;                     // (B, T, D) contiguous
 
@@ -90,7 +90,7 @@ struct SelectiveScanParams {
               dt, dt_batch_stride, dt_token_stride, A, B, B_batch_stride, B_token_stride, C, C_batch_stride,
               C_token_stride, D, z, z_batch_stride, z_token_stride, dt_bias, states, states_batch_stride,
               states_slot_stride, states_dtype, start_slot, write_slot, input_slots, input_x, input_dt, input_B,
-              null_columns, keep_last, constant_weights, y)
+              left_padding, final_state_only, constant_weights, y)
 };
 
 // Mamba-2 scan of T tokens per row: one A and one step size for a whole head of P channels with N states each. X heads
@@ -124,8 +124,8 @@ struct SsdParams {
     float* input_x;               // (B, S, X, P) contiguous
     float* input_dt;              // (B, S, H) contiguous, after everything; null: a state per slot
     float* input_B;               // (B, S, Gb, N) contiguous
-    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that leave the state alone
-    bool keep_last;               // prefill: only the last state is written, to slot 0
+    const int32_t* left_padding;  // (B), may be null: leading tokens of a row that leave the state alone
+    bool final_state_only;        // prefill: only the last state is written, to slot 0
     bool constant_weights;        // no kernel before writes A, D or dt_bias
     float* y;                     // (B, T, H, P) contiguous
 
@@ -133,7 +133,7 @@ struct SsdParams {
               x_token_stride, dt, dt_batch_stride, dt_token_stride, A, B, B_batch_stride, B_token_stride, C,
               C_batch_stride, C_token_stride, D, d_per_channel, dt_bias, states, states_batch_stride,
               states_slot_stride, states_dtype, start_slot, write_slot, z, z_batch_stride, z_token_stride, dt_min,
-              dt_max, input_slots, input_x, input_dt, input_B, null_columns, keep_last, constant_weights, y)
+              dt_max, input_slots, input_x, input_dt, input_B, left_padding, final_state_only, constant_weights, y)
 };
 
 // Causal grouped-query attention of T tokens per row over a cache of rotated keys and of values, of which a slot holds
@@ -158,8 +158,8 @@ struct AttentionParams {
     const float* inv_freq;  // (R): radians per position; may be null with R = 0
     int64_t pairs;          // R: dimensions i and i+R are rotated together
     float scale;
-    const int32_t* null_columns;  // (B), may be null: leading tokens of a row that take no entry
-    bool keep_last;               // prefill: only the last length is written, to slot 0
+    const int32_t* left_padding;  // (B), may be null: leading tokens of a row that take no entry
+    bool final_state_only;        // prefill: only the last length is written, to slot 0
     float* y;                     // (B, T, H, P) contiguous
     float* scratch;
     int64_t scratch_bytes;
@@ -167,7 +167,7 @@ struct AttentionParams {
     SM_FIELDS(activations, batch, tokens, heads, kv_heads, dims, slots, capacity, q, q_batch_stride, q_token_stride, k,
               k_batch_stride, k_token_stride, v, v_batch_stride, v_token_stride, keys, keys_batch_stride,
               keys_head_stride, keys_dtype, values, values_batch_stride, values_head_stride, lengths, start_slot,
-              write_slot, inv_freq, pairs, scale, null_columns, keep_last, y, scratch, scratch_bytes)
+              write_slot, inv_freq, pairs, scale, left_padding, final_state_only, y, scratch, scratch_bytes)
 };
 
 // y = x Wᵀ + bias for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n] times.

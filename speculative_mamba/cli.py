@@ -16,7 +16,7 @@ from .decode.inputs import ACCEPTANCES, NAMED_DRAFTS, check_generation, check_mo
 from .decode.text import TextStream
 from .info import describe
 from .models import MambaLM, load_model, load_pair
-from .models.language_model import CHECKPOINTS
+from .models.language_model import ROLLBACKS
 from .models.tokenizer import added_around, encode
 from .ops.sampling_params import GREEDY_BELOW
 from .ops.threads import available_cpus, num_threads, set_num_threads
@@ -94,7 +94,12 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     option("dtype", help="float32, bfloat16, float16 or int8 weights (default: as stored)", default=argparse.SUPPRESS)
     option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
-    option("checkpoint", choices=CHECKPOINTS, default="auto", help="how to go back: states, or inputs to compute again")
+    option(
+        "rollback",
+        choices=ROLLBACKS,
+        default="auto",
+        help="how to go back: snapshots of the state, or replay of the inputs",
+    )
     option("device", default="cpu", help="cpu or cuda")
     option("backend", default="auto", help="auto, cpu (C++), cuda (CUDA C++), triton or reference (PyTorch)")
     option("no_mmap", action="store_true", help="copy the weights into memory, so that their files may change")
@@ -161,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         reason = (str(error).splitlines() or ["out of memory."])[0]
-        say(f"error: {reason} Try a smaller --dtype, --checkpoint inputs or fewer tokens.")
+        say(f"error: {reason} Try a smaller --dtype, --rollback replay or fewer tokens.")
         return FAILURE
     except KeyboardInterrupt as interrupt:
         return exit_code(interrupt)
@@ -225,7 +230,7 @@ def _run(options: argparse.Namespace, given: set[str]) -> int:
     set_num_threads(getattr(options, "threads", num_threads()))
     common = {
         "dtype": getattr(options, "dtype", None), "state_dtype": options.state_dtype,
-        "checkpoint": options.checkpoint, "device": options.device, "backend": options.backend,
+        "rollback": options.rollback, "device": options.device, "backend": options.backend,
         "mmap": not options.no_mmap,
     }  # fmt: skip
     draft = options.draft if options.draft in NAMED_DRAFTS else None

@@ -34,7 +34,7 @@ def tiny_works() -> Iterator[tuple[str, Callable[[torch.device], Work]]]:
     for batch, tokens in ((3, 5), (1, 1), (2, 2)):
         size = f"B{batch}-T{tokens}"
         yield f"causal_conv1d_verify-{size}", partial(Conv, 6, 4, batch, tokens)
-        for dtype, mode in itertools.product((torch.float32, torch.bfloat16), ("states", "inputs")):
+        for dtype, mode in itertools.product((torch.float32, torch.bfloat16), ("snapshots", "replay")):
             option = f"{size}-{str(dtype).removeprefix('torch.')}-{mode}"
             yield f"selective_scan_verify-{option}", partial(Scan, 6, 5, batch, tokens, dtype, mode)
             yield f"ssd_verify-{option}", partial(Ssd, 4, 3, 5, batch, tokens, dtype, mode)
@@ -100,13 +100,13 @@ def test_sizes_are_known_without_memory(name: str) -> None:
         # x and y, history read, window written, weight, bias
         (Conv(6, 4, 2, 5, META), 2 * 2 * 60 + 4 * 36 + 4 * 96 + 2 * 24 + 4 * 6),
         # one state read and five written, x, dt, z and y, B and C, A, D and dt_bias
-        (Scan(6, 8, 2, 5, torch.float32, "states", META), 6 * 4 * 96 + 2 * (4 * 60 + 2 * 80) + 4 * (48 + 12)),
+        (Scan(6, 8, 2, 5, torch.float32, "snapshots", META), 6 * 4 * 96 + 2 * (4 * 60 + 2 * 80) + 4 * (48 + 12)),
         # one state read and written, inputs x, dt and B too
-        (Scan(6, 8, 2, 5, torch.bfloat16, "inputs", META),
+        (Scan(6, 8, 2, 5, torch.bfloat16, "replay", META),
          2 * 2 * 96 + 2 * 4 * (2 * 60 + 80) + 2 * (4 * 60 + 2 * 80) + 4 * (48 + 12)),
-        (Ssd(4, 3, 8, 2, 5, torch.float32, "states", META),
+        (Ssd(4, 3, 8, 2, 5, torch.float32, "snapshots", META),
          6 * 4 * 192 + 2 * (2 * 120 + 40 + 2 * 80) + 4 * (4 + 4 + 4)),
-        (Ssd(4, 3, 8, 2, 5, torch.float32, "inputs", META),
+        (Ssd(4, 3, 8, 2, 5, torch.float32, "replay", META),
          2 * 4 * 192 + 2 * 4 * (120 + 40 + 80) + 2 * (2 * 120 + 40 + 2 * 80) + 4 * (4 + 4 + 4)),
         (Linear(24, 7, 5, torch.bfloat16, torch.float32, META), 2 * (24 * 7 + 5 * 24) + 4 * 35),
         (Linear(24, 7, 5, torch.int8, torch.bfloat16, META), 24 * 7 + 4 * 7 + 2 * 5 * 24 + 2 * 35),

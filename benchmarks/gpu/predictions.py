@@ -58,7 +58,7 @@ class Costs:
         return Cost(work.moved, work.launches)
 
     def one_by_one(self, case: Case) -> Cost:
-        mode = "states" if case.mode else None
+        mode = "snapshots" if case.mode else None
         return self.of(case.op, case.shape, case.dtype, mode, **case.sizes | {"tokens": 1}) * case.sizes["tokens"]
 
     def of_pass(self, config: ModelConfig, tokens: int) -> Cost:
@@ -71,7 +71,7 @@ class Costs:
         norm, head = self.of("rms_norm", str(config.d_model), bf16, **rows), linears.pop("head")
         layer = sum(linears.values(), norm)
         layer += self.of("causal_conv1d_verify", f"{D}x{mixer.d_conv}", bf16, **window)
-        layer += self.of("selective_scan_verify", f"{D}x{mixer.d_state}", torch.float32, "states", **window)
+        layer += self.of("selective_scan_verify", f"{D}x{mixer.d_state}", torch.float32, "snapshots", **window)
         return layer * len(config.blocks) + norm + head
 
     def of_round(self, target: ModelConfig, draft: ModelConfig, lookahead: int) -> Cost:
@@ -113,11 +113,11 @@ def print_predictions() -> None:
         _print_line((case.op, case.shape, case.dtype_name, case.mode or "-", size), cost, baseline)
     for tokens in (TOKENS, 1):
         _print_line(
-            (f"one pass of {MODEL}", "all layers", "bfloat16", "states", f"T={tokens} B=1"),
+            (f"one pass of {MODEL}", "all layers", "bfloat16", "snapshots", f"T={tokens} B=1"),
             costs.of_pass(config, tokens),
         )
     _print_line(
-        (f"one round of {MODEL}", f"draft {DRAFT}", "bfloat16", "states", f"K={TOKENS - 1} B=1"),
+        (f"one round of {MODEL}", f"draft {DRAFT}", "bfloat16", "snapshots", f"K={TOKENS - 1} B=1"),
         costs.of_round(config, published_config(DRAFT), TOKENS - 1),
     )
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 
 from speculative_mamba.ops import causal_conv1d_verify, selective_scan_verify, ssd_verify
-from speculative_mamba.ops.replay import ReplayInputs
+from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 from .updates import conv_update, optional, scan_update
 from .work import WindowWork, activations, assert_near, nbytes, outer_rows
 
-MODES = ("states", "inputs")
+MODES = ("snapshots", "replay")
 
 
 def slots(device: torch.device, batch: int, slot: int) -> torch.Tensor:
@@ -69,13 +69,13 @@ class Recurrence(WindowWork):
     window: dict[str, torch.Tensor]  # what has tokens
     parameters: tuple[torch.Tensor, ...]
 
-    def __init__(self, state: tuple[int, ...], mode: str, dtype: torch.dtype, kept: ReplayInputs) -> None:
+    def __init__(self, state: tuple[int, ...], mode: str, dtype: torch.dtype, kept: ReplayBuffer) -> None:
         """kept: inputs of as many slots as there are tokens."""
         batch, self.tokens = kept.x.shape[:2]
         device = kept.x.device
-        states = batch, 1 if mode == "inputs" else self.tokens, *state
+        states = batch, 1 if mode == "replay" else self.tokens, *state
         self.states = torch.randn(states, device=device).to(dtype)
-        self.inputs = kept if mode == "inputs" else None
+        self.inputs = kept if mode == "replay" else None
         self.single = torch.empty(batch, 1, *state, dtype=dtype, device=device).copy_(self.states[:, -1:])
         self.start, self.zero = slots(device, batch, self.tokens - 1), slots(device, batch, 0)
         self.launches = 1 if self.inputs is None else 2
@@ -87,7 +87,7 @@ class Recurrence(WindowWork):
         window: dict[str, torch.Tensor],
         states: torch.Tensor,
         start: torch.Tensor,
-        inputs: ReplayInputs | None,
+        inputs: ReplayBuffer | None,
         backend: str,
     ) -> torch.Tensor:
         A, D, dt_bias = self.parameters
@@ -146,7 +146,7 @@ class Scan(Recurrence):
         A = -torch.rand(channels, state_size, device=device) * state_size
         self.parameters = A, torch.randn(channels, device=device), torch.randn(channels, device=device) - 4
         shapes = (channels,), (channels,), (1, state_size)
-        kept = ReplayInputs(*(0.1 * torch.rand(batch, tokens, *shape, device=device) for shape in shapes))
+        kept = ReplayBuffer(*(0.1 * torch.rand(batch, tokens, *shape, device=device) for shape in shapes))
         super().__init__((channels, state_size), mode, dtype, kept)
 
     def each_token(self) -> list[dict[str, torch.Tensor]]:
@@ -167,7 +167,7 @@ class Ssd(Recurrence):
         self.window = {name: activations(device, batch, tokens, *shape) for name, shape in shapes.items()}
         A = -torch.rand(heads, device=device) * 16
         self.parameters = A, torch.randn(heads, device=device), torch.randn(heads, device=device) - 4
-        kept = ReplayInputs(
+        kept = ReplayBuffer(
             *(0.1 * torch.rand(batch, tokens, *shapes[name], device=device) for name in ("x", "dt", "B"))
         )
         super().__init__((heads, head_size, state_size), mode, dtype, kept)

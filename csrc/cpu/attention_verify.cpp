@@ -22,10 +22,10 @@ struct Window {
 };
 
 struct Scratch {
-    Buffer keys, values;     // (kBlock, P rounded up to whole vectors)
-    Buffer queries, sums;    // (queries of a segment, as above)
-    Buffer greatest, total;  // (queries): of the scores so far, of the weights so far
-    Buffer rotated;          // (P)
+    Buffer keys, values;        // (kBlock, P rounded up to whole vectors)
+    Buffer queries, sums;       // (queries of a segment, as above)
+    Buffer running_max, total;  // (queries): of the scores so far, of the weights so far
+    Buffer rotated;             // (P)
 };
 
 inline int64_t padded(int64_t dims) { return divide_up(dims, kLanes) * kLanes; }
@@ -44,7 +44,7 @@ inline void rotate(const float* in, const float* cos, const float* sin, int64_t 
 template <typename Cache>
 inline void write(const float* in, int64_t dims, Cache* out) {
     for (int64_t d = 0; d < dims; d += kLanes) {
-        const int64_t lanes = smaller(kLanes, dims - d);
+        const int64_t lanes = min(kLanes, dims - d);
         store_n(out + d, load_n(in + d, lanes), lanes);
     }
 }
@@ -85,7 +85,7 @@ inline void add_values(const float* weights, int64_t count, const float* values,
     for (int v = 0; v < V; v++) store(sums + v * kLanes, fma(load(sums + v * kLanes), rescale, block[v]));
 }
 
-inline float greatest_of(Vec a) {
+inline float reduce_max(Vec a) {
     alignas(64) float lanes[kLanes];
     store(lanes, a);
     for (int width = kLanes / 2; width > 0; width /= 2)
@@ -101,21 +101,21 @@ inline float exp_of(float x) {
 
 // One query on the first `count` entries of a block.
 inline void attend(const float* query, const float* keys, const float* values, int64_t count, int64_t stride,
-                   float& greatest, float& total, float* sums) {
+                   float& running_max, float& total, float* sums) {
     alignas(64) float scores[kBlock], weights[kBlock];
     int64_t e = 0;
     for (; e + 4 <= count; e += 4) scores_of<4>(query, keys + e * stride, stride, scores + e);
     for (; e < count; e++) scores_of<1>(query, keys + e * stride, stride, scores + e);
     for (; e < kBlock; e++) scores[e] = scores[0];  // does not change the maximum; the weights end at `count`
 
-    const float before = greatest, here = greatest_of(max(load(scores), load(scores + kLanes)));
-    greatest = here > before ? here : before;
-    const Vec shift = broadcast(greatest);
+    const float before = running_max, here = reduce_max(max(load(scores), load(scores + kLanes)));
+    running_max = here > before ? here : before;
+    const Vec shift = broadcast(running_max);
     store(weights, exp(sub(load(scores), shift)));
     store(weights + kLanes, exp(sub(load(scores + kLanes), shift)));
-    const int64_t low = smaller(kLanes, count);
+    const int64_t low = min(kLanes, count);
     const Vec all = add(load_n(weights, low), load_n(weights + kLanes, count - low));
-    const float rescale = exp_of(before - greatest);
+    const float rescale = exp_of(before - running_max);
     total = total * rescale + sum(all);
 
     int64_t d = 0;
@@ -135,12 +135,12 @@ template <typename Cache>
 void segment(const AttentionParams& p, const Item& item, const Cache* keys, const Cache* values, int64_t first,
              int64_t last, Scratch& s) {
     const int64_t group = p.heads / p.kv_heads, stride = padded(p.dims), queries = (last - first) * group;
-    float* key_block = s.keys.room<float>(kBlock * stride);
-    float* value_block = s.values.room<float>(kBlock * stride);
-    float* query = s.queries.room<float>(queries * stride);
-    float* sums = s.sums.room<float>(queries * stride);
-    float* greatest = s.greatest.room<float>(queries);
-    float* total = s.total.room<float>(queries);
+    float* key_block = s.keys.reserve<float>(kBlock * stride);
+    float* value_block = s.values.reserve<float>(kBlock * stride);
+    float* query = s.queries.reserve<float>(queries * stride);
+    float* sums = s.sums.reserve<float>(queries * stride);
+    float* running_max = s.running_max.reserve<float>(queries);
+    float* total = s.total.reserve<float>(queries);
 
     for (int64_t i = 0; i < queries; i++) {
         const int64_t t = first + i / group, head = item.head * group + i % group;
@@ -150,18 +150,19 @@ void segment(const AttentionParams& p, const Item& item, const Cache* keys, cons
         for (int64_t d = 0; d < p.dims; d++) out[d] *= p.scale;
         for (int64_t d = p.dims; d < stride; d++) out[d] = 0.f;
         for (int64_t d = 0; d < stride; d++) sums[i * stride + d] = 0.f;
-        greatest[i] = -HUGE_VALF;
+        running_max[i] = -HUGE_VALF;
         total[i] = 0.f;
     }
     const int64_t begin = item.length - item.nulls;  // token t is at position begin + t
     for (int64_t block = 0; block < begin + last; block += kBlock) {
-        const int64_t present = smaller(kBlock, begin + last - block);
+        const int64_t present = min(kBlock, begin + last - block);
         widen_block(keys + block * p.dims, present, p.dims, key_block);
         widen_block(values + block * p.dims, present, p.dims, value_block);
         const int64_t from = block - begin > first ? block - begin : first;  // earlier tokens end before this block
         for (int64_t i = (from - first) * group; i < queries; i++) {
-            const int64_t count = smaller(present, begin + first + i / group + 1 - block);
-            attend(query + i * stride, key_block, value_block, count, stride, greatest[i], total[i], sums + i * stride);
+            const int64_t count = min(present, begin + first + i / group + 1 - block);
+            attend(query + i * stride, key_block, value_block, count, stride, running_max[i], total[i],
+                   sums + i * stride);
         }
     }
     for (int64_t i = 0; i < queries; i++) {
@@ -178,7 +179,7 @@ void head(const AttentionParams& p, const Item& item) {
     Cache* keys = static_cast<Cache*>(p.keys) + item.row * p.keys_batch_stride + item.head * p.keys_head_stride;
     Cache* values = static_cast<Cache*>(p.values) + item.row * p.values_batch_stride + item.head * p.values_head_stride;
 
-    float* rotated = scratch.rotated.room<float>(p.dims);
+    float* rotated = scratch.rotated.reserve<float>(p.dims);
     for (int64_t t = item.nulls; t < p.tokens; t++) {
         const float* k = p.k + item.row * p.k_batch_stride + t * p.k_token_stride + item.head * p.dims;
         const float* v = p.v + item.row * p.v_batch_stride + t * p.v_token_stride + item.head * p.dims;
@@ -192,20 +193,20 @@ void head(const AttentionParams& p, const Item& item) {
         for (int64_t d = 0; d < group * p.dims; d++) y[d] = 0.f;
     }
     for (int64_t first = item.nulls; first < p.tokens; first += kSegment)
-        segment<Cache>(p, item, keys, values, first, smaller(first + kSegment, p.tokens), scratch);
+        segment<Cache>(p, item, keys, values, first, min(first + kSegment, p.tokens), scratch);
 }
 
 // Everything that is read from `lengths`, before any of it is written; sines and cosines serve all heads.
 Window prepare(const AttentionParams& p) {
     thread_local Buffer length, nulls, cos, sin;
     const int64_t angles = p.batch * p.tokens * p.pairs;
-    const Window w{length.room<int64_t>(p.batch), nulls.room<int64_t>(p.batch), cos.room<float>(angles),
-                   sin.room<float>(angles)};
+    const Window w{length.reserve<int64_t>(p.batch), nulls.reserve<int64_t>(p.batch), cos.reserve<float>(angles),
+                   sin.reserve<float>(angles)};
     for (int64_t b = 0; b < p.batch; b++) {
         const bool left_out = p.start_slot[b] < 0;
         w.length[b] = left_out ? 0 : p.lengths[b * p.slots + p.start_slot[b]];
-        const int64_t count = left_out ? p.tokens : p.null_columns ? p.null_columns[b] : 0;
-        w.nulls[b] = count > 0 ? smaller(count, p.tokens) : 0;
+        const int64_t count = left_out ? p.tokens : p.left_padding ? p.left_padding[b] : 0;
+        w.nulls[b] = count > 0 ? min(count, p.tokens) : 0;
         for (int64_t t = w.nulls[b]; t < p.tokens; t++) {
             const float position = static_cast<float>(w.length[b] + t - w.nulls[b]);
             for (int64_t i = 0; i < p.pairs; i++) {
@@ -221,8 +222,8 @@ Window prepare(const AttentionParams& p) {
 void write_lengths(const AttentionParams& p, const Window& w) {
     for (int64_t b = 0; b < p.batch; b++) {
         if (p.start_slot[b] < 0) continue;
-        for (int64_t t = p.keep_last ? p.tokens - 1 : 0; t < p.tokens; t++) {
-            const int64_t slot = p.keep_last ? 0 : p.write_slot + t, taken = t + 1 - w.nulls[b];
+        for (int64_t t = p.final_state_only ? p.tokens - 1 : 0; t < p.tokens; t++) {
+            const int64_t slot = p.final_state_only ? 0 : p.write_slot + t, taken = t + 1 - w.nulls[b];
             p.lengths[b * p.slots + slot] = static_cast<int32_t>(w.length[b] + (taken > 0 ? taken : 0));
         }
     }

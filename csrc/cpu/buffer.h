@@ -18,7 +18,7 @@ class Buffer {
 
     // Room for `count` values, of which nothing is known. Throws where there is no memory.
     template <typename T>
-    T* room(int64_t count) {
+    T* reserve(int64_t count) {
         const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
         if (bytes_ < bytes) {
             std::free(data_);

@@ -37,7 +37,7 @@ void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, in
     float* window = p.window + row * p.window_batch_stride + channel;
     float* y = p.y + row * p.tokens * p.channels + channel;
     if (p.start_slot[row] < 0) return store_zeros(y, p.tokens, p.channels, count);
-    const int64_t null_columns = p.null_columns ? p.null_columns[row] : 0;
+    const int64_t left_padding = p.left_padding ? p.left_padding[row] : 0;
 
     Vec taps[kMaxConvWidth], inputs[kMaxConvWidth];
     for (int k = 0; k < width; k++) {
@@ -47,19 +47,19 @@ void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, in
     for (int k = 0; k < width - 1; k++) {
         inputs[k] = load_n(window + (p.start_slot[row] + 1 + k) * p.window_row_stride, count);
     }
-    if (!p.keep_last && p.write_slot == 0) {
+    if (!p.final_state_only && p.write_slot == 0) {
         for (int k = 0; k < width - 1; k++) store_n(window + k * p.window_row_stride, inputs[k], count);
     }
     for (int64_t t = 0; t < p.tokens; t++) {
-        Vec input = t < null_columns ? zero() : load_source(x + t * p.x_token_stride, from, count);
+        Vec input = t < left_padding ? zero() : load_source(x + t * p.x_token_stride, from, count);
         inputs[width - 1] = input;
-        if (!p.keep_last) store_n(window + (width - 1 + p.write_slot + t) * p.window_row_stride, input, count);
+        if (!p.final_state_only) store_n(window + (width - 1 + p.write_slot + t) * p.window_row_stride, input, count);
         Vec sum = bias;
         for (int k = 0; k < width; k++) sum = fma(inputs[k], taps[k], sum);
         for (int k = 0; k < width - 1; k++) inputs[k] = inputs[k + 1];
         store_n(y + t * p.channels, p.silu ? silu(sum) : sum, count);
     }
-    if (p.keep_last) {
+    if (p.final_state_only) {
         for (int k = 0; k < width - 1; k++) store_n(window + (1 + k) * p.window_row_stride, inputs[k], count);
     }
 }
@@ -71,7 +71,7 @@ void run(const CausalConv1dParams& p, int threads) {
                  [&](int64_t first, int64_t last) {
                      for (int64_t i = first; i < last; i++) {
                          int64_t channel = i % blocks * kLanes;
-                         channel_block<scalar_t>(p, i / blocks, channel, smaller(kLanes, p.channels - channel));
+                         channel_block<scalar_t>(p, i / blocks, channel, min(kLanes, p.channels - channel));
                      }
                  });
 }

@@ -1,6 +1,6 @@
-// One token from weights: the argmax of log w plus Gumbel noise, computed as an exponential argmax. Token i arrives after
-// E_i / w_i, E_i exponential from the noise of (position, token), and the first wins. With the same noise, probabilities
-// that are alike give the same token more often than not, which is what couples draft and target.
+// One token from weights: the argmax of log w plus Gumbel noise, computed as an exponential argmax. Token i arrives
+// after E_i / w_i, E_i exponential from the noise of (position, token), and the first wins. With the same noise,
+// probabilities that are alike give the same token more often than not, which is what couples draft and target.
 #pragma once
 
 #include <cmath>
@@ -29,12 +29,13 @@ inline int64_t gumbel_argmax_dense(const float* weights, int64_t count, const No
         uint32_t words[4][counters];
         noise.fill<counters>(words, static_cast<uint32_t>(first / 4));
         for (int64_t part = 0; part < counters / 4 && first + part * 16 < count; part++) {
-            const int64_t start = first + part * 16, lanes = smaller(16, count - start);
+            const int64_t start = first + part * 16, lanes = min(16, count - start);
             const uint32_t* bits = &words[part % 4][part / 4 * 16];
             float earliest[16];
             for (int l = 0; l < 16; l++) earliest[l] = static_cast<float>(bits[l] >> 8) * 0x1p-24f;
             const Vec limit = broadcast(static_cast<float>(argmax.best) * 1.000001f);
-            if (argmax.winner >= 0 && !any_greater(mul(load_n(weights + start, lanes), limit), load(earliest))) continue;
+            if (argmax.winner >= 0 && !any_greater(mul(load_n(weights + start, lanes), limit), load(earliest)))
+                continue;
             for (int64_t l = 0; l < lanes; l++)
                 if (weights[start + l] > 0) argmax.enter(start + l, weights[start + l], bits[l]);
         }

@@ -6,7 +6,7 @@
 namespace speculative_mamba::SM_ISA {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Work below this many multiply-adds or so is done sooner by one thread than a second one can be woken.
 constexpr int64_t kWorthSharing = 32 * 1024;
@@ -24,7 +24,7 @@ inline void parallel_for(int64_t items, int64_t grain, int64_t work, int threads
         divide_up(items, grain), threads,
         [](void* opaque, int64_t chunk) {
             const Context& c = *static_cast<const Context*>(opaque);
-            c.body(chunk * c.grain, smaller(c.items, (chunk + 1) * c.grain));
+            c.body(chunk * c.grain, min(c.items, (chunk + 1) * c.grain));
         },
         &context);
 }

@@ -19,7 +19,7 @@ void group(const RmsNormParams& p, int64_t m, int64_t first, int64_t size) {
 
     Vec squares = zero();
     for (int64_t k = 0; k < size; k += kLanes) {
-        const int64_t count = smaller(kLanes, size - k);
+        const int64_t count = min(kLanes, size - k);
         Vec value = load_n(x + k, count);
         if (residual) value = add(value, load_n(residual + k, count));
         if (gate) value = mul(value, silu(load_n(gate + k, count)));
@@ -28,7 +28,7 @@ void group(const RmsNormParams& p, int64_t m, int64_t first, int64_t size) {
     }
     const Vec scale = broadcast(1.f / std::sqrt(sum(squares) / static_cast<float>(size) + p.eps));
     for (int64_t k = 0; k < size; k += kLanes) {
-        const int64_t count = smaller(kLanes, size - k);
+        const int64_t count = min(kLanes, size - k);
         store_n(y + k, mul(mul(load_n(residual_out + k, count), scale), load_n(weight + k, count)), count);
     }
 }

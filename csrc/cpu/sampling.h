@@ -66,7 +66,7 @@ struct Scratch {
 inline Scratch scratch(int64_t vocabulary) {
     thread_local Buffer buffer;
     const int64_t part = divide_up(vocabulary, kLanes) * kLanes * 4;
-    char* memory = buffer.room<char>(6 * part);
+    char* memory = buffer.reserve<char>(6 * part);
     auto at = [&](int i) { return static_cast<void*>(memory + i * part); };
     return {static_cast<float*>(at(0)),    static_cast<float*>(at(1)),    static_cast<int32_t*>(at(2)),
             static_cast<uint32_t*>(at(3)), static_cast<uint32_t*>(at(4)), static_cast<int32_t*>(at(5))};
@@ -79,8 +79,8 @@ inline float penalised(float logit, int32_t count, const RowSampling& row) {
     return lowered - row.frequency_penalty * static_cast<float>(count) - row.presence_penalty;
 }
 
-// Logits after bias and penalties, in that order. A token counts as generated output_counts (V) times, and once more for
-// each of the window's tokens before this position, `drafted` of them.
+// Logits after bias and penalties, in that order. A token counts as generated output_counts (V) times, and once more
+// for each of the window's tokens before this position, `drafted` of them.
 inline const float* adjusted(const float* logits, int64_t vocabulary, const RowSampling& row, const bool* prompt_mask,
                              const int32_t* output_counts, const int64_t* draft_tokens, int64_t drafted,
                              const Scratch& s) {
@@ -91,7 +91,7 @@ inline const float* adjusted(const float* logits, int64_t vocabulary, const RowS
     if (!row.penalised()) return s.logits;
     constexpr int64_t kPart = 16;  // tokens that are skipped together where the text holds none of them
     for (int64_t first = 0; first < vocabulary; first += kPart) {
-        const int64_t last = smaller(vocabulary, first + kPart);
+        const int64_t last = min(vocabulary, first + kPart);
         if (last - first == kPart) {
             uint64_t words[kPart / 8], marked = 0;
             std::memcpy(words, prompt_mask + first, sizeof words);
@@ -152,9 +152,9 @@ constexpr int64_t kBlock = 32 * kLanes;
 inline double total(const float* x, int64_t size) {
     double result = 0;
     for (int64_t first = 0; first < size; first += kBlock) {
-        const int64_t last = smaller(size, first + kBlock);
+        const int64_t last = min(size, first + kBlock);
         Vec block = zero();
-        for (int64_t i = first; i < last; i += kLanes) block = add(block, load_n(x + i, smaller(kLanes, last - i)));
+        for (int64_t i = first; i < last; i += kLanes) block = add(block, load_n(x + i, min(kLanes, last - i)));
         result += sum(block);
     }
     return result;
@@ -164,7 +164,7 @@ inline double total(const float* x, int64_t size) {
 inline void exponentials(const float* x, int64_t size, float max, float temperature, float* out) {
     const Vec peak = broadcast(max), divisor = broadcast(temperature), floor = exp(broadcast(-87.f));
     for (int64_t i = 0; i < size; i += kLanes) {
-        const int64_t count = smaller(kLanes, size - i);
+        const int64_t count = min(kLanes, size - i);
         store_n(out + i, sub(exp(div(sub(load_n(x + i, count), peak), divisor)), floor), count);
     }
 }
@@ -186,7 +186,7 @@ inline void largest_by_heap(const float* x, int64_t size, int64_t count, int32_t
     for (int64_t i = 0; i < count; i++) ids[i] = static_cast<int32_t>(i);
     for (int64_t at = count / 2; at-- > 0;) sift(x, ids, count, at);
     for (int64_t i = count; i < size;) {
-        const int64_t last = smaller(size, i + kLanes);
+        const int64_t last = min(size, i + kLanes);
         if (last == i + kLanes && !any_greater(load(x + i), broadcast(x[ids[0]]))) {
             i = last;
             continue;
@@ -233,7 +233,7 @@ inline void sort_all(const float* x, int64_t size, const Scratch& s) {
     }
 }
 
-constexpr int64_t kHeapAtMost = 1024;
+constexpr int64_t kMaxHeap = 1024;
 
 // The k likeliest tokens, of them the fewest that reach p, of them those of at least min_p times the largest.
 inline Probs top_tokens(const float* x, int64_t vocabulary, float max, const RowSampling& row, const Scratch& s) {
@@ -243,8 +243,8 @@ inline Probs top_tokens(const float* x, int64_t vocabulary, float max, const Row
         exponentials(x, vocabulary, max, row.temperature, s.weights);
         all = total(s.weights, vocabulary);
     }
-    for (int64_t count = by_rank ? row.top_k : smaller(kHeapAtMost, vocabulary);; count = vocabulary) {
-        if (count <= kHeapAtMost) {
+    for (int64_t count = by_rank ? row.top_k : min(kMaxHeap, vocabulary);; count = vocabulary) {
+        if (count <= kMaxHeap) {
             largest_by_heap(x, vocabulary, count, s.ids);
         } else {
             sort_all(x, vocabulary, s);
@@ -262,7 +262,7 @@ inline Probs top_tokens(const float* x, int64_t vocabulary, float max, const Row
         }
         while (kept > 1 && (s.weights[kept - 1] < row.min_p * (1 - kRounding) || s.weights[kept - 1] == 0)) kept--;
         const float scale = static_cast<float>(1 / total(s.weights, kept));
-        if (kept <= kHeapAtMost) return {s.ids, s.weights, kept, scale};
+        if (kept <= kMaxHeap) return {s.ids, s.weights, kept, scale};
         float* in_order = reinterpret_cast<float*>(s.keys);
         std::memset(in_order, 0, vocabulary * sizeof(float));
         for (int64_t i = 0; i < kept; i++) in_order[s.ids[i]] = s.weights[i];

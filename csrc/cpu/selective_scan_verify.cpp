@@ -53,7 +53,7 @@ inline Vec replay(const SelectiveScanParams& p, const Segment<State>& s, int64_t
 template <typename State>
 void segment(const SelectiveScanParams& p, const Segment<State>& s) {
     alignas(64) float dt[kSegment][kLanes], dt_x[kSegment][kLanes], y[kSegment][kLanes];
-    const int64_t null_columns = p.null_columns ? p.null_columns[s.row] : 0;
+    const int64_t left_padding = p.left_padding ? p.left_padding[s.row] : 0;
     const float* x = p.x + s.row * p.x_batch_stride + s.first * p.x_token_stride + s.channel;
     const float* raw_dt = p.dt + s.row * p.dt_batch_stride + s.first * p.dt_token_stride + s.channel;
 
@@ -61,13 +61,13 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
     for (int64_t t = 0; t < s.tokens; t++) {
         Vec input = load_n(x + t * p.x_token_stride, s.count);
         Vec delta = softplus(add(load_n(raw_dt + t * p.dt_token_stride, s.count), dt_bias));
-        if (s.first + t < null_columns) delta = zero();
+        if (s.first + t < left_padding) delta = zero();
         store(dt[t], delta);
         store(dt_x[t], mul(delta, input));
         store(y[t], mul(skip, input));
     }
     for (int64_t n = 0; n < p.state_size; n += kLanes) {
-        const int64_t lanes = smaller(kLanes, p.state_size - n);
+        const int64_t lanes = min(kLanes, p.state_size - n);
         for (int64_t c = 0; c < s.count; c++) {
             const int64_t channel = s.channel + c, offset = c * p.state_size + n;
             const float* B = p.B + s.row * p.B_batch_stride + s.first * p.B_token_stride +
@@ -96,7 +96,7 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
         }
         store_n(p.y + (s.row * p.tokens + s.first + t) * p.channels + s.channel, out, s.count);
     }
-    if (!p.input_dt || p.keep_last) return;
+    if (!p.input_dt || p.final_state_only) return;
     for (int64_t t = 0; t < s.tokens; t++) {
         const int64_t input = (s.row * p.input_slots + p.write_slot + s.first + t) * p.channels + s.channel;
         store_n(p.input_x + input, load_n(x + t * p.x_token_stride, s.count), s.count);
@@ -117,19 +117,20 @@ void channel_block(const SelectiveScanParams& p, int64_t row, int64_t channel, i
         s.start = states + p.start_slot[row] * p.states_slot_stride;
     } else {
         s.replayed = p.write_slot == 0 ? p.start_slot[row] + 1 : p.write_slot;
-        if (p.write_slot == 0 && !p.keep_last) s.kept = states;
-        if (p.tokens > kSegment && !p.keep_last) { between = buffer.room<State>(count * p.state_size); }
+        if (p.write_slot == 0 && !p.final_state_only) s.kept = states;
+        if (p.tokens > kSegment && !p.final_state_only) { between = buffer.reserve<State>(count * p.state_size); }
     }
     for (; s.first < p.tokens; s.first += kSegment) {
-        s.tokens = smaller(kSegment, p.tokens - s.first);
-        if (!p.input_dt && !p.keep_last) s.slots = states + (p.write_slot + s.first) * p.states_slot_stride;
-        s.end = p.keep_last ? states : between;
+        s.tokens = min(kSegment, p.tokens - s.first);
+        if (!p.input_dt && !p.final_state_only) s.slots = states + (p.write_slot + s.first) * p.states_slot_stride;
+        s.end = p.final_state_only ? states : between;
         segment(p, s);
         s.start = s.slots ? s.slots + (s.tokens - 1) * p.states_slot_stride : s.end;
         s.replayed = 0;
         s.kept = nullptr;
     }
-    if (p.input_dt && p.keep_last) store_n(p.input_dt + row * p.input_slots * p.channels + channel, zero(), count);
+    if (p.input_dt && p.final_state_only)
+        store_n(p.input_dt + row * p.input_slots * p.channels + channel, zero(), count);
 }
 
 template <typename State>
@@ -139,10 +140,10 @@ void run(const SelectiveScanParams& p, int threads) {
     parallel_for(items, divide_up(items, 4 * threads), work, threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             int64_t channel = i % blocks * kLanes;
-            channel_block<State>(p, i / blocks, channel, smaller(kLanes, p.channels - channel));
+            channel_block<State>(p, i / blocks, channel, min(kLanes, p.channels - channel));
         }
     });
-    if (!p.input_dt || p.keep_last) return;
+    if (!p.input_dt || p.final_state_only) return;
     // All channels share B, so its inputs change only now, when every block has read them.
     const int64_t size = p.b_groups * p.state_size;
     for (int64_t row = 0; row < p.batch; row++) {

@@ -49,7 +49,7 @@ inline void accumulate(const SkinnyLinearParams& p, const float* x, const scalar
             }
         }
     };
-    const int64_t ahead = smaller(prefetch_bytes(M) / sizeof(scalar_t), count);
+    const int64_t ahead = min(prefetch_bytes(M) / sizeof(scalar_t), count);
     const int64_t turn = (count - ahead) / kLanes * kLanes;
     span(0, turn, ahead);
     span(turn, count, next - weight + ahead - count);
@@ -72,7 +72,7 @@ inline void group(const SkinnyLinearParams& p, int64_t m0, int64_t n0, int tiles
         for (int r = 0; r < R; r++)
             for (int m = 0; m < M; m++) sums[t][r][m] = zero();
     for (int64_t k = 0; k < whole; k += block) {
-        const int64_t count = smaller(block, whole - k);
+        const int64_t count = min(block, whole - k);
         for (int t = 0; t < tiles; t++) {
             const scalar_t* here = weight + t * tile_stride + k;
             const scalar_t* next = t + 1 < tiles       ? here + tile_stride
@@ -111,7 +111,7 @@ void run(const SkinnyLinearParams& p, int threads) {
     // rows of x small enough to be found in the cache again by the next tile.
     const int64_t row_bytes = p.in_features * static_cast<int64_t>(sizeof(scalar_t));
     int64_t grain = divide_up(64 * 1024, row_bytes > 0 ? row_bytes : 1);
-    grain = divide_up(smaller(grain, divide_up(p.out_features, 2 * threads)), 8) * 8;
+    grain = divide_up(min(grain, divide_up(p.out_features, 2 * threads)), 8) * 8;
     const int64_t work = p.rows * p.in_features * p.out_features;
     parallel_for(p.out_features, grain, work, threads, [&](int64_t first, int64_t last) {
         int64_t m = 0;

@@ -34,11 +34,11 @@ Outcome decide(const SpeculativeAcceptParams& p, int64_t b) {
     const int64_t lookahead = p.tokens - 1, counted = p.draft_stride - lookahead;
     const int64_t* text = p.draft_tokens + b * p.draft_stride;
     const int64_t* drafted = text + counted;
-    const int64_t end = p.num_draft_tokens ? smaller(p.num_draft_tokens[b], lookahead) : lookahead;
+    const int64_t end = p.num_draft_tokens ? min(p.num_draft_tokens[b], lookahead) : lookahead;
     for (int64_t t = 0; t <= end; t++) {
-        const float* logits = adjusted(p.logits + b * p.logits_batch_stride + t * p.logits_token_stride, p.vocabulary,
-                                       row, p.prompt_mask + b * p.vocabulary, p.output_counts + b * p.vocabulary, text,
-                                       counted + t, s);
+        const float* logits =
+            adjusted(p.logits + b * p.logits_batch_stride + t * p.logits_token_stride, p.vocabulary, row,
+                     p.prompt_mask + b * p.vocabulary, p.output_counts + b * p.vocabulary, text, counted + t, s);
         Probs target;
         const RowStatus status = make_probs(logits, p.vocabulary, row, s, target);
         if (status != RowStatus::ok) return {status, t, 0};

@@ -35,7 +35,7 @@ inline Vec step_size(const SsdParams& p, Vec dt, Vec bias) {
 }
 
 inline bool is_null(const SsdParams& p, int64_t row, int64_t token) {
-    return p.null_columns && token < p.null_columns[row];
+    return p.left_padding && token < p.left_padding[row];
 }
 
 // Where x of a step lies, from the block's first channel on.
@@ -48,16 +48,16 @@ inline const float* x_of(const SsdParams& p, const Block& b, int64_t step) {
 // `count` numbers as whole vectors: where they lie, or, if the last vector would not be full, in `room` with zeros.
 const float* whole_vectors(const float* from, int64_t count, float* room) {
     if (count % kLanes == 0) return from;
-    for (int64_t n = 0; n < count; n += kLanes) store(room + n, load_n(from + n, smaller(kLanes, count - n)));
+    for (int64_t n = 0; n < count; n += kLanes) store(room + n, load_n(from + n, min(kLanes, count - n)));
     return room;
 }
 
 // What is the same for all channels of a head. Lanes run over steps for Δ, which every lane computes alike.
 void fill(const SsdParams& p, const Block& b, int64_t first, int64_t n, Segment& s) {
     s.row = b.row, s.head = b.head, s.first = first, s.n = n;
-    s.count = smaller(kSegment, b.fed + p.tokens - first);
-    s.old = first < b.fed ? smaller(s.count, b.fed - first) : 0;
-    s.size = smaller(kPiece, p.state_size - n);
+    s.count = min(kSegment, b.fed + p.tokens - first);
+    s.old = first < b.fed ? min(s.count, b.fed - first) : 0;
+    s.size = min(kPiece, p.state_size - n);
     const int64_t first_input = b.row * p.input_slots + first, first_token = first - b.fed;
 
     float raw[kSegment] = {};
@@ -89,7 +89,7 @@ void fill(const SsdParams& p, const Block& b, int64_t first, int64_t n, Segment&
 template <typename State>
 inline State* checkpoint(const SsdParams& p, const Block& b, int64_t step) {
     State* states = static_cast<State*>(p.states) + b.row * p.states_batch_stride;
-    if (p.keep_last) return step + 1 == b.fed + p.tokens ? states : nullptr;
+    if (p.final_state_only) return step + 1 == b.fed + p.tokens ? states : nullptr;
     if (p.input_dt) return step + 1 == b.fed && p.write_slot == 0 ? states : nullptr;
     return states + (p.write_slot + step) * p.states_slot_stride;
 }
@@ -193,16 +193,16 @@ void channel_block(const SsdParams& p, const Block& b, Segment& s) {
 
 // Leaves a new token as the input of its slot. After prefill the kept state holds it already: slot 0 adds nothing.
 void remember(const SsdParams& p, int64_t row, int64_t token) {
-    if (p.start_slot[row] < 0 || (p.keep_last && token > 0)) return;
+    if (p.start_slot[row] < 0 || (p.final_state_only && token > 0)) return;
     const int64_t input = row * p.input_slots + p.write_slot + token;
     const float* dt = p.dt + row * p.dt_batch_stride + token * p.dt_token_stride;
-    const bool nothing = p.keep_last || is_null(p, row, token);
+    const bool nothing = p.final_state_only || is_null(p, row, token);
     for (int64_t h = 0; h < p.heads; h += kLanes) {
-        const int64_t count = smaller(kLanes, p.heads - h);
+        const int64_t count = min(kLanes, p.heads - h);
         Vec step = nothing ? zero() : step_size(p, load_n(dt + h, count), load_n(p.dt_bias + h, count));
         store_n(p.input_dt + input * p.heads + h, step, count);
     }
-    if (p.keep_last) return;
+    if (p.final_state_only) return;
     const int64_t x_size = p.x_heads * p.head_size, b_size = p.b_groups * p.state_size;
     std::memcpy(p.input_x + input * x_size, p.x + row * p.x_batch_stride + token * p.x_token_stride,
                 x_size * sizeof(float));
@@ -219,7 +219,7 @@ void run(const SsdParams& p, int threads) {
         for (int64_t i = first; i < last; i++) {
             const int64_t row = i / blocks / p.heads, head = i / blocks % p.heads, channel = i % blocks * kLanes;
             const int64_t fed = p.input_dt ? p.start_slot[row] + 1 : 0;
-            channel_block<State>(p, {row, head, channel, smaller(kLanes, p.head_size - channel), fed}, s);
+            channel_block<State>(p, {row, head, channel, min(kLanes, p.head_size - channel), fed}, s);
         }
     });
     if (!p.input_dt) return;

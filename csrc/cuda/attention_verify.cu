@@ -21,7 +21,7 @@ struct Scratch {
     int64_t segment, chunks;  // S = min(T, kSegment), C
     float* queries;           // (B, T, H, P): rotated and scaled
     float* sums;              // (B, S, H, C, P): weighted values of a chunk
-    float* softmax;           // (B, S, H, C, 2): greatest score of a chunk, and the sum of its weights
+    float* softmax;           // (B, S, H, C, 2): running_max score of a chunk, and the sum of its weights
     int32_t* begin;           // (B): token t of the window is at position begin + t
     int64_t bytes;            // of all
 
@@ -43,9 +43,9 @@ struct Scratch {
 };
 
 // All columns of a row that is left out.
-__device__ __forceinline__ int64_t null_columns(const AttentionParams& p, int64_t row) {
+__device__ __forceinline__ int64_t left_padding(const AttentionParams& p, int64_t row) {
     if (load_raw(p.start_slot + row) < 0) return p.tokens;
-    const int64_t count = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    const int64_t count = p.left_padding ? load_raw(p.left_padding + row) : 0;
     return count < 0 ? 0 : count < p.tokens ? count : p.tokens;
 }
 
@@ -77,7 +77,7 @@ __device__ __forceinline__ void rotate(const AttentionParams& p, const Act* in, 
 template <typename Act, typename Cache>
 __global__ void __launch_bounds__(kHeadThreads) prepare(AttentionParams p, Scratch s) {
     wait_for_previous();
-    const int64_t t = blockIdx.x, head = blockIdx.y, row = blockIdx.z, nulls = null_columns(p, row);
+    const int64_t t = blockIdx.x, head = blockIdx.y, row = blockIdx.z, nulls = left_padding(p, row);
     const int64_t start = load_raw(p.start_slot + row);
     const int64_t begin = (start < 0 ? 0 : load_raw(p.lengths + row * p.slots + start)) - nulls;
     if (t == 0 && head == 0 && threadIdx.x == 0) store_raw(s.begin + row, static_cast<int32_t>(begin));
@@ -153,17 +153,17 @@ __global__ void __launch_bounds__(kThreads, 2) attend(AttentionParams p, Scratch
 
     if (warp < Q) {
         const int seen = seen_by(warp);
-        float greatest = -HUGE_VALF, total = 0.f;
-        for (int e = lane; e < seen; e += kWarp) greatest = fmaxf(greatest, load(weights + e * Q + warp));
-        greatest = max_of_lanes<kWarp>(greatest);
+        float running_max = -HUGE_VALF, total = 0.f;
+        for (int e = lane; e < seen; e += kWarp) running_max = fmaxf(running_max, load(weights + e * Q + warp));
+        running_max = warp_reduce_max<kWarp>(running_max);
         for (int e = lane; e < seen; e += kWarp) {
-            const float weight = expf(load(weights + e * Q + warp) - greatest);
+            const float weight = expf(load(weights + e * Q + warp) - running_max);
             store(weights + e * Q + warp, weight);
             total += weight;
         }
-        total = sum_of_lanes<kWarp>(total);
+        total = warp_reduce_sum<kWarp>(total);
         if (lane == 0 && exists(warp)) {
-            store(s.softmax + result_of(warp) * 2, greatest);
+            store(s.softmax + result_of(warp) * 2, running_max);
             store(s.softmax + result_of(warp) * 2 + 1, total);
         }
     }
@@ -206,23 +206,23 @@ __global__ void __launch_bounds__(kThreads, 2) attend(AttentionParams p, Scratch
 template <typename Act>
 __global__ void __launch_bounds__(kHeadThreads) combine(AttentionParams p, Scratch s, int64_t token) {
     wait_for_previous();
-    const int64_t head = blockIdx.x, t = token + blockIdx.y, row = blockIdx.z, nulls = null_columns(p, row);
+    const int64_t head = blockIdx.x, t = token + blockIdx.y, row = blockIdx.z, nulls = left_padding(p, row);
     const int64_t length = load_raw(s.begin + row) + (t < nulls ? nulls : t + 1);
-    const bool kept = load_raw(p.start_slot + row) >= 0 && (!p.keep_last || t + 1 == p.tokens);
+    const bool kept = load_raw(p.start_slot + row) >= 0 && (!p.final_state_only || t + 1 == p.tokens);
     if (head == 0 && threadIdx.x == 0 && kept) {
-        const int64_t slot = p.keep_last ? 0 : p.write_slot + t;
+        const int64_t slot = p.final_state_only ? 0 : p.write_slot + t;
         store_raw(p.lengths + row * p.slots + slot, static_cast<int32_t>(length));
     }
     const int64_t chunks = t < nulls ? 0 : (length + kChunk - 1) / kChunk;
     const float* softmax = s.softmax + s.result(p, row, t - token, head) * 2;
     const float* sums = s.sums + s.result(p, row, t - token, head) * p.dims;
     Act* y = reinterpret_cast<Act*>(p.y) + ((row * p.tokens + t) * p.heads + head) * p.dims;
-    float greatest = -HUGE_VALF;
-    for (int64_t c = 0; c < chunks; c++) greatest = fmaxf(greatest, load(softmax + 2 * c));
+    float running_max = -HUGE_VALF;
+    for (int64_t c = 0; c < chunks; c++) running_max = fmaxf(running_max, load(softmax + 2 * c));
     for (int64_t d = threadIdx.x; d < p.dims; d += kHeadThreads) {
         float sum = 0.f, total = 0.f;
         for (int64_t c = 0; c < chunks; c++) {
-            const float scale = expf(load(softmax + 2 * c) - greatest);
+            const float scale = expf(load(softmax + 2 * c) - running_max);
             total = fmaf(load(softmax + 2 * c + 1), scale, total);
             sum = fmaf(load(sums + c * p.dims + d), scale, sum);
         }

@@ -1,4 +1,5 @@
-// Weights of tokens, and top-k candidates: a few tokens of a position in order, of which a thread of the block takes one.
+// Weights of tokens, and top-k candidates: a few tokens of a position in order, of which a thread of the block takes
+// one.
 #pragma once
 
 #include "logits.cuh"
@@ -23,7 +24,7 @@ struct Weights {
         const float scaled = (logit - peak) / temperature;
         return scaled > kSmallest ? expf(scaled) : 0.f;
     }
-    // The likelier, the smaller; kBins where the weight is 0.
+    // The likelier, the min; kBins where the weight is 0.
     __device__ int bin(float logit) const {
         const float bin = (peak - logit) * (kBins / (1.f - kSmallest) / temperature);
         return bin < kBins ? static_cast<int>(bin) : kBins;
@@ -79,16 +80,18 @@ struct Candidates {
         __syncthreads();
     }
 };
-#define SM_CANDIDATES(candidates)                               \
-    SM_SHARED(unsigned, candidate_count, 1);                    \
-    SM_SHARED(unsigned, candidate_groups_count, 1);             \
-    SM_SHARED(int, candidate_groups, kMaxCandidates);           \
-    SM_SHARED(uint64_t, candidates_found, kMaxCandidates);      \
-    SM_SHARED(uint64_t, candidate_units, kMaxCandidates);       \
-    SM_SHARED(uint64_t, candidates_sorted, kMaxCandidates);     \
-    SM_SHARED(uint64_t, candidates_before, kMaxCandidates + 1); \
-    const Candidates candidates{candidate_count, candidate_groups_count, candidate_groups, candidates_found, \
-                                candidate_units, candidates_sorted,      candidates_before}
+#define SM_CANDIDATES(candidates)                                                                     \
+    SM_SHARED(unsigned, candidate_count, 1);                                                          \
+    SM_SHARED(unsigned, candidate_groups_count, 1);                                                   \
+    SM_SHARED(int, candidate_groups, kMaxCandidates);                                                 \
+    SM_SHARED(uint64_t, candidates_found, kMaxCandidates);                                            \
+    SM_SHARED(uint64_t, candidate_units, kMaxCandidates);                                             \
+    SM_SHARED(uint64_t, candidates_sorted, kMaxCandidates);                                           \
+    SM_SHARED(uint64_t, candidates_before, kMaxCandidates + 1);                                       \
+    const Candidates candidates {                                                                     \
+        candidate_count, candidate_groups_count, candidate_groups, candidates_found, candidate_units, \
+            candidates_sorted, candidates_before                                                      \
+    }
 
 }  // namespace
 }  // namespace speculative_mamba::cuda

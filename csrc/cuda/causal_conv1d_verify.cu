@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
     }
     wait_for_previous();
     const int64_t start = load_raw(p.start_slot + row);
-    const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    const int64_t nulls = p.left_padding ? load_raw(p.left_padding + row) : 0;
     Group<Act, Channels> tokens[kTokens];
     auto load_tokens = [&](int64_t first) {
 #pragma unroll
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
         inputs[k] = load_group<Channels>(static_cast<const float*>(window + slot_row * p.window_row_stride));
     }
 
-    if (!p.keep_last && p.write_slot == 0) {
+    if (!p.final_state_only && p.write_slot == 0) {
 #pragma unroll
         for (int k = 0; k + 1 < Taps; k++)
             if (k >= first_tap) store_group<Channels>(window + (k - first_tap) * p.window_row_stride, inputs[k]);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
                 out.v[c] = narrow<Act>(p.silu ? silu(sum) : sum);
             }
             store_group<Channels>(y + t * p.channels, out);
-            if (!p.keep_last) {
+            if (!p.final_state_only) {
                 const int64_t slot_row = p.width - 1 + p.write_slot + t;
                 store_group<Channels>(window + slot_row * p.window_row_stride, inputs[Taps - 1]);
             }
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
             for (int k = 0; k + 1 < Taps; k++) inputs[k] = inputs[k + 1];
         }
     }
-    if (!p.keep_last) return;
+    if (!p.final_state_only) return;
 #pragma unroll
     for (int k = 0; k + 1 < Taps; k++)
         if (k >= first_tap) store_group<Channels>(window + (1 + k - first_tap) * p.window_row_stride, inputs[k]);

@@ -287,13 +287,13 @@ __device__ __forceinline__ float power_of_2(float x) {
 
 // The value that another of `Lanes` neighbouring lanes has.
 template <int Lanes>
-__device__ __forceinline__ float of_lane(float value, int lane) {
+__device__ __forceinline__ float warp_shuffle(float value, int lane) {
     return __shfl_sync(kAllLanes, value, lane, Lanes);
 }
 
 // Sum over `Lanes` neighbouring lanes, the same in each; a tree of fixed shape, which joins those of `First` lanes.
 template <int Lanes, int First = Lanes>
-__device__ __forceinline__ float sum_of_lanes(float value) {
+__device__ __forceinline__ float warp_reduce_sum(float value) {
 #pragma unroll
     for (int mask = First / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(kAllLanes, value, mask);
 #pragma unroll
@@ -301,7 +301,7 @@ __device__ __forceinline__ float sum_of_lanes(float value) {
     return value;
 }
 
-// A lane's sum is that of value lane % Values, as sum_of_lanes<Lanes, Values> gives it, for few shuffles.
+// A lane's sum is that of value lane % Values, as warp_reduce_sum<Lanes, Values> gives it, for few shuffles.
 template <int Half, int Values>
 __device__ __forceinline__ void sum_halves(float (&values)[Values], int lane) {
     if constexpr (Half > 0) {
@@ -325,7 +325,7 @@ __device__ __forceinline__ float sums_of_lanes(float (&values)[Values], int lane
 
 // The greatest that is not NaN.
 template <int Lanes>
-__device__ __forceinline__ float max_of_lanes(float value) {
+__device__ __forceinline__ float warp_reduce_max(float value) {
 #pragma unroll
     for (int mask = Lanes / 2; mask > 0; mask /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, mask));
     return value;
@@ -351,7 +351,7 @@ inline int of_current_device(cudaDeviceAttr attribute) {
     return value;
 }
 inline int multiprocessors() { return of_current_device(cudaDevAttrMultiProcessorCount); }
-inline int64_t most_memory_of_a_block() { return of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int64_t max_shared_memory() { return of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 // Prepares a kernel for the current device, once. Whether it can be loaded while the one before it ends: it waits for
 // that one where it was compiled for 9.0 or later, but code of an earlier architecture, translated for this card, does
@@ -372,7 +372,7 @@ inline bool prepare(const void* kernel) {
 }
 #else
 inline int multiprocessors() { return shim::kMultiprocessors; }
-inline int64_t most_memory_of_a_block() { return shim::memory_of_block(); }
+inline int64_t max_shared_memory() { return shim::shared_memory_limit(); }
 #endif
 
 // Starts a kernel, unless it has no blocks, with `bytes` of launched memory each, beside which a kernel has none if
@@ -392,7 +392,7 @@ inline void launch_with_memory(void (*kernel)(Parameters...), dim3 blocks, dim3 
     constexpr int64_t kUnasked = 48 * 1024;
     if (bytes > kUnasked) {
         check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(most_memory_of_a_block())));
+                                   static_cast<int>(max_shared_memory())));
     }
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;

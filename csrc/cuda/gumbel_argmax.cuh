@@ -19,7 +19,7 @@ struct GumbelArgmax {
         const float arrival = exponential(bits) / weight;
         if (arrival < best || winner < 0) best = arrival, winner = token;
     }
-    // Of two races the smaller result is that of both together.
+    // Of two races the min result is that of both together.
     __device__ uint64_t result() const {
         uint32_t bits;
         memcpy(&bits, &best, sizeof bits);

@@ -1,7 +1,7 @@
 // How linear layers add up on tensor cores: the same whatever kernel computes a row, so that its bits are.
 //
-// The warps of a block share the features: they take turns of 64. In a turn a lane has eight or sixteen features of a
-// row at a time, which are not those that tensor cores expect in it; as long as x and W agree on them it is the same
+// The warps of a block partition the features: they take turns of 64. In a turn a lane has eight or sixteen features of
+// a row at a time, which are not those that tensor cores expect in it; as long as x and W agree on them it is the same
 // sum. They round coarsely, so only the products of 16 features are added there, and those sums in float32.
 #pragma once
 
@@ -10,14 +10,14 @@
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr int kEight = 8;                  // rows of x in a product of tensor cores, and half of those of W
+constexpr int kMmaN = 8;                   // rows of x in a product of tensor cores, and half of those of W
 constexpr int kProduct = 32;               // features of two products of tensor cores, side by side
-constexpr int kTurn = 2 * kProduct;        // features that a warp takes before it is the next one's turn
+constexpr int kWarpK = 2 * kProduct;       // features that a warp takes before it is the next one's turn
 constexpr int kWarps = 8;                  // of a block
 constexpr int kLaneBytes = 16;             // that a lane copies at a time, of four lanes to a row
 constexpr int kRowBytes = 4 * kLaneBytes;  // of a row in a piece: what a warp copies at a time
 
-__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int min(int a, int b) { return a < b ? a : b; }
 
 // Sixteen integers, eight and eight.
 template <typename Act>

@@ -7,7 +7,7 @@
 namespace speculative_mamba::cuda {
 namespace {
 
-// Sort keys order logits: the likelier, the smaller. Zeros of both signs share one, and NaN comes first.
+// Sort keys order logits: the likelier, the min. Zeros of both signs share one, and NaN comes first.
 __device__ __forceinline__ uint32_t sort_key(float logit) {
     if (logit != logit) return 0;
     const float value = logit + 0.f;
@@ -61,7 +61,9 @@ __device__ __forceinline__ bool is_biased(const SamplingTensors& s, int64_t row)
 
 // Memory between launches, in words, of a position without its decision and its adjusted logits.
 inline __host__ __device__ int64_t spans_of(int64_t vocabulary) { return (vocabulary + kSpan - 1) / kSpan; }
-inline __host__ __device__ int64_t words_of(int64_t vocabulary) { return (vocabulary + 63) / 64 + spans_of(vocabulary); }
+inline __host__ __device__ int64_t words_of(int64_t vocabulary) {
+    return (vocabulary + 63) / 64 + spans_of(vocabulary);
+}
 // (K+1) of a row: what its positions decide. Behind the words of all positions.
 __device__ __forceinline__ int64_t* decisions_of(const SpeculativeAcceptParams& p, int64_t row) {
     return reinterpret_cast<int64_t*>(p.scratch) + p.batch * p.tokens * words_of(p.vocabulary) + row * p.tokens;
@@ -82,8 +84,7 @@ struct Position {
     __device__ Position(const SpeculativeAcceptParams& p, int64_t row, int64_t t)
         : row(row), t(t), vocabulary(static_cast<int>(p.vocabulary)) {
         const bool adjusted = RowPenalties(p.sampling, row).any() || is_biased(p.sampling, row);
-        logits = adjusted ? adjusted_of(p, row, t)
-                          : p.logits + row * p.logits_batch_stride + t * p.logits_token_stride;
+        logits = adjusted ? adjusted_of(p, row, t) : p.logits + row * p.logits_batch_stride + t * p.logits_token_stride;
         max = p.scratch + (row * p.tokens + t) * words_of(vocabulary);
         keys = reinterpret_cast<uint32_t*>(max + spans());
     }
@@ -181,7 +182,8 @@ __global__ void __launch_bounds__(kReduceThreads, 4) reduce_logits(SpeculativeAc
             if (i < count_of(q) && key < least) least = key, token = first_of(q) + i;
         }
         max = Min{}(max, packed(least, token));
-        if (p.target_probs) store4(p.target_probs + row * p.target_probs_batch_stride + first_of(q), Float4{}, count_of(q));
+        if (p.target_probs)
+            store4(p.target_probs + row * p.target_probs_batch_stride + first_of(q), Float4{}, count_of(q));
         least = warp_reduce<kGroup / 4>(least, Min{});
         if (lane % (kGroup / 4) == 0 && count_of(q) > 0) store_raw(position.keys + first_of(q) / kGroup, least);
     }
@@ -204,7 +206,7 @@ __device__ __forceinline__ uint64_t packed_max(const BlockMemory& m, const Posit
     return block_reduce(m, max, Min{});
 }
 
-// Why no token can be chosen from logits of which this is the greatest.
+// Why no token can be chosen from logits of which this is the running_max.
 __device__ __forceinline__ RowStatus status_of(float peak, bool greedy) {
     if (peak != peak) return RowStatus::nan_logits;
     if (peak == -HUGE_VALF) return RowStatus::no_token;

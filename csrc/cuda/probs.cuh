@@ -61,8 +61,7 @@ struct TargetProbs {
     // Calls act(token, weight) for the kept tokens at least, each by one thread.
     template <typename Act>
     __device__ __forceinline__ void for_each(Act act) const {
-        if (listed < 0)
-            return for_each_logit([&](int token, float logit) { act(token, weight(token, logit)); });
+        if (listed < 0) return for_each_logit([&](int token, float logit) { act(token, weight(token, logit)); });
         if (static_cast<int>(threadIdx.x) >= listed) return;
         const uint64_t mine = load_raw(candidates.sorted + threadIdx.x);
         act(token_of(mine), weights(logit_of(key_of(mine))));
@@ -73,7 +72,7 @@ struct TargetProbs {
     __device__ __forceinline__ void for_each_logit(Act act) const {
         cuda::for_each(position.vocabulary, [&](int token) { return load(position.logits + token); }, act);
     }
-    // Calls act(group, greatest logit of it).
+    // Calls act(group, running_max logit of it).
     template <typename Act>
     __device__ __forceinline__ void for_each_group(Act act) const {
         cuda::for_each(

@@ -51,7 +51,7 @@ __device__ __forceinline__ Float4 scaled(Float4 value, float scale, const Float4
 
 // What a group is multiplied by, from its threads' sums of squares.
 __device__ __forceinline__ float scale_of(float squares, int size, float eps, float* of_warp) {
-    squares = sum_of_lanes<kWarp>(squares);
+    squares = warp_reduce_sum<kWarp>(squares);
     if (threadIdx.x % kWarp == 0) store(of_warp + threadIdx.x / kWarp, squares);
     __syncthreads();
     float total = 0.f;

@@ -17,20 +17,20 @@ using OneToken = std::integral_constant<int, 1>;
 
 // A thread's part of `Rows` rows of kTokens · Lanes fours, on its way to the memory of the block.
 template <typename T, int Lanes, int Rows>
-struct Share {
+struct SmemStage {
     static constexpr int kFours = Rows * kTokens * Lanes, kPart = (kFours + kThreads - 1) / kThreads;
     Packed4<T> part[kPart] = {};
 
     // `load_one` gets a place, and whose it is: row, token and lane.
     template <typename Load>
-    __device__ __forceinline__ void load_part(Load load_one) {
+    __device__ __forceinline__ void load_from(Load load_one) {
 #pragma unroll
         for (int j = 0; j < kPart; j++) {
             const int four = static_cast<int>(threadIdx.x) + j * kThreads;
             if (four < kFours) load_one(part[j], four / (kTokens * Lanes), four / Lanes % kTokens, four % Lanes);
         }
     }
-    __device__ __forceinline__ void give_part(Float4* block) const {
+    __device__ __forceinline__ void store_to_smem(Float4* block) const {
 #pragma unroll
         for (int j = 0; j < kPart; j++) {
             const int four = static_cast<int>(threadIdx.x) + j * kThreads;
@@ -41,7 +41,7 @@ struct Share {
 
 // A lane's value for the group of token i: its last for the second group, where it has one for each.
 template <int Own>
-__device__ __forceinline__ float of_group(const float (&values)[Own], int i) {
+__device__ __forceinline__ float group_value(const float (&values)[Own], int i) {
     return i < kGroup ? values[0] : values[Own - 1];
 }
 

@@ -14,14 +14,14 @@ constexpr float kLog2e = 1.442695041f;
 
 // Where a row and a channel lie.
 template <typename Act, typename State>
-struct Place {
+struct RowPointers {
     const Act *x, *dt, *z, *B, *C;  // z may be null
     State* states;
     const float *A, *kept_B;
     float *kept_x, *kept_dt;  // null where every slot has its state
     Act* y;
 
-    __device__ __forceinline__ Place(const SelectiveScanParams& p, int64_t row, int64_t channel) {
+    __device__ __forceinline__ RowPointers(const SelectiveScanParams& p, int64_t row, int64_t channel) {
         const auto of = static_cast<unsigned>(channel), all = static_cast<unsigned>(p.channels);
         const int64_t b_group = of / (all / static_cast<unsigned>(p.b_groups));
         const int64_t c_group = of / (all / static_cast<unsigned>(p.c_groups));
@@ -57,7 +57,7 @@ __device__ __forceinline__ Float4 in_powers_of_2(Float4 A) {
 // Of some tokens, which are those of the window or the kept inputs: x, Δ and z of tokens k · Lanes + lane, for each k,
 // and a share of B and C.
 template <typename T, int Lanes, int Rows>
-struct Tokens : Share<T, Lanes, Rows> {
+struct Tokens : SmemStage<T, Lanes, Rows> {
     static constexpr int kOwn = (kTokens + Lanes - 1) / Lanes;
     T x[kOwn] = {}, dt[kOwn] = {}, z[kOwn] = {};
 };
@@ -78,14 +78,14 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 && !Replays ? 5 : 4) scan
     const int64_t channel = exists ? wanted : p.channels - 1;
     const bool has_states = exists && 4 * lane < p.state_size;
     const int n = 4 * lane;
-    const Place<Act, State> at(p, row, channel);
+    const RowPointers<Act, State> at(p, row, channel);
     wait_for_weights(p.constant_weights);
     Float4 A{};
     if (has_states) A = in_powers_of_2(widen(load_packed4(at.A + n, From::constants)));
     const float dt_bias = load(p.dt_bias + channel, From::constants), skip = load(p.D + channel, From::constants);
     wait_for_previous();
 
-    const int start = load_raw(p.start_slot + row), nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    const int start = load_raw(p.start_slot + row), nulls = p.left_padding ? load_raw(p.left_padding + row) : 0;
     const int tokens = static_cast<int>(p.tokens), input_slots = static_cast<int>(p.input_slots);
     auto load_window = [&](int first) {
         Window window;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 && !Replays ? 5 : 4) scan
             window.x[k] = load_raw(at.x + t * p.x_token_stride);
             if (at.z) window.z[k] = load_raw(at.z + t * p.z_token_stride);
         }
-        window.load_part([&](Packed4<Act>& four, int which, int i, int quarter) {
+        window.load_from([&](Packed4<Act>& four, int which, int i, int quarter) {
             const int t = first + i;
             if (t >= tokens || 4 * quarter >= p.state_size) return;
             four = load_packed4((which ? at.C + t * p.C_token_stride : at.B + t * p.B_token_stride) + 4 * quarter);
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 && !Replays ? 5 : 4) scan
             inputs.dt[k] = load(at.kept_dt + i * p.channels);
             inputs.x[k] = load(at.kept_x + i * p.channels);
         }
-        inputs.load_part([&](Packed4<float>& four, int, int i, int quarter) {
+        inputs.load_from([&](Packed4<float>& four, int, int i, int quarter) {
             if (first + i >= input_slots || 4 * quarter >= p.state_size) return;
             four = load_packed4(at.kept_B + (first + i) * p.b_groups * p.state_size + 4 * quarter);
         });
@@ -134,15 +134,16 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 && !Replays ? 5 : 4) scan
 
     Float4 h = widen(before);
     auto feed = [&](const float (&dt)[kOwn], const float (&dt_x)[kOwn], const Float4* B, int i) {
-        const float my_dt = of_lane<Lanes>(of_group(dt, i), i), my_dt_x = of_lane<Lanes>(of_group(dt_x, i), i);
+        const float my_dt = warp_shuffle<Lanes>(group_value(dt, i), i),
+                    my_dt_x = warp_shuffle<Lanes>(group_value(dt_x, i), i);
         step<State>(h, A, has_states ? my_dt : 0.f, my_dt_x, load_raw(B + i * Lanes + lane));
     };
-    const bool to_slots = !Replays && has_states && !p.keep_last;
+    const bool to_slots = !Replays && has_states && !p.final_state_only;
     State* slot = at.states + p.write_slot * p.states_slot_stride + n;
     if constexpr (Replays) {
         const int count = static_cast<int>(replayed(p, start));
         for (int first = 0; first < count; first += kTokens) {
-            inputs.give_part(block_kept_B);
+            inputs.store_to_smem(block_kept_B);
             __syncthreads();
             float dt[kOwn], dt_x[kOwn];
 #pragma unroll
@@ -156,11 +157,11 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 && !Replays ? 5 : 4) scan
                 if (first + i < count) feed(dt, dt_x, block_kept_B, i);
             if (first + kTokens < count) __syncthreads();
         }
-        if (has_states && p.write_slot == 0 && !p.keep_last) store4(at.states + n, h);
+        if (has_states && p.write_slot == 0 && !p.final_state_only) store4(at.states + n, h);
         __syncwarp();  // every lane has read the inputs that others will overwrite
     }
     for (int first = 0; first < tokens; first += kTokens) {
-        window.give_part(block_B);
+        window.store_to_smem(block_B);
         float x[kOwn], dt[kOwn], dt_x[kOwn], z[kOwn];
 #pragma unroll
         for (int k = 0; k < kOwn; k++) {
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 && !Replays ? 5 : 4) scan
         }
         __syncthreads();
         if (first + kTokens < tokens) window = load_window(first + kTokens);
-        auto take_in = [&](auto count, int group) {
+        auto scan_tokens = [&](auto count, int group) {
             float sums[kGroup] = {};
 #pragma unroll
             for (int i = 0; i < decltype(count)::value; i++) {
@@ -184,22 +185,22 @@ __global__ void __launch_bounds__(kThreads, Lanes == 4 && !Replays ? 5 : 4) scan
             const float sum = sums_of_lanes<Lanes>(sums, lane);
             const int t = first + group + lane % kGroup;
             if (!exists || t >= tokens || lane / kGroup != group % Lanes / kGroup) return;  // another lane's token
-            const float own_x = of_group(x, group);
-            store(at.y + t * p.channels, result(sum, skip, own_x, at.z, of_group(z, group)));
-            if (!Replays || p.keep_last) return;
+            const float own_x = group_value(x, group);
+            store(at.y + t * p.channels, result(sum, skip, own_x, at.z, group_value(z, group)));
+            if (!Replays || p.final_state_only) return;
             store(at.kept_x + (p.write_slot + t) * p.channels, own_x);
-            store(at.kept_dt + (p.write_slot + t) * p.channels, of_group(dt, group));
+            store(at.kept_dt + (p.write_slot + t) * p.channels, group_value(dt, group));
         };
 #pragma unroll 1
         for (int group = 0; group < kTokens; group += kGroup) {
             const int left = tokens - first - group;
-            if (left == 1) take_in(OneToken{}, group);
-            if (left > 1) take_in(AGroup{}, group);
+            if (left == 1) scan_tokens(OneToken{}, group);
+            if (left > 1) scan_tokens(AGroup{}, group);
         }
         if (first + kTokens < tokens) __syncthreads();
     }
-    if (has_states && p.keep_last) store4(at.states + n, h);
-    if (Replays && exists && lane == 0 && p.keep_last) store(at.kept_dt, 0.f);
+    if (has_states && p.final_state_only) store4(at.states + n, h);
+    if (Replays && exists && lane == 0 && p.final_state_only) store(at.kept_dt, 0.f);
 }
 
 template <typename Act, typename State>
@@ -209,14 +210,14 @@ __global__ void __launch_bounds__(kThreads) scan_any(SelectiveScanParams p) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
     const int64_t row = blockIdx.y, channel = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
     if (channel >= p.channels) return;
-    const Place<Act, State> at(p, row, channel);
+    const RowPointers<Act, State> at(p, row, channel);
     const float dt_bias = load(p.dt_bias + channel), skip = load(p.D + channel);
     const int64_t start = load_raw(p.start_slot + row);
     if (start < 0) {
         for (int64_t t = lane; t < p.tokens; t += kWarp) store(at.y + t * p.channels, 0.f);
         return;
     }
-    const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    const int64_t nulls = p.left_padding ? load_raw(p.left_padding + row) : 0;
     const int size = static_cast<int>(p.state_size);
     float* h = state + warp * kMaxStates;
     auto count = [&](int n) { return size - n < 4 ? size - n : 4; };
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__(kThreads) scan_any(SelectiveScanParams p) {
             const float* b = at.kept_B + i * p.b_groups * p.state_size;
             for (int n = 4 * lane; n < size; n += 4 * kWarp) feed(n, dt, dt * x, b);
         }
-        if (p.write_slot == 0 && !p.keep_last) store_to(at.states);
+        if (p.write_slot == 0 && !p.final_state_only) store_to(at.states);
         __syncwarp();  // every lane has read the inputs that the first will overwrite
     }
     for (int64_t t = 0; t < p.tokens; t++) {
@@ -249,17 +250,17 @@ __global__ void __launch_bounds__(kThreads) scan_any(SelectiveScanParams p) {
             const Float4 next = feed(n, dt, dt * x, at.B + t * p.B_token_stride);
             add_products(sum, next, load4(at.C + t * p.C_token_stride + n, count(n)));
         }
-        sum = sum_of_lanes<kWarp, kGroup>(sum);
-        if (!p.input_dt && !p.keep_last) store_to(at.states + (p.write_slot + t) * p.states_slot_stride);
+        sum = warp_reduce_sum<kWarp, kGroup>(sum);
+        if (!p.input_dt && !p.final_state_only) store_to(at.states + (p.write_slot + t) * p.states_slot_stride);
         if (lane != 0) continue;
         const float z = at.z ? load(at.z + t * p.z_token_stride) : 0.f;
         store(at.y + t * p.channels, result(sum, skip, x, at.z, z));
-        if (!p.input_dt || p.keep_last) continue;
+        if (!p.input_dt || p.final_state_only) continue;
         store(at.kept_x + (p.write_slot + t) * p.channels, x);
         store(at.kept_dt + (p.write_slot + t) * p.channels, dt);
     }
-    if (p.keep_last) store_to(at.states);
-    if (lane == 0 && p.input_dt && p.keep_last) store(at.kept_dt, 0.f);
+    if (p.final_state_only) store_to(at.states);
+    if (lane == 0 && p.input_dt && p.final_state_only) store(at.kept_dt, 0.f);
 }
 
 // All channels read the inputs B, so their new values are written by a launch of its own: four by a thread.
@@ -291,8 +292,8 @@ void run(const SelectiveScanParams& p, cudaStream_t stream) {
                           fours<Act>(p.B, p.B_batch_stride, p.B_token_stride) &&
                           fours<Act>(p.C, p.C_batch_stride, p.C_token_stride) &&
                           fours<State>(p.states, p.states_batch_stride, p.states_slot_stride);
-    auto shared = [&](int64_t of_block) {
-        return share_group(p.b_groups, p.channels, of_block) && share_group(p.c_groups, p.channels, of_block);
+    auto shared = [&](int64_t block_reduce) {
+        return share_group(p.b_groups, p.channels, block_reduce) && share_group(p.c_groups, p.channels, block_reduce);
     };
     if (in_fours && p.state_size <= 16 && shared(kThreads / 4)) {
         run_fast<Act, State, 4>(p, stream);
@@ -302,7 +303,7 @@ void run(const SelectiveScanParams& p, cudaStream_t stream) {
         if (p.state_size > kMaxStates) throw std::invalid_argument("the CUDA kernel takes up to 3072 states a channel");
         launch(scan_any<Act, State>, dim3(blocks_for(p.channels, kWarps), rows), dim3(kThreads), stream, p);
     }
-    if (!p.input_dt || p.keep_last) return;
+    if (!p.input_dt || p.final_state_only) return;
     const dim3 blocks(blocks_for(p.b_groups * p.state_size, 4 * kThreads), rows, static_cast<unsigned>(p.tokens));
     launch(keep_B<Act>, blocks, dim3(kThreads), stream, p);
 }

@@ -1,6 +1,6 @@
 // Three kernels. Two on tensor cores, where x and W have the same 16 bits or W has 8, and rows of W are made of whole,
-// aligned groups of 16 bytes: a block takes tiles of W's rows, and its warps share the features. For few rows of x see
-// linear_few_rows.cuh. By fused multiply-adds otherwise: a warp takes a row of W.
+// aligned groups of 16 bytes: a block takes tiles of W's rows, and its warps partition the features. For few rows of x
+// see linear_few_rows.cuh. By fused multiply-adds otherwise: a warp takes a row of W.
 //
 // Which features are added up where depends on K, the dtypes and how W lies in memory; how many rows x or a tile has
 // does not enter.
@@ -12,29 +12,29 @@
 namespace speculative_mamba::cuda {
 namespace {
 
-constexpr int kMostRows = 64;  // of x in a launch
+constexpr int kMaxRows = 64;  // of x in a launch
 
-// x has up to 8·Eights rows and a tile of W up to 8·Halves. A warp has a ring of Depth stages, each of the features of
-// so many products: a tile of W, then x.
-template <int Eights, int Halves, int Products, int Depth>
-struct Cut {
-    static constexpr int kEights = Eights, kHalves = Halves, kProducts = Products, kDepth = Depth;
+// x has up to 8·MmaColumns rows and a tile of W up to 8·MmaRows. A warp has a ring of Depth stages, each of the
+// features of so many products: a tile of W, then x.
+template <int MmaColumns, int MmaRows, int Products, int Depth>
+struct TileConfig {
+    static constexpr int kMmaColumns = MmaColumns, kMmaRows = MmaRows, kProducts = Products, kDepth = Depth;
 };
 
 // Where things lie in a block's memory: the rings of its warps, then twice the warps' sums for eight rows of x.
 struct Layout {
     int w_piece, w_bytes, x_piece, stage_bytes, stages, sums_at, sums_stride, sums_size;
 
-    template <typename Cut, typename Weight>
+    template <typename TileConfig, typename Weight>
     static __host__ __device__ Layout of(int tile_rows, int x_rows, int stages) {
         Layout l;
         l.w_piece = tile_rows * kRowBytes, l.x_piece = x_rows * kRowBytes;
-        l.w_bytes = l.w_piece * Cut::kProducts * static_cast<int>(sizeof(Weight)) / 2;
-        l.stage_bytes = l.w_bytes + Cut::kProducts * l.x_piece;
+        l.w_bytes = l.w_piece * TileConfig::kProducts * static_cast<int>(sizeof(Weight)) / 2;
+        l.stage_bytes = l.w_bytes + TileConfig::kProducts * l.x_piece;
         l.stages = stages;
         l.sums_at = kWarps * stages * l.stage_bytes;
         l.sums_stride = tile_rows + 4;  // spreads rows of x over the banks
-        l.sums_size = kWarps * kEight * l.sums_stride;
+        l.sums_size = kWarps * kMmaN * l.sums_stride;
         return l;
     }
     int64_t bytes() const { return sums_at + 2 * sums_size * static_cast<int64_t>(sizeof(float)); }
@@ -53,16 +53,17 @@ __device__ __forceinline__ void copy_eight_at_once(char* to, const Act* from, bo
 
 // Lane l copies, and later reads, what lies in quarter l % 4 of pieces of rows l / 4, l / 4 + 8, … of W and of x; no
 // other lane needs it.
-template <typename Act, typename Weight, typename Cut>
-__global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
+template <typename Act, typename Weight, typename TileConfig>
+__global__ void __launch_bounds__(kWarps* kWarp, TileConfig::kMmaColumns == 1 ? 3 : 1)
     multiply_on_tensor_cores(SkinnyLinearParams p, int64_t m0, int rows, int tile_rows, int stages) {
     SM_LAUNCHED_MEMORY(memory);
     constexpr bool kWidens = sizeof(Weight) == 1;
-    constexpr int kPieces = kWidens ? Cut::kProducts / 2 : Cut::kProducts, kOfLane = kLaneBytes / sizeof(Weight);
-    const Layout layout = Layout::of<Cut, Weight>(tile_rows, rows, stages);
+    constexpr int kPieces = kWidens ? TileConfig::kProducts / 2 : TileConfig::kProducts,
+                  kOfLane = kLaneBytes / sizeof(Weight);
+    const Layout layout = Layout::of<TileConfig, Weight>(tile_rows, rows, stages);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
     const int row = lane / 4, quarter = lane % 4;
-    const int k_size = static_cast<int>(p.in_features), first_k = warp * kTurn, blocks = static_cast<int>(gridDim.x);
+    const int k_size = static_cast<int>(p.in_features), first_k = warp * kWarpK, blocks = static_cast<int>(gridDim.x);
     const int tiles = static_cast<int>((p.out_features + tile_rows - 1) / tile_rows);
     const int64_t w_stride = p.weight_row_stride, x_stride = p.x_row_stride;
     char* const ring = memory + warp * stages * layout.stage_bytes + lane * kLaneBytes;
@@ -80,7 +81,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
                         left < tile_rows - row ? static_cast<int>(left) : tile_rows - row, weight};
     };
     const auto next_k = [](int k) {
-        return Cut::kProducts == 2 ? k + kWarps * kTurn : k + (k % kTurn == 0 ? kProduct : kWarps * kTurn - kProduct);
+        return TileConfig::kProducts == 2 ? k + kWarps * kWarpK
+                                          : k + (k % kWarpK == 0 ? kProduct : kWarps * kWarpK - kProduct);
     };
     const auto advance = [&](Position& at) {
         const int k = next_k(at.k);
@@ -91,8 +93,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
     const auto copy_weight = [&](char* stage, const Position& at) {
         const int left = k_size - kOfLane * quarter - at.k;
 #pragma unroll
-        for (int half = 0; half < Cut::kHalves; half++) {
-            const int r = half * kEight;
+        for (int half = 0; half < TileConfig::kMmaRows; half++) {
+            const int r = half * kMmaN;
             if (r >= at.rows) break;
 #pragma unroll
             for (int piece = 0; piece < kPieces; piece++) {
@@ -106,11 +108,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
     const bool x_aligned = allows_group<8>(reinterpret_cast<const Act*>(p.x)) && x_stride % 8 == 0;
     const auto copy_x = [&](char* stage, int k) {
 #pragma unroll
-        for (int eight = 0; eight < Cut::kEights; eight++) {
-            const int r = eight * kEight;
+        for (int eight = 0; eight < TileConfig::kMmaColumns; eight++) {
+            const int r = eight * kMmaN;
             if (row + r >= rows) break;
 #pragma unroll
-            for (int piece = 0; piece < Cut::kProducts; piece++) {
+            for (int piece = 0; piece < TileConfig::kProducts; piece++) {
                 const bool exists = k_size - x_first - k > piece * x_next;
                 const Act* from = x + r * x_stride + k + piece * x_next;
                 char* const to = stage + layout.w_bytes + piece * layout.x_piece + r * kRowBytes;
@@ -125,16 +127,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
 
     wait_for_weights(p.constant_weights);
     Position ahead = enter_tile(static_cast<int>(blockIdx.x));
-    for (int stage = 0; stage < Cut::kDepth; stage++, advance(ahead)) {
+    for (int stage = 0; stage < TileConfig::kDepth; stage++, advance(ahead)) {
         if (ahead.tile < tiles) copy_weight(ring + stage * layout.stage_bytes, ahead);
     }
     // Threads that are left over add up nothing.
     const int result_row = thread % tile_rows, next_column = kWarps * kWarp / tile_rows,
-              result_column = thread < next_column * tile_rows ? thread / tile_rows : kEight;
+              result_column = thread < next_column * tile_rows ? thread / tile_rows : kMmaN;
 
     wait_before_next();
     Position of_x = enter_tile(static_cast<int>(blockIdx.x));
-    for (int stage = 0; stage < Cut::kDepth; stage++, advance(of_x)) {
+    for (int stage = 0; stage < TileConfig::kDepth; stage++, advance(of_x)) {
         if (of_x.tile < tiles) copy_x(ring + stage * layout.stage_bytes, of_x.k);
         end_group_of_copies();
     }
@@ -144,17 +146,17 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
         const int64_t n = static_cast<int64_t>(tile) * tile_rows + result_row;
         const float scale = kWidens && n < p.out_features ? load(p.weight_scale + n, From::constants) : 1.f;
         const float bias = p.bias && n < p.out_features ? load(p.bias + n, From::constants) : 0.f;
-        float sums[Cut::kEights][(Cut::kHalves + 1) / 2][4] = {};
+        float sums[TileConfig::kMmaColumns][(TileConfig::kMmaRows + 1) / 2][4] = {};
         for (int k = first_k; k < k_size; k = next_k(k)) {
-            Packed8 w[Cut::kHalves + Cut::kHalves % 2][Cut::kProducts] = {};
-            wait_for_copies<Cut::kDepth - 1>();
+            Packed8 w[TileConfig::kMmaRows + TileConfig::kMmaRows % 2][TileConfig::kProducts] = {};
+            wait_for_copies<TileConfig::kDepth - 1>();
 #pragma unroll
-            for (int half = 0; half < Cut::kHalves; half++) {
-                if (row + half * kEight >= tile_rows) break;
+            for (int half = 0; half < TileConfig::kMmaRows; half++) {
+                if (row + half * kMmaN >= tile_rows) break;
 #pragma unroll
                 for (int piece = 0; piece < kPieces; piece++) {
                     w[half][piece] =
-                        load_raw(reinterpret_cast<Packed8*>(at + piece * layout.w_piece + half * kEight * kRowBytes));
+                        load_raw(reinterpret_cast<Packed8*>(at + piece * layout.w_piece + half * kMmaN * kRowBytes));
                 }
             }
             if (ahead.tile < tiles) copy_weight(at, ahead);
@@ -163,21 +165,21 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
                 for (auto& half : w) widen_sixteen<Act>(Packed8{half[0]}, half[0], half[1]);
             }
 #pragma unroll
-            for (int eight = 0; eight < Cut::kEights; eight++) {
-                if (eight * kEight >= rows) break;
-                Packed8 v[Cut::kProducts] = {};
-                if (row + eight * kEight < rows) {
+            for (int eight = 0; eight < TileConfig::kMmaColumns; eight++) {
+                if (eight * kMmaN >= rows) break;
+                Packed8 v[TileConfig::kProducts] = {};
+                if (row + eight * kMmaN < rows) {
 #pragma unroll
-                    for (int i = 0; i < Cut::kProducts; i++) {
+                    for (int i = 0; i < TileConfig::kProducts; i++) {
                         v[i] = load_raw(reinterpret_cast<Packed8*>(at + layout.w_bytes + i * layout.x_piece +
-                                                                   eight * kEight * kRowBytes));
+                                                                   eight * kMmaN * kRowBytes));
                     }
                 }
 #pragma unroll
-                for (int half = 0; half < Cut::kHalves; half += 2) {
-                    if (half * kEight >= tile_rows) break;
+                for (int half = 0; half < TileConfig::kMmaRows; half += 2) {
+                    if (half * kMmaN >= tile_rows) break;
 #pragma unroll
-                    for (int i = 0; i < Cut::kProducts; i++) {
+                    for (int i = 0; i < TileConfig::kProducts; i++) {
                         add_product<Act>(sums[eight][half / 2], w[half][i], w[half + 1][i], v[i]);
                     }
                 }
@@ -188,28 +190,28 @@ __global__ void __launch_bounds__(kWarps* kWarp, Cut::kEights == 1 ? 3 : 1)
             at = at + layout.stage_bytes == end_of_ring ? ring : at + layout.stage_bytes;
         }
 #pragma unroll
-        for (int eight = 0; eight < Cut::kEights; eight++) {
-            const int columns = rows - eight * kEight;
+        for (int eight = 0; eight < TileConfig::kMmaColumns; eight++) {
+            const int columns = rows - eight * kMmaN;
             if (columns <= 0) break;
             // Of two buffers, so that while some threads still add up one, others can fill the other.
             float* const of_warps = reinterpret_cast<float*>(memory + layout.sums_at) + turn * layout.sums_size;
             turn ^= 1;
 #pragma unroll
-            for (int half = 0; half < Cut::kHalves; half++) {
+            for (int half = 0; half < TileConfig::kMmaRows; half++) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int r = half * kEight + row, c = 2 * quarter + i;
+                    const int r = half * kMmaN + row, c = 2 * quarter + i;
                     if (r < tile_rows && c < columns) {
-                        store(of_warps + (warp * kEight + c) * layout.sums_stride + r,
+                        store(of_warps + (warp * kMmaN + c) * layout.sums_stride + r,
                               sums[eight][half / 2][half % 2 * 2 + i]);
                     }
                 }
             }
             __syncthreads();
-            for (int c = result_column; c < kEight && c < columns && n < p.out_features; c += next_column) {
+            for (int c = result_column; c < kMmaN && c < columns && n < p.out_features; c += next_column) {
                 const float total =
-                    sum_of_warps(of_warps + c * layout.sums_stride + result_row, kEight * layout.sums_stride);
-                store_result<Weight>(p, m0 + eight * kEight + c, n, total, scale, bias);
+                    sum_of_warps(of_warps + c * layout.sums_stride + result_row, kMmaN * layout.sums_stride);
+                store_result<Weight>(p, m0 + eight * kMmaN + c, n, total, scale, bias);
             }
         }
     }
@@ -223,49 +225,49 @@ struct Tiling {
 
 // The tiles of at least so many rows with which the slowest block has least to do, in bytes to move: a row of x or a
 // product cost about as much as half a row of 16 bits of W, and a tile as much as some thousand bytes.
-template <typename Weight, typename Cut>
-Tiling best_tiling(const SkinnyLinearParams& p, int x_rows, int least_rows) {
+template <typename Weight, typename TileConfig>
+Tiling best_tiling(const SkinnyLinearParams& p, int x_rows, int min_rows) {
     constexpr int64_t kProductBytes = 8, kTileBytes = 4096;
-    const int64_t memory = most_memory_of_a_block(), blocks = multiprocessors();
-    const int64_t stages = blocks_for(p.in_features, kWarps * kTurn) * (kTurn / kProduct / Cut::kProducts);
+    const int64_t memory = max_shared_memory(), blocks = multiprocessors();
+    const int64_t stages = blocks_for(p.in_features, kWarps * kWarpK) * (kWarpK / kProduct / TileConfig::kProducts);
     Tiling best;
-    for (int tile_rows = kEight * Cut::kHalves; tile_rows >= least_rows; tile_rows--) {
+    for (int tile_rows = kMmaN * TileConfig::kMmaRows; tile_rows >= min_rows; tile_rows--) {
         const int64_t tiles = blocks_for(blocks_for(p.out_features, tile_rows), blocks);
         const int64_t of_feature = tile_rows * static_cast<int64_t>(sizeof(Weight)) + x_rows + kProductBytes;
         Tiling t;
         t.tile_rows = tile_rows, t.cost = tiles * (of_feature * p.in_features + kTileBytes);
-        t.stages = static_cast<int>(std::min<int64_t>(Cut::kDepth, std::max<int64_t>(tiles * stages, 1)));
-        t.bytes = Layout::of<Cut, Weight>(tile_rows, x_rows, t.stages).bytes();
+        t.stages = static_cast<int>(std::min<int64_t>(TileConfig::kDepth, std::max<int64_t>(tiles * stages, 1)));
+        t.bytes = Layout::of<TileConfig, Weight>(tile_rows, x_rows, t.stages).bytes();
         if (t.bytes <= memory && t.cost < best.cost) best = t;
     }
     return best;
 }
 
-template <typename Act, typename Weight, typename Cut>
+template <typename Act, typename Weight, typename TileConfig>
 void launch_tiles(const SkinnyLinearParams& p, int64_t m0, int x_rows, const Tiling& t, cudaStream_t stream) {
     const unsigned tiles = blocks_for(p.out_features, t.tile_rows), most = static_cast<unsigned>(multiprocessors());
-    launch_with_memory(multiply_on_tensor_cores<Act, Weight, Cut>, dim3(std::min(tiles, most)), dim3(kWarps * kWarp),
-                       t.bytes, stream, p, m0, x_rows, t.tile_rows, t.stages);
+    launch_with_memory(multiply_on_tensor_cores<Act, Weight, TileConfig>, dim3(std::min(tiles, most)),
+                       dim3(kWarps * kWarp), t.bytes, stream, p, m0, x_rows, t.tile_rows, t.stages);
 }
 
 // Whether there was memory enough for so many rows of x.
 template <typename Act, typename Weight>
 bool start(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t stream) {
-    using Few = Cut<1, 2, 2, 4>;
-    using Some = Cut<2, 4, 2, 2>;
-    using Many = Cut<8, sizeof(Weight) == 1 ? 4 : 8, sizeof(Weight) == 1 ? 2 : 1, 2>;
+    using TileM8 = TileConfig<1, 2, 2, 4>;
+    using TileM16 = TileConfig<2, 4, 2, 2>;
+    using TileM64 = TileConfig<8, sizeof(Weight) == 1 ? 4 : 8, sizeof(Weight) == 1 ? 2 : 1, 2>;
     if (multiply_in_registers<Act, Weight>(p, m0, x_rows, stream)) return true;
-    if (x_rows <= kEight) {
-        launch_tiles<Act, Weight, Few>(p, m0, x_rows, best_tiling<Weight, Few>(p, x_rows, 1), stream);
+    if (x_rows <= kMmaN) {
+        launch_tiles<Act, Weight, TileM8>(p, m0, x_rows, best_tiling<Weight, TileM8>(p, x_rows, 1), stream);
         return true;
     }
-    const bool some = x_rows <= Some::kEights * kEight;
-    const Tiling t = some ? best_tiling<Weight, Some>(p, x_rows, 1) : best_tiling<Weight, Many>(p, x_rows, 1);
+    const bool m16 = x_rows <= TileM16::kMmaColumns * kMmaN;
+    const Tiling t = m16 ? best_tiling<Weight, TileM16>(p, x_rows, 1) : best_tiling<Weight, TileM64>(p, x_rows, 1);
     if (t.tile_rows == 0) return false;
-    if (some) {
-        launch_tiles<Act, Weight, Some>(p, m0, x_rows, t, stream);
+    if (m16) {
+        launch_tiles<Act, Weight, TileM16>(p, m0, x_rows, t, stream);
     } else {
-        launch_tiles<Act, Weight, Many>(p, m0, x_rows, t, stream);
+        launch_tiles<Act, Weight, TileM64>(p, m0, x_rows, t, stream);
     }
     return true;
 }
@@ -273,7 +275,7 @@ bool start(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t str
 template <typename Act, typename Weight>
 void on_tensor_cores(const SkinnyLinearParams& p, cudaStream_t stream) {
     for (int64_t m0 = 0; m0 < p.rows;) {
-        int x_rows = static_cast<int>(std::min<int64_t>(p.rows - m0, kMostRows));
+        int x_rows = static_cast<int>(std::min<int64_t>(p.rows - m0, kMaxRows));
         while (!start<Act, Weight>(p, m0, x_rows, stream)) x_rows /= 2;
         m0 += x_rows;
     }
@@ -315,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, 3) multiply(SkinnyLinearParams p, in
 #pragma unroll
             for (int i = 0; i < step; i++) sums[m][i] += sums[m][i + step];
         }
-        float total = sum_of_lanes<kWarp>(sums[m][0]);
+        float total = warp_reduce_sum<kWarp>(sums[m][0]);
         if (sizeof(Weight) == 1) total *= scale;
         if (p.bias) total += load(p.bias + n);
         if (lane == 0) store_as(p.y_dtype, p.y, (m0 + m) * p.out_features + n, total);
@@ -358,8 +360,8 @@ void with_activations(const SkinnyLinearParams& p, cudaStream_t stream) {
 void skinny_linear(const SkinnyLinearParams& given, cudaStream_t stream) {
     SkinnyLinearParams p = given;
     if (p.out_features == 1) p.weight_row_stride = 0;  // so that rows that do not exist have aligned addresses
-    constexpr int64_t kMost = INT32_MAX / 2 - 65536;
-    if (p.in_features > kMost || p.out_features > kMost)
+    constexpr int64_t kMaxFeatures = INT32_MAX / 2 - 65536;
+    if (p.in_features > kMaxFeatures || p.out_features > kMaxFeatures)
         throw std::invalid_argument("skinny_linear: too large for CUDA");
     SM_DISPATCH_DTYPE(p.activations, with_activations<scalar_t>(p, stream));
 }

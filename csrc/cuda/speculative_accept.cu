@@ -1,5 +1,5 @@
-// A first launch over all logits; then a block decides a position of a row as if all tokens before it stood; and a row's
-// first rejection is its answer. What a row asks for is data: the launches are the same for every mix of rows.
+// A first launch over all logits; then a block decides a position of a row as if all tokens before it stood; and a
+// row's first rejection is its answer. What a row asks for is data: the launches are the same for every mix of rows.
 #include "gumbel_argmax.cuh"
 #include "kernels.h"
 

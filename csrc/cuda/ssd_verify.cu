@@ -11,14 +11,14 @@ constexpr int kPairs = kGroup * kChannels;
 
 // Where a row and a channel lie.
 template <typename Act, typename State>
-struct Place {
+struct RowPointers {
     const Act *x, *dt, *z, *B, *C;  // z may be null
     State* states;
     const float *kept_x, *kept_dt, *kept_B;  // null where every slot has its state
     int64_t x_size, b_size;                  // of a kept token
     Act* y;
 
-    __device__ __forceinline__ Place(const SsdParams& p, int64_t row, int64_t channel) {
+    __device__ __forceinline__ RowPointers(const SsdParams& p, int64_t row, int64_t channel) {
         const auto heads = static_cast<unsigned>(p.heads), size = static_cast<unsigned>(p.head_size);
         const unsigned head = static_cast<unsigned>(channel) / size, part = static_cast<unsigned>(channel) % size;
         auto group = [&](int64_t groups) { return head / (heads / static_cast<unsigned>(groups)); };
@@ -58,7 +58,7 @@ __device__ __forceinline__ void step(Float4& h, float dt, float decay, float dt_
 // Of some tokens, which are those of the window or the kept inputs: Δ, x and z of pairs of a token and a channel, and a
 // share of B and C.
 template <typename T, int Lanes, int Rows>
-struct Tokens : Share<T, Lanes, Rows> {
+struct Tokens : SmemStage<T, Lanes, Rows> {
     static constexpr int kOwn = kTokens * kChannels / Lanes;
     T x[kOwn] = {}, dt[kOwn] = {}, z[kOwn] = {};
 };
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
     const int64_t channel = kChannels * (static_cast<int64_t>(blockIdx.x) * (kThreads / Lanes) + threadIdx.x / Lanes);
     const int64_t head = static_cast<unsigned>(channel) / static_cast<unsigned>(p.head_size);
     const bool has_states = n < p.state_size;
-    const Place<Act, State> at(p, row, channel);
+    const RowPointers<Act, State> at(p, row, channel);
     // A lane's pair k is of this token, among those loaded together, and of this channel.
     auto token_of = [&](int k) { return (k * Lanes + lane) / kPairs * kGroup + lane % kGroup; };
     const int own_channel = lane / kGroup % kChannels;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
     const float skip = load(p.D + (p.d_per_channel ? channel + own_channel : head), From::constants);
     wait_for_previous();
 
-    const int start = load_raw(p.start_slot + row), nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    const int start = load_raw(p.start_slot + row), nulls = p.left_padding ? load_raw(p.left_padding + row) : 0;
     const int tokens = static_cast<int>(p.tokens), input_slots = static_cast<int>(p.input_slots);
     auto load_window = [&](int first) {
         Window window;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
             window.x[k] = load_raw(at.x + t * p.x_token_stride + own_channel);
             if (at.z) window.z[k] = load_raw(at.z + t * p.z_token_stride + own_channel);
         }
-        window.load_part([&](Packed4<Act>& four, int which, int i, int quarter) {
+        window.load_from([&](Packed4<Act>& four, int which, int i, int quarter) {
             const int t = first + i;
             if (t >= tokens || 4 * quarter >= p.state_size) return;
             four = load_packed4((which ? at.C + t * p.C_token_stride : at.B + t * p.B_token_stride) + 4 * quarter);
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
             inputs.dt[k] = load(at.kept_dt + i * p.heads);
             inputs.x[k] = load(at.kept_x + i * at.x_size + own_channel);
         }
-        inputs.load_part([&](Packed4<float>& four, int, int i, int quarter) {
+        inputs.load_from([&](Packed4<float>& four, int, int i, int quarter) {
             if (first + i >= input_slots || 4 * quarter >= p.state_size) return;
             four = load_packed4(at.kept_B + (first + i) * at.b_size + 4 * quarter);
         });
@@ -150,12 +150,13 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
     };
     auto feed = [&](const Steps<kOwn>& steps, const Float4* B, int i) {
         const int first_pair = i / kGroup * kPairs + i % kGroup;
-        const float of_token = of_lane<Lanes>(of_group(steps.dt, i), first_pair), dt = has_states ? of_token : 0.f;
-        const float decay = of_lane<Lanes>(of_group(steps.decay, i), first_pair);
+        const float of_token = warp_shuffle<Lanes>(group_value(steps.dt, i), first_pair),
+                    dt = has_states ? of_token : 0.f;
+        const float decay = warp_shuffle<Lanes>(group_value(steps.decay, i), first_pair);
         const Float4 b = load_raw(B + i * Lanes + lane);
 #pragma unroll
         for (int c = 0; c < kChannels; c++) {
-            step<State>(h[c], dt, decay, of_lane<Lanes>(of_group(steps.dt_x, i), first_pair + c * kGroup), b);
+            step<State>(h[c], dt, decay, warp_shuffle<Lanes>(group_value(steps.dt_x, i), first_pair + c * kGroup), b);
         }
     };
     auto store_to = [&](State* slot) {
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
     if constexpr (Replays) {
         const int count = static_cast<int>(replayed(p, start));
         for (int first = 0; first < count; first += kTokens) {
-            inputs.give_part(block_kept_B);
+            inputs.store_to_smem(block_kept_B);
             __syncthreads();
             Steps<kOwn> steps;
 #pragma unroll
@@ -180,10 +181,10 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
                 if (first + i < count) feed(steps, block_kept_B, i);
             if (first + kTokens < count) __syncthreads();
         }
-        if (p.write_slot == 0 && !p.keep_last) store_to(at.states);
+        if (p.write_slot == 0 && !p.final_state_only) store_to(at.states);
     }
     for (int first = 0; first < tokens; first += kTokens) {
-        window.give_part(block_B);
+        window.store_to_smem(block_B);
         float x[kOwn], z[kOwn];
         Steps<kOwn> steps;
 #pragma unroll
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
         }
         __syncthreads();
         if (first + kTokens < tokens) window = load_window(first + kTokens);
-        auto take_in = [&](auto count, int group) {
+        auto scan_tokens = [&](auto count, int group) {
             float sums[kPairs] = {};
 #pragma unroll
             for (int i = 0; i < decltype(count)::value; i++) {
@@ -204,11 +205,11 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
                 const Float4 C = load_raw(block_C + (group + i) * Lanes + lane);
 #pragma unroll
                 for (int c = 0; c < kChannels; c++) add_products(sums[c * kGroup + i], h[c], C);
-                if (!Replays && !p.keep_last && t < tokens) store_to(slot);
+                if (!Replays && !p.final_state_only && t < tokens) store_to(slot);
                 slot += p.states_slot_stride;
             }
             const float sum = sums_of_lanes<Lanes>(sums, lane);
-            const float own_x = of_group(x, group), own_z = of_group(z, group);
+            const float own_x = group_value(x, group), own_z = group_value(z, group);
             const int token = token_of(group ? kOwn - 1 : 0);
             if (first + token >= tokens || token / kGroup != group / kGroup) return;  // another lane's
             store(at.y + (first + token) * channels + own_channel, result(sum, skip, own_x, at.z, own_z));
@@ -216,12 +217,12 @@ __global__ void __launch_bounds__(kThreads, 3) scan(SsdParams p) {
 #pragma unroll 1
         for (int group = 0; group < kTokens; group += kGroup) {
             const int left = tokens - first - group;
-            if (left == 1) take_in(OneToken{}, group);
-            if (left > 1) take_in(AGroup{}, group);
+            if (left == 1) scan_tokens(OneToken{}, group);
+            if (left > 1) scan_tokens(AGroup{}, group);
         }
         if (first + kTokens < tokens) __syncthreads();
     }
-    if (p.keep_last) store_to(at.states);
+    if (p.final_state_only) store_to(at.states);
 }
 
 template <typename Act, typename State>
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kThreads) scan_any(SsdParams p) {
     const int64_t row = blockIdx.y, channels = p.heads * p.head_size;
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarps + warp, head = channel / p.head_size;
     if (channel >= channels) return;
-    const Place<Act, State> at(p, row, channel);
+    const RowPointers<Act, State> at(p, row, channel);
     const float A = load(p.A + head), dt_bias = load(p.dt_bias + head);
     const float skip = load(p.D + (p.d_per_channel ? channel : head));
     const int64_t start = load_raw(p.start_slot + row);
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(kThreads) scan_any(SsdParams p) {
         for (int64_t t = lane; t < p.tokens; t += kWarp) store(at.y + t * channels, 0.f);
         return;
     }
-    const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    const int64_t nulls = p.left_padding ? load_raw(p.left_padding + row) : 0;
     const int size = static_cast<int>(p.state_size);
     float* h = state + warp * kMaxStates;
     auto count = [&](int n) { return size - n < 4 ? size - n : 4; };
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kThreads) scan_any(SsdParams p) {
             const float dt = load(at.kept_dt + i * p.heads), x = load(at.kept_x + i * at.x_size);
             for (int n = 4 * lane; n < size; n += 4 * kWarp) feed(n, dt, x, at.kept_B + i * at.b_size);
         }
-        if (p.write_slot == 0 && !p.keep_last) store_to(at.states);
+        if (p.write_slot == 0 && !p.final_state_only) store_to(at.states);
     }
     for (int64_t t = 0; t < p.tokens; t++) {
         const float x = load(at.x + t * p.x_token_stride);
@@ -271,13 +272,13 @@ __global__ void __launch_bounds__(kThreads) scan_any(SsdParams p) {
             const Float4 next = feed(n, dt, x, at.B + t * p.B_token_stride);
             add_products(sum, next, load4(at.C + t * p.C_token_stride + n, count(n)));
         }
-        sum = sum_of_lanes<kWarp, kPairs>(sum);
-        if (!p.input_dt && !p.keep_last) store_to(at.states + (p.write_slot + t) * p.states_slot_stride);
+        sum = warp_reduce_sum<kWarp, kPairs>(sum);
+        if (!p.input_dt && !p.final_state_only) store_to(at.states + (p.write_slot + t) * p.states_slot_stride);
         if (lane != 0) continue;
         const float z = at.z ? load(at.z + t * p.z_token_stride) : 0.f;
         store(at.y + t * channels, result(sum, skip, x, at.z, z));
     }
-    if (p.keep_last) store_to(at.states);
+    if (p.final_state_only) store_to(at.states);
 }
 
 // Leaves a token as the input of its slot: a thread four values of Δ, x or B. After prefill the kept state holds all
@@ -298,17 +299,17 @@ __global__ void __launch_bounds__(kThreads) keep_inputs(SsdParams p) {
     };
     or_else(p.x, row * p.x_batch_stride + t * p.x_token_stride, p.input_x, x_size);
     or_else(p.B, row * p.B_batch_stride + t * p.B_token_stride, p.input_B, b_size);
-    if (at >= size || (p.keep_last && !is_dt)) return;
+    if (at >= size || (p.final_state_only && !is_dt)) return;
     const int count = size - at < 4 ? static_cast<int>(size - at) : 4;
     wait_for_weights(p.constant_weights);
     const Float4 bias = is_dt ? load4(p.dt_bias + at, count, From::constants) : Float4{};
     wait_for_previous();
     const int64_t start = load_raw(p.start_slot + row);
-    const int64_t nulls = p.null_columns ? load_raw(p.null_columns + row) : 0;
+    const int64_t nulls = p.left_padding ? load_raw(p.left_padding + row) : 0;
     Float4 value = load4(from + at, count);
     if (start < 0) return;
     if (is_dt) {
-        const bool nothing = p.keep_last || t < nulls;
+        const bool nothing = p.final_state_only || t < nulls;
 #pragma unroll
         for (int i = 0; i < 4; i++) value.v[i] = nothing ? 0.f : step_size(p, value.v[i], bias.v[i]);
     }
@@ -342,7 +343,7 @@ void run(const SsdParams& p, cudaStream_t stream) {
     if (!p.input_dt) return;
     const int64_t values = rounded_to_fours(p.heads) + rounded_to_fours(p.x_heads * p.head_size) +
                            rounded_to_fours(p.b_groups * p.state_size);
-    const dim3 blocks(blocks_for(values, 4 * kThreads), rows, p.keep_last ? 1 : static_cast<unsigned>(p.tokens));
+    const dim3 blocks(blocks_for(values, 4 * kThreads), rows, p.final_state_only ? 1 : static_cast<unsigned>(p.tokens));
     launch(keep_inputs<Act>, blocks, dim3(kThreads), stream, p);
 }
 

@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    model, _ = load(options.checkpoint)
+    model, _ = load(options.rollback)
     export(model, options.folder)
     print(f"{options.folder}: {model.parameter_count} parameters")
 

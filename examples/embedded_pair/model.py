@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from training.scan import STATES, TAPS, ConvSiLU, GatedScan, RMSNorm
 
 from examples.embedded_pair.scan import STATES, TAPS, ConvSiLU, GatedScan, RMSNorm
 

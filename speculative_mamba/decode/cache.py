@@ -21,7 +21,7 @@ class RowState:
     @staticmethod
     def of(cache: list, row: int, slot: int, tokens: list[int]) -> "RowState":
         """A copy of the state in a row's slot."""
-        return RowState(tokens, [layer.checkpoint(row, slot) for layer in cache])
+        return RowState(tokens, [layer.snapshot(row, slot) for layer in cache])
 
 
 def prefill(model: object, cache: list, row: int, tokens: list[int], state: RowState | None) -> None:

@@ -72,7 +72,7 @@ class DecodeLoop:
     ) -> None:
         """``Batch.admit``, with memory for the text."""
         started = time.perf_counter()
-        self._make_room(len(prompt) + min(max_new_tokens, AHEAD) + self._window)
+        self._ensure_capacity(len(prompt) + min(max_new_tokens, AHEAD) + self._window)
         self.batch.admit(index, prompt, params, max_new_tokens, **options)
         self.stats.prompt_tokens += len(prompt)
         self._prefilled_since(started)
@@ -102,7 +102,7 @@ class DecodeLoop:
             self.stats.draft_dropped_at = self.stats.rounds
         if lookahead and self._skipped and self._draft.stateful:
             self._catch_up()
-        self._make_room(0)
+        self._ensure_capacity(0)
         active = self.batch.generating()
         if not active:
             return
@@ -122,7 +122,7 @@ class DecodeLoop:
             self._draft.prefill(index, row.tokens, state)
             row.draft_at = 0, len(row.tokens)
 
-    def _make_room(self, entries: int) -> None:
+    def _ensure_capacity(self, entries: int) -> None:
         """Memory for so many tokens in a row, and for those of the rounds that are queued and of the next one."""
         if not self._executor.fits(max(entries, self._entries(self._executor.pending * self._window))):
             self._drain()

@@ -62,7 +62,8 @@ class Attention:
             parts = [
                 causal_conv1d_verify(
                     packed, self.conv_weight, self.conv_bias, cache.window, window.start_slot, window.write_slot,
-                    silu=False, null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+                    silu=False, left_padding=window.left_padding, final_state_only=window.final_state_only,
+                    backend=self.backend,
                 )
             ]  # fmt: skip
         if len(parts) == 1:
@@ -72,6 +73,6 @@ class Attention:
         y = attention_verify(
             q, k, v, cache.keys, cache.values, cache.lengths, window.start_slot, window.write_slot,
             inv_freq=self.inv_freq, scale=self.scale,
-            null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+            left_padding=window.left_padding, final_state_only=window.final_state_only, backend=self.backend,
         )  # fmt: skip
         return skinny_linear(y.view(hidden.shape[0], -1), self.out_proj, self.out_bias, backend=self.backend)

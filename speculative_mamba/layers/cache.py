@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops.replay import ReplayInputs
+from ..ops.replay import ReplayBuffer
 
 CAPACITY_STEP = 64  # entries by which an attention cache grows at least
 
@@ -14,28 +14,28 @@ CAPACITY_STEP = 64  # entries by which an attention cache grows at least
 class Window:
     """Where a call starts and what it writes.
 
-    start_slot (B) int32, write_slot, null_columns (B) int32 or None, keep_last: see ``selective_scan_verify``.
+    start_slot (B) int32, write_slot, left_padding (B) int32 or None, final_state_only: see ``selective_scan_verify``.
     """
 
     start_slot: torch.Tensor
     write_slot: int = 0
-    null_columns: torch.Tensor | None = None
-    keep_last: bool = False
+    left_padding: torch.Tensor | None = None
+    final_state_only: bool = False
 
 
 @dataclass
 class CacheSizes:
-    """Rows and slots; the dtype of what is carried from token to token; how a Mamba layer goes back: "states", "inputs"
-    or "auto"."""
+    """Rows and slots; the dtype of what is carried from token to token; how a Mamba layer goes back: "snapshots",
+    "replay" or "auto"."""
 
     batch: int
     slots: int
     dtype: torch.dtype = torch.float32
-    checkpoint: str = "auto"
+    rollback: str = "auto"
 
     def replay(self, faster: bool) -> bool:
         """Whether to keep inputs; with "auto" where that is measured to be faster and there is a slot to go back to."""
-        return self.checkpoint == "inputs" or (self.checkpoint == "auto" and faster and self.slots > 1)
+        return self.rollback == "replay" or (self.rollback == "auto" and faster and self.slots > 1)
 
 
 @dataclass
@@ -43,7 +43,7 @@ class MambaCache:
     """What a Mamba layer remembers, in slots: slot j holds the state after token j of the last window.
 
     states: (B, S, …) float32, bfloat16 or float16, one per slot; or with ``inputs`` (B, 1, …), and the inputs that lead
-    from there to each slot (see ``ReplayInputs``). window: (B, W-1+S, D) float32, the convolution's inputs (see
+    from there to each slot (see ``ReplayBuffer``). window: (B, W-1+S, D) float32, the convolution's inputs (see
     ``causal_conv1d_verify``). Slot 0 starts as the zero state; the others hold NaN until they are written.
 
     settle: called as ``settle(cache, slot)`` on a copy of one row with ``inputs``; makes slot 0 the state of that slot.
@@ -51,7 +51,7 @@ class MambaCache:
 
     states: torch.Tensor
     window: torch.Tensor
-    inputs: ReplayInputs | None = None
+    inputs: ReplayBuffer | None = None
     settle: "Callable[[MambaCache, int], None] | None" = None
 
     @property
@@ -72,7 +72,7 @@ class MambaCache:
         """A view of one row."""
         return self._of_row(lambda tensor: tensor[index : index + 1])
 
-    def checkpoint(self, row: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def snapshot(self, row: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the state in a row's slot and of the W-1 conv inputs before the token that follows it."""
         history = self.window.shape[1] - self.slots
         window = self.window[row, slot + 1 : slot + 1 + history].clone()
@@ -91,7 +91,7 @@ class MambaCache:
             self.inputs.dt[row, 0] = 0
 
     def _of_row(self, part: Callable[[torch.Tensor], torch.Tensor]) -> "MambaCache":
-        inputs = None if self.inputs is None else ReplayInputs(*map(part, vars(self.inputs).values()))
+        inputs = None if self.inputs is None else ReplayBuffer(*map(part, vars(self.inputs).values()))
         return MambaCache(part(self.states), part(self.window), inputs, self.settle)
 
 
@@ -112,7 +112,7 @@ def new_mamba_cache(
     channels, width = conv
     window = poisoned(sizes.batch, width - 1 + sizes.slots, channels)
     states = poisoned(sizes.batch, 1 if replay else sizes.slots, *state, dtype=sizes.dtype)
-    kept = ReplayInputs(*(poisoned(sizes.batch, sizes.slots, *shape) for shape in inputs)) if replay else None
+    kept = ReplayBuffer(*(poisoned(sizes.batch, sizes.slots, *shape) for shape in inputs)) if replay else None
     cache = MambaCache(states, window, kept, settle if replay else None)
     cache.reset()
     return cache
@@ -170,7 +170,7 @@ class AttentionCache:
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
-    def checkpoint(self, row: int, slot: int) -> tuple[torch.Tensor, ...]:
+    def snapshot(self, row: int, slot: int) -> tuple[torch.Tensor, ...]:
         """Copies of the entries that a row's slot counts, and of its window."""
         length = int(self.lengths[row, slot])
         entries = self.keys[row, :, :length].clone(), self.values[row, :, :length].clone()
@@ -184,7 +184,7 @@ class AttentionCache:
         keys, values, *window = saved
         length = keys.shape[1]
         if length > self.capacity:
-            self.grow(room_for(length))
+            self.grow(grown_capacity(length))
         self.keys[row, :, :length], self.values[row, :, :length] = keys, values
         self.lengths[row, 0] = length
         self.at_most = max(self.at_most, length)
@@ -192,7 +192,7 @@ class AttentionCache:
             self.window[row, 1 : 1 + len(history)] = history
 
 
-def room_for(entries: int) -> int:
+def grown_capacity(entries: int) -> int:
     """A capacity that leaves room, so that a growing text is copied seldom."""
     return -(-max(2 * entries, 1) // CAPACITY_STEP) * CAPACITY_STEP
 

@@ -60,7 +60,7 @@ class Mamba1Mixer:
         x, z = xz[..., :channels], xz[..., channels:]
         x = causal_conv1d_verify(
             x, self.conv_weight, self.conv_bias, cache.window, window.start_slot, window.write_slot,
-            null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+            left_padding=window.left_padding, final_state_only=window.final_state_only, backend=self.backend,
         )  # fmt: skip
         projected = skinny_linear(x.view(-1, channels), self.x_proj, backend=self.backend)
         parts = projected.split([rank, state_size, state_size], 1)
@@ -74,6 +74,6 @@ class Mamba1Mixer:
         y = selective_scan_verify(
             x, dt.view_as(x), self.A, B.unflatten(0, (batch, -1)), C.unflatten(0, (batch, -1)), self.D, z, self.dt_bias,
             cache.states, window.start_slot, window.write_slot, inputs=cache.inputs,
-            null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+            left_padding=window.left_padding, final_state_only=window.final_state_only, backend=self.backend,
         )  # fmt: skip
         return skinny_linear(y.view(-1, channels), self.out_proj, self.out_bias, backend=self.backend)

@@ -63,11 +63,12 @@ class GroupedMamba1Mixer:
         x = causal_conv1d_verify(
             x.view(batch, dt.shape[1], -1), self.conv_weight, self.conv_bias, cache.window,
             window.start_slot, window.write_slot, repeat=channels // self.x_proj.shape[0], block=state_size,
-            null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+            left_padding=window.left_padding, final_state_only=window.final_state_only, backend=self.backend,
         )  # fmt: skip
         B, C = (part.view(batch, dt.shape[1], -1, state_size) for part in (B, C))
         y = selective_scan_verify(
             x, dt, self.A, B, C, self.D, z.view_as(x), self.dt_bias, cache.states, window.start_slot, window.write_slot,
-            inputs=cache.inputs, null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+            inputs=cache.inputs, left_padding=window.left_padding, final_state_only=window.final_state_only,
+            backend=self.backend,
         )  # fmt: skip
         return skinny_linear(y.view(-1, channels), self.out_proj, backend=self.backend)

@@ -70,7 +70,8 @@ class Mamba2Mixer:
             x.unflatten(-1, (-1, self.head_dim)), dt, self.A, B.unflatten(-1, (-1, N)), C.unflatten(-1, (-1, N)),
             self.D, self.dt_bias, cache.states, window.start_slot, window.write_slot,
             z=None if gated_by_norm else z.unflatten(-1, (-1, self.head_dim)), dt_limit=self.dt_limit,
-            inputs=cache.inputs, null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+            inputs=cache.inputs, left_padding=window.left_padding, final_state_only=window.final_state_only,
+            backend=self.backend,
         )  # fmt: skip
         y = y.view(-1, inner)
         if gated_by_norm:
@@ -100,5 +101,5 @@ class Mamba2Mixer:
         return causal_conv1d_verify(
             x, self.conv_weight[part], None if self.conv_bias is None else self.conv_bias[part],
             cache.window[..., part], window.start_slot, window.write_slot, repeat=repeat, block=block,
-            null_columns=window.null_columns, keep_last=window.keep_last, backend=self.backend,
+            left_padding=window.left_padding, final_state_only=window.final_state_only, backend=self.backend,
         )  # fmt: skip

@@ -17,7 +17,7 @@ def settle_scan(A: torch.Tensor, groups: int, backend: str) -> Callable[[MambaCa
         BC, D = A.new_zeros(1, 1, groups, state_size), A.new_zeros(channels)
         selective_scan_verify(
             nothing, nothing, A, BC, BC, D, None, D, cache.states, start,
-            inputs=cache.inputs, null_columns=null, keep_last=True, backend=backend,
+            inputs=cache.inputs, left_padding=null, final_state_only=True, backend=backend,
         )  # fmt: skip
 
     return settle
@@ -33,13 +33,13 @@ def settle_ssd(
         BC, D = A.new_zeros(1, 1, *B_shape), torch.zeros_like(A)
         ssd_verify(
             x, D.view(1, 1, -1), A, BC, BC, D, D, cache.states, start,
-            inputs=cache.inputs, null_columns=null, keep_last=True, backend=backend,
+            inputs=cache.inputs, left_padding=null, final_state_only=True, backend=backend,
         )  # fmt: skip
 
     return settle
 
 
 def _null_token(like: torch.Tensor, shape: tuple[int, ...], slot: int) -> tuple[torch.Tensor, ...]:
-    """A token that counts as nothing, after the one in ``slot``: its input, start_slot, null_columns."""
+    """A token that counts as nothing, after the one in ``slot``: its input, start_slot, left_padding."""
     start = torch.tensor([slot], dtype=torch.int32, device=like.device)
     return like.new_zeros(shape), start, torch.ones_like(start)

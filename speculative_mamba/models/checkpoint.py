@@ -14,7 +14,7 @@ from .config import ModelConfig
 from .folders import GENERATION_CONFIG, download, fetch_weights, find_folder, read_configs
 from .formats import Names, parse_config
 from .formats.fields import shown, with_eos_token_ids
-from .language_model import CHECKPOINTS, MambaLM
+from .language_model import ROLLBACKS, MambaLM
 from .sources import FLOAT_DTYPES, HeaderSource, StoredSource
 from .tokenizer import load_tokenizer
 from .vocabulary import Vocabulary, check_same_vocabulary, read_tokens, vocabulary_of
@@ -28,7 +28,7 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     state_dtype: str | torch.dtype | None = None,
-    checkpoint: str = "auto",
+    rollback: str = "auto",
     device: str | torch.device = "cpu",
     backend: str = "auto",
     mmap: bool = True,
@@ -50,8 +50,8 @@ def load_model(
         state_dtype: the first three for the recurrent state, which is rounded after every token, and for cached keys
             and values; None is float32, whatever the weights are. Half the memory, but errors add up over the text, and
             a float16 state beyond 65504 becomes infinite.
-        checkpoint: how a Mamba layer can go back to any token of a window: ``"states"`` keeps the state after each,
-            ``"inputs"`` one state and each token's inputs, and computes again what was accepted. Text and logits are
+        rollback: how a Mamba layer can go back to any token of a window: ``"snapshots"`` keeps the state after each,
+            ``"replay"`` one state and each token's inputs, and computes again what was accepted. Text and logits are
             the same bit for bit; ``"auto"`` takes what is faster for the model and the batch.
         device: ``"cpu"`` or ``"cuda"``.
         backend: ``"auto"``, ``"cpu"`` (C++ kernels), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch).
@@ -64,7 +64,7 @@ def load_model(
         ValueError: anything in the list above is missing, broken, unknown, or does not fit the rest. Names, shapes and
             dtypes of all tensors are checked before any weights are read.
     """
-    options = _Options.of(dtype, state_dtype, checkpoint, device, backend, mmap)
+    options = _Options.of(dtype, state_dtype, rollback, device, backend, mmap)
     return _Checkpoint.open(source).load(options)
 
 
@@ -87,7 +87,7 @@ class _Options:
 
     dtype: torch.dtype | None
     state_dtype: torch.dtype
-    checkpoint: str
+    rollback: str
     device: torch.device
     backend: str
     mmap: bool
@@ -96,21 +96,21 @@ class _Options:
     def of(
         dtype: object = None,
         state_dtype: object = None,
-        checkpoint: object = "auto",
+        rollback: object = "auto",
         device: object = "cpu",
         backend: object = "auto",
         mmap: object = True,
     ) -> "_Options":
         dtype = parse_dtype(dtype, "dtype", WEIGHT_DTYPES)
         state_dtype = parse_dtype(state_dtype, "state_dtype", FLOAT_DTYPES) or torch.float32
-        if not isinstance(checkpoint, str) or checkpoint not in CHECKPOINTS:
-            raise ValueError(f"unknown checkpoint {shown(checkpoint)}; choose from: {', '.join(CHECKPOINTS)}")
+        if not isinstance(rollback, str) or rollback not in ROLLBACKS:
+            raise ValueError(f"unknown rollback {shown(rollback)}; choose from: {', '.join(ROLLBACKS)}")
         if not isinstance(mmap, bool):
             raise ValueError(f"mmap must be True or False, got {shown(mmap)}")
         device = parse_device(device)
         if not isinstance(backend, str):
             raise ValueError(f"unknown backend {shown(backend)}; choose from: auto, {', '.join(backends.BACKENDS)}")
-        return _Options(dtype, state_dtype, checkpoint, device, backends.resolve(backend, device.type), mmap)
+        return _Options(dtype, state_dtype, rollback, device, backends.resolve(backend, device.type), mmap)
 
 
 @dataclass
@@ -160,7 +160,7 @@ class _Checkpoint:
         model = build(self.config, self.names, source, options.backend)
         for file in {stored.file for stored in stored.values()}:
             file.check()
-        model.name, model.state_dtype, model.checkpoint = self.source, options.state_dtype, options.checkpoint
+        model.name, model.state_dtype, model.rollback = self.source, options.state_dtype, options.rollback
         model.files = tuple(source.mapped.values())
         model.vocabulary = self.vocabulary
         model.forbid(self.vocabulary.unused)

@@ -35,7 +35,7 @@ def options_of(model: object) -> tuple:
     """What else its results depend on."""
     if not isinstance(model, MambaLM):
         return type(model).__qualname__, model.vocab_size
-    return model.config, model.state_dtype, model.checkpoint, model.backend
+    return model.config, model.state_dtype, model.rollback, model.backend
 
 
 def backend_of(model: object) -> str:

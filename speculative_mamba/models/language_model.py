@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from ..layers.block import Block
-from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, room_for
+from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, grown_capacity
 from ..layers.model_ops import rms_norm, skinny_linear
 from ..ops.checks import check_follows, check_start_slot, token_ids
 from ..ops.int8 import Int8Weight
@@ -22,7 +22,7 @@ from .files import MappedFile
 from .vocabulary import Vocabulary
 
 PREFILL_CHUNK = 64
-CHECKPOINTS = ("auto", "states", "inputs")
+ROLLBACKS = ("auto", "snapshots", "replay")
 
 
 class ModelCache(list[LayerCache]):
@@ -61,7 +61,7 @@ class MambaLM:
 
     embedding and head: (V, d), the same tensor when tied; norm_weight: (d); head_bias: (V) float32 or None.
     ``load_tokenizer`` is called when text is first needed; token ids need none. ``state_dtype`` (float32, bfloat16,
-    float16) is that of the recurrent state and of cached keys and values; ``checkpoint`` ("auto", "states", "inputs")
+    float16) is that of the recurrent state and of cached keys and values; ``rollback`` ("auto", "snapshots", "replay")
     as in ``load_model``. vocabulary: what the ids mean, as far as it is known. files: those in which weights lie.
 
     A pickled or deeply copied model holds its weights itself.
@@ -76,7 +76,7 @@ class MambaLM:
     load_tokenizer: Callable[[], Tokenizer | None] = _no_tokenizer
     backend: str = "auto"
     state_dtype: torch.dtype = torch.float32
-    checkpoint: str = "auto"
+    rollback: str = "auto"
     head_bias: torch.Tensor | None = None
     vocabulary: Vocabulary | None = None
     files: tuple[MappedFile, ...] = ()
@@ -163,7 +163,7 @@ class MambaLM:
     def new_cache(self, batch: int, slots: int) -> ModelCache:
         """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens. It grows with the texts where
         there are attention layers; ``reserve`` makes it grow at once."""
-        sizes = CacheSizes(batch, slots, self.state_dtype, self.checkpoint)
+        sizes = CacheSizes(batch, slots, self.state_dtype, self.rollback)
         return ModelCache(block.mixer.new_cache(sizes) for block in self.blocks if block.mixer.stateful)
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ class MambaLM:
             for layer in attention:
                 layer.at_most = max(layer.at_most, length)
         one_row = [layer.row(row) for layer in cache]
-        window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), keep_last=True)
+        window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), final_state_only=True)
         ids = token_ids(torch.as_tensor(tokens), self.embedding.shape[0]).to(self.device) if len(tokens) else ()
         for chunk in ids.split(PREFILL_CHUNK) if len(ids) else ():
             self._blocks(self._embed(chunk), 1, one_row, window)
@@ -193,12 +193,12 @@ class MambaLM:
         cache: list[LayerCache],
         start_slot: torch.Tensor,
         write_slot: int = 0,
-        null_columns: torch.Tensor | None = None,
+        left_padding: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs a window of tokens and checkpoints the state after each.
 
         tokens: (B, T) of any integer dtype. start_slot: (B) int32, the slot each row continues from. The state after
-        token t goes to slot ``write_slot + t``. null_columns: (B) int32 or None, leading tokens of a row that count as
+        token t goes to slot ``write_slot + t``. left_padding: (B) int32 or None, leading tokens of a row that count as
         nothing.
         Returns logits (B, T, V) float32, without gradients.
 
@@ -211,8 +211,8 @@ class MambaLM:
         stateful = sum(block.mixer.stateful for block in self.blocks)
         if len(cache) != stateful:
             raise ValueError(f"the cache has {len(cache)} layers, the model {stateful}; use model.new_cache")
-        self._make_room(cache, tokens.shape[1])
-        window = Window(start_slot, write_slot, null_columns)
+        self._ensure_capacity(cache, tokens.shape[1])
+        window = Window(start_slot, write_slot, left_padding)
         if self.backend in ("cpu", "cuda") and isinstance(cache, ModelCache):
             logits = self._run_recorded(tokens, cache, window)
         else:
@@ -224,12 +224,12 @@ class MambaLM:
         """Makes room for texts of so many tokens in every attention layer. Whether anything moved."""
         grown = [layer for layer in cache if isinstance(layer, AttentionCache) and layer.capacity < entries]
         for layer in grown:
-            layer.grow(room_for(entries))
+            layer.grow(grown_capacity(entries))
         if grown and isinstance(cache, ModelCache):
             cache.steps.clear()  # they work on the tensors from before
         return bool(grown)
 
-    def _make_room(self, cache: list[LayerCache], tokens: int) -> None:
+    def _ensure_capacity(self, cache: list[LayerCache], tokens: int) -> None:
         """Makes room for so many more tokens. Lengths are read only where their bound says that it may be needed."""
         for layer in cache:
             if isinstance(layer, AttentionCache) and layer.may_overflow(tokens):
@@ -266,24 +266,24 @@ class MambaLM:
         check_start_slot(window.start_slot, slots, len(tokens), self.norm_weight)
         if any(isinstance(layer, MambaCache) and layer.inputs is not None for layer in cache):
             check_follows(window.start_slot, window.write_slot)
-        key = (id(self), *tokens.shape, window.write_slot, window.null_columns is None)
+        key = (id(self), *tokens.shape, window.write_slot, window.left_padding is None)
         # A window that begins in slot 0 looks whether the model is what it was; its further steps rely on that.
         step, is_first = cache.steps.get(key), window.write_slot == 0
         parts = self._parts(cache) if is_first or step is None else step.model
         if step is not None and len(step.model) == len(parts) and all(map(operator.is_, step.model, parts)):
             step.hidden.copy_(self._embed(tokens))
             step.window.start_slot.copy_(window.start_slot)
-            if window.null_columns is not None:
-                step.window.null_columns.copy_(window.null_columns)
+            if window.left_padding is not None:
+                step.window.left_padding.copy_(window.left_padding)
             with suppress(StaleRecordingError):
                 step.recording.run(unchanged=not is_first)
                 return step.results.copy(step.logits)
         if step is not None:  # it and others of this model hold memory that may be in use nowhere else
             cache.steps = {other: steps for other, steps in cache.steps.items() if other[0] != id(self)}
-        nulls = None if window.null_columns is None else window.null_columns.clone()
+        nulls = None if window.left_padding is None else window.left_padding.clone()
         own = Window(window.start_slot.clone(), window.write_slot, nulls)
         hidden, recording = self._embed(tokens), Recording(self.norm_weight)
-        kind = *key[1:], self.backend, self.checkpoint, *(type(block.mixer) for block in self.blocks)
+        kind = *key[1:], self.backend, self.rollback, *(type(block.mixer) for block in self.blocks)
         weights = (part for part in parts if isinstance(part, torch.Tensor | Int8Weight))
         with recording.record(*weights, known=kind in self._recorded):
             logits = self._logits(hidden, len(tokens), cache, own)

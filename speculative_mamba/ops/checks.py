@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .backend import resolve
-from .replay import ReplayInputs
+from .replay import ReplayBuffer
 from .sampling_tensors import SamplingTensors
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,17 +109,17 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
-def check_slots(x: torch.Tensor, slots: int, start_slot: torch.Tensor, write_slot: int, keep_last: bool) -> None:
-    """The window x (B, T, D) must fit into slots write_slot … write_slot+T-1 of S, or with keep_last go to slot 0.
+def check_slots(x: torch.Tensor, slots: int, start_slot: torch.Tensor, write_slot: int, final_state_only: bool) -> None:
+    """The window x (B, T, D) must fit into slots write_slot … write_slot+T-1 of S; with final_state_only it goes to 0.
 
     The values in ``start_slot`` are data and stay on the device; on the CPU they are cheap to check, so they are.
     """
     batch, tokens, _ = x.shape
     if tokens < 1:
         raise ValueError("x must hold at least one token per row")
-    if keep_last and write_slot != 0:
-        raise ValueError(f"with keep_last the state goes to slot 0, so write_slot must be 0, got {write_slot}")
-    tokens = 1 if keep_last else tokens
+    if final_state_only and write_slot != 0:
+        raise ValueError(f"with final_state_only the state goes to slot 0, so write_slot must be 0, got {write_slot}")
+    tokens = 1 if final_state_only else tokens
     if not 0 <= write_slot <= slots - tokens:
         raise ValueError(f"{tokens} tokens from slot {write_slot} on do not fit into {slots} slots")
     check_start_slot(start_slot, slots, batch, x)
@@ -132,7 +132,7 @@ def check_start_slot(start_slot: torch.Tensor, slots: int, batch: int, like: tor
         raise ValueError(f"start_slot must be in [0, {slots}), or -1 to leave a row out, got {start_slot.tolist()}")
 
 
-def check_inputs(inputs: ReplayInputs, shapes: dict[str, tuple[int, ...]], like: torch.Tensor) -> int:
+def check_inputs(inputs: ReplayBuffer, shapes: dict[str, tuple[int, ...]], like: torch.Tensor) -> int:
     """Inputs to be replayed; ``shapes`` are those of one token. How many slots there are."""
     if inputs.dt.ndim != 2 + len(shapes["dt"]):
         raise ValueError(f"inputs.dt must have {2 + len(shapes['dt'])} dimensions, got {tuple(inputs.dt.shape)}")
@@ -153,9 +153,9 @@ def check_follows(start_slot: torch.Tensor, write_slot: int) -> None:
         )
 
 
-def check_null_columns(null_columns: torch.Tensor | None, batch: int, x: torch.Tensor) -> None:
-    if null_columns is not None:
-        check("null_columns", null_columns, (batch,), x, torch.int32)
+def check_null_columns(left_padding: torch.Tensor | None, batch: int, x: torch.Tensor) -> None:
+    if left_padding is not None:
+        check("left_padding", left_padding, (batch,), x, torch.int32)
 
 
 def check_row_status(row_status: torch.Tensor | None, batch: int, like: torch.Tensor) -> None:

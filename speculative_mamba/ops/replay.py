@@ -6,7 +6,7 @@ import torch
 
 
 @dataclass
-class ReplayInputs:
+class ReplayBuffer:
     """What a scan has to be fed again to get from the one kept state to the state of a slot.
 
     The scan's ``states`` then has a single slot, (B, 1, …), the state before input 0, and the state of slot j is that
@@ -19,7 +19,8 @@ class ReplayInputs:
       scans its T tokens from there and leaves their inputs as inputs 0 … T-1.
     - A call with ``write_slot`` w > 0 must start from slot w-1 in every row that is not left out. It feeds inputs
       0 … w-1, leaves the kept state alone, and adds its tokens' inputs as w … w+T-1.
-    - With ``keep_last`` the kept state becomes that after the last token, and input 0 gets dt 0: slot 0 is that state.
+    - With ``final_state_only`` the kept state becomes that after the last token, and input 0 gets dt 0: slot 0 is that
+      state.
 
     The instructions and their order are those of the scan with a state per slot, so results are equal bit for bit.
     """
@@ -33,6 +34,6 @@ class ReplayInputs:
         return self.dt.shape[1]
 
 
-def replay_tensors(inputs: ReplayInputs | None) -> dict[str, torch.Tensor]:
+def replay_tensors(inputs: ReplayBuffer | None) -> dict[str, torch.Tensor]:
     """By the names that errors give them."""
     return {} if inputs is None else {f"inputs.{name}": tensor for name, tensor in vars(inputs).items()}

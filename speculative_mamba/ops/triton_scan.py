@@ -29,10 +29,10 @@ def _after(h, A, dt, x, B, exists, dtype: tl.constexpr):
     return tl.where(exists & (dt != 0)[:, None], widen(narrow(fed, dtype)), h)
 
 
-@triton.jit(do_not_specialize=["tokens", "write_slot", "keep_last"])
+@triton.jit(do_not_specialize=["tokens", "write_slot", "final_state_only"])
 def _scan(
-    x, dt, A, B, C, D, z, dt_bias, dt_limit, states, y, start_slot, null_columns, inputs,
-    tokens, heads, head_size, x_heads, b_groups, c_groups, write_slot, keep_last,
+    x, dt, A, B, C, D, z, dt_bias, dt_limit, states, y, start_slot, left_padding, inputs,
+    tokens, heads, head_size, x_heads, b_groups, c_groups, write_slot, final_state_only,
     STATE_SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     A_PER_STATE: tl.constexpr, D_PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def _scan(
     rate = tl.load(A + h_at, exists, 0.0) if A_PER_STATE else tl.load(A + head, in_row, 0.0)[:, None]
     skip = tl.load(D + (channel if D_PER_CHANNEL else head), in_row, 0.0)
     bias = tl.load(dt_bias + head, in_row, 0.0)
-    nulls = 0 if null_columns is None else tl.load(null_columns + row)
+    nulls = 0 if left_padding is None else tl.load(left_padding + row)
     start = tl.load(start_slot + row).to(tl.int64)
     y += row * tokens * channels
     if start < 0:
@@ -78,7 +78,7 @@ def _scan(
             x_old += x_heads * head_size
             dt_old += heads
             b_old += b_groups * STATE_SIZE
-        if write_slot == 0 and keep_last == 0:
+        if write_slot == 0 and final_state_only == 0:
             tl.store(slot + h_at, narrow(h, dtype), exists)
 
     x_row, dt_row = x[0] + row * x[1], dt[0] + row * dt[1]
@@ -96,7 +96,7 @@ def _scan(
             z_row += z[2]
         tl.store(y + channel, narrow(total, y.dtype.element_ty), in_row)
         if inputs is None:
-            if keep_last == 0:
+            if final_state_only == 0:
                 tl.store(slot + h_at, narrow(h, dtype), exists)
             slot += states[2]
         x_row += x[2]
@@ -104,13 +104,13 @@ def _scan(
         b_row += B[2]
         c_row += C[2]
         y += channels
-    if keep_last != 0:
+    if final_state_only != 0:
         tl.store(states[0] + row * states[1] + h_at, narrow(h, dtype), exists)
 
 
 @triton.jit(do_not_specialize=["tokens", "write_slot"])
 def _keep_inputs(
-    x, dt, B, dt_bias, dt_limit, start_slot, null_columns, inputs, tokens, heads, x_size, b_size, write_slot,
+    x, dt, B, dt_bias, dt_limit, start_slot, left_padding, inputs, tokens, heads, x_size, b_size, write_slot,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Leaves a token as the input of its slot."""
@@ -125,8 +125,8 @@ def _keep_inputs(
     step = _step_size(
         tl.load(dt[0] + row * dt[1] + t * dt[2] + i, i < heads), tl.load(dt_bias + i, i < heads), dt_limit
     )
-    if null_columns is not None:
-        step = tl.where(t < tl.load(null_columns + row), 0.0, step)
+    if left_padding is not None:
+        step = tl.where(t < tl.load(left_padding + row), 0.0, step)
     tl.store(dt_old + slot * heads + i, step, i < heads)
     tl.store(x_old + slot * x_size + i, widen(tl.load(x[0] + row * x[1] + t * x[2] + i, i < x_size)), i < x_size)
     tl.store(b_old + slot * b_size + i, widen(tl.load(B[0] + row * B[1] + t * B[2] + i, i < b_size)), i < b_size)
@@ -143,18 +143,18 @@ def scan(args: SsdVerifyArgs) -> torch.Tensor:
     block = min(max(1, STATES // block_n), triton.next_power_of_2(heads * head_size))
     shared = {
         "x": _strided(x), "dt": _strided(args.dt), "B": _strided(B), "dt_bias": args.dt_bias,
-        "dt_limit": args.dt_limit, "start_slot": args.start_slot, "null_columns": args.null_columns,
+        "dt_limit": args.dt_limit, "start_slot": args.start_slot, "left_padding": args.left_padding,
         "write_slot": args.write_slot, "tokens": tokens, "heads": heads,
         "inputs": None if inputs is None else (inputs.x, inputs.dt, inputs.B, inputs.dt.shape[1]),
     }  # fmt: skip
     launch(
         _scan, batch * triton.cdiv(heads * head_size, block), y, 2, **shared, A=args.A, C=_strided(args.C), D=args.D,
         z=None if args.z is None else _strided(args.z), states=_strided(states), y=y, head_size=head_size,
-        x_heads=x_heads, b_groups=B.shape[2], c_groups=args.C.shape[2], keep_last=int(args.keep_last),
+        x_heads=x_heads, b_groups=B.shape[2], c_groups=args.C.shape[2], final_state_only=int(args.final_state_only),
         STATE_SIZE=state_size, BLOCK=block, BLOCK_N=block_n, A_PER_STATE=args.A.ndim == 2,
         D_PER_CHANNEL=args.D.ndim == 2, maxnreg=REGISTERS,
     )  # fmt: skip
-    if inputs is not None and args.keep_last:
+    if inputs is not None and args.final_state_only:
         inputs.dt[:, 0].masked_fill_((args.start_slot >= 0)[:, None], 0)
     elif inputs is not None:
         x_size, b_size = x_heads * head_size, B.shape[2] * state_size

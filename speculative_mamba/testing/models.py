@@ -170,6 +170,6 @@ class TableModel:
         cache: list,
         start_slot: torch.Tensor,
         write_slot: int = 0,
-        null_columns: torch.Tensor | None = None,
+        left_padding: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self._logits[tokens]

@@ -52,7 +52,7 @@ def _tiny(kind: str, seed: int, dtype: torch.dtype, backend: str) -> sm.MambaLM:
 def _family(
     kind: str, seed: int, mode: str, dtype: torch.dtype, state_dtype: torch.dtype, backend: str
 ) -> tuple[sm.MambaLM, dict[str, sm.MambaLM]]:
-    target = dataclasses.replace(_tiny(kind, seed, dtype, backend), state_dtype=state_dtype, checkpoint=mode)
+    target = dataclasses.replace(_tiny(kind, seed, dtype, backend), state_dtype=state_dtype, rollback=mode)
     drafts = {
         "equal": target,
         "random": _tiny("unrelated", 7, dtype, backend),
@@ -60,8 +60,8 @@ def _family(
         "llama": _tiny("llama", 9 - seed, dtype, backend),
     }
     for name in ("random", "near"):
-        for other in ("states", "inputs"):
-            drafts[f"{name}, {other}"] = dataclasses.replace(drafts[name], state_dtype=state_dtype, checkpoint=other)
+        for other in ("snapshots", "replay"):
+            drafts[f"{name}, {other}"] = dataclasses.replace(drafts[name], state_dtype=state_dtype, rollback=other)
     return target, drafts
 
 
@@ -69,10 +69,10 @@ def _family(
 def family() -> Callable[..., tuple[sm.MambaLM, dict[str, sm.MambaLM]]]:
     """family(kind, seed, mode, dtype, state_dtype, backend): a target of one of ``ARCHITECTURES``, and drafts of it.
 
-    mode is how the target goes back ("states", "inputs"); "near, inputs" is the near draft that goes back by inputs.
+    mode is how the target goes back ("snapshots", "replay"); "near, replay" is the near draft that goes back by inputs.
     """
 
-    def make(kind, seed=0, mode="states", dtype=torch.float32, state_dtype=torch.float32, backend="cpu"):
+    def make(kind, seed=0, mode="snapshots", dtype=torch.float32, state_dtype=torch.float32, backend="cpu"):
         return _family(kind, seed, mode, dtype, state_dtype, backend)
 
     return make
@@ -116,7 +116,7 @@ def assert_slot_holds() -> Callable[..., None]:
         model.prefill(tokens, fresh, 0)
         for index, (layer, expected) in enumerate(zip(cache, fresh, strict=True)):
             what = f"layer {index}, row {row}, slot {slot}, after {len(tokens)} tokens"
-            for part, right in zip(layer.checkpoint(row, slot), expected.checkpoint(0, 0), strict=True):
+            for part, right in zip(layer.snapshot(row, slot), expected.snapshot(0, 0), strict=True):
                 assert_bitwise_equal(part, right, what)
 
     return check

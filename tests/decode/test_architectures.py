@@ -20,11 +20,11 @@ CASES = [
     pytest.param(kind, seed, mode, id=f"{kind} {seed} {mode}")
     for kind in ARCHITECTURES
     for seed in (0, 1)
-    for mode in (("states", "inputs") if kind != "llama" else ("states",))
+    for mode in (("snapshots", "replay") if kind != "llama" else ("snapshots",))
 ]
 SOME = [case for case in CASES if case.values[1] == ARCHITECTURES.index(case.values[0]) % 2]  # one seed of each kind
 HYBRIDS = ("mamba2attn", "mamba-in-llama", "mamba2-in-llama")
-DRAFTS = ("equal", "near, states", "near, inputs", "random, states", "random, inputs", "llama", "ngram")
+DRAFTS = ("equal", "near, snapshots", "near, replay", "random, snapshots", "random, replay", "llama", "ngram")
 LENGTHS = (1, 4, CAPACITY_STEP - 5)  # the last one's attention cache grows within ten tokens
 TOKENS = 10
 PLAIN = {"stop_token_ids": (), "output_logits": True}
@@ -58,7 +58,7 @@ def test_any_draft_gives_the_plain_text(family, plain, prompts, kind, seed, mode
         )
         check(result, target, prompts, plain)
         rates[name] = result.stats.acceptance_rate
-    assert rates["equal"] == 1 and 0 < rates["near, states"] == rates["near, inputs"] < 1
+    assert rates["equal"] == 1 and 0 < rates["near, snapshots"] == rates["near, replay"] < 1
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_dtypes_and_backends(family, plain, prompts, kind, seed, mode, dtype, st
         kept = (layer.keys, layer.values) if isinstance(layer, AttentionCache) else (layer.states,)
         assert all(tensor.dtype == state_dtype for tensor in kept)
     tokens = TOKENS if backend == "cpu" else 7
-    for name in ("near, inputs", "llama"):
+    for name in ("near, replay", "llama"):
         result = sm.generate(target, prompts, draft=drafts[name], lookahead=3, max_new_tokens=tokens, **PLAIN)
         check(result, target, prompts, plain, tokens)
 
@@ -106,14 +106,14 @@ def test_coupled_text_is_the_plain_one(family, prompts, kind, seed, mode):
     alone = [sm.generate(target, [given], **options) for given in prompts[:1]]
     expected = sm.generate(target, prompts, **options)
     assert torch.equal(alone[0].sequences[0], expected.sequences[0])
-    for lookahead, name in ((1, "near, inputs"), (3, "llama"), (4, "random, inputs"), (7, "equal"), (5, "ngram")):
+    for lookahead, name in ((1, "near, replay"), (3, "llama"), (4, "random, replay"), (7, "equal"), (5, "ngram")):
         result = sm.generate(target, prompts, draft=draft_of(drafts, name), lookahead=lookahead, **options)
         for row in range(len(prompts)):
             assert torch.equal(result.sequences[row], expected.sequences[row]), name
             assert_bitwise_equal(result.logits[row], expected.logits[row], name)
 
 
-@pytest.mark.parametrize("name", ["near, inputs", "llama", "ngram"])
+@pytest.mark.parametrize("name", ["near, replay", "llama", "ngram"])
 @pytest.mark.parametrize(("kind", "seed", "mode"), SOME)
 def test_rejection_gives_the_models_own_logits(family, prompts, kind, seed, mode, name):
     """Of whatever text it draws: those of the model over the whole text, one token at a time."""
@@ -129,7 +129,7 @@ def test_rejection_gives_the_models_own_logits(family, prompts, kind, seed, mode
         assert_bitwise_equal(logits, steps[len(given) - 1 :])
 
 
-@pytest.mark.parametrize("name", ["near, states", "near, inputs", "llama", None])
+@pytest.mark.parametrize("name", ["near, snapshots", "near, replay", "llama", None])
 @pytest.mark.parametrize(("kind", "seed", "mode"), CASES)
 def test_two_calls_equal_one(family, plain, prompts, assert_states_fit, kind, seed, mode, name):
     """The first ends inside blocks, row by row; the second has another lookahead, and a copy goes elsewhere first."""
@@ -184,7 +184,7 @@ def test_a_draft_catches_up_after_rounds_without_it(
 def wide(kind, mode):
     """A model large enough to be shared out."""
     config = tiny_architecture(kind)
-    return dataclasses.replace(random_model(dataclasses.replace(config, vocab_size=1500)), checkpoint=mode)
+    return dataclasses.replace(random_model(dataclasses.replace(config, vocab_size=1500)), rollback=mode)
 
 
 def run_of(model):
@@ -192,7 +192,7 @@ def run_of(model):
     return sm.generate(model, prompts, draft=model, lookahead=3, max_new_tokens=6, **PLAIN).logits
 
 
-@pytest.mark.parametrize("mode", ["states", "inputs"])
+@pytest.mark.parametrize("mode", ["snapshots", "replay"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_number_of_threads(threads, kind, mode):
     runs = []
@@ -204,7 +204,7 @@ def test_number_of_threads(threads, kind, mode):
             assert_bitwise_equal(other[row], runs[0][row])
 
 
-@pytest.mark.parametrize("mode", ["states", "inputs"])
+@pytest.mark.parametrize("mode", ["snapshots", "replay"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_instruction_sets_with_a_fused_multiply_add(kind, mode):
     module = extension()[0]
@@ -227,7 +227,7 @@ def test_instruction_sets_with_a_fused_multiply_add(kind, mode):
 @pytest.mark.parametrize("kind", ["llama", *HYBRIDS])
 def test_rows_of_very_different_length(family, plain, prompt, kind, lookahead):
     """Prompts on both sides of a capacity, and texts that outgrow another one while they are written."""
-    target, drafts = family(kind, 1, "inputs")
+    target, drafts = family(kind, 1, "replay")
     prompts = [prompt(length) for length in (1, 3 * CAPACITY_STEP - 9, CAPACITY_STEP - 1, CAPACITY_STEP, 2)]
     for name in ("near", "llama"):
         result = sm.generate(target, prompts, draft=drafts[name], lookahead=lookahead, max_new_tokens=24, **PLAIN)

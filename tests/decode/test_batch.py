@@ -120,7 +120,7 @@ def test_a_row_is_what_it_is_alone(pair, prompt, kind, draft, seed) -> None:
 
 @both_kinds
 @pytest.mark.parametrize("kind_of_target", ["mamba2-in-llama", "llama"])
-@pytest.mark.parametrize("mode", ["states", "inputs"])
+@pytest.mark.parametrize("mode", ["snapshots", "replay"])
 def test_of_any_architecture(family, prompt, kind, kind_of_target, mode) -> None:
     """A row that comes again begins with a fresh state, and memory grows while others run."""
     target, drafts = family(kind_of_target, 0, mode)

@@ -73,7 +73,7 @@ def test_every_lookahead_and_budget(pair, prompt, executor, sampling, draft) -> 
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("mode", ["states", "inputs"])
+@pytest.mark.parametrize("mode", ["snapshots", "replay"])
 def test_every_architecture(family, prompt, executor, kind, mode) -> None:
     target, drafts = family(kind, 0, mode)
     for name in ("near", "llama"):

@@ -256,7 +256,7 @@ ops = {
 
 
 def slots_and_nulls(batch, count, spare, write, starts, nulls):
-    """Rows with null columns begin with them, so they start from slot 0, which the caller makes zero."""
+    """Rows with left padding begin with them, so they start from slot 0, which the caller makes zero."""
     write = min(write, spare)
     slots = count + spare
     nulls = None if nulls is None else torch.tensor([min(n, count) for n in nulls[:batch]], dtype=torch.int32)
@@ -292,13 +292,13 @@ def test_any_scan_is_its_single_steps(
     def call(states, at, first, write, null):
         return selective_scan_verify(
             x[:, at], dt[:, at], A, B[:, at], C[:, at], D, z[:, at] if gate else None, bias, states, first, write,
-            null_columns=null, backend="cpu",
+            left_padding=null, backend="cpu",
         )  # fmt: skip
 
     together = with_threads(threads, lambda: call(held, slice(None), start, write, nulls))
     single = step_by_step(functools.partial(call, stepped), batch, count, write, start, nulls)
     assert_bitwise_equal(together, single, "y")
-    assert_bitwise_equal(held, stepped, "states")
+    assert_bitwise_equal(held, stepped, "snapshots")
     assert not together.isnan().any()
 
 
@@ -319,7 +319,7 @@ def test_any_convolution_is_its_single_steps(
     stepped[:, 1:width] = torch.stack(history)
 
     def call(window, at, first, write, null):
-        return causal_conv1d_verify(x[:, at], weight, bias, window, first, write, null_columns=null, backend="cpu")
+        return causal_conv1d_verify(x[:, at], weight, bias, window, first, write, left_padding=null, backend="cpu")
 
     together = with_threads(threads, lambda: call(held, slice(None), start, write, nulls))
     first = torch.zeros(batch, dtype=torch.int32)

@@ -39,7 +39,7 @@ class Watched:
     def on_token(self, row, token):
         self.lengths[row] += 1
 
-    def verify(self, tokens, cache, start_slot, write_slot=0, null_columns=None):
+    def verify(self, tokens, cache, start_slot, write_slot=0, left_padding=None):
         if self.starts_round(tokens):
             for row, slot in enumerate(start_slot.tolist()):
                 if self.lengths[row] < len(self.texts[row]):
@@ -48,7 +48,7 @@ class Watched:
                     if self.rounds:
                         self.seen_slots.add(slot)
             self.rounds += 1
-        return self.model.verify(tokens, cache, start_slot, write_slot, null_columns)
+        return self.model.verify(tokens, cache, start_slot, write_slot, left_padding)
 
 
 class Script(ScriptedDraft):
@@ -280,12 +280,12 @@ def _with_slots(cache, model, count):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("columns", [[1, 0], [2, 1], [0, 3]])
 def test_null_columns_leave_no_trace(pair, prompt, backend, columns, assert_slot_holds):
-    """A row with n leading null columns equals the row without them, from a fresh state."""
+    """A row with n leading left padding equals the row without them, from a fresh state."""
     target = pair(backend=backend).target
     text = prompt(4)
     padded = torch.tensor([[60] * n + text[: 4 - n] for n in columns])
     cache = target.new_cache(2, 4)
-    logits = target.verify(padded, cache, slots(0, 0), null_columns=slots(*columns))
+    logits = target.verify(padded, cache, slots(0, 0), left_padding=slots(*columns))
     for row, n in enumerate(columns):
         alone = target.new_cache(1, 4)
         expected = target.verify(torch.tensor([text[: 4 - n]]), alone, slots(0))

@@ -451,9 +451,7 @@ def test_unknown_backend(checkpoint, backend):
     refuse(checkpoint().folder, "backend", "reference", backend=backend)
 
 
-@pytest.mark.parametrize(
-    "options", [{"checkpoint": []}, {"checkpoint": "state"}, {"mmap": "no"}, {"mmap": None}], ids=str
-)
+@pytest.mark.parametrize("options", [{"rollback": []}, {"rollback": "state"}, {"mmap": "no"}, {"mmap": None}], ids=str)
 def test_other_arguments(checkpoint, options):
     refuse(checkpoint().folder, *options, **options)
 

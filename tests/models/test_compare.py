@@ -34,7 +34,7 @@ def folder_of(name: str, folder: Path, seed: int) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("checkpoint", ["auto", "states", "inputs"])
+@pytest.mark.parametrize("rollback", ["auto", "snapshots", "replay"])
 @pytest.mark.parametrize(
     ("target", "draft"),
     [
@@ -49,9 +49,9 @@ def folder_of(name: str, folder: Path, seed: int) -> str:
     ],
 )
 def test_compare_finds_equal_tokens(
-    target: str, draft: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: str, draft: str, rollback: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--model_target", folder_of(target, tmp_path / "target", 0), "--checkpoint", checkpoint]
+    arguments = ["--model_target", folder_of(target, tmp_path / "target", 0), "--rollback", rollback]
     if draft == "ngram":
         arguments += ["--draft", "ngram"]
     else:

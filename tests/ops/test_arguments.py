@@ -107,13 +107,13 @@ def test_slots(op: str, backend: str) -> None:
     refused(op, "slot.*8 slots", write_slot=S - T + 1, backend=backend)
     for slot in (-2, S):
         refused(op, "start_slot", start_slot=torch.tensor([0, slot, 0], dtype=torch.int32), backend=backend)
-    refused(op, "null_columns", null_columns=torch.zeros(B + 1, dtype=torch.int32), backend=backend)
-    refused(op, "null_columns", null_columns=torch.zeros(B, dtype=torch.int64), backend=backend)
+    refused(op, "left_padding", left_padding=torch.zeros(B + 1, dtype=torch.int32), backend=backend)
+    refused(op, "left_padding", left_padding=torch.zeros(B, dtype=torch.int64), backend=backend)
     OPS[op](**arguments(op), write_slot=S - T, backend=backend)
     name, slots = ("window", slice(0, W)) if op == "conv" else ("states", slice(0, 1))
     one_slot = {name: arguments(op)[name][:, slots].contiguous()}
     refused(op, "5 tokens.*1 slots", **one_slot, backend=backend)
-    OPS[op](**{**arguments(op), **one_slot}, keep_last=True, backend=backend)
+    OPS[op](**{**arguments(op), **one_slot}, final_state_only=True, backend=backend)
 
 
 @pytest.mark.parametrize("op", ["scan", "ssd", "conv"])
@@ -124,7 +124,7 @@ def test_window_without_tokens(op: str, backend: str) -> None:
 
 @pytest.mark.parametrize("op", ["scan", "ssd", "conv"])
 def test_prefill_goes_to_slot_0(op: str, backend: str) -> None:
-    refused(op, "write_slot must be 0", keep_last=True, write_slot=1, backend=backend)
+    refused(op, "write_slot must be 0", final_state_only=True, write_slot=1, backend=backend)
 
 
 @pytest.mark.parametrize("width", [0, 1, 9])

@@ -191,14 +191,14 @@ def test_rows_do_not_see_each_other(change: dict, backend: str) -> None:
             assert_bitwise_equal(alone[name][one], inputs[name][one], f"{name} of row {b}")
 
 
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
-def test_threads_do_not_change_a_bit(keep_last: bool, backend: str) -> None:
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
+def test_threads_do_not_change_a_bit(final_state_only: bool, backend: str) -> None:
     inputs = make({"lengths": (900, 7, 500), "heads": 18, "kv_heads": 9, "dims": 64, "capacity": 910})
     results = []
     for threads in (1, 2, 4, 4, 4, 3):
         torch.set_num_threads(threads)
         mine = copy(inputs)
-        results.append((run(mine, backend, keep_last=keep_last), *(mine[name] for name in CACHE)))
+        results.append((run(mine, backend, final_state_only=final_state_only), *(mine[name] for name in CACHE)))
     for result in results[1:]:
         for name, actual, expected in zip(("y", *CACHE), result, results[0], strict=True):
             assert_bitwise_equal(actual, expected, name)
@@ -292,31 +292,35 @@ def test_prefill_equals_verify_wherever_it_is_cut(dtype: torch.dtype, pieces: li
     y_plain, plain = steps(inputs, backend)
     ends = torch.tensor(pieces).cumsum(0).tolist()
     parts = [cut(inputs, slice(end - length, end)) for end, length in zip(ends, pieces, strict=True)]
-    assert_bitwise_equal(torch.cat([run(part, backend, keep_last=True) for part in parts], 1), y_plain, "y")
+    assert_bitwise_equal(torch.cat([run(part, backend, final_state_only=True) for part in parts], 1), y_plain, "y")
     assert_bitwise_equal(inputs["keys"], plain["keys"], "keys")
     assert inputs["lengths"].tolist() == [[150, 10**9, 10**9]], "prefill writes slot 0 only"
 
 
 @pytest.mark.parametrize("nulls", [[1, 0, 0], [0, 5, 2], [2, 2, 2]], ids=str)
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
 @dtypes
-def test_null_columns_count_as_nothing(dtype: torch.dtype, nulls: list[int], keep_last: bool, backend: str) -> None:
+def test_null_columns_count_as_nothing(
+    dtype: torch.dtype, nulls: list[int], final_state_only: bool, backend: str
+) -> None:
     inputs = make({"dtype": dtype})
     for b, null in enumerate(nulls):
         for name in PER_TOKEN:
             inputs[name][b, :null] = torch.nan
     alone = copy(inputs)
-    y = run(inputs, backend, keep_last=keep_last, null_columns=torch.tensor(nulls, dtype=torch.int32))
+    y = run(inputs, backend, final_state_only=final_state_only, left_padding=torch.tensor(nulls, dtype=torch.int32))
     for b, null in enumerate(nulls):
         row = slice(b, b + 1)
         y_alone, plain = steps(cut(alone, slice(null, None), row), backend) if null < 5 else (y[row, 5:], alone)
         assert_bitwise_equal(y[row, null:], y_alone, f"y of row {b}")
-        assert not y[b, :null].any(), "y of null columns"
+        assert not y[b, :null].any(), "y of left padding"
         for name in ("keys", "values"):
             expected = plain[name] if null < 5 else plain[name][row]
             assert_bitwise_equal(inputs[name][row], expected, f"{name} of row {b}")
         lengths = [LENGTHS[b] + max(0, t + 1 - null) for t in range(5)]
-        assert inputs["lengths"][b].tolist() == ([lengths[4]] + [10**9] * 7 if keep_last else lengths + [10**9] * 3)
+        assert inputs["lengths"][b].tolist() == (
+            [lengths[4]] + [10**9] * 7 if final_state_only else lengths + [10**9] * 3
+        )
 
 
 def test_instruction_sets_with_fused_multiply_add_agree(fused_isas: list[str], select_isa: object) -> None:
@@ -397,8 +401,8 @@ def test_what_does_not_fit_into_the_cache_is_refused(backend: str) -> None:
     full = make({"capacity": 44})
     caches = {name: full[name] for name in ("keys", "values")}
     refused("5 tokens after 40 do not fit into a cache of 44 entries", backend, **caches)
-    refused("do not fit", backend, **caches, keep_last=True)
-    run({**full, "null_columns": torch.tensor([0, 0, 1], dtype=torch.int32)}, backend)
+    refused("do not fit", backend, **caches, final_state_only=True)
+    run({**full, "left_padding": torch.tensor([0, 0, 1], dtype=torch.int32)}, backend)
     refused("5 tokens after -1 do not fit", backend, lengths=torch.full((3, 8), -1, dtype=torch.int32))
 
 
@@ -424,8 +428,8 @@ def test_other_arguments_that_do_not_fit_are_refused(backend: str) -> None:
     refused(r"inv_freq must be \(R\) with 2R <= 20", backend, inv_freq=torch.ones(11))
     refused("values must be torch.float32", backend, values=make()["values"].half())
     refused("5 tokens from slot 4 on do not fit into 8 slots", backend, write_slot=4)
-    refused("write_slot must be 0", backend, write_slot=1, keep_last=True)
+    refused("write_slot must be 0", backend, write_slot=1, final_state_only=True)
     refused("start_slot", backend, start_slot=torch.tensor([0, 8, 0], dtype=torch.int32))
-    refused("null_columns", backend, null_columns=torch.zeros(4, dtype=torch.int32))
+    refused("left_padding", backend, left_padding=torch.zeros(4, dtype=torch.int32))
     refused("at least one token", backend, **{name: make()[name][:, :0] for name in PER_TOKEN})
     refused("unknown backend", "gpu")

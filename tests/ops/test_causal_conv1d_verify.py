@@ -113,8 +113,8 @@ def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> No
     y_single = run(copy(inputs), "reference")
     bias = None if bias is None else bias.double()
     args = CausalConv1dVerifyArgs(
-        x.double(), weight.double(), bias, window.double(), start_slot, 0, silu, repeat, block or 1, null_columns=None,
-        keep_last=False, constant_weights=False,
+        x.double(), weight.double(), bias, window.double(), start_slot, 0, silu, repeat, block or 1, left_padding=None,
+        final_state_only=False, constant_weights=False,
     )  # fmt: skip
     y_double = reference.causal_conv1d_verify(args)
     assert_accurate(run(inputs, kernels), y_single, y_double, what="y")
@@ -169,14 +169,14 @@ def test_rows_do_not_see_each_other(change: dict, backend: str) -> None:
         assert_bitwise_equal(alone["window"][one], inputs["window"][one], f"window of row {b}")
 
 
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
-def test_threads_do_not_change_a_bit(keep_last: bool, backend: str) -> None:
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
+def test_threads_do_not_change_a_bit(final_state_only: bool, backend: str) -> None:
     inputs = make({"channels": 3001, "tokens": 7})
     results = []
     for threads in (1, 2, 4, 4, 4, 3):
         torch.set_num_threads(threads)
         mine = copy(inputs)
-        results.append((run(mine, backend, keep_last=keep_last), mine["window"]))
+        results.append((run(mine, backend, final_state_only=final_state_only), mine["window"]))
     for y, window in results[1:]:
         assert_bitwise_equal(y, results[0][0], "y")
         assert_bitwise_equal(window, results[0][1], "window")
@@ -235,19 +235,19 @@ def test_rounds_with_rejections_equal_plain_decoding(width: int, backend: str) -
 
 
 @pytest.mark.parametrize("nulls", [[1, 0, 0], [0, 5, 2], [2, 2, 2]], ids=str)
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
-def test_null_columns_leave_an_empty_history_as_it_was(nulls: list[int], keep_last: bool, backend: str) -> None:
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
+def test_null_columns_leave_an_empty_history_as_it_was(nulls: list[int], final_state_only: bool, backend: str) -> None:
     inputs = make()
     inputs["window"][:, 1:4] = 0
     alone = copy(inputs)
-    y = run(inputs, backend, keep_last=keep_last, null_columns=torch.tensor(nulls, dtype=torch.int32))
+    y = run(inputs, backend, final_state_only=final_state_only, left_padding=torch.tensor(nulls, dtype=torch.int32))
     for b, null in enumerate(nulls):
         row = slice(b, b + 1)
         inputs_alone = torch.cat([torch.zeros(null + 3, 33), alone["x"][b, null:]])
         if null < 5:
             y_alone, _ = steps(cut(alone, slice(null, None), row), backend)
             assert_bitwise_equal(y[row, null:], y_alone, f"y of row {b}")
-        if keep_last:
+        if final_state_only:
             actual, expected = inputs["window"][b, 1:4], inputs_alone[-3:]
         else:
             actual, expected = inputs["window"][b, :8], inputs_alone
@@ -261,7 +261,7 @@ def test_prefill_equals_verify_wherever_it_is_cut(width: int, pieces: list[int],
     y_plain, histories = steps(inputs, backend)
     y, end = [], 0
     for length in pieces:
-        y.append(run(cut(inputs, slice(end, end + length)), backend, keep_last=True))
+        y.append(run(cut(inputs, slice(end, end + length)), backend, final_state_only=True))
         end += length
     assert_bitwise_equal(torch.cat(y, 1), y_plain, "y")
     assert_bitwise_equal(history(inputs), histories[:, -1], "rows 1 … W-1")
@@ -290,11 +290,11 @@ def test_instruction_sets_with_fused_multiply_add_agree(fused_isas: list[str], s
             assert_bitwise_equal(window, results[0][1], f"window, {change}")
 
 
-@pytest.mark.parametrize(("write_slot", "keep_last"), [(0, False), (2, False), (0, True)])
-def test_null_columns_of_repeated_channels(write_slot: int, keep_last: bool, backend: str) -> None:
+@pytest.mark.parametrize(("write_slot", "final_state_only"), [(0, False), (2, False), (0, True)])
+def test_null_columns_of_repeated_channels(write_slot: int, final_state_only: bool, backend: str) -> None:
     inputs = make({"channels": 96, "repeat": 2, "block": 4})
     plain = copy(inputs) | {"x": repeated(inputs), "repeat": 1, "block": None}
-    other = {"null_columns": torch.tensor([0, 5, 2], dtype=torch.int32), "keep_last": keep_last}
+    other = {"left_padding": torch.tensor([0, 5, 2], dtype=torch.int32), "final_state_only": final_state_only}
     y = run(inputs, backend, write_slot=write_slot, **other)
     assert_bitwise_equal(y, run(plain, backend, write_slot=write_slot, **other), "y")
     assert_bitwise_equal(inputs["window"], plain["window"], "window")

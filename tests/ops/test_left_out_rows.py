@@ -7,13 +7,13 @@ import torch
 from cases import CASES, B, Random, T
 
 from speculative_mamba import ops
-from speculative_mamba.ops.replay import ReplayInputs
+from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 OP = "ssd_verify"  # has every kind of kernel
 INPUTS = {"selective_scan_verify": ((40,), (40,), (1, 16)), "ssd_verify": ((4, 10), (4,), (2, 16))}  # x, dt, B
 MODES = [(op, "states") for op in CASES if op.endswith("_verify")] + [(op, "inputs") for op in INPUTS]
-CALLS = {"from slot 0": {}, "going on": {"write_slot": 1}, "prefill": {"keep_last": True}}
+CALLS = {"from slot 0": {}, "going on": {"write_slot": 1}, "prefill": {"final_state_only": True}}
 ROWS = {"first": [0], "last": [1], "all": [0, 1]}
 
 
@@ -28,7 +28,7 @@ def call(op: str, window: dict, cache: dict, rest: dict, start: torch.Tensor, ba
     cache = dict(cache)
     kept = [cache.pop(f"inputs.{name}") for name in ("x", "dt", "B") if f"inputs.{name}" in cache]
     if kept:
-        rest = rest | {"inputs": ReplayInputs(*kept)}
+        rest = rest | {"inputs": ReplayBuffer(*kept)}
     return getattr(ops, op)(**window, **cache, **rest, start_slot=start, backend=backend)
 
 
@@ -43,7 +43,7 @@ def test_the_others_go_on_as_if_alone(name: str, mode: str, other: dict, rows: l
         cache["states"] = cache["states"][:, :1].contiguous()
         for key, shape in zip(("x", "dt", "B"), INPUTS[name], strict=True):
             cache[f"inputs.{key}"] = random(B, T, *shape).abs()
-    null_columns = torch.tensor([2, 1], dtype=torch.int32) if other.get("keep_last") else None
+    left_padding = torch.tensor([2, 1], dtype=torch.int32) if other.get("final_state_only") else None
     start = torch.zeros(B, dtype=torch.int32)
     start[rows] = -1
     for tensor in cache.values():
@@ -52,12 +52,12 @@ def test_the_others_go_on_as_if_alone(name: str, mode: str, other: dict, rows: l
     window_alone, alone = ({key: tensor[others] for key, tensor in part.items()} for part in (window, cache))
     before = {key: tensor.clone() for key, tensor in cache.items()}
 
-    y = call(name, window, cache, rest | other | {"null_columns": null_columns}, start, backend)
+    y = call(name, window, cache, rest | other | {"left_padding": left_padding}, start, backend)
     assert_bitwise_equal(y[rows], torch.zeros_like(y[rows]), "y of the rows that are left out")
     for key, tensor in cache.items():
         assert_bitwise_equal(tensor[rows], before[key][rows], f"{key} of the rows that are left out")
-    nulls = None if null_columns is None else null_columns[others]
-    y_alone = call(name, window_alone, alone, rest | other | {"null_columns": nulls}, start[others], backend)
+    nulls = None if left_padding is None else left_padding[others]
+    y_alone = call(name, window_alone, alone, rest | other | {"left_padding": nulls}, start[others], backend)
     assert_bitwise_equal(y[others], y_alone, "y of the others")
     for key, tensor in cache.items():
         assert_bitwise_equal(tensor[others], alone[key], f"{key} of the others")

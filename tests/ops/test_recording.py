@@ -9,7 +9,7 @@ import torch
 from speculative_mamba.models.language_model import ModelCache
 from speculative_mamba.ops import gated_silu, rms_norm, skinny_linear, ssd_verify
 from speculative_mamba.ops.recording import Recording, ResultPool, StaleRecordingError
-from speculative_mamba.ops.replay import ReplayInputs
+from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture, tiny_config
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -44,7 +44,7 @@ def test_a_recorded_scan_reads_start_slots_and_inputs_at_every_run(cpu):
         torch.ones(4),
     )
     slots, start = torch.randn(2, 3, 4, 5, 7), torch.zeros(2, dtype=torch.int32)
-    inputs = ReplayInputs(torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4), torch.zeros(2, 3, 1, 7))
+    inputs = ReplayBuffer(torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4), torch.zeros(2, 3, 1, 7))
     kept, recording = slots[:, :1].clone(), Recording(torch.empty(0))
     for step in range(4):
         if step == 0:

@@ -11,7 +11,7 @@ import torch
 from speculative_mamba.ops import selective_scan_verify
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
 from speculative_mamba.ops.recording import Recording
-from speculative_mamba.ops.replay import ReplayInputs
+from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.testing.scan import BASE, cut, make, split
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -50,7 +50,7 @@ class Twins:
         self.whole = self.states.new_full((batch, 1, 2, channels, state_size), torch.nan)
         self.kept = self.whole[:, :, 0]
         self.kept[:] = self.states[:, :1]
-        self.inputs = ReplayInputs(
+        self.inputs = ReplayBuffer(
             torch.full((batch, slots, channels), torch.nan),
             torch.full((batch, slots, channels), torch.nan),
             torch.full((batch, slots, self.change["b_groups"] or 1, state_size), torch.nan),
@@ -69,8 +69,8 @@ class Twins:
         replay = {**window, "states": self.kept, "start_slot": self.start_slot, "inputs": self.inputs}
         assert_bitwise_equal(selective_scan_verify(**replay, **other), y, "y")
 
-        tokens, nulls = window["x"].shape[1], other.get("null_columns")
-        if other.get("keep_last"):
+        tokens, nulls = window["x"].shape[1], other.get("left_padding")
+        if other.get("final_state_only"):
             kept, inputs.dt[:, 0] = self.states[:, 0], 0
         else:
             written = slice(write_slot, write_slot + tokens)
@@ -142,26 +142,28 @@ def test_every_slot_is_a_place_to_continue_from(change: dict, accepted: int, bac
 def test_prefill_wherever_it_is_cut(dtype: torch.dtype, pieces: list[int], backend: str) -> None:
     twins = Twins({"dtype": dtype})
     for piece in split(twins.window(sum(pieces), 0), pieces):
-        twins.call(piece, backend, keep_last=True)
+        twins.call(piece, backend, final_state_only=True)
         twins.accept([0, 0, 0])
         for tensor in (twins.inputs.x, twins.inputs.B):
             tensor.fill_(torch.nan)  # slot 0 is the state itself
     for seed in (1, 2):
         twins.call(twins.window(5, seed), backend)
         twins.accept_any(5, seed)
-    twins.call(twins.window(21, 3), backend, keep_last=True)  # from any slot
+    twins.call(twins.window(21, 3), backend, final_state_only=True)  # from any slot
     twins.accept([0, 0, 0])
     twins.call(twins.window(3, 4), backend)
 
 
 @pytest.mark.parametrize("nulls", [[1, 0, 4], [0, 5, 2], [2, 2, 2]], ids=str)
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
 @dtypes
-def test_null_columns_of_the_first_window(dtype: torch.dtype, keep_last: bool, nulls: list[int], backend: str) -> None:
+def test_null_columns_of_the_first_window(
+    dtype: torch.dtype, final_state_only: bool, nulls: list[int], backend: str
+) -> None:
     twins = Twins({"dtype": dtype, "c_groups": 3})
-    null_columns = torch.tensor(nulls, dtype=torch.int32)
-    twins.call(twins.window(5, 0), backend, null_columns=null_columns, keep_last=keep_last)
-    twins.accept([0, 0, 0] if keep_last else [2, 4, 3])
+    left_padding = torch.tensor(nulls, dtype=torch.int32)
+    twins.call(twins.window(5, 0), backend, left_padding=left_padding, final_state_only=final_state_only)
+    twins.accept([0, 0, 0] if final_state_only else [2, 4, 3])
     for b, null in enumerate(nulls):
         for tensor in (twins.inputs.x, twins.inputs.B):
             tensor[b, :null] = torch.nan
@@ -173,9 +175,9 @@ def test_null_columns_of_the_first_window(dtype: torch.dtype, keep_last: bool, n
 def test_null_columns_behind_the_first_call(backend: str) -> None:
     twins = Twins()
     first, second = split(twins.window(5, 0), [2, 3])
-    twins.call(first, backend, null_columns=torch.tensor([2, 1, 0], dtype=torch.int32))
+    twins.call(first, backend, left_padding=torch.tensor([2, 1, 0], dtype=torch.int32))
     twins.start_slot.fill_(1)
-    twins.call(second, backend, 2, null_columns=torch.tensor([1, 0, 2], dtype=torch.int32))
+    twins.call(second, backend, 2, left_padding=torch.tensor([1, 0, 2], dtype=torch.int32))
     twins.accept([3, 4, 2])
     twins.call(twins.window(4, 1), backend)
 
@@ -187,7 +189,7 @@ def test_an_input_without_step_counts_as_nothing_in_its_channel(backend: str) ->
     twins.inputs.dt[1, 1, 7] = 0
     window, results = twins.window(2, 1) | {"start_slot": twins.start_slot}, []
     for x in (1.0, torch.nan):
-        inputs, kept = ReplayInputs(*(tensor.clone() for tensor in vars(twins.inputs).values())), twins.kept.clone()
+        inputs, kept = ReplayBuffer(*(tensor.clone() for tensor in vars(twins.inputs).values())), twins.kept.clone()
         inputs.x[1, 1, 7] = x
         y = selective_scan_verify(**window | {"states": kept}, inputs=inputs, backend=backend)
         results.append((y, kept))
@@ -196,9 +198,9 @@ def test_an_input_without_step_counts_as_nothing_in_its_channel(backend: str) ->
         assert_bitwise_equal(actual, expected, name)
 
 
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
 @dtypes
-def test_long_windows(dtype: torch.dtype, keep_last: bool, backend: str) -> None:
+def test_long_windows(dtype: torch.dtype, final_state_only: bool, backend: str) -> None:
     """More tokens, and more inputs to replay, than a kernel holds in registers."""
     twins = Twins({"dtype": dtype, "channels": 19}, slots=60)
     twins.call(twins.window(35, 0), backend)
@@ -207,18 +209,18 @@ def test_long_windows(dtype: torch.dtype, keep_last: bool, backend: str) -> None
     twins.start_slot.fill_(16)
     twins.call(twins.window(40, 2), backend, 17)
     twins.accept([56, 15, 31])
-    twins.call(twins.window(33, 3), backend, keep_last=keep_last)
+    twins.call(twins.window(33, 3), backend, final_state_only=final_state_only)
 
 
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
-def test_threads_do_not_change_a_bit(keep_last: bool, backend: str) -> None:
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
+def test_threads_do_not_change_a_bit(final_state_only: bool, backend: str) -> None:
     results = []
     for threads in (1, 2, 4, 4, 4, 3):
         torch.set_num_threads(threads)
         twins = Twins({"channels": 1001})
         twins.call(twins.window(7, 0), backend)
         twins.accept([6, 0, 3])
-        y = twins.call(twins.window(7, 1), backend, keep_last=keep_last)
+        y = twins.call(twins.window(7, 1), backend, final_state_only=final_state_only)
         results.append((y, twins.kept, *vars(twins.inputs).values()))
     for result in results[1:]:
         for name, actual, expected in zip(("y", "state", "x", "dt", "B"), result, results[0], strict=True):
@@ -236,7 +238,7 @@ def test_rows_do_not_see_each_other(change: dict, backend: str) -> None:
     for b in range(len(y)):
         one = slice(b, b + 1)
         row = cut(window | {"states": kept}, batch=one)
-        inputs = ReplayInputs(*(tensor[one] for tensor in alone))
+        inputs = ReplayBuffer(*(tensor[one] for tensor in alone))
         assert_bitwise_equal(selective_scan_verify(**row, inputs=inputs, backend=backend), y[one], f"y of row {b}")
         assert_bitwise_equal(kept[one], twins.kept[one], f"state of row {b}")
 

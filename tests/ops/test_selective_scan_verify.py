@@ -9,7 +9,7 @@ from speculative_mamba.ops.selective_scan_verify import SelectiveScanVerifyArgs,
 from speculative_mamba.testing.scan import PER_TOKEN, copy, cut, make, split
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
-PLAIN = {"write_slot": 0, "inputs": None, "null_columns": None, "keep_last": False, "constant_weights": False}
+PLAIN = {"write_slot": 0, "inputs": None, "left_padding": None, "final_state_only": False, "constant_weights": False}
 CHANGES = [
     {},
     {"batch": 1},
@@ -120,14 +120,14 @@ def test_a_group_is_a_scan_of_its_channels(b_groups: int | None, c_groups: int |
         assert_bitwise_equal(channel["states"], inputs["states"][:, :, d : d + 1], f"slots of channel {d}")
 
 
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
-def test_threads_do_not_change_a_bit(keep_last: bool, backend: str) -> None:
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
+def test_threads_do_not_change_a_bit(final_state_only: bool, backend: str) -> None:
     inputs = make({"channels": 1001, "tokens": 7})
     results = []
     for threads in (1, 2, 4, 4, 4, 3):
         torch.set_num_threads(threads)
         mine = copy(inputs)
-        results.append((run(mine, backend, keep_last=keep_last), mine["states"]))
+        results.append((run(mine, backend, final_state_only=final_state_only), mine["states"]))
     for y, states in results[1:]:
         assert_bitwise_equal(y, results[0][0], "y")
         assert_bitwise_equal(states, results[0][1], "slots")
@@ -185,15 +185,15 @@ def test_rounds_with_rejections_equal_plain_decoding(dtype: torch.dtype, backend
 
 
 @pytest.mark.parametrize("nulls", [[1, 0, 0], [0, 5, 2], [2, 2, 2]], ids=str)
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
 @dtypes
 def test_null_columns_leave_the_state_as_it_was(
-    dtype: torch.dtype, nulls: list[int], keep_last: bool, backend: str
+    dtype: torch.dtype, nulls: list[int], final_state_only: bool, backend: str
 ) -> None:
     inputs = make({"dtype": dtype})
     inputs["states"][0, 0] = 0
     alone = copy(inputs)
-    y = run(inputs, backend, keep_last=keep_last, null_columns=torch.tensor(nulls, dtype=torch.int32))
+    y = run(inputs, backend, final_state_only=final_state_only, left_padding=torch.tensor(nulls, dtype=torch.int32))
     for b, null in enumerate(nulls):
         rest = cut(alone, slice(null, None), slice(b, b + 1))
         y_alone, states = (
@@ -202,7 +202,7 @@ def test_null_columns_leave_the_state_as_it_was(
         expected = torch.cat([alone["states"][b : b + 1, :1].expand(-1, null, -1, -1), states], 1)
         assert_bitwise_equal(y[b : b + 1, null:], y_alone, f"y of row {b}")
         written = inputs["states"][b : b + 1]
-        actual, expected = (written[:, :1], expected[:, -1:]) if keep_last else (written[:, :5], expected)
+        actual, expected = (written[:, :1], expected[:, -1:]) if final_state_only else (written[:, :5], expected)
         assert_bitwise_equal(actual, expected, f"slots of row {b}")
 
 
@@ -211,7 +211,7 @@ def test_null_columns_leave_the_state_as_it_was(
 def test_prefill_equals_verify_wherever_it_is_cut(dtype: torch.dtype, pieces: list[int], backend: str) -> None:
     inputs = make({"tokens": 150, "slots": 3, "batch": 1, "dtype": dtype})
     y_plain, states = steps(inputs, backend)
-    y = [run(cut(part), backend, keep_last=True) for part in split(inputs, pieces)]
+    y = [run(cut(part), backend, final_state_only=True) for part in split(inputs, pieces)]
     assert_bitwise_equal(torch.cat(y, 1), y_plain, "y")
     assert_bitwise_equal(inputs["states"][:, 0], states[:, -1], "slot 0")
     assert inputs["states"][:, 1:].isnan().all(), "prefill writes slot 0 only"
@@ -221,7 +221,7 @@ def test_prefill_may_start_from_any_slot(backend: str) -> None:
     inputs = make({"tokens": 40, "slots": 3}, start=2)
     start = inputs["states"][:, 2].clone()
     y_plain, states = steps(inputs, backend)
-    assert_bitwise_equal(run(inputs, backend, keep_last=True), y_plain, "y")
+    assert_bitwise_equal(run(inputs, backend, final_state_only=True), y_plain, "y")
     assert_bitwise_equal(inputs["states"][:, 0], states[:, -1], "slot 0")
     assert_bitwise_equal(inputs["states"][:, 2], start, "the slot it started from")
 
@@ -294,7 +294,7 @@ def test_a_step_of_zero_leaves_the_state_alone(backend: str) -> None:
     inputs["states"][:, 0, :, ::2] = -0.0
     inputs["x"][:, :2], inputs["B"][:, :2] = torch.nan, torch.inf
     start = inputs["states"][:, 0].clone()
-    run(inputs, backend, null_columns=torch.full((3,), 2, dtype=torch.int32))
+    run(inputs, backend, left_padding=torch.full((3,), 2, dtype=torch.int32))
     for slot in (0, 1):
         written = inputs["states"][:, slot].contiguous()
         assert_bitwise_equal(written.view(torch.int32), start.view(torch.int32), f"bits of slot {slot}")

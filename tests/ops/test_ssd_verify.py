@@ -7,11 +7,11 @@ import torch
 
 from speculative_mamba.ops import ssd_verify
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
-from speculative_mamba.ops.replay import ReplayInputs
+from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.ops.ssd_verify import SsdVerifyArgs, reference
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
-PLAIN = {"write_slot": 0, "inputs": None, "null_columns": None, "keep_last": False, "constant_weights": False}
+PLAIN = {"write_slot": 0, "inputs": None, "left_padding": None, "final_state_only": False, "constant_weights": False}
 PER_TOKEN = ("x", "dt", "B", "C", "z")
 BASE = {
     "batch": 3, "tokens": 5, "heads": 6, "head_size": 21, "state_size": 40, "x_heads": 6, "b_groups": 2, "c_groups": 3,
@@ -158,14 +158,14 @@ def test_rows_do_not_see_each_other(change: dict, backend: str) -> None:
         assert_bitwise_equal(alone["states"][one], inputs["states"][one], f"slots of row {b}")
 
 
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
-def test_threads_do_not_change_a_bit(keep_last: bool, backend: str) -> None:
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
+def test_threads_do_not_change_a_bit(final_state_only: bool, backend: str) -> None:
     inputs = make({"heads": 36, "tokens": 7})
     results = []
     for threads in (1, 2, 4, 4, 4, 3):
         torch.set_num_threads(threads)
         mine = copy(inputs)
-        results.append((run(mine, backend, keep_last=keep_last), mine["states"]))
+        results.append((run(mine, backend, final_state_only=final_state_only), mine["states"]))
     for y, states in results[1:]:
         assert_bitwise_equal(y, results[0][0], "y")
         assert_bitwise_equal(states, results[0][1], "slots")
@@ -207,15 +207,15 @@ def test_every_slot_is_a_place_to_continue_from(dtype: torch.dtype, accepted: in
 
 
 @pytest.mark.parametrize("nulls", [[1, 0, 0], [0, 5, 2], [2, 2, 2]], ids=str)
-@pytest.mark.parametrize("keep_last", [False, True], ids=["verify", "prefill"])
+@pytest.mark.parametrize("final_state_only", [False, True], ids=["verify", "prefill"])
 @dtypes
 def test_null_columns_leave_the_state_as_it_was(
-    dtype: torch.dtype, nulls: list[int], keep_last: bool, backend: str
+    dtype: torch.dtype, nulls: list[int], final_state_only: bool, backend: str
 ) -> None:
     inputs = make({"dtype": dtype})
     inputs["states"][0, 0] = -0.0
     alone = copy(inputs)
-    y = run(inputs, backend, keep_last=keep_last, null_columns=torch.tensor(nulls, dtype=torch.int32))
+    y = run(inputs, backend, final_state_only=final_state_only, left_padding=torch.tensor(nulls, dtype=torch.int32))
     for b, null in enumerate(nulls):
         rest = cut(alone, slice(null, None), slice(b, b + 1))
         start = alone["states"][b : b + 1, :1]
@@ -223,7 +223,7 @@ def test_null_columns_leave_the_state_as_it_was(
         expected = torch.cat([start.expand(-1, null, -1, -1, -1), states], 1)
         assert_bitwise_equal(y[b : b + 1, null:], y_alone, f"y of row {b}")
         written = inputs["states"][b : b + 1]
-        actual, expected = (written[:, :1], expected[:, -1:]) if keep_last else (written[:, :5], expected)
+        actual, expected = (written[:, :1], expected[:, -1:]) if final_state_only else (written[:, :5], expected)
         assert_bitwise_equal(actual, expected, f"slots of row {b}")
         assert torch.equal(actual.signbit(), expected.signbit()), "signs"
 
@@ -233,7 +233,7 @@ def test_null_columns_leave_the_state_as_it_was(
 def test_prefill_equals_verify_wherever_it_is_cut(dtype: torch.dtype, pieces: list[int], backend: str) -> None:
     inputs = make({"tokens": 100, "slots": 3, "batch": 1, "dtype": dtype, "state_size": STATES[dtype], "head_size": 3})
     y_plain, states = steps(inputs, backend)
-    y = [run(part, backend, keep_last=True) for part in split(inputs, pieces)]
+    y = [run(part, backend, final_state_only=True) for part in split(inputs, pieces)]
     assert_bitwise_equal(torch.cat(y, 1), y_plain, "y")
     assert_bitwise_equal(inputs["states"][:, 0], states[:, -1], "slot 0")
     assert inputs["states"][:, 1:].isnan().all(), "prefill writes slot 0 only"
@@ -243,7 +243,7 @@ def test_prefill_may_start_from_any_slot(backend: str) -> None:
     inputs = make({"tokens": 40, "slots": 3}, start=2)
     start = inputs["states"][:, 2].clone()
     y_plain, states = steps(inputs, backend)
-    assert_bitwise_equal(run(inputs, backend, keep_last=True), y_plain, "y")
+    assert_bitwise_equal(run(inputs, backend, final_state_only=True), y_plain, "y")
     assert_bitwise_equal(inputs["states"][:, 0], states[:, -1], "slot 0")
     assert_bitwise_equal(inputs["states"][:, 2], start, "the slot it started from")
 
@@ -326,7 +326,7 @@ class Replay:
     def __init__(self, first: dict, backend: str) -> None:
         batch, slots = first["states"].shape[:2]
         shapes = {name: (batch, slots, *first[name].shape[2:]) for name in ("x", "dt", "B")}
-        self.inputs = ReplayInputs(**{name: torch.full(shape, torch.nan) for name, shape in shapes.items()})
+        self.inputs = ReplayBuffer(**{name: torch.full(shape, torch.nan) for name, shape in shapes.items()})
         self.inputs.dt[:, 0] = 0
         self.slots, self.start, self.backend = first["states"], first["start_slot"], backend
         self.start.zero_()
@@ -334,7 +334,7 @@ class Replay:
         self.kept.copy_(self.slots[:, :1])
 
     def call(self, window: dict, write_slot: int = 0, **other: object) -> torch.Tensor:
-        """y, equal from both; the kept state and the inputs are what ``ReplayInputs`` says."""
+        """y, equal from both; the kept state and the inputs are what ``ReplayBuffer`` says."""
         start = self.slots[torch.arange(len(self.start)), self.start.long()]
         dt_before, kept_before = self.inputs.dt.clone(), self.kept.clone()
         same = {"start_slot": self.start, "write_slot": write_slot, **other}
@@ -342,7 +342,7 @@ class Replay:
         y_replay = run({**window, "states": self.kept}, self.backend, inputs=self.inputs, **same)
         assert_bitwise_equal(y_replay, y, "y")
         assert self.kept._base[:, 1].isnan().all(), "memory between the states"
-        if other.get("keep_last"):
+        if other.get("final_state_only"):
             assert_bitwise_equal(self.kept[:, 0], self.slots[:, 0], "kept state")
             written = slice(0, 1)
             assert not self.inputs.dt[:, 0].any()
@@ -400,7 +400,7 @@ def test_replay_after_prefill(dtype: torch.dtype, pieces: list[int], backend: st
     both = Replay(prompt, backend)
     for accepted in ([0, 3, 4], [2, 0, 1]):
         for part in split(prompt, pieces):
-            both.call(part, keep_last=True)
+            both.call(part, final_state_only=True)
             both.start.zero_()
         for _ in range(2):
             both.call(cut(prompt, slice(7, 12)))
@@ -417,10 +417,10 @@ def test_null_columns_are_replayed_as_nothing(nulls: list[int], backend: str) ->
     for b, null in enumerate(nulls):
         for name in ("x", "dt", "B"):
             window[name][b, :null] = torch.nan
-    both.call(window, null_columns=columns)
+    both.call(window, left_padding=columns)
     for accepted in ([0, 1, 2], [4, 4, 4]):
         both.start.copy_(torch.tensor(accepted))
-        y = both.call(make(seed=1), null_columns=columns if accepted[0] else None)
+        y = both.call(make(seed=1), left_padding=columns if accepted[0] else None)
     assert y.isfinite().all()
 
 
@@ -491,7 +491,7 @@ def test_what_does_not_fit_is_refused(match: str, wrong: dict, backend: str) -> 
 def test_replay_that_does_not_fit_is_refused(match: str, wrong: dict, backend: str) -> None:
     inputs = replayed()
     before, kept = inputs["states"].clone(), inputs["inputs"]
-    wrong = {"inputs": ReplayInputs(**{**vars(kept), **wrong})} if wrong.keys() <= {"x", "dt", "B"} else wrong
+    wrong = {"inputs": ReplayBuffer(**{**vars(kept), **wrong})} if wrong.keys() <= {"x", "dt", "B"} else wrong
     with pytest.raises(ValueError, match=match) as caught:
         run(inputs, backend, **wrong)
     assert "\n" not in str(caught.value)

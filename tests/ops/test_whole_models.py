@@ -33,11 +33,11 @@ def test_greedy_text_and_logits_are_those_without_a_draft(kind: str, gpu_place: 
         assert_bitwise_equal(result.logits[row], alone.logits[0], f"logits of row {row}")
 
 
-@pytest.mark.parametrize("checkpoint", ["states", "inputs"])
-def test_rejected_and_accepted_drafts_leave_the_same_text(checkpoint: str, gpu_place: tuple[str, str]) -> None:
+@pytest.mark.parametrize("rollback", ["snapshots", "replay"])
+def test_rejected_and_accepted_drafts_leave_the_same_text(rollback: str, gpu_place: tuple[str, str]) -> None:
     """A draft that is the target itself, so that windows are accepted whole; and one that is not."""
     target, draft = models("mamba2", torch.float16, gpu_place)
-    target.checkpoint = draft.checkpoint = checkpoint
+    target.rollback = draft.rollback = rollback
     target.state_dtype = torch.bfloat16
     plain = sm.generate(target, PROMPTS, max_new_tokens=6, stop_token_ids=())
     for other in (target, draft):

@@ -18,7 +18,7 @@ import torch
 
 from speculative_mamba.ops.commit_tokens import BatchState
 from speculative_mamba.ops.int8 import Int8Weight
-from speculative_mamba.ops.replay import ReplayInputs
+from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.ops.sampling_tensors import SamplingTensors
 
@@ -39,7 +39,7 @@ def conv(dtype: torch.dtype, width: int) -> tuple:
 def scan(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tuple:
     x, B = torch.zeros(1, 5, 5120, dtype=dtype), torch.zeros(1, 5, size, dtype=dtype)
     slots = torch.zeros(1, 1 if replay else 8, 5120, size, dtype=states)
-    inputs = ReplayInputs(torch.zeros(1, 8, 5120), torch.zeros(1, 8, 5120), torch.zeros(1, 8, 1, size))
+    inputs = ReplayBuffer(torch.zeros(1, 8, 5120), torch.zeros(1, 8, 5120), torch.zeros(1, 8, 1, size))
     A, D = torch.zeros(5120, size), torch.zeros(5120)
     return x, x, A, B, B, D, x, D, slots, ROW, 0, inputs if replay else None, ROW, False, False
 
@@ -47,7 +47,7 @@ def scan(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tu
 def ssd(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tuple:
     x, dt, B = (torch.zeros(1, 5, *shape, dtype=dtype) for shape in ((80, 64), (80,), (1, size)))
     slots = torch.zeros(1, 1 if replay else 8, 80, 64, size, dtype=states)
-    inputs = ReplayInputs(torch.zeros(1, 8, 80, 64), torch.zeros(1, 8, 80), torch.zeros(1, 8, 1, size))
+    inputs = ReplayBuffer(torch.zeros(1, 8, 80, 64), torch.zeros(1, 8, 80), torch.zeros(1, 8, 1, size))
     A, limits = torch.zeros(80), (0.0, math.inf)
     return x, dt, A, B, B, A, A, slots, ROW, 0, x, limits, inputs if replay else None, ROW, False, False
 

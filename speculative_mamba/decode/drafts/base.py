@@ -29,7 +29,7 @@ class LanguageModel(Protocol):
         cache: list,
         start_slot: torch.Tensor,
         write_slot: int = 0,
-        null_columns: torch.Tensor | None = None,
+        left_padding: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
 

@@ -29,8 +29,8 @@ class AttentionVerifyArgs(NamedTuple):
     write_slot: int
     inv_freq: torch.Tensor | None
     scale: float
-    null_columns: torch.Tensor | None
-    keep_last: bool
+    left_padding: torch.Tensor | None
+    final_state_only: bool
 
 
 def attention_verify(
@@ -45,8 +45,8 @@ def attention_verify(
     *,
     inv_freq: torch.Tensor | None = None,
     scale: float | None = None,
-    null_columns: torch.Tensor | None = None,
-    keep_last: bool = False,
+    left_padding: torch.Tensor | None = None,
+    final_state_only: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attends T tokens per row to the text that slot ``start_slot`` ends and to themselves.
@@ -61,13 +61,13 @@ def attention_verify(
     | write_slot   | int          |               | slot of the first token of the window |
     | inv_freq     | (R)          | float32, None | rotary embedding, radians per position; 2R <= P |
     | scale        | float        |               | of q·k; None: P**-0.5 |
-    | null_columns | (B)          | int32, None   | that many leading tokens of a row count as nothing: y is 0 |
-    | keep_last    | bool         |               | prefill: only the last length is written, to slot 0 |
+    | left_padding | (B)          | int32, None   | that many leading tokens of a row count as nothing: y is 0 |
+    | final_state_only    | bool         |               | prefill: only the last length is written, to slot 0 |
     | returns      | (B, T, H, P) | as q          | |
 
     With n = ``lengths[b, start_slot[b]]``, token t is at position n + t: its key and its value become entry n + t, it
     attends to entries 0 … n + t, and ``lengths[b, write_slot + t]`` becomes n + t + 1. Going back to any token is
-    choosing its slot: entries beyond a length are never read, and the next tokens write over them. A null column takes
+    choosing its slot: entries beyond a length are never read, and the next tokens write over them. A left padding takes
     no position and no entry, and leaves the length as it was. Who owns the bookkeeping: the caller sets ``start_slot``
     after acceptance, nothing else. Of a row with ``start_slot`` -1 nothing is read or written, and its y is 0.
 
@@ -105,23 +105,23 @@ def attention_verify(
         if inv_freq.ndim != 1 or 2 * len(inv_freq) > dims:
             raise ValueError(f"inv_freq must be (R) with 2R <= {dims}, got {tuple(inv_freq.shape)}")
         check("inv_freq", inv_freq, inv_freq.shape, q)
-    check_slots(q[:, :, 0], slots, start_slot, write_slot, keep_last)
-    check_null_columns(null_columns, batch, q)
-    read = {"q": q, "k": k, "v": v, "start_slot": start_slot, "inv_freq": inv_freq, "null_columns": null_columns}
+    check_slots(q[:, :, 0], slots, start_slot, write_slot, final_state_only)
+    check_null_columns(left_padding, batch, q)
+    read = {"q": q, "k": k, "v": v, "start_slot": start_slot, "inv_freq": inv_freq, "left_padding": left_padding}
     check_written({"keys": keys, "values": values, "lengths": lengths}, read)
     if q.device.type == "cpu":
-        _check_room(tokens, capacity, lengths, start_slot, null_columns)
+        _check_room(tokens, capacity, lengths, start_slot, left_padding)
     scale = dims**-0.5 if scale is None else scale
     args = AttentionVerifyArgs(
-        q, k, v, keys, values, lengths, start_slot, write_slot, inv_freq, scale, null_columns, keep_last,
+        q, k, v, keys, values, lengths, start_slot, write_slot, inv_freq, scale, left_padding, final_state_only,
     )  # fmt: skip
     return run("attention_verify", backend, args)
 
 
 def _check_room(
-    tokens: int, capacity: int, lengths: torch.Tensor, start_slot: torch.Tensor, null_columns: torch.Tensor | None
+    tokens: int, capacity: int, lengths: torch.Tensor, start_slot: torch.Tensor, left_padding: torch.Tensor | None
 ) -> None:
-    nulls = [0] * len(lengths) if null_columns is None else null_columns.tolist()
+    nulls = [0] * len(lengths) if left_padding is None else left_padding.tolist()
     for row, slot, null in zip(lengths.tolist(), start_slot.tolist(), nulls, strict=True):
         new = tokens - min(max(null, 0), tokens)
         if slot >= 0 and not 0 <= row[slot] <= capacity - new:

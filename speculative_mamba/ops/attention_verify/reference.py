@@ -22,7 +22,7 @@ def attention_verify(args: AttentionVerifyArgs) -> torch.Tensor:
             continue
         length = int(args.lengths[b, args.start_slot[b]])
         for t in range(tokens):
-            if args.null_columns is None or t >= args.null_columns[b]:
+            if args.left_padding is None or t >= args.left_padding[b]:
                 args.keys[b, :, length] = rotate(args.k[b, t], length, args.inv_freq)
                 args.values[b, :, length] = args.v[b, t]
                 query = rotate(q[b, t], length, args.inv_freq) * args.scale
@@ -31,9 +31,9 @@ def attention_verify(args: AttentionVerifyArgs) -> torch.Tensor:
                 keys, values = (c[b, :, :length].to(q.dtype).contiguous()[:, None] for c in (args.keys, args.values))
                 weights = torch.softmax((query[:, :, None] * keys).sum(-1), -1)
                 y[b, t] = (weights[..., None] * values).sum(-2).flatten(0, 1)
-            if not args.keep_last:
+            if not args.final_state_only:
                 args.lengths[b, args.write_slot + t] = length
-        if args.keep_last:
+        if args.final_state_only:
             args.lengths[b, 0] = length
     return y
 

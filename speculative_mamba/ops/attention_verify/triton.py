@@ -16,23 +16,23 @@ from . import AttentionVerifyArgs
 QUERIES = 16  # in a tile
 ENTRIES = 32  # in a block; half as many where each is larger
 PART = 16  # dimensions that are multiplied at a time
-VARIES = ["tokens", "write_slot", "keep_last"]
+VARIES = ["tokens", "write_slot", "final_state_only"]
 
 
 @triton.jit
-def _window(lengths, start_slot, null_columns, b, tokens, slots):
-    """Entries before the window, and its null columns: all of them in a row that is left out."""
+def _window(lengths, start_slot, left_padding, b, tokens, slots):
+    """Entries before the window, and its left padding: all of them in a row that is left out."""
     slot = tl.load(start_slot + b)
     start = tl.load(lengths + b * slots + slot, mask=slot >= 0, other=0)
     nulls = tokens * 0
-    if null_columns is not None:
-        nulls = tl.minimum(tl.maximum(tl.load(null_columns + b), 0), tokens)
+    if left_padding is not None:
+        nulls = tl.minimum(tl.maximum(tl.load(left_padding + b), 0), tokens)
     return start, tl.where(slot >= 0, nulls, tokens)
 
 
 @triton.jit(do_not_specialize=VARIES)
 def _write(
-    k, v, keys, values, lengths, start_slot, null_columns, inv_freq, tokens, kv_heads, dims, slots, pairs,
+    k, v, keys, values, lengths, start_slot, left_padding, inv_freq, tokens, kv_heads, dims, slots, pairs,
     QUERIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """k, v, keys, values are (pointer, batch stride, token or head stride). A program writes a tile of heads."""
@@ -41,7 +41,7 @@ def _write(
     i = tl.program_id(0) % tiles * QUERIES + tl.arange(0, QUERIES)
     t, head = i // kv_heads, i % kv_heads
     d = tl.arange(0, BLOCK)[None, :]
-    start, nulls = _window(lengths, start_slot, null_columns, b, tokens, slots)
+    start, nulls = _window(lengths, start_slot, left_padding, b, tokens, slots)
     exists = ((t >= nulls) & (t < tokens))[:, None] & (d < dims)
     position = start + t - nulls
     key = rotated(k[0] + b * k[1] + t.to(tl.int64) * k[2] + head * dims, exists, position, inv_freq, pairs, BLOCK)
@@ -55,7 +55,7 @@ def _write(
 
 @triton.jit(do_not_specialize=VARIES)
 def _attend(
-    q, keys, values, lengths, start_slot, null_columns, inv_freq, y, tokens, heads, kv_heads, dims, slots, pairs, scale,
+    q, keys, values, lengths, start_slot, left_padding, inv_freq, y, tokens, heads, kv_heads, dims, slots, pairs, scale,
     QUERIES: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     PART: tl.constexpr = BLOCK // PARTS
@@ -65,7 +65,7 @@ def _attend(
     kv_head = tl.program_id(0) // tiles % kv_heads
     i = tl.program_id(0) % tiles * QUERIES
     t, head = (i + tl.arange(0, QUERIES)) // group, kv_head * group + (i + tl.arange(0, QUERIES)) % group
-    start, nulls = _window(lengths, start_slot, null_columns, b, tokens, slots)
+    start, nulls = _window(lengths, start_slot, left_padding, b, tokens, slots)
     begin = start - nulls  # token t is at position begin + t
     first, last = tl.maximum(i // group, nulls), tl.minimum(tl.cdiv(i + QUERIES, group), tokens)  # tokens of the tile
     attends = (t >= nulls) & (t < tokens)
@@ -106,13 +106,13 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=VARIES)
-def _advance(lengths, start_slot, null_columns, tokens, slots, write_slot, keep_last):
+def _advance(lengths, start_slot, left_padding, tokens, slots, write_slot, final_state_only):
     """A program reads its row's length before it writes any."""
     b = tl.program_id(0).to(tl.int64)
     if tl.load(start_slot + b) < 0:
         return
-    start, nulls = _window(lengths, start_slot, null_columns, b, tokens, slots)
-    if keep_last != 0:
+    start, nulls = _window(lengths, start_slot, left_padding, b, tokens, slots)
+    if final_state_only != 0:
         tl.store(lengths + b * slots, start + tokens - nulls)
     else:
         for t in range(0, tokens):
@@ -122,7 +122,7 @@ def _advance(lengths, start_slot, null_columns, tokens, slots, write_slot, keep_
 def attention_verify(args: AttentionVerifyArgs) -> torch.Tensor:
     batch, tokens, heads, dims = args.q.shape
     kv_heads, inv_freq, lengths = args.k.shape[2], args.inv_freq, args.lengths
-    window = {"lengths": lengths, "start_slot": args.start_slot, "null_columns": args.null_columns, "tokens": tokens,
+    window = {"lengths": lengths, "start_slot": args.start_slot, "left_padding": args.left_padding, "tokens": tokens,
               "slots": lengths.shape[1]}  # fmt: skip
     block = max(PART, triton.next_power_of_2(dims))
     sizes = {"inv_freq": inv_freq, "pairs": 0 if inv_freq is None else len(inv_freq), "kv_heads": kv_heads,
@@ -139,5 +139,7 @@ def attention_verify(args: AttentionVerifyArgs) -> torch.Tensor:
         8, q=q, keys=keys, values=values, y=y, heads=heads, scale=args.scale, PARTS=block // PART,
         ENTRIES=ENTRIES if block <= 128 else ENTRIES // 2, **window, **sizes,
     )  # fmt: skip
-    launch(_advance, batch, lengths, 1, **window, write_slot=args.write_slot, keep_last=int(args.keep_last))
+    launch(
+        _advance, batch, lengths, 1, **window, write_slot=args.write_slot, final_state_only=int(args.final_state_only)
+    )
     return y

@@ -28,8 +28,8 @@ class CausalConv1dVerifyArgs(NamedTuple):
     silu: bool
     repeat: int
     block: int
-    null_columns: torch.Tensor | None
-    keep_last: bool
+    left_padding: torch.Tensor | None
+    final_state_only: bool
     constant_weights: bool
 
 
@@ -44,8 +44,8 @@ def causal_conv1d_verify(
     silu: bool = True,
     repeat: int = 1,
     block: int | None = None,
-    null_columns: torch.Tensor | None = None,
-    keep_last: bool = False,
+    left_padding: torch.Tensor | None = None,
+    final_state_only: bool = False,
     constant_weights: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -62,8 +62,8 @@ def causal_conv1d_verify(
     | silu         | bool             |                            | False: the convolution without activation |
     | repeat       | int              |                            | channels of y for each channel of x |
     | block        | int or None      |                            | channels of x that repeat together |
-    | null_columns | (B)              | int32 or None              | that many leading inputs of a row count as 0 |
-    | keep_last    | bool             |                            | prefill: keep the last W-1 inputs, as slot 0's |
+    | left_padding | (B)              | int32 or None              | that many leading inputs of a row count as 0 |
+    | final_state_only | bool         |                            | prefill: keep the last W-1 inputs, as slot 0's |
     | constant_weights | bool         |                            | see ``ops``; of weight, bias |
     | returns      | (B, T, D)        | as x                       | silu(conv(x) + bias) |
 
@@ -101,11 +101,12 @@ def causal_conv1d_verify(
     if bias is not None:
         check("bias", bias, (channels,), x)
     check("window", window, (batch, window.shape[1], channels), x)
-    check_slots(x, slots, start_slot, write_slot, keep_last)
-    check_null_columns(null_columns, batch, x)
-    read = {"x": x, "weight": weight, "bias": bias, "start_slot": start_slot, "null_columns": null_columns}
+    check_slots(x, slots, start_slot, write_slot, final_state_only)
+    check_null_columns(left_padding, batch, x)
+    read = {"x": x, "weight": weight, "bias": bias, "start_slot": start_slot, "left_padding": left_padding}
     check_written({"window": window}, read)
     args = CausalConv1dVerifyArgs(
-        x, weight, bias, window, start_slot, write_slot, silu, repeat, block, null_columns, keep_last, constant_weights,
+        x, weight, bias, window, start_slot, write_slot, silu, repeat, block, left_padding, final_state_only,
+        constant_weights,
     )  # fmt: skip
     return run("causal_conv1d_verify", backend, args)

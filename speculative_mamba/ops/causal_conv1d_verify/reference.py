@@ -8,7 +8,7 @@ from . import CausalConv1dVerifyArgs
 
 
 def causal_conv1d_verify(args: CausalConv1dVerifyArgs) -> torch.Tensor:
-    x, window, start_slot, null_columns = args.x, args.window, args.start_slot, args.null_columns
+    x, window, start_slot, left_padding = args.x, args.window, args.start_slot, args.left_padding
     if is_narrow(x):
         return causal_conv1d_verify(widened(args, "x")).to(x.dtype)
     batch, tokens, _ = x.shape
@@ -16,8 +16,8 @@ def causal_conv1d_verify(args: CausalConv1dVerifyArgs) -> torch.Tensor:
     x = x.unflatten(2, (-1, 1, args.block)).expand(-1, -1, -1, args.repeat, -1).flatten(2)
     weight = args.weight.to(x.dtype)
     columns = torch.arange(tokens, dtype=torch.int64, device=x.device)
-    if null_columns is not None:
-        x = x.masked_fill((columns < null_columns[:, None])[..., None], 0)
+    if left_padding is not None:
+        x = x.masked_fill((columns < left_padding[:, None])[..., None], 0)
     rows = torch.arange(batch, dtype=torch.int64, device=x.device)[:, None]
     history = window[rows, start_slot[:, None].long() + 1 + torch.arange(width - 1, dtype=torch.int64, device=x.device)]
     inputs = torch.cat([history, x], 1)
@@ -27,7 +27,7 @@ def causal_conv1d_verify(args: CausalConv1dVerifyArgs) -> torch.Tensor:
         into = window[:, first : first + inputs.shape[1]]
         into.copy_(torch.where(taken, inputs, into))
 
-    if args.keep_last:
+    if args.final_state_only:
         write(1, inputs[:, tokens:])
     else:
         if args.write_slot == 0:

@@ -12,9 +12,9 @@ from . import CausalConv1dVerifyArgs
 CHANNELS = 128  # of a program
 
 
-@triton.jit(do_not_specialize=["tokens", "write_slot", "keep_last"])
+@triton.jit(do_not_specialize=["tokens", "write_slot", "final_state_only"])
 def _convolve(
-    x, weight, bias, window, y, start_slot, null_columns, tokens, channels, repeat, block, write_slot, keep_last,
+    x, weight, bias, window, y, start_slot, left_padding, tokens, channels, repeat, block, write_slot, final_state_only,
     WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x, window: (tensor, batch stride, token or row stride); weight: (tensor, channel stride, tap stride)."""
@@ -30,7 +30,7 @@ def _convolve(
             tl.store(y + channel, tl.zeros((BLOCK,), y.dtype.element_ty), exists)
             y += channels
         return
-    nulls = 0 if null_columns is None else tl.load(null_columns + row)
+    nulls = 0 if left_padding is None else tl.load(left_padding + row)
     first = tl.zeros((BLOCK,), tl.float32) if bias is None else tl.load(bias + channel, exists, 0.0)
     window_row, row_stride = window[0] + row * window[1], tl.cast(window[2], tl.int64)
 
@@ -40,14 +40,14 @@ def _convolve(
     for k in tl.static_range(WIDTH - 1):
         inputs += (tl.load(window_row + (start + 1 + k) * row_stride + channel, exists, 0.0),)
     tl.debug_barrier()  # all threads have read what others may overwrite
-    if write_slot == 0 and keep_last == 0:
+    if write_slot == 0 and final_state_only == 0:
         for k in tl.static_range(WIDTH - 1):
             tl.store(window_row + k * row_stride + channel, inputs[k], exists)
     x_row = x[0] + row * x[1]
     kept = window_row + (write_slot + (WIDTH - 1)) * row_stride
     for t in range(tokens):
         current = tl.where(t < nulls, 0.0, widen(tl.load(x_row + source, exists, 0.0)))
-        if keep_last == 0:
+        if final_state_only == 0:
             tl.store(kept + channel, current, exists)
         inputs += (current,)
         total = first
@@ -59,7 +59,7 @@ def _convolve(
         x_row += x[2]
         y += channels
         kept += row_stride
-    if keep_last != 0:
+    if final_state_only != 0:
         for k in tl.static_range(WIDTH - 1):
             tl.store(window_row + (1 + k) * row_stride + channel, inputs[k], exists)
 
@@ -72,8 +72,8 @@ def causal_conv1d_verify(args: CausalConv1dVerifyArgs) -> torch.Tensor:
     launch(
         _convolve, batch * triton.cdiv(channels, CHANNELS), y, 4, x=(x, x.stride(0), x.stride(1)),
         weight=(weight, *weight.stride()), bias=args.bias, window=(window, window.stride(0), window.stride(1)), y=y,
-        start_slot=args.start_slot, null_columns=args.null_columns, tokens=tokens, channels=channels,
-        repeat=args.repeat, block=args.block, write_slot=args.write_slot, keep_last=int(args.keep_last), WIDTH=width,
-        SILU=args.silu, BLOCK=CHANNELS,
+        start_slot=args.start_slot, left_padding=args.left_padding, tokens=tokens, channels=channels,
+        repeat=args.repeat, block=args.block, write_slot=args.write_slot, final_state_only=int(args.final_state_only),
+        WIDTH=width, SILU=args.silu, BLOCK=CHANNELS,
     )  # fmt: skip
     return y

@@ -16,7 +16,7 @@ from ..checks import (
     check_slots,
     check_written,
 )
-from ..replay import ReplayInputs, replay_tensors
+from ..replay import ReplayBuffer, replay_tensors
 from ..ssd_verify import SsdVerifyArgs
 
 
@@ -34,19 +34,19 @@ class SelectiveScanVerifyArgs(NamedTuple):
     states: torch.Tensor
     start_slot: torch.Tensor
     write_slot: int
-    inputs: ReplayInputs | None
-    null_columns: torch.Tensor | None
-    keep_last: bool
+    inputs: ReplayBuffer | None
+    left_padding: torch.Tensor | None
+    final_state_only: bool
     constant_weights: bool
 
     def as_ssd(self) -> SsdVerifyArgs:
         """The same for ``ssd_verify``: heads of one channel, and an A for every state."""
         B, C = (tensor if tensor.ndim == 4 else tensor[:, :, None] for tensor in (self.B, self.C))
         z = None if self.z is None else self.z[..., None]
-        inputs = self.inputs and ReplayInputs(self.inputs.x[..., None], self.inputs.dt, self.inputs.B)
+        inputs = self.inputs and ReplayBuffer(self.inputs.x[..., None], self.inputs.dt, self.inputs.B)
         return SsdVerifyArgs(
             self.x[..., None], self.dt, self.A, B, C, self.D, self.dt_bias, self.states[:, :, :, None],
-            self.start_slot, self.write_slot, z, (0.0, math.inf), inputs, self.null_columns, self.keep_last,
+            self.start_slot, self.write_slot, z, (0.0, math.inf), inputs, self.left_padding, self.final_state_only,
             self.constant_weights,
         )  # fmt: skip
 
@@ -64,9 +64,9 @@ def selective_scan_verify(
     start_slot: torch.Tensor,
     write_slot: int = 0,
     *,
-    inputs: ReplayInputs | None = None,
-    null_columns: torch.Tensor | None = None,
-    keep_last: bool = False,
+    inputs: ReplayBuffer | None = None,
+    left_padding: torch.Tensor | None = None,
+    final_state_only: bool = False,
     constant_weights: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -83,8 +83,8 @@ def selective_scan_verify(
     | start_slot   | (B)          | int32         | slot of the last committed state; -1: left out |
     | write_slot   | int          |               | slot of the state after the first token |
     | inputs       | S slots      | float32, None | **written**; then states is (B, 1, D, N), the one kept state |
-    | null_columns | (B)          | int32, None   | that many leading tokens of a row leave its state as it was |
-    | keep_last    | bool         |               | prefill: only the last state is written, to slot 0 |
+    | left_padding | (B)          | int32, None   | that many leading tokens of a row leave its state as it was |
+    | final_state_only    | bool         |               | prefill: only the last state is written, to slot 0 |
     | constant_weights | bool     |               | see ``ops``; of A, D, dt_bias |
     | returns      | (B, T, D)    | as x          | |
 
@@ -94,13 +94,13 @@ def selective_scan_verify(
     row with ``start_slot`` -1 nothing is read or written, its inputs neither, and its y is 0.
 
     B and C may have different numbers of groups G, each a divisor of D: channel d uses group d·G // D. A token whose Δ
-    is 0 leaves the state exactly as it was; null columns have Δ = 0.
+    is 0 leaves the state exactly as it was; left padding have Δ = 0.
 
-    With ``inputs`` (see ``ReplayInputs``) a slot's state is that after the inputs up to the slot, which are fed again:
+    With ``inputs`` (see ``ReplayBuffer``) a slot's state is that after the inputs up to the slot, which are fed again:
     with ``write_slot`` 0 inputs 0 … ``start_slot``, and the state reached replaces the kept one; with ``write_slot``
     w > 0 every row that is not left out must start from slot w-1. The T tokens' x, Δ and B become inputs
-    ``write_slot`` …, those of null columns with Δ = 0. With ``keep_last`` the kept state becomes the last one, input 0
-    gets Δ = 0, and no other input is written. y and states have the same bits as with a state per slot.
+    ``write_slot`` …, those of left padding with Δ = 0. With ``final_state_only`` the kept state becomes the last one,
+    input 0 gets Δ = 0, and no other input is written. y and states have the same bits as with a state per slot.
 
     Arithmetic is float32. After every token the state is rounded (to nearest, ties to even) to the dtype of ``states``;
     that token's y and the next token use the rounded one. A float16 state beyond 65504 becomes infinite.
@@ -131,14 +131,14 @@ def selective_scan_verify(
     if inputs is not None:
         groups = B.shape[2] if B.ndim == 4 else 1
         slots = check_inputs(inputs, {"x": (channels,), "dt": (channels,), "B": (groups, state_size)}, x)
-    check_slots(x, slots, start_slot, write_slot, keep_last)
+    check_slots(x, slots, start_slot, write_slot, final_state_only)
     if inputs is not None:
         check_follows(start_slot, write_slot)
-    check_null_columns(null_columns, batch, x)
+    check_null_columns(left_padding, batch, x)
     read = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "start_slot": start_slot}
-    check_written({"states": states, **replay_tensors(inputs)}, read | {"null_columns": null_columns})
+    check_written({"states": states, **replay_tensors(inputs)}, read | {"left_padding": left_padding})
     args = SelectiveScanVerifyArgs(
-        x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, inputs, null_columns, keep_last,
+        x, dt, A, B, C, D, z, dt_bias, states, start_slot, write_slot, inputs, left_padding, final_state_only,
         constant_weights,
     )  # fmt: skip
     return run("selective_scan_verify", backend, args)

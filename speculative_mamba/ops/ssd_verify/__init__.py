@@ -17,7 +17,7 @@ from ..checks import (
     check_slots,
     check_written,
 )
-from ..replay import ReplayInputs, replay_tensors
+from ..replay import ReplayBuffer, replay_tensors
 
 
 class SsdVerifyArgs(NamedTuple):
@@ -35,9 +35,9 @@ class SsdVerifyArgs(NamedTuple):
     write_slot: int
     z: torch.Tensor | None
     dt_limit: tuple[float, float]
-    inputs: ReplayInputs | None
-    null_columns: torch.Tensor | None
-    keep_last: bool
+    inputs: ReplayBuffer | None
+    left_padding: torch.Tensor | None
+    final_state_only: bool
     constant_weights: bool
 
 
@@ -55,9 +55,9 @@ def ssd_verify(
     *,
     z: torch.Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
-    inputs: ReplayInputs | None = None,
-    null_columns: torch.Tensor | None = None,
-    keep_last: bool = False,
+    inputs: ReplayBuffer | None = None,
+    left_padding: torch.Tensor | None = None,
+    final_state_only: bool = False,
     constant_weights: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -75,9 +75,9 @@ def ssd_verify(
     | start_slot   | (B)             | int32         | slot of the last committed state; -1: left out |
     | write_slot   | int             |               | slot of the state after the first token |
     | dt_limit     | two numbers     |               | smallest and largest Δ, both at least 0 |
-    | inputs       | ReplayInputs    | None          | **written**; with it states has one slot, see ``ReplayInputs`` |
-    | null_columns | (B)             | int32, None   | that many leading tokens of a row leave its state as it was |
-    | keep_last    | bool            |               | prefill: only the last state is written, to slot 0 |
+    | inputs       | ReplayBuffer    | None          | **written**; with it states has one slot, see ``ReplayBuffer`` |
+    | left_padding | (B)             | int32, None   | that many leading tokens of a row leave its state as it was |
+    | final_state_only    | bool            |               | prefill: only the last state is written, to slot 0 |
     | constant_weights | bool        |               | see ``ops``; of A, D, dt_bias |
     | returns      | (B, T, H, P)    | as x          | |
 
@@ -127,14 +127,14 @@ def ssd_verify(
             raise ValueError(f"the number of {name} must divide the {heads} heads of dt, got {shared}")
     if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit must be two numbers from 0 up, the smaller first, got {tuple(dt_limit)}")
-    check_slots(dt, slots, start_slot, write_slot, keep_last)
+    check_slots(dt, slots, start_slot, write_slot, final_state_only)
     if inputs is not None:
         check_follows(start_slot, write_slot)
-    check_null_columns(null_columns, batch, x)
+    check_null_columns(left_padding, batch, x)
     read = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "start_slot": start_slot}
-    check_written({"states": states, **replay_tensors(inputs)}, read | {"null_columns": null_columns})
+    check_written({"states": states, **replay_tensors(inputs)}, read | {"left_padding": left_padding})
     args = SsdVerifyArgs(
-        x, dt, A, B, C, D, dt_bias, states, start_slot, write_slot, z, dt_limit, inputs, null_columns, keep_last,
+        x, dt, A, B, C, D, dt_bias, states, start_slot, write_slot, z, dt_limit, inputs, left_padding, final_state_only,
         constant_weights,
     )  # fmt: skip
     return run("ssd_verify", backend, args)

@@ -39,18 +39,18 @@ def ssd_verify(args: SsdVerifyArgs) -> torch.Tensor:
                 states[b, 0] = state
         for t in range(tokens):
             step = F.softplus(dt[b, t] + args.dt_bias).clamp(*args.dt_limit)
-            if args.null_columns is not None and t < args.null_columns[b]:
+            if args.left_padding is not None and t < args.left_padding[b]:
                 step = torch.zeros_like(step)
             state = next_state(state, x[b, t], step, B[b, t])
             y[b, t] = (state * _per_head(C[b, t], heads)[:, None]).sum(-1) + skip * _per_head(x[b, t], heads)
             if z is not None:
                 y[b, t] *= F.silu(z[b, t])
             slot = write_slot + t
-            if inputs and not args.keep_last:
+            if inputs and not args.final_state_only:
                 inputs.x[b, slot], inputs.dt[b, slot], inputs.B[b, slot] = x[b, t], step, B[b, t]
-            elif not args.keep_last:
+            elif not args.final_state_only:
                 states[b, slot] = state
-        if args.keep_last:
+        if args.final_state_only:
             states[b, 0] = state
             if inputs:
                 inputs.dt[b, 0] = 0

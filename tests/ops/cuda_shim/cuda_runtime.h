@@ -61,7 +61,7 @@ struct Failure : std::runtime_error {
 };
 
 // Of compute capability 9.0, or what a test asks for.
-inline size_t memory_of_block() {
+inline size_t shared_memory_limit() {
     const char* asked = std::getenv("SHIM_MEMORY_OF_BLOCK");
     return asked ? std::stoul(asked) : 227 * 1024;
 }
@@ -357,7 +357,7 @@ struct Machine {
 
     // With so many bytes of launched memory for each block.
     void launch(const dim3& blocks, const dim3& block_threads, size_t bytes, std::function<void()> kernel) {
-        if (bytes > memory_of_block()) throw Failure("more memory than a block can have");
+        if (bytes > shared_memory_limit()) throw Failure("more memory than a block can have");
         launched.assign((bytes + 15) / 16 * 2 + 2, 0);
         launched_cells.begin = reinterpret_cast<uintptr_t>(launched.data()), launched_cells.bytes = bytes;
         launched_cells.cells.resize(std::max(launched_cells.cells.size(), launched.size() * 2));

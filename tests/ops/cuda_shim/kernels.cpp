@@ -64,10 +64,10 @@ void announce_states(const Params& p, int64_t size) {
             const int64_t offset = row * p.states_batch_stride + number * p.states_slot_stride;
             announce(static_cast<char*>(p.states) + element * offset, 1, 0, 1, 0, size, use, element);
         };
-        const bool settles = p.input_dt && (p.keep_last || p.write_slot == 0);
+        const bool settles = p.input_dt && (p.final_state_only || p.write_slot == 0);
         slot(p.input_dt ? 0 : p.start_slot[row], settles ? Use::write : Use::read);
-        if (p.keep_last) slot(0, Use::write);
-        if (!p.keep_last && !p.input_dt)
+        if (p.final_state_only) slot(0, Use::write);
+        if (!p.final_state_only && !p.input_dt)
             for (int64_t t = 0; t < p.tokens; t++) slot(p.write_slot + t, Use::write);
     }
 }
@@ -78,7 +78,7 @@ void announce_entries(const AttentionParams& p, void* base, int64_t batch_stride
     for (int64_t row = 0; row < p.batch; row++) {
         if (p.start_slot[row] < 0) continue;
         const int64_t length = p.lengths[row * p.slots + p.start_slot[row]];
-        const int64_t nulls = p.null_columns ? std::min<int64_t>(p.null_columns[row], p.tokens) : 0;
+        const int64_t nulls = p.left_padding ? std::min<int64_t>(p.left_padding[row], p.tokens) : 0;
         auto entries = [&](int64_t first, int64_t count, Use use) {
             char* at = static_cast<char*>(base) + element * (row * batch_stride + first * p.dims);
             announce(at, 1, 0, p.kv_heads, head_stride, count * p.dims, use, element);
@@ -98,10 +98,10 @@ void announce_all(const AttentionParams& p) {
         if (p.start_slot[row] < 0) continue;
         int32_t* lengths = p.lengths + row * p.slots;
         announce(lengths + p.start_slot[row], 1);
-        announce(lengths + p.write_slot, 1, 1, p.keep_last ? 1 : p.tokens, 1, 1, Use::write);
+        announce(lengths + p.write_slot, 1, 1, p.final_state_only ? 1 : p.tokens, 1, 1, Use::write);
     }
     announce(p.start_slot, p.batch);
-    announce(p.null_columns, p.batch);
+    announce(p.left_padding, p.batch);
     announce(p.inv_freq, p.pairs);
     announce_bytes(p.scratch, p.scratch_bytes, Use::write);
     announce_result(p, p.batch * p.tokens * p.heads * p.dims);
@@ -113,7 +113,7 @@ void announce_all(const CausalConv1dParams& p) {
     announce(p.weight, p.channels, p.weight_channel_stride, p.width, p.weight_tap_stride, 1, weights_of(p), element);
     announce(p.bias, p.channels, weights_of(p));
     announce(p.start_slot, p.batch);
-    announce(p.null_columns, p.batch);
+    announce(p.left_padding, p.batch);
     announce_result(p, p.batch * p.tokens * p.channels);
     const int64_t history = p.width - 1;
     for (int64_t row = 0; row < p.batch; row++) {
@@ -123,9 +123,9 @@ void announce_all(const CausalConv1dParams& p) {
             announce(window + first * p.window_row_stride, count, p.window_row_stride, 1, 0, p.channels, use);
         };
         rows(p.start_slot[row] + 1, history, Use::read);
-        if (p.keep_last) rows(1, history, Use::write);
-        if (!p.keep_last && p.write_slot == 0) rows(0, history, Use::write);
-        if (!p.keep_last) rows(history + p.write_slot, p.tokens, Use::write);
+        if (p.final_state_only) rows(1, history, Use::write);
+        if (!p.final_state_only && p.write_slot == 0) rows(0, history, Use::write);
+        if (!p.final_state_only) rows(history + p.write_slot, p.tokens, Use::write);
     }
 }
 
@@ -164,7 +164,7 @@ void announce_all(const SelectiveScanParams& p) {
     announce(p.D, p.channels, weights_of(p));
     announce(p.dt_bias, p.channels, weights_of(p));
     announce(p.start_slot, p.batch);
-    announce(p.null_columns, p.batch);
+    announce(p.left_padding, p.batch);
     announce_result(p, p.batch * p.tokens * p.channels);
     announce_states(p, p.channels * p.state_size);
     announce_inputs(p, p.input_x, p.input_slots * p.channels);
@@ -178,8 +178,8 @@ void announce_all(const SpeculativeAcceptParams& p) {
              p.vocabulary);
     announce_bytes(p.draft_tokens, p.batch * p.draft_stride * 8);
     const SamplingTensors& s = p.sampling;
-    for (const float* value : {s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty,
-                               s.frequency_penalty})
+    for (const float* value :
+         {s.temperature, s.top_p, s.min_p, s.repetition_penalty, s.presence_penalty, s.frequency_penalty})
         announce(value, p.batch);
     announce(s.top_k, p.batch);
     announce(s.bias_ids, p.batch * s.bias_capacity);
@@ -226,7 +226,7 @@ void announce_all(const SsdParams& p) {
     announce(p.D, p.d_per_channel ? channels : p.heads, weights_of(p));
     announce(p.dt_bias, p.heads, weights_of(p));
     announce(p.start_slot, p.batch);
-    announce(p.null_columns, p.batch);
+    announce(p.left_padding, p.batch);
     announce_result(p, p.batch * p.tokens * channels);
     announce_states(p, channels * p.state_size);
     announce_inputs(p, p.input_x, p.input_slots * x_size);

@@ -64,7 +64,7 @@ __global__ void warp_sum(Arguments a) {
     wait_for_previous();
     if (a.fault == lost_lane && i == 7) return;
     if (a.fault == different_barriers && i % 2) __syncthreads();
-    const float sum = sum_of_lanes<32>(load(a.in + blockIdx.x * kThreads + i));
+    const float sum = warp_reduce_sum<32>(load(a.in + blockIdx.x * kThreads + i));
     if (i == 0) store(a.out + blockIdx.x, sum);
 }
 

@@ -1,6 +1,6 @@
 """Times the two ways to be able to go back, a state for every token or one state and the inputs since, against batch.
 
-python -m benchmarks.checkpoints [--shapes 130m mamba2-2.7b] [--batches 1 4 16 64] [--lookahead 4] [--json FILE]
+python -m benchmarks.rollback [--shapes 130m mamba2-2.7b] [--batches 1 4 16 64] [--lookahead 4] [--json FILE]
 
 One layer's scan of K+1 tokens a row, each row starting from a slot drawn at random, as after acceptance; states lie in
 memory that no cache holds. bytes_per_row is what a row's checkpoints take in all layers; moved counts the bytes of
@@ -23,7 +23,7 @@ from .report import Report, number, parser, progress, seconds, share
 
 SHAPES = ("130m", "2.8b", "mamba2-130m", "mamba2-2.7b")
 BATCHES = (1, 4, 16, 64)
-MODES = ("states", "inputs")
+MODES = ("snapshots", "replay")
 MOST_BYTES = 3 * 2**30
 BEYOND_CACHES = 2**28
 
@@ -35,7 +35,7 @@ class Layer:
         small = ModelConfig(16, 8, config.blocks[:1])  # the width of the model does not matter to the scan
         self.mixer = random_model(small).blocks[0].mixer
         self.batch, self.tokens = batch, tokens
-        cache = self.cache("inputs")
+        cache = self.cache("replay")
         *_, B = vars(cache.inputs).values()
         self.x, self.dt, self.B = (torch.randn(batch, tokens, *kept.shape[2:]) for kept in vars(cache.inputs).values())
         groups = self.mixer.heads[2] if isinstance(self.mixer, Mamba2Mixer) else 1
@@ -43,7 +43,7 @@ class Layer:
 
     def cache(self, mode: str) -> MambaCache:
         """After one window, with random states and inputs."""
-        cache = self.mixer.new_cache(CacheSizes(self.batch, self.tokens, checkpoint=mode))
+        cache = self.mixer.new_cache(CacheSizes(self.batch, self.tokens, rollback=mode))
         cache.states.normal_()
         if cache.inputs is not None:
             for kept in vars(cache.inputs).values():
@@ -70,8 +70,8 @@ def bytes_of(cache: MambaCache) -> int:
 def check(layer: Layer) -> None:
     """From the same state, three windows in a row give the same bits in both modes."""
     caches = {mode: layer.cache(mode) for mode in MODES}
-    caches["states"].states[:, :1] = caches["inputs"].states
-    caches["inputs"].inputs.dt[:, 0] = 0
+    caches["snapshots"].states[:, :1] = caches["replay"].states
+    caches["replay"].inputs.dt[:, 0] = 0
     for slot in (0, layer.tokens - 1, layer.tokens // 2):
         start = torch.full((layer.batch,), slot, dtype=torch.int32)
         one, other = (layer.scan(cache, start) for cache in caches.values())
@@ -86,8 +86,8 @@ def bench(report: Report, shape: str, batch: int, tokens: int) -> None:
     check(layer)
     start = torch.randint(0, tokens, (batch,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     sizes = {mode: bytes_of(layer.cache(mode)) for mode in MODES}
-    one_state = layer.cache("inputs").states.nbytes
-    moved = {"states": (tokens + 1) * one_state, "inputs": 2 * one_state + 2 * (sizes["inputs"] - one_state)}
+    one_state = layer.cache("replay").states.nbytes
+    moved = {"snapshots": (tokens + 1) * one_state, "replay": 2 * one_state + 2 * (sizes["replay"] - one_state)}
     functions = {}
     for mode in MODES:
         copies = math.ceil(min(BEYOND_CACHES, MOST_BYTES / 2) / sizes[mode])
@@ -100,7 +100,7 @@ def bench(report: Report, shape: str, batch: int, tokens: int) -> None:
             op="scan", backend="cpu", case=f"{shape} {mode}", shape=shape, mode=mode, dtype="float32", batch=batch,
             tokens=tokens, median_s=times[mode], bytes_per_row=len(config.blocks) * sizes[mode] // batch,
             megabytes_per_row=len(config.blocks) * sizes[mode] / batch / 1e6, gb_per_s=rate,
-            share_of_bandwidth=rate / report.bandwidth, baseline="states", ratio=times["states"] / times[mode],
+            share_of_bandwidth=rate / report.bandwidth, baseline="snapshots", ratio=times["snapshots"] / times[mode],
         )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ CASES = [
     pytest.param(kind, seed, mode, id=f"{kind} {seed} {mode}")
     for kind in ARCHITECTURES
     for seed in (0, 1)
-    for mode in (("states", "inputs") if kind in WITH_STATES else ("states",))
+    for mode in (("snapshots", "replay") if kind in WITH_STATES else ("snapshots",))
 ]
 SOME = [case for case in CASES if case.values[1] == ARCHITECTURES.index(case.values[0]) % 2]  # one seed of each kind
 
@@ -31,7 +31,7 @@ def slots(*values):
 def assert_same_checkpoints(cache, expected, row, slot, other_slot=None):
     """Whatever the layers remember in a row's slot, in two caches."""
     for index, (layer, right) in enumerate(zip(cache, expected, strict=True)):
-        held = layer.checkpoint(row, slot), right.checkpoint(row, slot if other_slot is None else other_slot)
+        held = layer.snapshot(row, slot), right.snapshot(row, slot if other_slot is None else other_slot)
         for a, b in zip(*held, strict=True):
             assert_bitwise_equal(a, b, f"layer {index}, row {row}, slot {slot}")
 
@@ -44,9 +44,9 @@ class Watched:
         self.eos_token_id, self.device = None, model.device
         self.new_cache, self.prefill = model.new_cache, model.prefill
 
-    def verify(self, tokens, cache, start_slot, write_slot=0, null_columns=None):
+    def verify(self, tokens, cache, start_slot, write_slot=0, left_padding=None):
         self.see(self.model, cache, start_slot, tokens)
-        return self.model.verify(tokens, cache, start_slot, write_slot, null_columns)
+        return self.model.verify(tokens, cache, start_slot, write_slot, left_padding)
 
 
 class Script(ScriptedDraft):
@@ -79,16 +79,16 @@ def test_a_window_that_just_fits_and_one_that_does_not(family, prompt, assert_sl
 def test_inputs_give_the_states_of_states(family, prompt, kind, seed, state_dtype):
     """Whole runs with rejections: what both models go on from in every step, their text and logits."""
     prompts, runs = [prompt(length) for length in (1, 2, 21)], []
-    for mode in ("states", "inputs"):
+    for mode in ("snapshots", "replay"):
         target, drafts = family(kind, seed, mode, state_dtype=state_dtype)
         held = [layer.states.shape[1] for layer in target.new_cache(1, 5) if not isinstance(layer, AttentionCache)]
-        assert set(held) == {5 if mode == "states" else 1}
+        assert set(held) == {5 if mode == "snapshots" else 1}
         seen = []
 
         def see(model, cache, start, tokens, seen=seen):
             for row, slot in enumerate(start.tolist()):
                 if slot >= 0:
-                    seen += [part for layer in cache for part in layer.checkpoint(row, slot)]
+                    seen += [part for layer in cache for part in layer.snapshot(row, slot)]
 
         result = sm.generate(
             Watched(target, see), prompts, draft=Watched(drafts[f"near, {mode}"], see), lookahead=4, max_new_tokens=14,
@@ -220,12 +220,12 @@ def test_a_recorded_step_is_not_run_on_the_cache_from_before_it_grew(family, pro
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("kind", "seed", "mode"), CASES)
 def test_null_columns_leave_no_trace(family, prompt, assert_slot_holds, kind, seed, mode, backend):
-    """A row with n leading null columns equals the row without them, from a fresh state."""
+    """A row with n leading left padding equals the row without them, from a fresh state."""
     target, text = family(kind, seed, mode, backend=backend)[0], prompt(6)
     for columns in ([1, 0], [0, 3]):
         cache = target.new_cache(2, 4)
         padded = torch.tensor([[60] * n + text[: 4 - n] for n in columns])
-        logits = target.verify(padded, cache, slots(0, 0), null_columns=slots(*columns))
+        logits = target.verify(padded, cache, slots(0, 0), left_padding=slots(*columns))
         for row, n in enumerate(columns):
             alone = target.new_cache(1, 4)
             expected = target.verify(torch.tensor([text[: 4 - n]]), alone, slots(0))
@@ -313,7 +313,7 @@ def test_a_restored_slot_is_the_one_that_was_saved(family, prompt, assert_slot_h
     for slot in (3, 0, 2):
         target.verify(torch.tensor([[1, 2, 3]] * 2), cache, slots(0, 0))  # recorded in the first round
         for mine, theirs in zip(source, cache, strict=True):
-            theirs.restore(1, mine.checkpoint(0, slot))
+            theirs.restore(1, mine.snapshot(0, slot))
         text = long[: len(long) - 3 + slot]
         assert_slot_holds(target, cache, 1, 0, text)
         assert_slot_holds(target, cache, 0, 2, [*short, 1, 2, 3])
@@ -331,7 +331,7 @@ def test_a_checkpoint_is_a_copy(family, prompt, kind, seed, mode):
     cache = target.new_cache(1, 4)
     target.prefill(text[:5], cache, 0)
     target.verify(torch.tensor([text[5:9]]), cache, slots(0))
-    saved = [layer.checkpoint(0, slot) for layer in cache for slot in (0, 2)]
+    saved = [layer.snapshot(0, slot) for layer in cache for slot in (0, 2)]
     held = [[part.clone() for part in parts] for parts in saved]
     for start, at in ((0, 9), (3, 13), (0, 16)):
         target.verify(torch.tensor([text[at : at + 4]]), cache, slots(start))
@@ -377,7 +377,7 @@ def test_any_calls_are_their_single_steps(family, prompt, case, state_dtype, cal
                 single = target.verify(torch.tensor([[token]]), steps, slots(0))
                 assert_bitwise_equal(logits[row, at], single[0, 0], f"call {number}, row {row}, token {at}")
                 for layer, right in zip(cache, steps, strict=True):
-                    for a, b in zip(layer.checkpoint(row, at), right.checkpoint(0, 0), strict=True):
+                    for a, b in zip(layer.snapshot(row, at), right.snapshot(0, 0), strict=True):
                         assert_bitwise_equal(a, b, f"call {number}, row {row}, slot {at}")
             start[row] = accepted[row] % count
             texts[row] = texts[row] + new[row, : start[row] + 1].tolist()
@@ -396,13 +396,13 @@ def test_what_auto_chooses(family):
 @pytest.mark.parametrize(("kind", "per_slot"), [("mamba1", 2 * 48 + 5), ("mamba2", 48 + 6 + 18)])
 def test_memory(family, kind, per_slot):
     """A state for every slot, or one and every slot's x, dt and B."""
-    states, inputs = (family(kind, mode=mode)[0].new_cache(3, 7)[0] for mode in ("states", "inputs"))
+    states, inputs = (family(kind, mode=mode)[0].new_cache(3, 7)[0] for mode in ("snapshots", "replay"))
     assert states.states.numel() == 7 * inputs.states.numel()
     assert sum(kept.numel() for kept in vars(inputs.inputs).values()) == 3 * 7 * per_slot
 
 
 def test_inputs_must_follow_also_in_recorded_steps(family):
-    target = family("mamba2", mode="inputs")[0]
+    target = family("mamba2", mode="replay")[0]
     cache = target.new_cache(1, 4)
     target.verify(torch.tensor([[1, 2]]), cache, slots(0))
     for _ in range(2):
