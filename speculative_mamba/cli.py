@@ -346,8 +346,8 @@ def _compare(
         plain = result if draft is None else plain
         return result.stats.tokens_per_s or 0.0
 
-    if not shown.stats.tokens:
-        say("nothing was generated, so there is nothing to compare")
+    if not shown.stats.tested_per_position:  # the budget is less than two tokens
+        say("a draft has no part in so few tokens, so there is nothing to compare")
         return {"tokens_equal": None, "plain_tokens_per_s": None, "ratio": None, "ratio_range": None, "pairs": 0}
     with signs_of_life(lambda: "comparing with plain decoding"):
         timed = compare(lambda: speed(None), lambda: speed(draft))

@@ -12,7 +12,7 @@ import torch
 
 from ..models.language_model import MambaLM
 from ..ops.backend import current_device
-from ..ops.filters import is_whole
+from ..ops.values import is_whole
 from .cache import options_of, weights_of
 from .executors import EagerExecutor, Executor
 from .proposers import draft_model, is_ngram, is_told_the_text

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..ops.filters import is_whole
+from ..ops.values import is_whole
 from .sampling import Sampler
 
 

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 
 from ..models.vocabulary import Vocabulary, known_vocabulary
-from ..ops.filters import is_whole
+from ..ops.values import is_whole, shown
 
 # Names by which vocabularies call the token that stands for nothing.
 _PADS = ("<pad>", "[PAD]", "<PAD>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
@@ -28,6 +28,9 @@ def read_prompts(
         prompt_ids = [prompt_ids]
     if isinstance(prompt_ids, Mapping):
         prompt_ids, attention_mask = _parts(prompt_ids, attention_mask)
+    whole_and_rows = [prompt_ids, *prompt_ids] if isinstance(prompt_ids, list | tuple) else [prompt_ids]
+    if any(isinstance(part, str | bytes) for part in whole_and_rows):
+        raise ValueError(f"{_FORMS}, got text; encode it first: [target.tokenizer.encode(text).ids]")
     is_tensor = isinstance(prompt_ids, torch.Tensor)
     if is_tensor and (prompt_ids.ndim != 2 or prompt_ids.is_floating_point() or prompt_ids.dtype == torch.bool):
         raise ValueError(
@@ -68,7 +71,7 @@ def _lists(values: object, expected: str) -> list:
     try:
         values = values.tolist() if isinstance(values, torch.Tensor) else list(values)
         return [
-            row.tolist() if isinstance(row, torch.Tensor) else row if _is_encoded(row) else list(row) for row in values
+            row if _is_encoded(row) else list(row.tolist() if isinstance(row, torch.Tensor) else row) for row in values
         ]
     except TypeError:
         raise ValueError(expected) from None
@@ -90,9 +93,11 @@ def _row(index: int, row: object, mask: object, vocabulary: Vocabulary) -> list[
         raise ValueError(f"the prompt of row {index} is empty; give at least one token")
     for token in row:
         if not is_whole(token):
-            raise ValueError(f"the prompt of row {index} holds {token!r}, which is no token id")
+            raise ValueError(f"the prompt of row {index} holds {shown(token)}, which is no token id")
         if not 0 <= token < vocabulary.size:
-            raise ValueError(f"token id {token} in row {index} is outside the vocabulary of {vocabulary.size} tokens")
+            raise ValueError(
+                f"token id {shown(token)} in row {index} is outside the vocabulary of {vocabulary.size} tokens"
+            )
         if token in vocabulary.unused:
             raise ValueError(f"token id {token} in row {index} is padding: the model's tokenizer has no such token")
     return list(map(int, row))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from ..ops import sample_tokens, speculative_accept
-from ..ops.filters import Filters, is_whole
+from ..ops.filters import Filters
 from ..ops.noise import Purpose
+from ..ops.values import is_whole, shown
 
 # (row, the text so far, logits (V) of the next token) -> logits (V); see ``generate``.
 LogitsProcessor = Callable[[int, list[int], torch.Tensor], torch.Tensor]
@@ -33,7 +34,9 @@ class SamplingParams(Filters):
             object.__setattr__(self, "seed", tuple(self.seed))
         for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
             if not is_whole(seed) or not 0 <= seed < 2**63:
-                raise ValueError(f"seed must be a whole number from 0 to 2^63-1, or one per row, got {self.seed!r}")
+                raise ValueError(
+                    f"seed must be a whole number from 0 to 2^63-1, or one per row, got {shown(self.seed)}"
+                )
 
     def keys(self, rows: int) -> torch.Tensor:
         """Seed and stream of each row, (rows, 2) int64."""

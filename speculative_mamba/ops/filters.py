@@ -1,8 +1,8 @@
 """What is done to logits before a token is drawn from them."""
 
-import math
 from dataclasses import dataclass
-from numbers import Integral, Real
+
+from .values import is_number, is_whole, shown
 
 GREEDY_BELOW = 1e-5  # a temperature this small is greedy: dividing by it would overflow
 
@@ -30,16 +30,18 @@ class Filters:
 
     def __post_init__(self) -> None:
         if not is_number(self.temperature) or not 0 <= self.temperature <= 1e30:
-            raise ValueError(f"temperature must be from 0 (greedy) to 1e30, got {self.temperature!r}")
+            raise ValueError(f"temperature must be from 0 (greedy) to 1e30, got {shown(self.temperature)}")
         if not is_whole(self.top_k) or not 0 <= self.top_k < 2**63:
-            raise ValueError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), got {self.top_k!r}")
-        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] (1 keeps all tokens), got {self.top_p!r}")
-        if not is_number(self.min_p) or not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p must be in [0, 1) (0 keeps all tokens), got {self.min_p!r}")
-        if not is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
             raise ValueError(
-                f"repetition_penalty must be finite and above 0 (1 is none), got {self.repetition_penalty!r}"
+                f"top_k must be a whole number of at least 0 (0 keeps all tokens), got {shown(self.top_k)}"
+            )
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1] (1 keeps all tokens), got {shown(self.top_p)}")
+        if not is_number(self.min_p) or not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p must be in [0, 1) (0 keeps all tokens), got {shown(self.min_p)}")
+        if not is_number(self.repetition_penalty) or not 1e-30 <= self.repetition_penalty <= 1e30:
+            raise ValueError(
+                f"repetition_penalty must be from 1e-30 to 1e30 (1 is none), got {shown(self.repetition_penalty)}"
             )
 
     @property
@@ -55,11 +57,3 @@ class Filters:
             "top_p": self.top_p,
             "min_p": self.min_p,
         }
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
