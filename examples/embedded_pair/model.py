@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.embedded_pair.scan import STATES, TAPS, ConvSiLU, GatedScan, RMSNorm
-from training.scan import STATES, TAPS, ConvSiLU, GatedScan, RMSNorm
 
 VOCABULARY = 256
 EPSILON = 1e-5
