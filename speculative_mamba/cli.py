@@ -8,6 +8,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+if __name__ == "__main__":  # streams and signals are set before anything that takes long is imported
+    from speculative_mamba.run import main as run
+
+    sys.exit(run())
+
 import torch
 
 from .compare import compare
@@ -363,9 +368,3 @@ def _compare(
         "tokens_equal": equal, "plain_tokens_per_s": plain_speed, "ratio": ratio,
         "ratio_range": [ratios[0], ratios[-1]], "pairs": len(ratios),
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    from speculative_mamba.run import main as run
-
-    sys.exit(run())
