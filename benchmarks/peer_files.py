@@ -10,6 +10,7 @@ import speculative_mamba as sm
 from speculative_mamba.models.files import read_json
 from speculative_mamba.models.formats import parse_config
 from speculative_mamba.models.weights import read_tensors
+from speculative_mamba.ops.threads import num_threads
 
 
 def write_checkpoint(model: sm.MambaLM, folder: Path) -> None:
@@ -55,7 +56,7 @@ def gguf_file(checkpoint: Path, kind: str) -> Path:
         return path
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
-    settings.nthread = torch.get_num_threads()
+    settings.nthread = num_threads()
     source = gguf_file(checkpoint, "f32")
     if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), settings) != 0:
         raise RuntimeError(f"llama.cpp cannot make {path.name} from {source.name}")

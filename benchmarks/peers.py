@@ -36,6 +36,7 @@ import torch
 import speculative_mamba as sm
 from speculative_mamba.decode import ModelDrafter
 from speculative_mamba.models.config import ModelConfig, mamba1_config
+from speculative_mamba.ops.threads import num_threads
 from speculative_mamba.testing.models import SHAPES, published_config, random_model
 from speculative_mamba.testing.scripted import CapturableScript, agree_at_rate
 from speculative_mamba.testing.timing import interleaved_medians
@@ -123,7 +124,7 @@ class LlamaCpp(Peer):
             raise RuntimeError(f"llama.cpp does not load {self._path.name}")
         settings = api.llama_context_default_params()
         settings.n_ctx = settings.n_batch = longest
-        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        settings.n_threads = settings.n_threads_batch = num_threads()
         self._context = api.llama_init_from_model(self._model, settings)
         if not self._context:
             raise RuntimeError("llama.cpp gives no context")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from speculative_mamba.ops import backend as backends
+from speculative_mamba.ops.threads import num_threads
 from speculative_mamba.testing.timing import read_bandwidth_gb_per_s
 
 
@@ -34,7 +35,7 @@ def this_processor() -> Machine:
     progress("measuring the bandwidth of memory")
     bandwidth = read_bandwidth_gb_per_s()
     module, reason = backends.extension()
-    name = f"{_processor()}, {torch.get_num_threads()} threads; reads {bandwidth:.1f} GB/s at best"
+    name = f"{_processor()}, {num_threads()} threads; reads {bandwidth:.1f} GB/s at best"
     return Machine(name, reason if module else f"reference only: {reason}", bandwidth)
 
 

@@ -8,6 +8,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+if __name__ == "__main__":  # streams and signals are set before anything that takes long is imported
+    from speculative_mamba.run import main as run
+
+    sys.exit(run())
+
 import torch
 
 from .compare import compare
@@ -351,8 +356,8 @@ def _compare(
         plain = result if draft is None else plain
         return result.stats.tokens_per_s or 0.0
 
-    if not shown.stats.tokens:
-        say("nothing was generated, so there is nothing to compare")
+    if not shown.stats.tested_per_position:  # the budget is less than two tokens
+        say("a draft has no part in so few tokens, so there is nothing to compare")
         return {"tokens_equal": None, "plain_tokens_per_s": None, "ratio": None, "ratio_range": None, "pairs": 0}
     with signs_of_life(lambda: "comparing with plain decoding"):
         timed = compare(lambda: speed(None), lambda: speed(draft))
@@ -368,9 +373,3 @@ def _compare(
         "tokens_equal": equal, "plain_tokens_per_s": plain_speed, "ratio": ratio,
         "ratio_range": [ratios[0], ratios[-1]], "pairs": len(ratios),
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    from speculative_mamba.run import main as run
-
-    sys.exit(run())

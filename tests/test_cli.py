@@ -191,8 +191,9 @@ def test_compare(run):
     assert re.search(r"ratio \d+\.\d+ \(\d+\.\d+ to \d+\.\d+ in 2 pairs of runs\)", err)
 
 
-def test_nothing_generated_is_nothing_to_compare(run):
-    code, out, err = run("--prompt", PROMPT, "--n_tokens_to_generate", "0", "--compare", "--json")
+@pytest.mark.parametrize("budget", ["0", "1"])
+def test_nothing_drafted_is_nothing_to_compare(run, budget):
+    code, out, err = run("--prompt", PROMPT, "--n_tokens_to_generate", budget, "--compare", "--json")
     assert code == 0 and json.loads(out)["compare"]["ratio"] is None and "nothing to compare" in err
 
 

@@ -60,19 +60,19 @@ def test_what_is_opened_takes_no_closed_streams_place():
     assert shell("$RUN 2>&- <&-", program)[1].startswith("True")
 
 
+@pytest.mark.parametrize("module", ["run", "cli"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_during_imports_leave_no_traceback(number):
+def test_signals_during_imports_leave_no_traceback(number, module):
     """While the program is imported, which takes as long as torch does."""
     program = (
-        "import sys, time\n"
+        "import runpy, sys, time\n"
         "class Slow:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'speculative_mamba.cli':\n"
+        "        if name == 'torch':\n"
         "            print('importing', flush=True)\n"
         "            time.sleep(20)\n"
         "sys.meta_path.insert(0, Slow())\n"
-        "from speculative_mamba.run import main\n"
-        "sys.exit(main())"
+        f"runpy.run_module('speculative_mamba.{module}', run_name='__main__')"
     )
     process = start("-c", program)
     assert process.stdout.readline() == "importing\n"

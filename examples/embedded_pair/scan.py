@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from speculative_mamba.ops.threads import num_threads
+
 FLAGS = ["-O3", "-march=native", "-ffast-math", "-fPIC", "-shared", "-std=c++17", "-pthread"]
 
 
@@ -34,7 +36,7 @@ STATES, CHUNK, TAPS = (ctypes.c_int.in_dll(_LIBRARY, name).value for name in ("s
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Calls a function of the library; its last argument, the number of threads, is torch's."""
+    """Calls a function of the library; its last argument, the number of threads, is the package's."""
     converted: list[object] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -44,7 +46,7 @@ def _call(name: str, *arguments: Tensor | int | float | None) -> None:
             converted.append(ctypes.c_void_p())
         else:
             converted.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument))
-    getattr(_LIBRARY, name)(*converted, ctypes.c_int(torch.get_num_threads()))
+    getattr(_LIBRARY, name)(*converted, ctypes.c_int(num_threads()))
 
 
 class RMSNorm(torch.autograd.Function):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from ..models.tokenizer import tokenizer_of
 from ..models.vocabulary import check_same_vocabulary, known_vocabulary
-from ..ops.sampling_params import is_int
+from ..ops.values import is_int, shown
 from .cache import GenerationCache
 from .drafts import Draft, Drafter, LanguageModel
 from .sampling import SamplingParams
@@ -24,7 +24,7 @@ def check_models(target: object, draft: object) -> None:
     if not isinstance(target, LanguageModel) or isinstance(target, type):
         raise ValueError(f"target must be a model, as load_model gives it, got {type(target).__name__}")
     if isinstance(draft, str) and draft not in NAMED_DRAFTS:
-        raise ValueError(f"unknown draft {draft!r}; by name there is: {', '.join(NAMED_DRAFTS)}")
+        raise ValueError(f"unknown draft {shown(draft)}; by name there is: {', '.join(NAMED_DRAFTS)}")
     if draft is None or isinstance(draft, str):
         return
     if isinstance(draft, type) or not isinstance(draft, LanguageModel | Drafter | Draft):
@@ -58,16 +58,20 @@ def check_generation(
         ValueError: the first that is out of range.
     """
     if lookahead != "auto" and not (is_int(lookahead) and 1 <= lookahead <= MAX_LOOKAHEAD):
-        raise ValueError(f"lookahead (K) must be auto or a whole number from 1 to {MAX_LOOKAHEAD}, got {lookahead!r}")
+        raise ValueError(
+            f"lookahead (K) must be auto or a whole number from 1 to {MAX_LOOKAHEAD}, got {shown(lookahead)}"
+        )
     if not is_int(max_new_tokens) or not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
-        raise ValueError(f"max_new_tokens must be a whole number from 0 to {MAX_NEW_TOKENS}, got {max_new_tokens!r}")
+        raise ValueError(
+            f"max_new_tokens must be a whole number from 0 to {MAX_NEW_TOKENS}, got {shown(max_new_tokens)}"
+        )
     check_sampling(sampling, rows)
     if acceptance not in ACCEPTANCES:
-        raise ValueError(f"unknown acceptance {acceptance!r}; choose from: {', '.join(ACCEPTANCES)}")
+        raise ValueError(f"unknown acceptance {shown(acceptance)}; choose from: {', '.join(ACCEPTANCES)}")
     if not _all_of(stop_token_ids, is_int):
-        raise ValueError(f"stop_token_ids must be a list of token ids, got {stop_token_ids!r}")
+        raise ValueError(f"stop_token_ids must be a list of token ids, got {shown(stop_token_ids)}")
     if not _all_of(stop_strings, lambda stop: isinstance(stop, str) and stop):
-        raise ValueError(f"stop_strings must be a list of strings that are not empty, got {stop_strings!r}")
+        raise ValueError(f"stop_strings must be a list of strings that are not empty, got {shown(stop_strings)}")
     if stop_strings and tokenizer_of(target) is None:
         raise ValueError("stop_strings need the target's tokenizer, and it has none; use stop_token_ids instead")
     for name, callback in (("on_token", on_token), ("logits_processor", logits_processor)):
@@ -89,10 +93,10 @@ def check_sampling(sampling: object, rows: int) -> None:
         return
     of_rows = isinstance(sampling, (list, tuple)) and len(sampling) > 0
     if not of_rows or not all(isinstance(params, SamplingParams) for params in sampling):
-        raise ValueError(f"sampling must be SamplingParams, or a list of one per row; got {sampling!r}")
+        raise ValueError(f"sampling must be SamplingParams, or a list of one per row; got {shown(sampling)}")
     if len(sampling) != rows:
         raise ValueError(
-            f"sampling is {len(sampling)} SamplingParams for {rows} rows; give one, or one per row; got {sampling!r}"
+            f"sampling is {len(sampling)} SamplingParams for {rows} rows; give one, or one per row; got {shown(sampling)}"
         )
     for row, params in enumerate(sampling):
         if isinstance(params.seed, tuple):

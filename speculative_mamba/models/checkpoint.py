@@ -9,11 +9,12 @@ import torch
 from tokenizers import Tokenizer
 
 from ..ops import backend as backends
+from ..ops.values import shown
 from .builder import build
 from .config import ModelConfig
 from .folders import GENERATION_CONFIG, download, fetch_weights, find_folder, read_configs
 from .formats import Names, parse_config
-from .formats.fields import shown, with_eos_token_ids
+from .formats.fields import with_eos_token_ids
 from .language_model import ROLLBACKS, MambaLM
 from .sources import FLOAT_DTYPES, HeaderSource, StoredSource
 from .tokenizer import load_tokenizer

@@ -9,6 +9,8 @@ ZIP, LEGACY = (
     b"PK\x03\x04",
     b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19",
 )  # what torch.save writes first: now, before 1.6
+_LONGEST_HEADER = 2**30  # bytes; longer than safetensors allows
+UNREADABLE = "is truncated, corrupt or not a weights file"
 _OTHER_FILES = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with: git lfs pull",
     b"GGUF": "is a GGUF file, which is not supported; take the checkpoint as safetensors",
@@ -51,13 +53,20 @@ def check_readable(path: Path) -> None:
         if start.startswith(begins):
             raise ValueError(f"{path} {what}")
     # After the length of its header a safetensors file has the header, a JSON object.
-    if path.suffix == ".safetensors" and start.startswith((ZIP, b"\x80")) and start[8:9] != b"{":
-        raise ValueError(f"{path} is a pickled PyTorch file, not safetensors; name it pytorch_model.bin")
-    if path.suffix != ".safetensors" and start.startswith(LEGACY):
+    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < _LONGEST_HEADER
+    if path.suffix == ".safetensors":
+        if start.startswith((ZIP, b"\x80")) and not is_safetensors:
+            raise ValueError(f"{path} is a pickled PyTorch file, not safetensors; name it pytorch_model.bin")
+        return
+    if is_safetensors:
+        raise ValueError(f"{path} is a safetensors file; name it model.safetensors")
+    if start.startswith(LEGACY):
         raise ValueError(
             f"{path} is in the format of torch.save before PyTorch 1.6, which cannot be mapped; load it with "
             "torch.load(…, weights_only=True) and save it again, best with safetensors.torch.save_file"
         )
+    if not start.startswith(ZIP):
+        raise ValueError(f"{path} {UNREADABLE}: {'torch.save wrote no such file' if start else 'it is empty'}")
 
 
 class MappedFile:

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from ..ops.values import shown
 from .files import read_json
-from .formats.fields import shown
 from .weights import check_unpickling
 
 BUILTIN = ("target", "draft")

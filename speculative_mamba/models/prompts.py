@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from tokenizers import Encoding
 
-from ..ops.sampling_params import is_int
+from ..ops.values import is_int, shown
 from .tokenizer import tokenizer_of
 from .vocabulary import Vocabulary, known_vocabulary
 
@@ -29,6 +30,11 @@ def read_prompts(
         prompt_ids = [prompt_ids]
     if isinstance(prompt_ids, Mapping):
         prompt_ids, attention_mask = _parts(prompt_ids, attention_mask)
+    whole_and_rows = [prompt_ids, *prompt_ids] if isinstance(prompt_ids, list | tuple) else [prompt_ids]
+    if any(isinstance(part, str | bytes) for part in whole_and_rows):
+        raise ValueError(f"{_FORMS}, got text; encode it first: [target.tokenizer.encode(text).ids]")
+    if isinstance(prompt_ids, np.ndarray):
+        prompt_ids = torch.from_numpy(np.ascontiguousarray(prompt_ids))
     is_tensor = isinstance(prompt_ids, torch.Tensor)
     if is_tensor and (prompt_ids.ndim != 2 or prompt_ids.is_floating_point() or prompt_ids.dtype == torch.bool):
         raise ValueError(
@@ -90,9 +96,11 @@ def _row(index: int, row: object, mask: object, vocabulary: Vocabulary) -> list[
         raise ValueError(f"the prompt of row {index} is empty; give at least one token")
     for token in row:
         if not is_int(token):
-            raise ValueError(f"the prompt of row {index} holds {token!r}, which is no token id")
+            raise ValueError(f"the prompt of row {index} holds {shown(token)}, which is no token id")
         if not 0 <= token < vocabulary.size:
-            raise ValueError(f"token id {token} in row {index} is outside the vocabulary of {vocabulary.size} tokens")
+            raise ValueError(
+                f"token id {shown(token)} in row {index} is outside the vocabulary of {vocabulary.size} tokens"
+            )
         if token in vocabulary.unused:
             raise ValueError(f"token id {token} in row {index} is padding: the model's tokenizer has no such token")
     return list(map(int, row))

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.torch_version import TorchVersion
 
-from .files import MappedFile, check_readable, read_json
+from .files import UNREADABLE, MappedFile, check_readable, read_json
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SAFE_UNPICKLING = (2, 10)  # before it torch.load could be made to run code: CVE-2025-32434, CVE-2026-24747
@@ -94,9 +94,14 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds other objects than tensors, or is corrupt; of a whole model save the state_dict, best with "
+            "safetensors.torch.save_file"
+        ) from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} is truncated, corrupt or not a weights file: {reason[0]}") from None
+        raise ValueError(f"{path} {UNREADABLE}: {reason[0]}") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
+
+from .values import is_int, is_number, shown
 
 GREEDY_BELOW = 1e-5  # a temperature this small is greedy: dividing by it would overflow
 MAX_BIAS = 1e30
@@ -44,27 +46,31 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not is_number(self.temperature) or not 0 <= self.temperature <= 1e30:
-            raise ValueError(f"temperature must be from 0 (greedy) to 1e30, got {self.temperature!r}")
+            raise ValueError(f"temperature must be from 0 (greedy) to 1e30, got {shown(self.temperature)}")
         if not is_int(self.top_k) or not 0 <= self.top_k < 2**63:
-            raise ValueError(f"top_k must be a whole number of at least 0 (0 keeps all tokens), got {self.top_k!r}")
-        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1] (1 keeps all tokens), got {self.top_p!r}")
-        if not is_number(self.min_p) or not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p must be in [0, 1) (0 keeps all tokens), got {self.min_p!r}")
-        if not is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
             raise ValueError(
-                f"repetition_penalty must be finite and above 0 (1 is none), got {self.repetition_penalty!r}"
+                f"top_k must be a whole number of at least 0 (0 keeps all tokens), got {shown(self.top_k)}"
+            )
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1] (1 keeps all tokens), got {shown(self.top_p)}")
+        if not is_number(self.min_p) or not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p must be in [0, 1) (0 keeps all tokens), got {shown(self.min_p)}")
+        if not is_number(self.repetition_penalty) or not 1e-30 <= self.repetition_penalty <= 1e30:
+            raise ValueError(
+                f"repetition_penalty must be from 1e-30 to 1e30 (1 is none), got {shown(self.repetition_penalty)}"
             )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             if not is_number(value) or not -2 <= value <= 2:
-                raise ValueError(f"{name} must be from -2 to 2 (0 is none), got {value!r}")
+                raise ValueError(f"{name} must be from -2 to 2 (0 is none), got {shown(value)}")
         object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
         if isinstance(self.seed, (list, tuple)):
             object.__setattr__(self, "seed", tuple(self.seed))
         for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
             if not is_int(seed) or not 0 <= seed < 2**63:
-                raise ValueError(f"seed must be a whole number from 0 to 2^63-1, or one per row, got {self.seed!r}")
+                raise ValueError(
+                    f"seed must be a whole number from 0 to 2^63-1, or one per row, got {shown(self.seed)}"
+                )
 
     @property
     def greedy(self) -> bool:
@@ -78,8 +84,10 @@ class SamplingParams:
     def rng_keys(self, rows: int) -> torch.Tensor:
         """Seed and stream of each row, (rows, 2) int64."""
         if isinstance(self.seed, tuple):
-            return torch.tensor([[seed, 0] for seed in self.seed])
-        return torch.tensor([[self.seed, row] for row in range(rows)])
+            streams = [[seed, 0] for seed in self.seed]
+        else:
+            streams = [[self.seed, row] for row in range(rows)]
+        return torch.tensor(streams, dtype=torch.int64, device="cpu")
 
 
 def _bias_pairs(bias: object) -> tuple[tuple[int, float], ...]:
@@ -87,21 +95,13 @@ def _bias_pairs(bias: object) -> tuple[tuple[int, float], ...]:
     try:
         pairs = [(token, value) for token, value in (bias.items() if isinstance(bias, Mapping) else bias)]
     except (TypeError, ValueError):
-        raise ValueError(f"logit_bias must be a dict from token ids to numbers, got {bias!r}") from None
+        raise ValueError(f"logit_bias must be a dict from token ids to numbers, got {shown(bias)}") from None
     for token, value in pairs:
         if not is_int(token) or token < 0:
-            raise ValueError(f"logit_bias must be a dict from token ids to numbers, got the id {token!r}")
+            raise ValueError(f"logit_bias must be a dict from token ids to numbers, got the id {shown(token)}")
         if not (is_number(value) and abs(value) <= MAX_BIAS) and not (isinstance(value, Real) and value == -math.inf):
-            raise ValueError(f"logit_bias must be a number up to 1e30, or -inf; got {value!r} for token {token}")
+            raise ValueError(f"logit_bias must be a number up to 1e30, or -inf; got {shown(value)} for token {token}")
     ids = [token for token, _ in pairs]
     if len(set(ids)) != len(ids):
         raise ValueError("logit_bias names a token twice")
     return tuple(sorted((int(token), float(value)) for token, value in pairs))
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -46,8 +46,9 @@ def refuse(*words, call):
         (7, ["list of lists"]),
         (None, ["list of lists"]),
         ([[1], None], ["list of lists"]),
-        ("abc", ["'a'"]),
-        (["abc"], ["'a'"]),
+        ("abc", ["text", "tokenizer.encode"]),
+        (["abc"], ["text", "tokenizer.encode"]),
+        (([1], b"abc"), ["text", "tokenizer.encode"]),
         ([torch.tensor(1)], ["list of lists"]),
         ([torch.tensor([[1]])], ["[1]"]),
         ([torch.tensor([1.0])], ["1.0"]),
@@ -105,6 +106,14 @@ def test_options(pair, options, words):
 )
 def test_sampling(options, words):
     refuse(*words, call=lambda: sm.SamplingParams(**options))
+
+
+def test_numbers_of_too_many_digits_to_print(pair):
+    huge, target = 10**5000, pair().target
+    refuse("token id", "row 0", call=lambda: sm.generate(target, [[huge]]))
+    refuse("lookahead", "1 to 15", call=lambda: sm.generate(target, [[1]], lookahead=huge))
+    refuse("max_new_tokens", call=lambda: sm.generate(target, [[1]], max_new_tokens=huge))
+    refuse("seed", "2^63-1", call=lambda: sm.SamplingParams(seed=huge))
 
 
 @pytest.mark.parametrize("seeds", [[], [1], [1, 2], [1, 2, 3, 4]], ids=str)
@@ -302,7 +311,7 @@ def test_rows_that_do_not_look_padded(words, rows):
         ({"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}, [[1, 1]], ["twice"]),
         ({"ids": [[1, 2]]}, None, ["input_ids"]),
         ({}, None, ["input_ids"]),
-        ({"input_ids": ["a"]}, None, ["'a'"]),
+        ({"input_ids": ["a"]}, None, ["text"]),
         ([{"input_ids": [[1]]}], None, ["[1]"]),
     ],
     ids=str,

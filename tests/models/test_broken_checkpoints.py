@@ -296,6 +296,20 @@ def test_files_that_are_something_else(checkpoint, layout, content, words):
     refuse(folder, file.name, words)
 
 
+def test_files_that_are_something_else_by_what_they_hold(checkpoint):
+    folder = checkpoint("bin").folder
+    file = folder / "pytorch_model.bin"
+    tensors = torch.load(file)
+    torch.save(torch.nn.Linear(2, 2), file)
+    refuse(folder, file.name, "other objects than tensors", "state_dict")
+    save_file(tensors, file)
+    refuse(folder, file.name, "is a safetensors file", "model.safetensors")
+    file.write_bytes(b"weights")
+    refuse(folder, file.name, "torch.save wrote no such file")
+    file.write_bytes(b"")
+    refuse(folder, file.name, "it is empty")
+
+
 def test_pickled_weights_with_the_name_of_safetensors(checkpoint):
     folder = checkpoint("bin").folder
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")

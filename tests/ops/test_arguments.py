@@ -6,11 +6,12 @@ import pytest
 import torch
 from cases import CASES as SMALL
 from cases import Random, call
-from speculative_mamba.ops.filters import Filters
 
 from speculative_mamba import ops
 from speculative_mamba.ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear, ssd_verify
 from speculative_mamba.ops.int8 import Int8Weight
+from speculative_mamba.ops.sampling_params import SamplingParams
+from speculative_mamba.ops.sampling_tensors import SamplingTensors
 from speculative_mamba.testing.models import random_model, tiny_config
 
 B, T, D, N, W, S = 3, 5, 33, 7, 4, 8
@@ -190,16 +191,17 @@ def test_rows_in_the_gaps_of_others_share_nothing() -> None:
     other.refused("keys is written.* share memory with values", keys=both[:, 0], values=one_off)
 
 
-def test_verdicts_and_laws_are_apart() -> None:
+def test_row_status_and_probs_are_apart() -> None:
     logits, keys, at = torch.randn(2, 9), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    sampling = SamplingTensors.from_params([SamplingParams(temperature=1.0)] * 2, 9)
     for wrong, match in (
-        ({"laws": logits}, "laws is written.* share memory with logits"),
-        ({"laws": torch.zeros(1, 9).expand(2, 9)}, "laws is written, so its elements"),
-        ({"verdicts": torch.zeros(1, dtype=torch.int32).expand(2)}, "verdicts"),
-        ({"verdicts": at.view(torch.int32)[::2]}, "verdicts"),
+        ({"probs": logits}, "probs is written.* share memory with logits"),
+        ({"probs": torch.zeros(1, 9).expand(2, 9)}, "probs is written, so its elements"),
+        ({"row_status": torch.zeros(1, dtype=torch.int32).expand(2)}, "row_status"),
+        ({"row_status": at.view(torch.int32)[::2]}, "row_status"),
     ):
         with pytest.raises(ValueError, match=match):
-            ops.sample_tokens(logits, Filters(temperature=1.0), keys, at, **wrong)
+            ops.sample_tokens(logits, sampling, keys, at, **wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)

@@ -213,6 +213,7 @@ def use(threads, times):
         assert torch.equal(skinny_linear(x, weight), wanted), "other values"
         time.sleep(0.002 * (i % 3 == 0))  # the workers fall asleep now and then
 
+sampling = SamplingTensors.from_params([SamplingParams(1.0)] * 2, 1_000_000)
 torch.set_num_threads(1)
 wanted = skinny_linear(x, weight)
 before = count()
@@ -297,10 +298,12 @@ LIMITS = """
 import os, re, resource
 import torch
 from speculative_mamba.ops import sample_tokens, skinny_linear
-from speculative_mamba.ops.filters import Filters
+from speculative_mamba.ops.sampling_params import SamplingParams
+from speculative_mamba.ops.sampling_tensors import SamplingTensors
 
 x, weight = torch.randn(4, 512), torch.randn(512, 512)
 logits, keys, at = torch.randn(2, 1_000_000), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+sampling = SamplingTensors.from_params([SamplingParams(1.0)] * 2, 1_000_000)
 torch.set_num_threads(1)
 wanted = skinny_linear(x, weight)
 size = 4096 * int(open("/proc/self/statm").read().split()[0])
@@ -311,7 +314,7 @@ torch.set_num_threads(4)
 for _ in range(3):
     assert torch.equal(skinny_linear(x, weight), wanted)
 try:
-    sample_tokens(logits, Filters(1.0), keys, at)
+    sample_tokens(logits, sampling, keys, at)
 except MemoryError:
     os._exit(0)
 os._exit(1)

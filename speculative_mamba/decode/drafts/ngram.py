@@ -5,7 +5,7 @@ import copy
 import torch
 
 from ...ops.commit_tokens import BatchState
-from ...ops.sampling_params import is_int
+from ...ops.values import is_int
 from ..cache import RowState
 from ..sampling import Sampler
 from .base import Draft, Proposal

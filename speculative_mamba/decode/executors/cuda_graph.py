@@ -13,7 +13,7 @@ import torch
 from ...models.identity import options_of, weights_of
 from ...models.language_model import MambaLM
 from ...ops.backend import current_device
-from ...ops.sampling_params import is_int
+from ...ops.values import is_int
 from ..round import Round, RoundResult
 from .base import Executor
 

@@ -6,22 +6,13 @@ from typing import Any
 import torch
 
 from ...ops.checks import MAX_CONV_WIDTH
+from ...ops.values import shown
 from ..config import token_ids
 
 MAX_SIZE = 2**24  # of any dimension of a weight
 MAX_HEAD_SIZE = 2**14  # of a head or of the state of a channel
 MAX_LAYERS = 2**12
 _NUMBERS = 1e-30, 1e30  # float32 holds them, and what is computed from them
-_SHOWN = 60  # characters of a value that a message repeats
-
-
-def shown(value: object) -> str:
-    """A value as a message repeats it."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of too many digits, a list within a list within …
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def refuse(key: str, value: object, needed: str) -> None:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from ...ops.values import shown
 from ..config import ModelConfig
-from .fields import shown
 from .hugging_face import MODEL_TYPES
 from .in_llama import from_mamba_in_llama
 from .names import Names

@@ -1,0 +1,27 @@
+"""Plain values that a caller gives: what kind of number they are, and how a message repeats them."""
+
+import math
+from numbers import Integral, Real
+
+_SHOWN = 60  # characters of a value that a message repeats
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite real number that a float can hold."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # whole numbers and fractions have no bounds
+        return False
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A value as a message repeats it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of too many digits, a list within a list within …
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
