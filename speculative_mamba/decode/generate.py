@@ -362,6 +362,7 @@ class _Run:
             self.save()
         finally:
             self.executor.close()
+            self.round.sampler.forget()
 
     def save(self) -> None:
         """Leaves in the cache the texts, and the states of all rows that are known to be those of their texts."""

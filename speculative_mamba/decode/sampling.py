@@ -71,7 +71,7 @@ class Sampler:
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
         self._processor = processor
-        self.follow({}, lambda row, tokens: False)
+        self.forget()
 
     def begin(self, texts: Sequence[Sequence[int]]) -> None:
         """All rows go on from these tokens."""
@@ -91,6 +91,10 @@ class Sampler:
         """What a logits processor is told: the committed tokens of the rows that are generating, and whether a row's
         text is complete with some further tokens, so that nobody is asked what comes after them."""
         self._texts, self._ends = texts, ends
+
+    def forget(self) -> None:
+        """No row is generating: nothing of a call is held after it."""
+        self.follow({}, _goes_on)
 
     def draft(
         self,
@@ -166,3 +170,7 @@ class Sampler:
             what = tuple(processed.shape) if isinstance(processed, torch.Tensor) else type(processed).__name__
             raise ValueError(f"logits_processor must return logits of shape {tuple(logits.shape)}, got {what}")
         return processed
+
+
+def _goes_on(row: int, tokens: list[int]) -> bool:
+    return False

@@ -181,8 +181,10 @@ class MambaLM:
                 layer.at_most = max(layer.at_most, length)
         one_row = [layer.row(row) for layer in cache]
         window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), keep_last=True)
-        ids = token_ids(torch.as_tensor(tokens), self.embedding.shape[0]).to(self.device) if len(tokens) else ()
-        for chunk in ids.split(PREFILL_CHUNK) if len(ids) else ():
+        if not len(tokens):
+            return
+        ids = tokens if isinstance(tokens, torch.Tensor) else torch.as_tensor(tokens, device="cpu")
+        for chunk in token_ids(ids, self.embedding.shape[0]).to(self.device).split(PREFILL_CHUNK):
             self._blocks(self._embed(chunk), 1, one_row, window)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import speculative_mamba as sm
-from speculative_mamba.testing.models import TableModel, random_model, tiny_config
+from speculative_mamba.testing.models import ARCHITECTURES, TableModel, random_model, tiny_architecture, tiny_config
 from speculative_mamba.testing.recording import RecordingExecutor
 from speculative_mamba.testing.scripted import ScriptedDraft
 
@@ -341,3 +341,25 @@ def test_defaults_of_torch_do_not_matter(draft, replayed):
             torch.set_default_dtype(torch.float32)
             torch.set_default_device(None)
     assert texts[:4] == texts[4:8] == texts[8:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_defaults_of_torch_do_not_matter_to_models(kind, dtype):
+    target, draft = (random_model(tiny_architecture(kind, seed), dtype=dtype, seed=seed) for seed in (0, 1))
+    texts = []
+    for default, device in ((torch.float32, "cpu"), (torch.bfloat16, "meta")):
+        torch.set_default_dtype(default)
+        torch.set_default_device(device)
+        try:
+            for drafter in (None, draft, "ngram"):
+                for sampling in (sm.SamplingParams(), sm.SamplingParams(temperature=1.0, top_p=0.9, seed=3)):
+                    result = sm.generate(
+                        target, [[1, 2, 1, 2], [4]], draft=drafter, max_new_tokens=4, sampling=sampling,
+                        stop_token_ids=(), cache=sm.GenerationCache(),
+                    )  # fmt: skip
+                    texts.append([text.tolist() for text in result.sequences])
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    assert texts[:6] == texts[6:]
