@@ -28,7 +28,7 @@ class Kind:
 
     key: tuple
     round: Round
-    reliances: list[tuple]
+    reliances: list
     entries: int = 0  # tokens that a text may have
     replays: dict[int, Callable[[], RoundResult]] = field(default_factory=dict)
     without: set[int] = field(default_factory=set)  # lookaheads for whose graphs there was no memory
@@ -189,12 +189,26 @@ def _replay(graph: torch.cuda.CUDAGraph, result: RoundResult) -> RoundResult:
     return result
 
 
-def _reliances(round: Round) -> list[tuple]:
-    """Of the models, what a captured round takes for granted: where weights lie, and options of a cache."""
+def _reliances(round: Round) -> list:
+    """Of the models, what a captured round takes for granted: where weights lie and how, and options of a cache. Their
+    memory is kept, as rounds that wait would read it."""
     models = [round.target, round.proposer and round.proposer.model]
     known = [model for model in models if isinstance(model, MambaLM)]
     tensors = [tensor for model in known for tensor in weights_of(model)]
-    return [*map(options_of, known), *((tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors)]
+    return [*map(options_of, known), *map(_Memory.of, tensors)]
+
+
+@dataclass
+class _Memory:
+    """Where a tensor lies, and how; keeps that memory."""
+
+    known: tuple
+    storage: torch.UntypedStorage = field(compare=False)
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "_Memory":
+        how = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        return _Memory((tensor.data_ptr(), *how), tensor.untyped_storage())
 
 
 def as_executor(executor: Executor | str, target: object, draft: object, processor: LogitsProcessor | None) -> Executor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from tokenizers import Encoding, Tokenizer
 
@@ -44,7 +45,7 @@ def read_prompts(
     pairs = enumerate(zip(rows, masks, strict=True))
     prompts = [_row(index, row, mask, known_vocabulary(target)) for index, (row, mask) in pairs]
     if attention_mask is None and may_be_padded and len(set(map(len, prompts))) == 1:
-        _refuse_padding(prompts, target, is_tensor)
+        _refuse_padding(prompts, target, is_tensor or isinstance(prompt_ids, np.ndarray))
     return prompts
 
 
@@ -68,7 +69,7 @@ def _lists(values: object, expected: str) -> list:
     try:
         values = values.tolist() if isinstance(values, torch.Tensor) else list(values)
         return [
-            row.tolist() if isinstance(row, torch.Tensor) else row if _is_encoded(row) else list(row) for row in values
+            row if _is_encoded(row) else list(row.tolist() if isinstance(row, torch.Tensor) else row) for row in values
         ]
     except TypeError:
         raise ValueError(expected) from None
@@ -109,14 +110,17 @@ def _unpadded(index: int, row: list, mask: list) -> list:
     return [row[at] for at in kept]
 
 
-def _refuse_padding(prompts: list[list[int]], target: object, is_tensor: bool) -> None:
-    """Rows of one length are padded if they begin or end with the pad token; those of a tensor also if they do so with
-    another special token of which some rows have more than others, or several: which often stands in for it."""
+def _refuse_padding(prompts: list[list[int]], target: object, is_array: bool) -> None:
+    """Rows of one length are padded if they begin or end with the pad token, or if they do so with another special
+    token, which often stands in for it: several times and more than other rows, or in an array one of the two."""
     pads, specials = special_tokens(target)
-    for token in pads | (specials if is_tensor else set()):
+    for token in pads | (specials if is_array or len(prompts) > 1 else set()):
         for end, step in (("begins", 1), ("ends", -1)):
             runs = [next((n for n, t in enumerate(row[::step]) if t != token), len(row)) for row in prompts]
-            if max(runs) > (0 if token in pads else min(runs) if min(runs) < max(runs) else 1):
+            usual = max(min(runs), 1)
+            if is_array:
+                usual = min(runs) if min(runs) < max(runs) else 1
+            if max(runs) > (0 if token in pads else usual):
                 row = runs.index(max(runs))
                 raise ValueError(
                     f"the prompts look padded: row {row} {end} with {runs[row]} times token {token}, which stands for "
