@@ -95,9 +95,7 @@ def check_sampling(sampling: object, rows: int) -> None:
     if not of_rows or not all(isinstance(params, SamplingParams) for params in sampling):
         raise ValueError(f"sampling must be SamplingParams, or a list of one per row; got {shown(sampling)}")
     if len(sampling) != rows:
-        raise ValueError(
-            f"sampling is {len(sampling)} SamplingParams for {rows} rows; give one, or one per row; got {shown(sampling)}"
-        )
+        raise ValueError(f"sampling is {len(sampling)} SamplingParams for {rows} rows; give one, or one per row")
     for row, params in enumerate(sampling):
         if isinstance(params.seed, tuple):
             raise ValueError(f"in a list of sampling parameters each has one seed, got {params.seed!r} for row {row}")

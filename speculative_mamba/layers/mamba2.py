@@ -9,7 +9,7 @@ import torch
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
 from .model_ops import causal_conv1d_verify, rms_norm, skinny_linear, ssd_verify
-from .settle import settle_ssd
+from .settle import SettleSsd
 
 # On two cores replay takes a half to a third of the time at any batch, and a fifth of the memory
 # (python -m benchmarks.checkpoints).
@@ -53,7 +53,7 @@ class Mamba2Mixer:
     def new_cache(self, sizes: CacheSizes) -> MambaCache:
         x, B = (self.conv_heads[0], self.head_dim), (self.conv_heads[1], self.state_size)
         state = (len(self.A), self.head_dim, self.state_size)
-        settle = settle_ssd(self.A, x, B, self.backend)
+        settle = SettleSsd(self.A, x, B, self.backend)
         conv, inputs = tuple(self.conv_weight.shape), (x, (len(self.A),), B)
         return new_mamba_cache(sizes, sizes.replay(REPLAY_IS_FASTER), state, conv, inputs, self.A.device, settle)
 

@@ -1,6 +1,6 @@
 """From a state and the inputs since to the state of a slot."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -8,35 +8,41 @@ from ..ops import selective_scan_verify, ssd_verify
 from .cache import MambaCache
 
 
-def settle_scan(A: torch.Tensor, groups: int, backend: str) -> Callable[[MambaCache, int], None]:
-    """For Mamba-1: ``settle`` of a ``MambaCache``. A (D, N)."""
+@dataclass(frozen=True)
+class SettleScan:
+    """For Mamba-1: ``settle`` of a ``MambaCache``. A (D, N); groups of B and C."""
 
-    def settle(cache: MambaCache, slot: int) -> None:
-        channels, state_size = A.shape
+    A: torch.Tensor
+    groups: int
+    backend: str
+
+    def __call__(self, cache: MambaCache, slot: int) -> None:
+        A, (channels, state_size) = self.A, self.A.shape
         nothing, start, null = _null_token(A, (1, 1, channels), slot)
-        BC, D = A.new_zeros(1, 1, groups, state_size), A.new_zeros(channels)
+        BC, D = A.new_zeros(1, 1, self.groups, state_size), A.new_zeros(channels)
         selective_scan_verify(
             nothing, nothing, A, BC, BC, D, None, D, cache.states, start,
-            inputs=cache.inputs, left_padding=null, final_state_only=True, backend=backend,
+            inputs=cache.inputs, left_padding=null, final_state_only=True, backend=self.backend,
         )  # fmt: skip
 
-    return settle
 
-
-def settle_ssd(
-    A: torch.Tensor, x_shape: tuple[int, int], B_shape: tuple[int, int], backend: str
-) -> Callable[[MambaCache, int], None]:
+@dataclass(frozen=True)
+class SettleSsd:
     """For Mamba-2: ``settle`` of a ``MambaCache``. A (H); x_shape (X, P), B_shape (G, N)."""
 
-    def settle(cache: MambaCache, slot: int) -> None:
-        x, start, null = _null_token(A, (1, 1, *x_shape), slot)
-        BC, D = A.new_zeros(1, 1, *B_shape), torch.zeros_like(A)
+    A: torch.Tensor
+    x_shape: tuple[int, int]
+    B_shape: tuple[int, int]
+    backend: str
+
+    def __call__(self, cache: MambaCache, slot: int) -> None:
+        A = self.A
+        x, start, null = _null_token(A, (1, 1, *self.x_shape), slot)
+        BC, D = A.new_zeros(1, 1, *self.B_shape), torch.zeros_like(A)
         ssd_verify(
             x, D.view(1, 1, -1), A, BC, BC, D, D, cache.states, start,
-            inputs=cache.inputs, left_padding=null, final_state_only=True, backend=backend,
+            inputs=cache.inputs, left_padding=null, final_state_only=True, backend=self.backend,
         )  # fmt: skip
-
-    return settle
 
 
 def _null_token(like: torch.Tensor, shape: tuple[int, ...], slot: int) -> tuple[torch.Tensor, ...]:

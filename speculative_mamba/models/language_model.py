@@ -51,6 +51,18 @@ class _RecordedStep:
     results: ResultPool = field(default_factory=ResultPool)
 
 
+def _as_ids(tokens: Sequence[int]) -> torch.Tensor:
+    """(L), on the CPU unless they are a tensor already."""
+    try:
+        ids = tokens if isinstance(tokens, torch.Tensor) else torch.as_tensor(tokens, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # what is no number, of rows of many lengths, beyond 64 bits
+        ids = None
+    if ids is None or ids.ndim != 1:
+        what = type(tokens).__name__ if ids is None else f"shape {tuple(ids.shape)}"
+        raise ValueError(f"tokens must be a list of token ids, got {what}")
+    return ids
+
+
 def _no_tokenizer() -> None:
     return None
 
@@ -172,6 +184,9 @@ class MambaLM:
 
         Time and memory are linear in the number of tokens: a chunk of 64 at a time. Every token goes through the same
         kernels in the same order as in ``verify``, so the state has the same bits however the tokens are cut.
+
+        Raises:
+            ValueError: they are no token ids.
         """
         self._check_files()
         attention = [layer for layer in cache if isinstance(layer, AttentionCache)]
@@ -182,8 +197,10 @@ class MambaLM:
                 layer.at_most = max(layer.at_most, length)
         one_row = [layer.row(row) for layer in cache]
         window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), final_state_only=True)
-        ids = token_ids(torch.as_tensor(tokens), self.embedding.shape[0]).to(self.device) if len(tokens) else ()
-        for chunk in ids.split(PREFILL_CHUNK) if len(ids) else ():
+        if not len(tokens):
+            return
+        ids = _as_ids(tokens)
+        for chunk in token_ids(ids, self.embedding.shape[0]).to(self.device).split(PREFILL_CHUNK):
             self._blocks(self._embed(chunk), 1, one_row, window)
 
     @torch.no_grad()
@@ -208,6 +225,8 @@ class MambaLM:
                 vocabulary.
         """
         self._check_files()
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
         stateful = sum(block.mixer.stateful for block in self.blocks)
         if len(cache) != stateful:
             raise ValueError(f"the cache has {len(cache)} layers, the model {stateful}; use model.new_cache")

@@ -33,8 +33,6 @@ def read_prompts(
     whole_and_rows = [prompt_ids, *prompt_ids] if isinstance(prompt_ids, list | tuple) else [prompt_ids]
     if any(isinstance(part, str | bytes) for part in whole_and_rows):
         raise ValueError(f"{_FORMS}, got text; encode it first: [target.tokenizer.encode(text).ids]")
-    if isinstance(prompt_ids, np.ndarray):
-        prompt_ids = torch.from_numpy(np.ascontiguousarray(prompt_ids))
     is_tensor = isinstance(prompt_ids, torch.Tensor)
     if is_tensor and (prompt_ids.ndim != 2 or prompt_ids.is_floating_point() or prompt_ids.dtype == torch.bool):
         raise ValueError(
@@ -51,7 +49,7 @@ def read_prompts(
     pairs = enumerate(zip(rows, masks, strict=True))
     prompts = [_row(index, row, mask, known_vocabulary(target)) for index, (row, mask) in pairs]
     if attention_mask is None and may_be_padded and len(set(map(len, prompts))) == 1:
-        _refuse_padding(prompts, target, is_tensor)
+        _refuse_padding(prompts, target, is_tensor or isinstance(prompt_ids, np.ndarray))
     return prompts
 
 
@@ -117,14 +115,17 @@ def _unpadded(index: int, row: list, mask: list) -> list:
     return [row[at] for at in kept]
 
 
-def _refuse_padding(prompts: list[list[int]], target: object, is_tensor: bool) -> None:
-    """Rows of one length are padded if they begin or end with the pad token; those of a tensor also if they do so with
-    another special token of which some rows have more than others, or several: which often stands in for it."""
+def _refuse_padding(prompts: list[list[int]], target: object, is_array: bool) -> None:
+    """Rows of one length are padded if they begin or end with the pad token, or if they do so with another special
+    token, which often stands in for it: several times and more than other rows, or in an array one of the two."""
     pads, specials = special_tokens(target)
-    for token in pads | (specials if is_tensor else set()):
+    for token in pads | (specials if is_array or len(prompts) > 1 else set()):
         for end, step in (("begins", 1), ("ends", -1)):
             runs = [next((n for n, t in enumerate(row[::step]) if t != token), len(row)) for row in prompts]
-            if max(runs) > (0 if token in pads else min(runs) if min(runs) < max(runs) else 1):
+            usual = max(min(runs), 1)
+            if is_array:
+                usual = min(runs) if min(runs) < max(runs) else 1
+            if max(runs) > (0 if token in pads else usual):
                 row = runs.index(max(runs))
                 raise ValueError(
                     f"the prompts look padded: row {row} {end} with {runs[row]} times token {token}, which stands for "

@@ -394,6 +394,27 @@ def test_a_result_does_not_hold_the_models(prompt):
     assert result.cache.target is result.cache.draft is None
 
 
+def test_an_executor_does_not_hold_what_its_last_call_was_given(pair, prompt):
+    executor, cache = RecordingExecutor(), sm.GenerationCache()
+    held = weakref.ref(cache)
+    sm.generate(pair().target, [prompt(3)], max_new_tokens=3, cache=cache, executor=executor)
+    del cache
+    gc.collect()
+    assert held() is None and executor.replays
+
+
+class Keeping:
+    """A drafter that keeps the sampler that it is given."""
+
+    vocab_size = 11
+
+    def begin(self, prompts, lookahead, sampler):
+        self.sampler = sampler
+
+    def propose(self, rows, accepted, lookahead):
+        return torch.ones(len(rows), 1, dtype=torch.int64), None
+
+
 @pytest.mark.parametrize(
     "again", [lambda it: pickle.loads(pickle.dumps(it)), copy.deepcopy], ids=["pickle", "deepcopy"]
 )
@@ -408,3 +429,13 @@ def test_drafters_and_executors_can_be_copied(again):
         assert lists(sm.generate(target, [[1, 2, 1]], executor=again(graphs), **options)) == expected
         assert lists(sm.generate(target, [[1, 2, 1]], executor=again(EagerExecutor()), **options)) == expected
     assert again(graphs)._max_captured == 3
+
+
+@pytest.mark.parametrize(
+    "again", [lambda it: pickle.loads(pickle.dumps(it)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
+def test_a_drafter_that_keeps_its_sampler_can_be_copied(again):
+    target = TableModel(torch.eye(11).roll(1, 1) + 0.01)
+    draft, options = Keeping(), {"max_new_tokens": 12, "on_token": lambda row, token: None}
+    expected = lists(sm.generate(target, [[1, 2, 1]], draft=draft, **options))
+    assert lists(sm.generate(target, [[1, 2, 1]], draft=again(draft), **options)) == expected

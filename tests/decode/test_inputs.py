@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -10,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import speculative_mamba as sm
-from speculative_mamba.testing.models import TableModel, random_model, tiny_config
+from speculative_mamba.testing.models import ARCHITECTURES, TableModel, random_model, tiny_architecture, tiny_config
 from speculative_mamba.testing.recording import RecordingExecutor
 from speculative_mamba.testing.scripted import ScriptedDraft
 
@@ -263,7 +264,7 @@ def test_what_tokenizers_return(words):
     assert continued(target, [tokenizer.encode(TEXTS[0])]) == expected[:1]
 
 
-@pytest.mark.parametrize("make", [torch.tensor, lambda rows: rows], ids=["tensor", "lists"])
+@pytest.mark.parametrize("make", [torch.tensor, np.array, lambda rows: rows], ids=["tensor", "array", "lists"])
 @pytest.mark.parametrize(
     ("rows", "token"),
     [
@@ -281,8 +282,7 @@ def test_what_tokenizers_return(words):
 )
 def test_rows_that_look_padded_are_refused_by_name(words, make, rows, token):
     target, _, _ = words
-    if token == 51 or make is torch.tensor:
-        refuse("padded", f"token {token}", "attention_mask", call=lambda: sm.generate(target, make(rows)))
+    refuse("padded", f"token {token}", "attention_mask", call=lambda: sm.generate(target, make(rows)))
     ones = [[1] * len(row) for row in rows]
     alone = [continued(target, [row], attention_mask=[[1] * len(row)])[0] for row in rows]
     assert continued(target, make(rows), attention_mask=ones) == alone
@@ -350,3 +350,25 @@ def test_defaults_of_torch_do_not_matter(draft, replayed):
             torch.set_default_dtype(torch.float32)
             torch.set_default_device(None)
     assert texts[:4] == texts[4:8] == texts[8:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_defaults_of_torch_do_not_matter_to_models(kind, dtype):
+    target, draft = (random_model(tiny_architecture(kind, seed), dtype=dtype, seed=seed) for seed in (0, 1))
+    texts = []
+    for default, device in ((torch.float32, "cpu"), (torch.bfloat16, "meta")):
+        torch.set_default_dtype(default)
+        torch.set_default_device(device)
+        try:
+            for drafter in (None, draft, "ngram"):
+                for sampling in (sm.SamplingParams(), sm.SamplingParams(temperature=1.0, top_p=0.9, seed=3)):
+                    result = sm.generate(
+                        target, [[1, 2, 1, 2], [4]], draft=drafter, max_new_tokens=4, sampling=sampling,
+                        stop_token_ids=(), cache=sm.GenerationCache(),
+                    )  # fmt: skip
+                    texts.append([text.tolist() for text in result.sequences])
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    assert texts[:6] == texts[6:]

@@ -284,6 +284,23 @@ def test_copies_of_a_model(name, dtype, tmp_path):
         assert ("tokenizer" in vars(other)) == ("tokenizer" in vars(model))
 
 
+@pytest.mark.parametrize("mode", ["states", "inputs"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_copies_of_a_cache(name, mode, tmp_path):
+    """They go on by themselves, from any slot."""
+    FORMATS[name](tmp_path, 0)
+    model, start = sm.load_model(tmp_path, checkpoint=mode), torch.zeros(1, dtype=torch.int32)
+    cache = model.new_cache(1, 4)
+    model.prefill(IDS[:3], cache, 0)
+    model.verify(torch.tensor([IDS[3:6]]), cache, start)
+    others = [pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)]
+    expected = model.verify(torch.tensor([IDS[6:8]]), cache, start + 1)
+    for other in others:
+        assert type(other) is type(cache)
+        assert torch.equal(model.verify(torch.tensor([IDS[6:8]]), other, start + 1), expected)
+        assert all(map(torch.equal, cache[0].checkpoint(0, 1), other[0].checkpoint(0, 1)))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_defaults_of_torch_change_nothing(name, dtype, tmp_path):

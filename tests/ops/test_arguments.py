@@ -221,6 +221,11 @@ def test_token_ids_of_any_integer_dtype(dtype: torch.dtype, place: str) -> None:
     for wrong in (torch.tensor([[1.0]]), torch.tensor([[True]])):
         with pytest.raises(ValueError, match="tokens must be of an integer dtype"):
             model.verify(wrong, model.new_cache(1, 2), start)
+    with pytest.raises(ValueError, match=r"^tokens must have shape \(B, T\), got \(1,\)"):
+        model.verify(torch.tensor([7]), model.new_cache(1, 2), start)
+    for wrong in ("ab", ["a"], [[1, 2]], [[1], [2, 3]], [2**70], torch.tensor([[1]]), [None]):
+        with pytest.raises(ValueError, match=r"^tokens must be a list of token ids, got"):
+            model.prefill(wrong, model.new_cache(1, 2), 0)
 
 
 @pytest.mark.parametrize("op_name", SMALL)

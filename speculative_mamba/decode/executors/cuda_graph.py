@@ -26,7 +26,7 @@ class CapturedRound:
 
     key: tuple
     round: Round
-    fingerprint: list[tuple]
+    fingerprint: list
     entries: int = 0  # tokens that a text may have
     replays: dict[int, Callable[[], RoundResult]] = field(default_factory=dict)
     uncaptured: set[int] = field(default_factory=set)  # lookaheads for whose graphs there was no memory
@@ -187,8 +187,22 @@ def _replay(graph: torch.cuda.CUDAGraph, result: RoundResult) -> RoundResult:
     return result
 
 
-def _fingerprint(round: Round) -> list[tuple]:
-    """Of the models, what a captured round takes for granted: where weights lie, and options of a cache."""
+def _fingerprint(round: Round) -> list:
+    """Of the models, what a captured round takes for granted: where weights lie and how, and options of a cache. Their
+    memory is kept, as rounds that wait would read it."""
     models = [model for model in (round.target, round.draft and round.draft.model) if isinstance(model, MambaLM)]
     tensors = [tensor for model in models for tensor in weights_of(model)]
-    return [*map(options_of, models), *((tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors)]
+    return [*map(options_of, models), *map(_Memory.of, tensors)]
+
+
+@dataclass
+class _Memory:
+    """Where a tensor lies, and how; keeps that memory."""
+
+    layout: tuple
+    storage: torch.UntypedStorage = field(compare=False)
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "_Memory":
+        layout = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        return _Memory(layout, tensor.untyped_storage())
