@@ -56,7 +56,7 @@ class DecodeLoop:
             sampler = Sampler(
                 params or (), target.vocab_size, state, coupled=coupled,
                 every_mix=executor.captures or params is None,
-                backend=backend_of(target), processor=processor, texts=batch,
+                backend=backend_of(target), processor=processor, texts=batch if processor else None,
             )  # fmt: skip
             return Round(target, draft, sampler, state, executor.captures)
 

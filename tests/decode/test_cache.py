@@ -400,7 +400,7 @@ def test_an_executor_does_not_hold_what_its_last_call_was_given(pair, prompt):
     sm.generate(pair().target, [prompt(3)], max_new_tokens=3, cache=cache, executor=executor)
     del cache
     gc.collect()
-    assert held() is None and executor.replays
+    assert held() is None and executor.num_captures
 
 
 class Keeping:

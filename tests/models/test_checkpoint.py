@@ -284,12 +284,12 @@ def test_copies_of_a_model(name, dtype, tmp_path):
         assert ("tokenizer" in vars(other)) == ("tokenizer" in vars(model))
 
 
-@pytest.mark.parametrize("mode", ["states", "inputs"])
+@pytest.mark.parametrize("mode", ["snapshots", "replay"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_copies_of_a_cache(name, mode, tmp_path):
     """They go on by themselves, from any slot."""
     FORMATS[name](tmp_path, 0)
-    model, start = sm.load_model(tmp_path, checkpoint=mode), torch.zeros(1, dtype=torch.int32)
+    model, start = sm.load_model(tmp_path, rollback=mode), torch.zeros(1, dtype=torch.int32)
     cache = model.new_cache(1, 4)
     model.prefill(IDS[:3], cache, 0)
     model.verify(torch.tensor([IDS[3:6]]), cache, start)

@@ -213,7 +213,6 @@ def use(threads, times):
         assert torch.equal(skinny_linear(x, weight), wanted), "other values"
         time.sleep(0.002 * (i % 3 == 0))  # the workers fall asleep now and then
 
-sampling = SamplingTensors.from_params([SamplingParams(1.0)] * 2, 1_000_000)
 torch.set_num_threads(1)
 wanted = skinny_linear(x, weight)
 before = count()
