@@ -114,6 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
     option("top_p", type=_NUMBER, default=1.0, help="keep the smallest set of tokens with this probability")
     option("min_p", type=_NUMBER, default=0.0, help="keep tokens of at least p times the largest probability")
     option("repetition_penalty", type=_NUMBER, default=1.0, help="above 1, tokens of the text become less likely")
+    option("presence_penalty", type=_NUMBER, default=0.0, help="-2 to 2: off the logits of tokens generated before")
+    option("frequency_penalty", type=_NUMBER, default=0.0, help="-2 to 2: the same for each time they were generated")
     option("acceptance", choices=ACCEPTANCES, default="rejection", help="coupled: the text of plain sampling, exactly")
     option("seed", type=_WHOLE, default=0, help="seed for sampling")
     option("stop", type=_TEXT, action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
@@ -230,7 +232,8 @@ def _notices(options: argparse.Namespace, given: set[str], sampling: SamplingPar
 def _run(options: argparse.Namespace, given: set[str]) -> int:
     sampling = SamplingParams(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty, seed=options.seed,
+        repetition_penalty=options.repetition_penalty, presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty, seed=options.seed,
     )  # fmt: skip
     set_num_threads(getattr(options, "threads", num_threads()))
     common = {

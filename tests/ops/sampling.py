@@ -34,7 +34,8 @@ def without_most_interpreted(items: list[pytest.Item]) -> list[pytest.Item]:
 
 def _values(item: pytest.Item) -> set[tuple[str, str]]:
     """Parameters and their values, as strings."""
-    return {(name, str(value)) for name, value in item.callspec.params.items()} if hasattr(item, "callspec") else set()
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return {(name, value if isinstance(value, int) else str(value)) for name, value in params.items()}
 
 
 def _tables(cases: list[pytest.Item]) -> dict[str, list[str]]:
