@@ -35,7 +35,14 @@ def without_most_interpreted(items: list[pytest.Item]) -> list[pytest.Item]:
 def _values(item: pytest.Item) -> set[tuple[str, str]]:
     """Parameters and their values, as strings."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return {(name, value if isinstance(value, int) else str(value)) for name, value in params.items()}
+    return {(name, _text(value)) for name, value in params.items()}
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:  # a number of too many digits
+        return type(value).__name__
 
 
 def _tables(cases: list[pytest.Item]) -> dict[str, list[str]]:
