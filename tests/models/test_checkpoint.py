@@ -298,7 +298,7 @@ def test_copies_of_a_cache(name, mode, tmp_path):
     for other in others:
         assert type(other) is type(cache)
         assert torch.equal(model.verify(torch.tensor([IDS[6:8]]), other, start + 1), expected)
-        assert all(map(torch.equal, cache[0].checkpoint(0, 1), other[0].checkpoint(0, 1)))
+        assert all(map(torch.equal, cache[0].snapshot(0, 1), other[0].snapshot(0, 1)))
 
 
 @pytest.mark.parametrize("name", FORMATS)
