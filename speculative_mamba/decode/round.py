@@ -12,7 +12,7 @@ from ..models.language_model import MambaLM
 from ..ops import commit_tokens
 from ..ops.commit_tokens import BatchState
 from ..ops.sampling import ROW_STATUS_TEXTS
-from .cache import RowState, prefill
+from .cache import RowState, new_layers, prefill
 from .drafts.base import Draft, LanguageModel, Proposal
 from .sampling import Sampler, SamplingParams
 
@@ -52,9 +52,7 @@ class Round:
         device = state.last.device
         self.target, self.sampler, self.state, self._captured = target, sampler, state, captured
         self.draft = draft and draft.allocate(batch, steps - 1, sampler, captured=captured)
-        self.layers = target.new_cache(batch, steps)
-        if captured:
-            self.layers = list(self.layers)
+        self.layers = new_layers(target, batch, steps, captured)
         self._is_stop = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)
         self._row_status = torch.zeros(batch, dtype=torch.int32, device=device)
         self._steps = torch.arange(steps, dtype=torch.int32, device=device)[:, None]
