@@ -62,7 +62,7 @@ class Choice(Work):
         """What ``rows`` choose by their logits (B, K+1, V)."""
         args = SpeculativeAcceptArgs(
             logits, draft_tokens, draft_probs, self.sampling.rows_of(rows), self.rng_keys[rows], self.positions[rows],
-            False, None, None, None, None, int(purpose), target_probs,
+            False, None, None, None, None, purpose=int(purpose), target_probs=target_probs,
         )  # fmt: skip
         return run("speculative_accept", backend, args)
 

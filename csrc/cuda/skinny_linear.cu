@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, TileConfig::kMmaColumns == 1 ? 
         }
     };
 
-    wait_for_weights(p.constant_weights);
     Position ahead = enter_tile(static_cast<int>(blockIdx.x));
+    wait_for_weights(p.constant_weights);
     for (int stage = 0; stage < TileConfig::kDepth; stage++, advance(ahead)) {
         if (ahead.tile < tiles) copy_weight(ring + stage * layout.stage_bytes, ahead);
     }

@@ -66,14 +66,16 @@ __device__ __forceinline__ int64_t decide_position(const SpeculativeAcceptParams
     const float peak = logit_of(key_of(likeliest));
     const RowStatus status = status_of(peak, sampling.greedy());
     if (status != RowStatus::ok) return decision(status);
-    float* target_probs = p.target_probs ? p.target_probs + row * p.target_probs_batch_stride : nullptr;
+    auto store_prob = [&](int token, float prob) {
+        store(p.target_probs + row * p.target_probs_batch_stride + token, prob);
+    };
     if (sampling.greedy()) {
-        if (target_probs && threadIdx.x == 0) store(target_probs + token_of(likeliest), 1.f);
+        if (p.target_probs && threadIdx.x == 0) store_prob(token_of(likeliest), 1.f);
         return token_of(likeliest) == drafted ? kStands : token_of(likeliest);
     }
     const TargetProbs target(memory, candidates, position, peak, sampling);
-    if (target_probs)
-        target.for_each([&](int token, float weight) { store(target_probs + token, weight * target.scale); });
+    if (p.target_probs)
+        target.for_each([&](int token, float weight) { store_prob(token, weight * target.scale); });
     const Noise noise{static_cast<uint64_t>(load_raw(p.rng_keys + 2 * row)),
                       static_cast<uint32_t>(load_raw(p.rng_keys + 2 * row + 1)),
                       static_cast<uint32_t>(load_raw(p.positions + row) + t), static_cast<Purpose>(p.purpose)};

@@ -14,7 +14,7 @@ from shim import CUDA
 # blocks fit on a multiprocessor.
 REGISTERS = {
     "attention_verify": 105, "causal_conv1d_verify": 128, "commit_tokens": 48, "gated_silu": 27, "rms_norm": 157,
-    "selective_scan_verify": 128, "skinny_linear": 242, "speculative_accept": 112,
+    "selective_scan_verify": 128, "skinny_linear": 240, "speculative_accept": 110,
     "ssd_verify": 167,
 }  # fmt: skip
 FUNCTION = re.compile(r"Function \S+?_\d+_(\w+)_cu_[0-9a-f]{8}(\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")

@@ -82,7 +82,8 @@ def accepting(params: SamplingParams, tokens: int, everything: bool) -> tuple:
     probs = logits[:, 0] if everything and tokens == 1 else None
     active = seen[:, 0] if everything else None
     sampling = SamplingTensors.from_params([params], 50280)
-    return logits, drafted, q, sampling, keys, row, False, seen, seen.int(), active, limits, 0, probs
+    stops = seen[0] if everything else None
+    return logits, drafted, q, sampling, keys, row, False, seen, seen.int(), active, limits, stops, 0, probs
 
 
 def committing(everything: bool) -> tuple:
