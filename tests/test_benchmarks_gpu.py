@@ -123,11 +123,13 @@ def test_sizes_are_known_without_memory(name: str) -> None:
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_bytes_by_hand(work: Work, moved: int) -> None:
+    """Catches: a state's read or the inputs' write not counted."""
     assert work.moved == moved
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if issubclass(TINY[name].func, (Conv, Recurrence))])
 def test_the_updates_of_pytorch_are_those_of_the_op(name: str) -> None:
+    """Catches: updates without A, with the oldest input last, with another position's probabilities."""
     work = TINY[name](CPU)
     state = work.single.clone()
     actual = torch.stack(work.baselines()["torch"](), 1)
@@ -244,6 +246,7 @@ def wrong(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.mark.parametrize("name", [name for name in TINY if "B3" in name or "M5" in name])
 def test_a_wrong_result_is_not_timed(name: str, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches: no comparison with one token at a time, with rows alone or with the reference."""
     chosen = [tiny_case(name)]
     report, failures = command.time_cases(chosen, [wrong, "reference"], CPU, FakeTimer(), "card", torch.inf)
     assert [row["backend"] for row in report.rows] == ["reference"] and failures.count == 1

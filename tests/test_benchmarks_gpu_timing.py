@@ -61,6 +61,7 @@ class FakeEvent:
 
 
 def test_graphs_take_turns_and_time_is_that_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a graph's time instead of a call's; the cold cache's cost inside the clock."""
     card = FakeCard()
     monkeypatch.setattr(timing, "torch", card)
     timer = timing.GraphTimer(rounds=3)

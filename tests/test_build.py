@@ -268,7 +268,10 @@ def test_the_constraints_tell_the_truth_about_what_is_installed() -> None:
     shutil.which("nvcc") is None or os.environ.get("SPECULATIVE_MAMBA_CUDA") == "off", reason="needs nvcc"
 )
 def test_where_there_is_nvcc_the_cuda_kernels_are_built() -> None:
-    """The module needs no GPU to be loaded; without one it says why its kernels cannot run."""
+    """The module needs no GPU to be loaded; without one it says why its kernels cannot run.
+
+    Catches: a broken CMakeLists.txt.
+    """
     module = importlib.import_module("speculative_mamba._C_cuda")
     assert module.architectures.endswith("+PTX") and callable(module.selective_scan_verify)
     assert bool(module.problem()) is not torch.cuda.is_available()

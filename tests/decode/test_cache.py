@@ -68,6 +68,9 @@ def whole(pair, prompt):
 @pytest.mark.parametrize("first", DRAFTS)
 @pytest.mark.parametrize("second", DRAFTS)
 def test_two_calls_equal_one(pair, prompt, whole, assert_states_fit, sampling, first, second):
+    """Catches: slot `accepted` saved instead of the committed one; rows that have ended saved too late; a draft's
+    state one token off.
+    """
     models, expected = pair(), whole(sampling, 12)
     for budget, lookaheads in ((1, (3, 4)), (5, (6, 2)), (8, (2, 5))):
         cache, prompts, parts = sm.GenerationCache(), [prompt(length) for length in LENGTHS], []
@@ -182,6 +185,7 @@ def test_a_stop_string_inside_a_block(pair, plain, prompt, chain, assert_states_
 
 
 def test_copies_do_not_influence_one_another(pair, prompt, whole, assert_states_fit):
+    """Catches: copies that share states or texts."""
     models, expected = pair(), whole("greedy", 12)
     cache, options = sm.GenerationCache(), {"draft": models.drafts["near"], **OPTIONS}
     sm.generate(models.target, [prompt(length) for length in LENGTHS], max_new_tokens=5, cache=cache, **options)

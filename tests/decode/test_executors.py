@@ -60,6 +60,7 @@ def both(executor: RecordingExecutor, target: object, prompts: list, **options: 
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("draft", ["random", "near", "equal", "ngram", None])
 def test_every_lookahead_and_budget(pair, prompt, executor, sampling, draft) -> None:
+    """Catches: limits read by Python; states or seed of the call before; left padding in every round."""
     models, prompts = pair(), [prompt(length) for length in LENGTHS]
     chosen = models.drafts.get(draft, draft)
     for lookahead in (1, 2, 3, 4, 8) if draft else (1,):
@@ -85,7 +86,10 @@ def test_every_architecture(family, prompt, executor, kind, mode) -> None:
 @pytest.mark.parametrize("draft", ["near", "ngram", None])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_stop_tokens_at_every_place(pair, prompt, plain, executor, draft, batch) -> None:
-    """Rows end in different rounds and at different places of a window; what was queued behind changes nothing."""
+    """Rows end in different rounds and at different places of a window; what was queued behind changes nothing.
+
+    Catches: stop tokens of the call before.
+    """
     models, prompts = pair(), [prompt(length) for length in LENGTHS][-batch:]
     new = {token for given in prompts for token in plain(models.target, given, 14)[0][len(given) :]}
     ended = set()
@@ -101,7 +105,10 @@ def test_stop_tokens_at_every_place(pair, prompt, plain, executor, draft, batch)
 @pytest.mark.parametrize("pattern", [(0, 3), (2, 0, 0, 4), (1, 0, 5, 0), (4, 1, 3)], ids=str)
 @pytest.mark.parametrize("draft", ["near", "equal", "ngram"])
 def test_changing_lookaheads(pair, prompt, executor, monkeypatch, pattern, draft) -> None:
-    """Adaptive lookahead does so. A draft model that was left out catches up."""
+    """Adaptive lookahead does so. A draft model that was left out catches up.
+
+    Catches: the largest K in every round; a draft that catches up before the queue is empty.
+    """
     models, given = pair(), [prompt(length) for length in LENGTHS]
     monkeypatch.setattr(FixedLookahead, "__init__", lambda self, most: vars(self).update(all=tuple(range(6)), at=0))
 
@@ -152,6 +159,7 @@ def test_one_capture_serves_every_mix_of_parameters(pair, prompt, executor, acce
 
 
 def test_a_cache_that_grows_is_captured_again(family, prompt, executor) -> None:
+    """Catches: graphs kept after a cache has moved."""
     target, drafts = family("llama")
     for length in (3, 40, 200, 50):
         both(executor, target, [prompt(length)], draft=drafts["near"], lookahead=3, max_new_tokens=12)
@@ -204,7 +212,10 @@ def test_a_named_executor_keeps_nothing_alive(monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "mamba2-in-llama"])
 def test_rows_that_are_together_longer_than_a_cache(family, prompt, executor, kind) -> None:
-    """Each fits, so nothing may move when they are read."""
+    """Each fits, so nothing may move when they are read.
+
+    Catches: room for a prefill by the sum of all rows, which moves a captured cache.
+    """
     target, drafts = family(kind)
     prompts = [prompt(length) for length in (40, 41, 43)]
     both(executor, target, prompts, draft=drafts["near"], lookahead=3, max_new_tokens=12, stop_token_ids=())
@@ -236,6 +247,7 @@ def test_stop_strings_end_a_row_though_rounds_are_queued(chain, executor) -> Non
 
 
 def test_after_a_stop_string_the_cache_goes_on_exactly(pair, prompt, executor, plain) -> None:
+    """Catches: a state trusted though rounds were queued behind a stop string."""
     target, given = pair().target, prompt(5)
     from tokenizers import Tokenizer, decoders, models
 
@@ -359,6 +371,7 @@ def test_logits_that_break_behind_the_end_do_no_harm(chain, executor, ends, brok
 
 
 def test_a_weight_that_was_replaced_is_captured_again(pair, prompt, executor) -> None:
+    """Catches: graphs kept after a weight has moved."""
     models = pair()
     target = dataclasses.replace(models.target)
     before = both(executor, target, [prompt(7)], draft=models.drafts["near"]).sequences[0]
@@ -374,6 +387,7 @@ def test_a_weight_that_was_replaced_is_captured_again(pair, prompt, executor) ->
 
 
 def test_a_drafter_in_the_place_of_another_is_another(pair, prompt, executor) -> None:
+    """Catches: kinds told apart by `id` alone."""
     models = pair()
     for name in ("equal", "random"):
         draft = sm.ModelDrafter(models.drafts[name])  # the second gets the address of the first

@@ -136,7 +136,10 @@ def rings(monkeypatch, owner, name, is_hit, call, error, after):
 @pytest.mark.parametrize("place", ["verify", "second block", "scan", "prefill"])
 @pytest.mark.parametrize("victim", ["target", "draft"])
 def test_a_model_that_is_interrupted(pair, draft, break_off, monkeypatch, victim, place, after):
-    """At the n-th call of one of its parts; the scan comes when the convolution has already written its window."""
+    """At the n-th call of one of its parts; the scan comes when the convolution has already written its window.
+
+    Catches: slots trusted after an interruption.
+    """
     model = pair().target if victim == "target" else draft
     second = model.blocks[1]
     owner, name, is_hit = {

@@ -66,6 +66,7 @@ def assert_allowed(result, prompts):
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("draft", ["random", "near", "equal", "scripted", "forbidden"])
 def test_a_draft_changes_nothing(pair, prompts, decode, sampling, draft):
+    """Catches: a processor that looks behind a forbidden token."""
     plainly, _ = decode(sampling)
     texts = [sequence.tolist() for sequence in plainly.sequences]
     assert_allowed(plainly, prompts)

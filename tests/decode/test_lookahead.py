@@ -139,7 +139,7 @@ def test_a_dropped_draft_model_can_come_back_with_the_cache(pair, prompt):
 
 @pytest.mark.parametrize("pattern", [(0, 3), (2, 0, 0, 4), (1, 0, 5, 0)], ids=str)
 def test_a_draft_model_catches_up_after_rounds_without_it(pair, prompt, monkeypatch, pattern):
-    """An equal draft is always right, so a state that lacks a token shows."""
+    """An equal draft is always right, so a state that lacks a token shows. Catches: a draft that does not catch up."""
     target = pair().target
     rounds = itertools.cycle(pattern)
     monkeypatch.setattr(FixedLookahead, "next", lambda self: next(rounds))

@@ -34,6 +34,7 @@ def check(target, draft, prompts, plain, lookahead, tokens=TOKENS):
 
 @pytest.mark.parametrize("lookahead", range(1, 9))
 def test_every_prompt_length(pair, plain, prompt, lookahead):
+    """Catches: drafted tokens compared one position off."""
     target = pair().target
     for length in range(1, 41):
         text = plain(target, prompt(length), TOKENS)[0]
@@ -76,6 +77,7 @@ def test_every_row_accepts_its_own_count(pair, plain, prompt):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("draft", ["random", "near"])
 def test_dtypes_and_backends(pair, plain, prompt, dtype, backend, draft):
+    """Catches: a reference that multiplies all rows at once; a state not rounded between the tokens of a call."""
     models = pair(dtype, backend)
     prompts = [prompt(length) for length in (1, 4, 67)]
     for lookahead in (1, 4, 8) if backend == "cpu" else (3,):
@@ -85,7 +87,10 @@ def test_dtypes_and_backends(pair, plain, prompt, dtype, backend, draft):
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_state_dtypes(pair, plain, prompt, state_dtype, backend):
-    """The state is rounded after every token, so a window, prefill and one token at a time still give the same bits."""
+    """The state is rounded after every token, so a window, prefill and one token at a time still give the same bits.
+
+    Catches: a state that is not rounded between the tokens of a call.
+    """
     models = pair(backend=backend)
     target, near = (dataclasses.replace(m, state_dtype=state_dtype) for m in (models.target, models.drafts["near"]))
     assert target.new_cache(1, 2)[0].states.dtype == state_dtype

@@ -59,6 +59,7 @@ def proposals(prompt, lookahead=4, **options):
     ],
 )  # fmt: skip
 def test_proposals_by_hand(prompt, longest, shortest, expected):
+    """Catches: `longest` or `shortest` one off."""
     assert proposals(prompt, longest=longest, shortest=shortest) == expected
 
 
@@ -87,7 +88,10 @@ def by_brute_force(text, lookahead, longest, shortest):
     lengths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
 )
 def test_the_index_is_a_search_of_the_whole_text(prompts, growth, lookahead, lengths):
-    """Texts that grow by several tokens a round, each row by its own, and rounds in which nobody asks."""
+    """Texts that grow by several tokens a round, each row by its own, and rounds in which nobody asks.
+
+    Catches: an earlier place instead of the most recent; the shortest match first; a suffix found at itself.
+    """
     shortest, longest = sorted(lengths)
     drafter = NgramDrafter(3, longest=longest, shortest=shortest)
     drafter.begin([list(prompt) for prompt in prompts], lookahead, None)
@@ -104,7 +108,7 @@ def test_the_index_is_a_search_of_the_whole_text(prompts, growth, lookahead, len
 
 
 def test_each_token_is_read_once():
-    """However long the text, a round costs what it added."""
+    """However long the text, a round costs what it added. Catches: the text read again in every round."""
 
     class Watched(list):
         read = 0
@@ -215,7 +219,10 @@ def test_rounds_without_a_proposal_are_counted_as_plain_ones(pair, plain):
 
 
 def test_rows_with_and_without_a_match_in_one_batch(looping):
-    """The counts of each row are its own; the second finds its first match when the other has ended."""
+    """The counts of each row are its own; the second finds its first match when the other has ended.
+
+    Catches: rows that have ended and keep proposing.
+    """
     prompts = [[*range(11), 0, 1], [3]]
     together = sm.generate(looping, prompts, draft=NgramDrafter(11, shortest=2), lookahead=4, max_new_tokens=25)
     for prompt, sequence in zip(prompts, together.sequences, strict=True):
@@ -306,7 +313,10 @@ def observed(chooser, drafts, accepted, seconds):
 
 
 def test_auto_goes_on_asking_while_nothing_is_proposed():
-    """Rounds without a proposal say nothing about the draft: not that it is wrong, nor what it costs."""
+    """Rounds without a proposal say nothing about the draft: not that it is wrong, nor what it costs.
+
+    Catches: a round without a proposal taken for a wrong draft.
+    """
     chooser = AdaptiveLookahead(AUTO_LOOKAHEADS)
     for number in range(500):
         assert chooser.next() >= 1 or number < 3
@@ -320,7 +330,10 @@ def test_auto_goes_on_asking_while_nothing_is_proposed():
 
 @pytest.mark.parametrize("rate", [0.0, 0.9])
 def test_auto_judges_by_the_rounds_with_a_proposal(rate):
-    """One round in ten has a match; a draft that is wrong is given up, one that is right is not."""
+    """One round in ten has a match; a draft that is wrong is given up, one that is right is not.
+
+    Catches: a round without a proposal taken for a slow draft.
+    """
     chooser, chosen = AdaptiveLookahead(AUTO_LOOKAHEADS), []
     for number in range(1500):
         drafts = chooser.next()

@@ -44,6 +44,7 @@ def check(pair, prompt, rows, draft, penalty, lookahead, backend="cpu"):
 @pytest.mark.parametrize("lookahead", range(1, 9))
 @pytest.mark.parametrize("draft", ["random", "near", "equal", "scripted", "repeating"])
 def test_with_a_draft_as_without(pair, prompt, without, draft, lookahead):
+    """Catches: drafted tokens forgotten; one position off."""
     for penalty in (1.5, 0.7):
         rows = without(penalty)
         texts = [alone.sequences[0].tolist() for alone in rows]

@@ -64,6 +64,9 @@ class Script(ScriptedDraft):
 def test_the_loop_continues_from_a_fresh_state_after_any_acceptance(
     pair, plain, prompt, assert_slot_holds, lookahead, backend
 ):
+    """Catches: a start slot one too early, or not passed to a layer; a recorded one that is frozen; a cache that grows
+    in its first layer only.
+    """
     target, tokens = pair(backend=backend).target, 30
     prompts = [prompt(length) for length in (1, 2, 3, 5, 66)]
     texts = [plain(target, p, tokens)[0] for p in prompts]
@@ -79,7 +82,10 @@ def test_the_loop_continues_from_a_fresh_state_after_any_acceptance(
 
 @pytest.mark.parametrize("lookahead", [1, 3, 5])
 def test_the_draft_continues_from_a_fresh_state_after_any_acceptance(pair, plain, prompt, assert_slot_holds, lookahead):
-    """Its first call of a round takes two tokens; its state is then one token behind the target's."""
+    """Its first call of a round takes two tokens; its state is then one token behind the target's.
+
+    Catches: left padding that is missing for one-token prompts, or not passed to a layer.
+    """
     models, tokens = pair(), 60
     prompts = [prompt(length) for length in (1, 2, 3, 66)]
     texts = [plain(models.target, p, tokens)[0] for p in prompts]
@@ -198,7 +204,10 @@ def test_a_cache_of_another_depth_is_refused(pair):
 
 @pytest.mark.parametrize("accepted", range(6))
 def test_every_slot_of_a_window_is_a_prefill(pair, prompt, accepted, assert_slot_holds):
-    """Three rounds with a window of six tokens, of which the last 5 - accepted are wrong."""
+    """Three rounds with a window of six tokens, of which the last 5 - accepted are wrong.
+
+    Catches: a write slot that is not passed to a layer; a prefill that keeps no last state; views of another row.
+    """
     target = pair().target
     text = prompt(40)
     cache = target.new_cache(1, 6)

@@ -61,7 +61,10 @@ class Script(ScriptedDraft):
 @pytest.mark.parametrize("spare", [0, 1, 2])
 @pytest.mark.parametrize("kind", WITH_ATTENTION)
 def test_a_window_that_just_fits_and_one_that_does_not(family, prompt, assert_slot_holds, kind, spare):
-    """The longer row is the second, and goes on from the last token of a window; no shape of call comes twice."""
+    """The longer row is the second, and goes on from the last token of a window; no shape of call comes twice.
+
+    Catches: room for one token too few; for the first row or the first slot only.
+    """
     target, texts = family(kind)[0], [prompt(3), prompt(CAPACITY_STEP - 6 - spare)]
     cache = target.new_cache(2, 4)
     for row, text in enumerate(texts):
@@ -77,7 +80,10 @@ def test_a_window_that_just_fits_and_one_that_does_not(family, prompt, assert_sl
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_inputs_give_the_states_of_states(family, prompt, kind, seed, state_dtype):
-    """Whole runs with rejections: what both models go on from in every step, their text and logits."""
+    """Whole runs with rejections: what both models go on from in every step, their text and logits.
+
+    Catches: one input too few; a saved state settled up to another slot; "replay" taken for "snapshots".
+    """
     prompts, runs = [prompt(length) for length in (1, 2, 21)], []
     for mode in ("snapshots", "replay"):
         target, drafts = family(kind, seed, mode, state_dtype=state_dtype)
@@ -201,6 +207,8 @@ def test_a_recorded_step_is_not_run_on_the_cache_from_before_it_grew(family, pro
     """The same shape of call right before and right after, the old tensors kept alive by the caller.
 
     A shape that was only seen before is forgotten, and with it the memory that it worked on.
+
+    Catches: recorded steps kept, run on the tensors from before.
     """
     target, text = family(kind)[0], prompt(CAPACITY_STEP + 8)
     recorded, plain = target.new_cache(1, 2), list(target.new_cache(1, 2))
@@ -303,7 +311,11 @@ def test_rows_start_from_slots_of_their_own(family, prompt, assert_slot_holds, k
 
 @pytest.mark.parametrize(("kind", "seed", "mode"), CASES)
 def test_a_restored_slot_is_the_one_that_was_saved(family, prompt, assert_slot_holds, kind, seed, mode):
-    """Into a row that held something longer or shorter, next to one that is not touched."""
+    """Into a row that held something longer or shorter, next to one that is not touched.
+
+    Catches: a state restored beside the lengths or conv inputs of another text; recorded steps run on a cache from
+    before it grew.
+    """
     target, long, short = family(kind, seed, mode)[0], prompt(CAPACITY_STEP + 9), prompt(5, 1)
     source, cache = target.new_cache(1, 4), target.new_cache(2, 3)
     target.prefill(long[:-4], source, 0)
@@ -326,7 +338,10 @@ def test_a_restored_slot_is_the_one_that_was_saved(family, prompt, assert_slot_h
 
 @pytest.mark.parametrize(("kind", "seed", "mode"), CASES)
 def test_a_checkpoint_is_a_copy(family, prompt, kind, seed, mode):
-    """What the row does afterwards, going back and on with another text, does not reach it."""
+    """What the row does afterwards, going back and on with another text, does not reach it.
+
+    Catches: saved keys and values that are views of the cache.
+    """
     target, text = family(kind, seed, mode)[0], prompt(20)
     cache = target.new_cache(1, 4)
     target.prefill(text[:5], cache, 0)

@@ -45,6 +45,7 @@ def run(model, prompts, agree="all", size=40, **options):
 @pytest.mark.parametrize("agree", AGREE)
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_exact_budget(pair, plain, prompt, agree, length):
+    """Catches: a budget off by one."""
     target = pair().target
     text = plain(target, prompt(length), 30)[0]
     for lookahead in range(1, 9):
@@ -77,6 +78,7 @@ def test_budget_zero_gives_the_prompts_back(pair, prompt):
 @pytest.mark.parametrize("agree", AGREE)
 @pytest.mark.parametrize("position", range(1, 13))
 def test_end_of_text_at_every_position(agree, position, lookahead):
+    """Catches: an end of text inside the block missed; statistics past the stop."""
     new, result, _ = run(
         ring(), [[3]], agree, lookahead=lookahead, max_new_tokens=20, stop_token_ids=(3 + position,), output_logits=True
     )

@@ -71,6 +71,8 @@ def test_a_float32_state_stays_with_float64(text: Text) -> None:
     """Measured: 2e-7 to 3e-7 over four seeds, an ulp or two of the largest logit; PyTorch's float32: 3e-7 to 5e-7.
 
     The bound is four times that, far below what a state in half precision does (1e-3 or more).
+
+    Catches: every decay smaller by a factor of 1 − 2⁻²².
     """
     error = largest_error(logits(text.model, text.tokens), text)
     pytorch = largest_error(oracle.full_forward(text.model, text.tokens, torch.float32)[PREFILLED:], text)
@@ -98,6 +100,7 @@ def test_a_half_precision_state_drifts_within_a_bound(text: Text, dtype: torch.d
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("state_dtype", [None, "float32", "bfloat16", torch.float16], ids=str)
 def test_only_state_dtype_sets_the_dtype_of_the_state(checkpoint, dtype, state_dtype) -> None:
+    """Catches: a state that takes the dtype of the weights."""
     model = sm.load_model(checkpoint().folder, dtype=dtype, state_dtype=state_dtype)
     expected = {None: torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}.get(
         state_dtype, torch.float16

@@ -88,12 +88,14 @@ def assert_parity(model: sm.MambaLM, oracle: Oracle, tokens: int) -> None:
 @formats
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_parity(name: str, backend: str, tmp_path: Path) -> None:
+    """Catches: the rotary base; halves of fc1; SiLU after attention's convolution; dt bias once in MambaInLlama."""
     oracle = FORMATS[name](tmp_path, 0)
     assert_parity(sm.load_model(tmp_path, backend=backend), oracle, 64)
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=lambda value: str(value).replace(" ", ""))
 def test_parity_of_options(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Catches: repeated convolution weights; a norm in one group."""
     oracle = FORMATS[name](tmp_path, 1, **options)
     model = sm.load_model(tmp_path)
     exact = oracle(IDS).double()

@@ -24,26 +24,23 @@ if not HAS_GPU:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The kernels of the file's op, which is its ``OP`` or its name; where a test asks for ``op``, those of every op of
-    its ``CASES``."""
-    names = metafunc.fixturenames
-    if "op" in names and hasattr(metafunc.module, "CASES"):
-        pairs = [(op, name) for op in metafunc.module.CASES for name in ["reference", *_kernels_of(op)]]
-        pairs = [(op, name) for op, name in pairs if name not in ISAS]
-        metafunc.parametrize("op, backend", pairs, indirect=["backend"])
-        return
+    """The kernels of the file's op, which is its ``OP`` or its name. A test that is marked with ops is asked about each
+    of them, as ``op``, or about every ``row`` of its table, on each of the kernels that it has."""
+    names, marker = metafunc.fixturenames, metafunc.definition.get_closest_marker("ops")
     op = getattr(metafunc.module, "OP", metafunc.module.__name__.removeprefix("test_"))
-    found = _kernels_of(op)
-    if "threads" in metafunc.function.__name__:
-        found = [name for name in found if name != INTERPRETED]  # it has one
-    of_gpu = [name for name in found if name not in ISAS]
-    fixtures = (
-        ("cpu", ISAS), ("kernels", found), ("gpu_kernels", of_gpu), ("gpu_place", of_gpu),
-        ("backend", ["reference", *found]),
-    )  # fmt: skip
-    for name, params in fixtures:
-        if name in names:
-            metafunc.parametrize(name, params, indirect=True)
+    if marker is None:
+        for name, choose in KERNELS.items():
+            if name in names:
+                metafunc.parametrize(name, [_param(kernel) for kernel in choose(op)], indirect=True)
+        return
+    subject = "row" if "row" in names else "op"
+    subjects = [(op.name, each) for op in marker.args for each in (op.rows() if subject == "row" else [op])]
+    fixture = next((name for name in KERNELS if name in names), None)
+    if fixture is None:
+        metafunc.parametrize(subject, [each for _, each in subjects], ids=str)
+        return
+    pairs = [_param(kernel, each) for name, each in subjects for kernel in KERNELS[fixture](name)]
+    metafunc.parametrize([subject, fixture], pairs, indirect=[fixture], ids=str)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -52,18 +49,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
-def _kernels_of(op: str) -> list:
+def _kernels_of(op: str) -> list[str]:
     """C++ once for each instruction set, CUDA and Triton where the op has them."""
-    params = list(ISAS)
+    kernels = list(ISAS)
     if (CUDA / f"{op}.cu").is_file():
-        params += ["cuda on shim", *_on_gpu("cuda on gpu")]
+        kernels += ["cuda on shim", *(["cuda on gpu"] if HAS_GPU else [])]
     if importlib.util.find_spec("triton") and (OPS / op / "triton.py").is_file():
-        params += _on_gpu("triton on gpu") or [INTERPRETED]
-    return params
+        kernels += ["triton on gpu" if HAS_GPU else INTERPRETED]
+    return kernels
 
 
-def _on_gpu(name: str) -> list:
-    return [pytest.param(name, marks=pytest.mark.gpu)] if HAS_GPU else []
+def _of_gpu(op: str) -> list[str]:
+    return [name for name in _kernels_of(op) if name not in ISAS]
+
+
+# fixture -> its parameters for an op
+KERNELS = {
+    "cpu": lambda op: ISAS,
+    "processor": lambda op: ["reference", *ISAS],
+    "kernels": _kernels_of,
+    "gpu_kernels": _of_gpu,
+    "gpu_place": _of_gpu,
+    "backend": lambda op: ["reference", *_kernels_of(op)],
+    "backend_of_16_bits": lambda op: ["reference", *_of_gpu(op)],
+}
+
+
+def _param(kernel: str, *subject: object) -> object:
+    return pytest.param(*subject, kernel, marks=[pytest.mark.gpu] if kernel.endswith("on gpu") else [])
 
 
 @pytest.fixture
@@ -130,6 +143,18 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "reference"
     else:
         yield from kernels.__wrapped__(request)
+
+
+@pytest.fixture
+def processor(request: pytest.FixtureRequest) -> Iterator[str]:
+    """PyTorch and the C++ kernels: what runs on several threads."""
+    yield from backend.__wrapped__(request)
+
+
+@pytest.fixture
+def backend_of_16_bits(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What takes activations of 16 bits."""
+    yield from backend.__wrapped__(request)
 
 
 @pytest.fixture

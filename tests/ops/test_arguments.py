@@ -1,11 +1,10 @@
 """What does not fit is refused with the argument's name, before anything is written."""
 
-import copy
-
 import pytest
 import torch
-from cases import CASES as SMALL
-from cases import Random, call
+from cases import ATTENTION, WINDOWS
+from cases import OPS as ALL
+from description import Op
 
 from speculative_mamba import ops
 from speculative_mamba.ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear, ssd_verify
@@ -141,14 +140,12 @@ def test_unknown_backend(op: str) -> None:
 class Other:
     """Memory with a written tensor of an op, and something else of that memory."""
 
-    def __init__(self, op: str) -> None:
-        window, cache, rest = SMALL[op](Random(torch.float32))
-        self.arguments = {**window, **cache, **rest, "start_slot": torch.zeros(2, dtype=torch.int32)}
-        self.written, self.call = list(cache), getattr(ops, op)
+    def __init__(self, op: Op) -> None:
+        self.arguments, self.call = op.make({"contiguous": True}), getattr(ops, op.name)
 
     def refused(self, match: str, **wrong: object) -> None:
         arguments = {**self.arguments, **wrong}
-        before = {name: tensor.clone() for name, tensor in arguments.items()}
+        before = {name: tensor.clone() for name, tensor in arguments.items() if torch.is_tensor(tensor)}
         with pytest.raises(ValueError, match=match) as caught:
             self.call(**arguments)
         assert "\n" not in str(caught.value)
@@ -156,14 +153,11 @@ class Other:
             assert torch.equal(arguments[name].nan_to_num(), tensor.nan_to_num()), f"{name} was written"
 
 
-WITH_SLOTS = [op for op in SMALL if op.endswith("_verify")]
-
-
-@pytest.mark.parametrize("op_name", WITH_SLOTS)
-def test_what_is_written_does_not_share_memory(op_name: str) -> None:
+@pytest.mark.ops(*WINDOWS)
+def test_what_is_written_does_not_share_memory(op: Op) -> None:
     """With itself, as an expanded tensor or a sliding window does, with what is read, or with what else is written."""
-    other = Other(op_name)
-    for name in other.written:
+    other = Other(op)
+    for name in op.written:
         tensor = other.arguments[name]
         shape, strides = tensor.shape, list(tensor.stride())
         expanded = tensor[:1].clone().expand(shape)
@@ -173,16 +167,16 @@ def test_what_is_written_does_not_share_memory(op_name: str) -> None:
         other.refused(rf"^{name} (is written, so its elements|must be contiguous)", **{name: sliding})
         for read in set(other.arguments) - {name}:
             theirs = other.arguments[read]
-            if tensor.dtype == theirs.dtype and theirs.numel() < tensor.numel():
-                at = tensor.flatten().clone()
+            if torch.is_tensor(theirs) and tensor.dtype == theirs.dtype and theirs.numel() < tensor.numel():
+                at = torch.zeros(tensor.numel(), dtype=tensor.dtype)
                 wrong = {name: at.view(shape), read: at[-theirs.numel() :].view(theirs.shape)}
                 other.refused(rf"is written, so it must not share memory with ({name}|{read})", **wrong)
 
 
 def test_rows_in_the_gaps_of_others_share_nothing() -> None:
     """Keys and values of one buffer; states of two layers in turns."""
-    other = Other("attention_verify")
-    expected, arguments = other.call(**other.arguments), Other("attention_verify").arguments
+    other = Other(ATTENTION)
+    expected, arguments = other.call(**other.arguments), Other(ATTENTION).arguments
     both = torch.stack([arguments["keys"], arguments["values"]], 1)
     y = other.call(**{**arguments, "keys": both[:, 0], "values": both[:, 1]})
     assert torch.equal(y, expected)
@@ -228,19 +222,19 @@ def test_token_ids_of_any_integer_dtype(dtype: torch.dtype, place: str) -> None:
             model.prefill(wrong, model.new_cache(1, 2), 0)
 
 
-@pytest.mark.parametrize("op_name", SMALL)
-def test_what_requires_grad_is_refused_by_name(op_name: str) -> None:
+@pytest.mark.ops(*ALL)
+def test_what_requires_grad_is_refused_by_name(op: Op) -> None:
     """Outside of ``no_grad``; the specification may be differentiated."""
-    window, cache, rest = SMALL[op_name](Random(torch.float32))
-    for name in {**window, **rest}:
-        part = window if name in window else rest
-        wrong = {**part, name: part[name].detach().clone().requires_grad_()}
-        arguments = (wrong, cache, rest) if part is window else (window, cache, wrong)
-        with pytest.raises(ValueError, match=rf"^{name} requires grad, .*{op_name}.*no_grad") as caught:
-            call(op_name, *arguments, "cpu")
+    arguments = op.make()
+    for name, tensor in arguments.items():
+        if name in op.written or not torch.is_tensor(tensor) or not tensor.is_floating_point():
+            continue
+        wrong = {name: tensor.detach().clone().requires_grad_()}
+        with pytest.raises(ValueError, match=rf"^{name} requires grad, .*{op.name}.*no_grad") as caught:
+            op.run(arguments, "cpu", **wrong)
         assert "\n" not in str(caught.value)
         with torch.no_grad():
-            call(op_name, *copy.deepcopy(arguments), "cpu")
+            op.run(op.copy(arguments), "cpu", **wrong)
 
 
 def test_the_specification_has_gradients() -> None:

@@ -99,6 +99,7 @@ def every_case(lookahead: int) -> Rows:
 
 @pytest.mark.parametrize("lookahead", range(5))
 def test_every_case_is_as_specified(lookahead: int, kernels: str) -> None:
+    """Catches: a budget ignored; a stop token left out; a broken row that goes on; refused tokens seen."""
     rows = every_case(lookahead)
     expected = rows.copy()
     assert_bitwise_equal(rows.commit(kernels), expected.commit("reference"), "record")
@@ -107,7 +108,10 @@ def test_every_case_is_as_specified(lookahead: int, kernels: str) -> None:
 
 @pytest.mark.parametrize("lookahead", [1, 3, 15, 31, 32, 70])
 def test_rounds_after_rounds(lookahead: int, kernels: str) -> None:
-    """Rows end in different rounds, for every reason, and stay as they are from then on."""
+    """Rows end in different rounds, for every reason, and stay as they are from then on.
+
+    Catches: the status of a row that is not active; a warp that looks at half of its lanes, or at 32 tokens only.
+    """
     count = 40
     rows = Rows(count, lookahead, seed=lookahead, steps=lookahead + 2, capacity=3 * lookahead)
     rows.places.room = rows.number(0, 4 * lookahead, count).int()
@@ -153,7 +157,10 @@ EXAMPLES = {
 
 
 def test_examples_by_hand(backend: str) -> None:
-    """All of them as the rows of one call."""
+    """All of them as the rows of one call.
+
+    Catches: a budget ignored; a stop token left out; a broken row that goes on; refused tokens seen.
+    """
     rows = Rows(len(EXAMPLES), 3, steps=6)
     rows.places.last[:], rows.places.positions[:] = torch.tensor([7, 8]), 10
     rows.output_counts[:], rows.text[:] = 0, -1
@@ -177,6 +184,7 @@ def test_examples_by_hand(backend: str) -> None:
 
 
 def test_what_does_not_fit_into_the_text_is_not_written(backend: str) -> None:
+    """Catches: tokens written into the next row's text."""
     rows = Rows(4, 3, capacity=5)
     rows.window["accepted"][:], rows.places.positions[:] = 3, torch.tensor([3, 4, 5, 1])
     rows.places.room[:], rows.text[:] = 9, -1
@@ -259,7 +267,7 @@ def test_a_recorded_call_goes_on_from_the_call_before(cpu: str) -> None:
 
 
 def test_a_text_beyond_32_bits(request: pytest.FixtureRequest, kernels: str) -> None:
-    """Its memory is never touched, and so never there, but for the end of the last row."""
+    """Its memory is never touched, and so never there, but for the end of the last row. Catches: offsets of 32 bits."""
     if "on gpu" in request.node.callspec.params["kernels"]:
         pytest.skip("would copy gigabytes to the GPU and back")
     rows, no_reserve = Rows(2, 3), 0x4000

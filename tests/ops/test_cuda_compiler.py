@@ -47,6 +47,7 @@ def test_every_kernel_is_listed(listing: str) -> None:
 
 @pytest.mark.parametrize("file", REGISTERS)
 def test_registers_and_spills(file: str, listing: str) -> None:
+    """Catches: two quadruples of states in a lane."""
     for code in listing.split("Fatbin elf code:"):
         architecture = re.search(r"arch = (\w+)", code)
         for source, kernel, registers, stack, local in FUNCTION.findall(code):

@@ -44,6 +44,7 @@ def test_the_scale_is_the_largest_weight_over_127() -> None:
 
 
 def test_halves_are_rounded_to_even() -> None:
+    """Catches: truncation instead of rounding."""
     weight = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -127.0]])
     assert quantised(weight).values.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126, -127]]
 

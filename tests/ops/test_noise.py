@@ -45,10 +45,12 @@ def keys_and_positions() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN, ids=["zeros", "ones", "pi"])
 def test_known_answers(counter: list[int], key: int, expected: list[int]) -> None:
+    """Catches: nine rounds of Philox."""
     assert philox(torch.tensor(counter), key).tolist() == expected
 
 
 def test_a_key_per_counter() -> None:
+    """Catches: half of the seed ignored."""
     counters = torch.tensor([KNOWN[0][0], KNOWN[2][0]])
     words = philox(counters, torch.tensor([KNOWN[0][1], KNOWN[2][1]]))
     assert words.tolist() == [KNOWN[0][2], KNOWN[2][2]]
@@ -160,6 +162,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_numbers_for_different_things_are_uncorrelated(other: str) -> None:
+    """Catches: a row's index left out of its key."""
     count = 20_000
     ours = exponentials(count, [5, 1], 17, Purpose.TOKEN)
     theirs = exponentials(count, *OTHERS[other])

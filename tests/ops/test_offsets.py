@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import CASES, Random, call
+from cases import LINEAR, OPS
+from description import Op
 
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -32,7 +33,7 @@ def _not_copied(request: pytest.FixtureRequest) -> None:
         pytest.skip("would copy gigabytes to the GPU and back")
 
 
-def spread(tensors: dict[str, torch.Tensor], memory: torch.Tensor, first: int) -> dict[str, torch.Tensor]:
+def spread(tensors: dict[str, torch.Tensor], memory: torch.Tensor, first: int = 0) -> dict[str, torch.Tensor]:
     """Copies whose last row lies FAR elements behind the first."""
     copies = {}
     for number, (name, tensor) in enumerate(tensors.items(), first):
@@ -43,21 +44,20 @@ def spread(tensors: dict[str, torch.Tensor], memory: torch.Tensor, first: int) -
     return copies
 
 
-def test_offsets_beyond_32_bits(op: str, backend: str, memory: torch.Tensor) -> None:
-    window, cache, rest = CASES[op](Random(torch.float32))
-    far_window, far_cache = spread(window, memory, 0), spread(cache, memory, 8)
-    y = call(op, far_window, far_cache, rest, backend)
-    expected = call(op, window, cache, rest, backend)
+@pytest.mark.ops(*OPS)
+def test_offsets_beyond_32_bits(op: Op, backend: str, memory: torch.Tensor) -> None:
+    """Catches: an offset of 32 bits."""
+    near = op.make({"contiguous": True})
+    names = [name for name in (*op.per_token, *op.written) if near[name] is not None]
+    far = near | spread({name: near[name] for name in names}, memory)
+    results, expected = op.results(far, backend), op.results(near, backend)
     if backend == "reference":  # PyTorch's matrix product rounds by the alignment of its tensors
-        torch.testing.assert_close(y, expected)
-    else:
-        assert_bitwise_equal(y, expected, "y")
-    for name, written in cache.items():
-        assert_bitwise_equal(far_cache[name], written, name)
+        torch.testing.assert_close(results.pop("y"), expected.pop("y"))
+    for name, result in results.items():
+        assert_bitwise_equal(result, expected[name], name)
 
 
 def test_a_weight_beyond_32_bits(gpu_kernels: str, memory: torch.Tensor) -> None:
-    window, _, rest = CASES["skinny_linear"](Random(torch.float32))
-    weight = {"weight": rest["weight"].float()}
-    y = call("skinny_linear", window, {}, rest | spread(weight, memory, 0), gpu_kernels)
-    assert_bitwise_equal(y, call("skinny_linear", window, {}, rest | weight, gpu_kernels), "y")
+    arguments = LINEAR.make()
+    far = arguments | spread({"weight": arguments["weight"]}, memory)
+    assert_bitwise_equal(LINEAR.run(far, gpu_kernels), LINEAR.run(arguments, gpu_kernels), "y")

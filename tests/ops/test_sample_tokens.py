@@ -72,7 +72,10 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, expected: int
 
 
 def test_top_p_sees_the_probs_that_top_k_leaves(backend: str) -> None:
-    """Of 0.4, 0.3, 0.2 the probabilities are 0.44, 0.33, 0.22: two tokens reach 0.75, of all of them it takes three."""
+    """Of 0.4, 0.3, 0.2 the probabilities are 0.44, 0.33, 0.22: two tokens reach 0.75, of all of them it takes three.
+
+    Catches: no renormalisation after top-k.
+    """
     assert kept(PROBS, backend, top_k=3, top_p=0.75) == [0, 1]
     assert kept(PROBS, backend, top_p=0.75) == [0, 1, 2]
 
@@ -84,6 +87,7 @@ def test_top_p_sees_the_temperature(backend: str) -> None:
 
 @pytest.mark.parametrize("top_k", range(1, 8))
 def test_ties_at_rank_k_keep_the_lowest_ids(top_k: int, backend: str) -> None:
+    """Catches: ties that keep the highest ids."""
     tied = torch.tensor([0.1, 0.2, 0.1, 0.2, 0.2, 0.2])
     expected = sorted([1, 3, 4, 5, 0, 2][:top_k])
     assert kept(tied, backend, top_k=top_k) == expected
@@ -110,6 +114,7 @@ def test_ties_at_the_edge_of_the_nucleus_keep_the_lowest_ids(backend: str) -> No
 
 
 def test_min_p_is_relative_to_the_largest_probability(backend: str) -> None:
+    """Catches: min-p relative to 1."""
     probs = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.02, 0.04, 0.04, 0.9]])
     for shift in (0.0, -50.0, 50.0):
         _, probs = sample(probs.log() + shift, SamplingParams(temperature=1.0, min_p=0.28), backend)

@@ -154,3 +154,40 @@ def test_windows_of_every_kind_in_one_batch(coupled: bool, backend: str) -> None
         assert [t.item() for t in result] == [accepted[row].item(), next_token[row].item()], row
         reached.add(accepted[row].item())
     assert len(reached) > 1
+
+
+def test_no_rows_to_choose_for(backend: str) -> None:
+    logits, keys, positions = torch.zeros(0, 3, 9), torch.zeros(0, 2).long(), torch.zeros(0).long()
+    sampling = tensors([], 0, 9)
+    tokens = sample_tokens(logits[:, 0], sampling, keys, positions, backend=backend)
+    accepted, next_token = speculative_accept(
+        logits, torch.zeros(0, 2).long(), None, sampling, keys, positions, backend=backend
+    )
+    assert len(tokens) == len(accepted) == len(next_token) == 0
+
+
+def test_probs_that_another_softmax_rounded_is_no_error(kernels):
+    logits = torch.full((1, 50280), -16.6)
+    logits[0, 0] = 0
+    q, rows = torch.softmax(logits.double(), -1).float(), {"cpu": 500, "triton": 1}.get(kernels, 10)
+    for seed in range(4):
+        zeros = torch.zeros(rows, dtype=torch.int64)
+        speculative_accept(
+            logits.expand(rows, 2, -1), zeros[:, None], q.expand(rows, 1, -1), tensors(NATURAL, rows, 50280),
+            rng_keys_of(rows, seed), zeros, backend=kernels,
+        )  # fmt: skip
+
+
+def test_a_draft_probability_that_is_nan_where_the_target_has_nothing_does_not_matter(backend):
+    p, q = torch.tensor([0, 0.5, 0.5, 0]), torch.tensor([0.5, 0.5, 0, torch.nan])
+    zeros = torch.zeros(1, dtype=torch.int64)
+    accepted, next_token = speculative_accept(
+        p.log().expand(1, 2, -1),
+        zeros[:, None],
+        q[None, None],
+        tensors(NATURAL, 1, 4),
+        rng_keys_of(1),
+        zeros,
+        backend=backend,
+    )
+    assert accepted.item() == 0 and next_token.item() == 2

@@ -78,5 +78,5 @@ def test_kernels_without_a_fault(run: Run, seed: int) -> None:
     ],
 )
 def test_planted_faults(run: Run, kernel: str, fault: str, found: str, seed: int) -> None:
-    """Whatever the order in which blocks and threads run."""
+    """Whatever the order in which blocks and threads run. Catches: a shim that finds one of them no more."""
     assert found in run(kernel, fault, seed)[0]

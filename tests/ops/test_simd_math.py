@@ -1,4 +1,7 @@
-"""exp, softplus and SiLU, seen through a scan of one token with one state per channel."""
+"""exp, softplus and SiLU, seen through a scan of one token with one state per channel.
+
+Catches: one term fewer in exp or softplus.
+"""
 
 import pytest
 import torch

@@ -3,41 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import LINEAR
 
 from speculative_mamba.ops import skinny_linear
 from speculative_mamba.ops.int8 import Int8Weight, quantised
 from speculative_mamba.ops.skinny_linear import SkinnyLinearArgs, reference
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
-BASE = {"rows": 5, "in_features": 77, "out_features": 37, "dtype": torch.float32, "contiguous": False}
-CHANGES = [
-    {},
-    {"rows": 1},
-    {"rows": 2},
-    {"rows": 6},
-    {"rows": 7},
-    {"rows": 13},
-    {"rows": 64},
-    {"rows": 65},
-    {"in_features": 1},
-    {"in_features": 15},
-    {"in_features": 16},
-    {"in_features": 33},
-    {"in_features": 1536},
-    {"out_features": 1},
-    {"out_features": 3},
-    {"out_features": 64},
-    {"dtype": torch.bfloat16},
-    {"dtype": torch.float16},
-    {"dtype": torch.int8},
-    {"dtype": torch.int8, "in_features": 1},
-    {"dtype": torch.int8, "in_features": 5000, "out_features": 61},
-    {"in_features": 5000, "out_features": 11, "rows": 11},
-    {"contiguous": True},
-    {"contiguous": True, "in_features": 768, "dtype": torch.bfloat16},
-    {"contiguous": True, "in_features": 1536, "dtype": torch.int8},
-]
-table = pytest.mark.parametrize("change", CHANGES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "base")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 
 
@@ -46,7 +18,7 @@ def make(change: dict | None = None, seed: int = 0) -> tuple[torch.Tensor, torch
 
     Rows of an int8 weight differ in size, so that the scale of another row would show.
     """
-    c = {**BASE, **(change or {})}
+    c = {"contiguous": False, **LINEAR.base, **(change or {})}
     g = torch.Generator().manual_seed(seed)
     margin = 0 if c["contiguous"] else 3
 
@@ -70,24 +42,9 @@ def specified(x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Te
     return reference.skinny_linear(SkinnyLinearArgs(x, weight, bias, x.dtype, constant_weights=False))
 
 
-@table
-def test_error_is_within_twice_that_of_pytorch(change: dict, kernels: str) -> None:
-    x, weight = make(change)
-    y_single = skinny_linear(x, weight, backend="reference")
-    assert_accurate(skinny_linear(x, weight, backend=kernels), y_single, specified(x.double(), weight))
-
-
-@table
-def test_a_row_alone_has_the_same_bits(change: dict, backend: str) -> None:
-    x, weight = make(change)
-    y = skinny_linear(x, weight, backend=backend)
-    assert y.is_contiguous() and y.dtype == torch.float32
-    alone = [skinny_linear(x[m : m + 1], weight, backend=backend) for m in range(len(x))]
-    assert_bitwise_equal(y, torch.cat(alone), "y")
-
-
 @dtypes
 def test_a_row_is_the_same_for_every_number_of_rows(dtype: torch.dtype, kernels: str) -> None:
+    """Catches: a sum in an order that depends on the number of rows."""
     x, weight = make({"rows": 64, "in_features": 203, "out_features": 37, "dtype": dtype})
     whole = skinny_linear(x, weight, backend=kernels)
     for count in (1, 2, 7, 15, 16, 17, 33, 48, 63) if kernels == "triton" else range(1, 65):
@@ -182,21 +139,7 @@ def test_nothing_times_nothing(backend: str) -> None:
     assert_bitwise_equal(skinny_linear(torch.ones(2, 0), none, backend=backend), torch.zeros(2, 3))
 
 
-@dtypes
-def test_instruction_sets_with_fused_multiply_add_agree(
-    dtype: torch.dtype, fused_isas: list[str], select_isa: object
-) -> None:
-    for change in CHANGES:
-        x, weight = make({**change, "dtype": dtype})
-        results = []
-        for isa in fused_isas:
-            select_isa(isa)
-            results.append(skinny_linear(x, weight, backend="cpu"))
-        for y in results[1:]:
-            assert_bitwise_equal(y, results[0], f"y, {change}")
-
-
-@table
+@pytest.mark.parametrize("change", [{}, {"rows": 64}, {"out_features": 1}, {"dtype": torch.int8}], ids=str)
 def test_a_bias_is_one_addition_to_the_finished_sum(change: dict, backend: str) -> None:
     x, weight = make(change)
     bias = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(7))
@@ -227,7 +170,11 @@ def test_a_bias_that_does_not_fit(bias: torch.Tensor, backend: str) -> None:
 def test_activations_of_16_bits(
     rows: int, features: int, outputs: int, dtype: torch.dtype, weight_dtype: torch.dtype, gpu_kernels: str
 ) -> None:
-    """The result may stay in float32, as logits do: then nothing is rounded. A row is the same with any others."""
+    """The result may stay in float32, as logits do: then nothing is rounded. A row is the same with any others.
+
+    Catches: fragments swapped; warps left out for few rows; no barrier between tiles; rows of the weight beyond the
+    last.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(rows, features, generator=g).to(dtype)
     weight, bias = torch.randn(outputs, features, generator=g), torch.randn(outputs, generator=g)
@@ -284,7 +231,10 @@ def test_a_row_of_16_bits_is_the_same_among_any_others(
     [(1536, 20), (2048, 150), (2560, 2), (2560, 80), (3584, 40), (5120, 25), (5120, 56), (8192, 29), (8208, 5)],
 )
 def test_shares_of_a_weight_of_many_features(features: int, outputs: int, int8: bool, gpu_kernels: str) -> None:
-    """One output is more than a fair share, in tiles of unequal height, or there are fewer outputs than blocks."""
+    """One output is more than a fair share, in tiles of unequal height, or there are fewer outputs than blocks.
+
+    Catches: a copy too young, or beyond the end; one place for two tiles' sums; shares that overlap.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(9, features, generator=g).bfloat16()
     weight = torch.randn(outputs, features, generator=g)

@@ -137,6 +137,7 @@ def test_parameters_per_row_make_each_row_its_own_run(pair, draft) -> None:
 
 @pytest.mark.parametrize("draft", [None, "other"])
 def test_with_one_seed_a_row_depends_on_its_index_alone(target, make_draft, draft) -> None:
+    """Catches: a row's index left out of its key."""
     expected = text(target, PROMPTS, params(9))
     others = [[3], [3, 3], [3, 3, 3], [0], [1], [2]]
     for row in range(len(PROMPTS)):

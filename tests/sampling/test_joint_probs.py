@@ -147,6 +147,7 @@ def deviation(draw, by_hand, target_table, make_table) -> Callable[..., float]:
 
 @pytest.mark.parametrize(("filters", "draft", "acceptance"), RATES)
 def test_acceptance_rate(deviation, filters, draft, acceptance) -> None:
+    """Catches: noise one position off, in draft or target."""
     assert deviation(filters, draft, acceptance) > THRESHOLD
 
 
