@@ -23,10 +23,13 @@ def dense(weight: torch.Tensor | Int8Weight, dtype: torch.dtype) -> torch.Tensor
 
 def full_forward(model: MambaLM, tokens: list[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Logits (L, V) after every token of one text, computed in ``dtype``."""
+    c = model.config
     h = dense(model.embedding, dtype)[torch.tensor(tokens, dtype=torch.int64, device=model.device)]
+    h = h * c.embedding_multiplier
     for block in model.blocks:
-        h = h + _MIXERS[type(block.mixer)](block.mixer, _norm(h, block.norm_weight, block.eps))
-    return _norm(h, model.norm_weight, model.config.eps) @ dense(model.head, dtype).T
+        normed = _norm(h, block.norm_weight, block.eps)
+        h = h + c.residual_multiplier * sum(_MIXERS[type(mixer)](mixer, normed) for mixer in block.mixers)
+    return _norm(h, model.norm_weight, c.eps) @ dense(model.head, dtype).T / c.logits_scaling
 
 
 def greedy(model: MambaLM, prompt: list[int], count: int) -> list[int]:

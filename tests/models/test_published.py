@@ -157,8 +157,8 @@ def test_weights_lie_in_the_mapped_file(name: str, tmp_path: Path) -> None:
         pytest.skip("needs /proc")
     lines = [line.split()[0].split("-") for line in maps.read_text().splitlines() if str(tmp_path) in line]
     ranges = [(int(begin, 16), int(end, 16)) for begin, end in lines]
-    for block in model.blocks:
-        for key, value in vars(block.mixer).items():
+    for mixer in model.mixers:
+        for key, value in vars(mixer).items():
             for weight in value if isinstance(value, tuple) else (value,):
                 if isinstance(weight, torch.Tensor) and key not in COPIED:
                     assert any(begin <= weight.data_ptr() < end for begin, end in ranges), f"{key} was copied"

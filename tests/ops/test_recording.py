@@ -212,7 +212,7 @@ def test_a_weight_with_other_memory_is_used_from_the_next_step_on(kind, dtype):
             tensor[(0,) * tensor.ndim] += 1
             check(tokens)
     check(pair)
-    mixer = model.blocks[0].mixer
+    mixer = model.blocks[0].mixers[0]
     name, weight = next((name, part) for name, part in vars(mixer).items() if torch.is_tensor(part) and part.ndim == 1)
     object.__setattr__(mixer, name, weight * 2)
     check(tokens)

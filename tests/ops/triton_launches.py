@@ -54,7 +54,7 @@ def ssd(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tup
 
 def norm(dtype: torch.dtype, gate: bool) -> tuple:
     x, residual = torch.zeros(5, 2560, dtype=dtype), torch.zeros(5, 2560)
-    return x, torch.zeros(2560, dtype=dtype), None if gate else residual, x if gate else None, 1, 1e-5, False
+    return x, torch.zeros(2560, dtype=dtype), None if gate else residual, x if gate else None, 1, 1e-5, 1.0, False
 
 
 def silu(dtype: torch.dtype) -> tuple:
@@ -64,7 +64,7 @@ def silu(dtype: torch.dtype) -> tuple:
 def linear(dtype: torch.dtype, weight: torch.dtype, out_dtype: torch.dtype) -> tuple:
     matrix = torch.zeros(2560, 5120, dtype=weight)
     matrix = Int8Weight(matrix, torch.zeros(2560)) if weight is torch.int8 else matrix
-    return torch.zeros(5, 5120, dtype=dtype), matrix, torch.zeros(2560), out_dtype, False
+    return torch.zeros(5, 5120, dtype=dtype), matrix, torch.zeros(2560), 1.0, out_dtype, False
 
 
 def attention(dtype: torch.dtype, cache: torch.dtype, dims: int) -> tuple:
