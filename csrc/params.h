@@ -191,17 +191,20 @@ struct SkinnyLinearParams {
               weight_scale, bias, y_scale, constant_weights, y, y_dtype)
 };
 
-// y = silu(gate) · up
-struct GatedSiluParams {
+enum MlpActivation { kSilu, kRelu2 };  // in the order of ops/mlp_activation
+
+// y = act(gate) · up, or act(gate)
+struct MlpActivationParams {
     DType activations;  // of gate, up and y
     int64_t rows, features;
     const float* gate;  // (M, I), features contiguous
     int64_t gate_row_stride;
-    const float* up;  // (M, I), features contiguous
+    const float* up;  // (M, I), features contiguous, may be null
     int64_t up_row_stride;
+    int activation;
     float* y;  // (M, I) contiguous
 
-    SM_FIELDS(activations, rows, features, gate, gate_row_stride, up, up_row_stride, y)
+    SM_FIELDS(activations, rows, features, gate, gate_row_stride, up, up_row_stride, activation, y)
 };
 
 // residual_out = x_scale · x + residual, or x_scale · x · silu(gate); y = residual_out / sqrt(mean(residual_out²) +
@@ -314,7 +317,7 @@ struct CommitTokensParams {
     OP(attention_verify, AttentionParams)           \
     OP(causal_conv1d_verify, CausalConv1dParams)    \
     OP(commit_tokens, CommitTokensParams)           \
-    OP(gated_silu, GatedSiluParams)                 \
+    OP(mlp_activation, MlpActivationParams)         \
     OP(rms_norm, RmsNormParams)                     \
     OP(selective_scan_verify, SelectiveScanParams)  \
     OP(skinny_linear, SkinnyLinearParams)           \

@@ -10,10 +10,10 @@ from .cache import LayerCache, Window
 from .mamba1 import Mamba1Mixer
 from .mamba1_grouped import GroupedMamba1Mixer
 from .mamba2 import Mamba2Mixer
-from .mlp import GatedMlp
+from .mlp import Mlp
 from .model_ops import rms_norm
 
-Mixer = Mamba1Mixer | GroupedMamba1Mixer | Mamba2Mixer | Attention | GatedMlp
+Mixer = Mamba1Mixer | GroupedMamba1Mixer | Mamba2Mixer | Attention | Mlp
 # Summands (B·T, d) that the residual stream lacks, each with the number that it counts times.
 Summands = list[tuple[torch.Tensor, float]]
 

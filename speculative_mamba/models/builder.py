@@ -11,7 +11,7 @@ from ..layers.block import Block, Mixer
 from ..layers.mamba1 import Mamba1Mixer
 from ..layers.mamba1_grouped import GroupedMamba1Mixer
 from ..layers.mamba2 import Mamba2Mixer
-from ..layers.mlp import GatedMlp
+from ..layers.mlp import Mlp
 from ..ops.int8 import Int8Weight
 from .config import (
     AttentionConfig,
@@ -196,22 +196,25 @@ class _Builder:
             backend=self.backend,
         )
 
-    def mlp(self, p: str, c: MlpConfig) -> GatedMlp:
+    def mlp(self, p: str, c: MlpConfig) -> Mlp:
         s, d = self.source, self.d_model
         gate, up, down = (p + self.renamed.get(name, name) for name in ("gate_proj", "up_proj", "down_proj"))
         merged = next((name for name in ("gate_up_proj", "up_gate_proj") if name in self.renamed), None)
-        if merged is None:
+        if not c.gated:
+            first, second = None, s.matrix(f"{up}.weight", c.d_inner, d)
+        elif merged is None:
             first, second = (s.matrix(f"{name}.weight", c.d_inner, d) for name in (gate, up))
         else:
             both, rows = (p + self.renamed[merged] + ".weight", 2 * c.d_inner, d), slice(0, c.d_inner)
             first, second = s.matrix(*both, rows=rows), s.matrix(*both, rows=slice(c.d_inner, 2 * c.d_inner))
-        return GatedMlp(
+        return Mlp(
             gate_proj=second if merged == "up_gate_proj" else first,
             up_proj=first if merged == "up_gate_proj" else second,
             down_proj=s.matrix(f"{down}.weight", d, c.d_inner),
-            gate_bias=self._bias(c.bias, f"{gate}.bias", c.d_inner),
+            gate_bias=self._bias(c.bias and c.gated, f"{gate}.bias", c.d_inner),
             up_bias=self._bias(c.bias, f"{up}.bias", c.d_inner),
             down_bias=self._bias(c.bias, f"{down}.bias", d),
+            activation=c.activation,
             backend=self.backend,
         )
 

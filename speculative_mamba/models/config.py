@@ -78,10 +78,12 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """A gated MLP."""
+    """An MLP. activation: "silu" or "relu2", of the gate, or of all where it is not gated."""
 
     d_inner: int
     bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
 
 
 MixerConfig = Mamba1Config | GroupedMamba1Config | Mamba2Config | AttentionConfig | MlpConfig

@@ -72,7 +72,7 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
     in_llama = Mamba2Config(6, 4, 4, 3, 3, 6, norm_groups=6, repeat_before_conv=odd)
     granite = mamba2_block(6, 8, 9, groups=1 + odd)
     unturned = AttentionConfig(4, 2, 6, () if odd else rotary[:3], scale=0.21)
-    mlp = MlpConfig(37, bias=odd)
+    mlp, squared = MlpConfig(37, bias=odd), MlpConfig(30, bias=odd, activation="relu2", gated=odd)
     blocks = {
         "mamba1": (mamba1, mamba1),
         "falcon-mamba": (tiny_config(n_layer=1, norm_eps=1e-6, bias=odd).blocks[0],) * 2,
@@ -82,7 +82,7 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
         "mamba-in-llama": (grouped, mlp, attention, mlp),
         "mamba2-in-llama": (in_llama, mlp, attention, mlp),
         "granite-hybrid": (granite, mlp, unturned, mlp),
-        "parallel": ((mamba2, attention), mlp, (attention, mamba1, mlp)),
+        "parallel": ((mamba2, attention), mlp, (attention, mamba1, mlp), squared),
     }
     multipliers = {"embedding_multiplier": 3.0, "residual_multiplier": 0.35, "logits_scaling": 0.7}
     multipliers = multipliers if kind == "granite-hybrid" else {}

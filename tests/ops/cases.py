@@ -68,7 +68,7 @@ def silu(r: Random) -> tuple[dict, dict, dict]:
 # op -> what depends on the token, what is written, the rest
 CASES = {
     "causal_conv1d_verify": conv, "selective_scan_verify": scan, "ssd_verify": ssd, "attention_verify": attention,
-    "skinny_linear": linear, "rms_norm": norm, "gated_silu": silu,
+    "skinny_linear": linear, "rms_norm": norm, "mlp_activation": silu,
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def norm(dtype: torch.dtype, gate: bool) -> tuple:
 
 
 def silu(dtype: torch.dtype) -> tuple:
-    return torch.zeros(5, 14336, dtype=dtype), torch.zeros(5, 14336, dtype=dtype)
+    return torch.zeros(5, 14336, dtype=dtype), torch.zeros(5, 14336, dtype=dtype), 0
 
 
 def linear(dtype: torch.dtype, weight: torch.dtype, out_dtype: torch.dtype) -> tuple:
@@ -99,7 +99,7 @@ SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.8, repetition_penalt
 CALLS = {
     "causal_conv1d_verify": [(conv, (FLOAT32, 4)), (conv, (BFLOAT16, 4)), (conv, (BFLOAT16, 8))],
     "commit_tokens": [(committing, (False,)), (committing, (True,))],
-    "gated_silu": [(silu, (FLOAT32,)), (silu, (BFLOAT16,))],
+    "mlp_activation": [(silu, (FLOAT32,)), (silu, (BFLOAT16,))],
     "rms_norm": [(norm, (FLOAT32, False)), (norm, (BFLOAT16, False)), (norm, (BFLOAT16, True))],
     "selective_scan_verify": [(scan, states) for states in STATES],
     "ssd_verify": [(ssd, states) for states in STATES],

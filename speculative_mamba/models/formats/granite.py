@@ -17,7 +17,7 @@ from .fields import (
     refuse_other,
     required,
 )
-from .hugging_face import ModelTypes, llama_attention, of_llama
+from .hugging_face import ModelTypes, llama_attention, llama_mlp, of_llama
 from .names import Names
 
 _KINDS = {"mamba": "mamba", "linear_attention": "mamba", "attention": "self_attn", "full_attention": "self_attn"}
@@ -26,8 +26,7 @@ _KINDS = {"mamba": "mamba", "linear_attention": "mamba", "attention": "self_attn
 def _granite(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
     attention = llama_attention(config, scale=number(config, "attention_multiplier", 1.0))
-    mlp = MlpConfig(required(config, "intermediate_size"), flag(config, "mlp_bias", False))
-    return of_llama(config, (attention, mlp) * layers, "self_attn.", **_multipliers(config))
+    return of_llama(config, (attention, llama_mlp(config)) * layers, "self_attn.", **_multipliers(config))
 
 
 def _hybrid(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
@@ -36,6 +35,7 @@ def _hybrid(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
             "config.json describes a mixture of experts (num_local_experts is not 0), which is not supported; "
             "the dense models of the family are"
         )
+    refuse_other(config, "hidden_act", "silu")
     refuse_other(config, "normalization_function", "rmsnorm")
     kinds = [
         _KINDS[kind] for kind in layer_types(config, _KINDS, "linear_attention", "layer_types", "layers_block_type")
@@ -59,7 +59,6 @@ def _multipliers(config: dict[str, Any]) -> dict[str, float]:
 
 
 def _mamba2(config: dict[str, Any]) -> Mamba2Config:
-    refuse_other(config, "hidden_act", "silu")
     inner = expanded(config, required(config, "hidden_size"), key="mamba_expand")
     heads, groups = required(config, "mamba_n_heads", 128), required(config, "mamba_n_groups", 1)
     divides(heads, inner, "mamba_n_heads")

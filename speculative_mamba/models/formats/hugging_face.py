@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...ops.mlp_activation import ACTIVATIONS
 from ..config import AttentionConfig, Mamba1Config, Mamba2Config, MlpConfig, ModelConfig
 from .fields import (
     MAX_HEAD_SIZE,
@@ -98,8 +99,7 @@ def _of_backbone(
 
 def _llama(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
-    mlp = MlpConfig(required(config, "intermediate_size"), flag(config, "mlp_bias", False))
-    return of_llama(config, (llama_attention(config), mlp) * layers, "self_attn.")
+    return of_llama(config, (llama_attention(config), llama_mlp(config)) * layers, "self_attn.")
 
 
 def of_llama(
@@ -134,7 +134,6 @@ def of_llama(
 
 
 def llama_attention(config: dict[str, Any], *, scale: float | None = None, rotates: bool = True) -> AttentionConfig:
-    refuse_other(config, "hidden_act", "silu")
     heads = required(config, "num_attention_heads")
     if config.get("head_dim") is None:
         divides(heads, required(config, "hidden_size"), "num_attention_heads")
@@ -148,6 +147,15 @@ def llama_attention(config: dict[str, Any], *, scale: float | None = None, rotat
         scale=scale,
         bias=bias,
         out_bias=bias,
+    )
+
+
+def llama_mlp(config: dict[str, Any]) -> MlpConfig:
+    refuse_other(config, "hidden_act", *ACTIVATIONS)
+    return MlpConfig(
+        d_inner=required(config, "intermediate_size"),
+        bias=flag(config, "mlp_bias", False),
+        activation=config.get("hidden_act", "silu"),
     )
 
 
