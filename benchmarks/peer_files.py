@@ -27,7 +27,7 @@ def write_checkpoint(model: sm.MambaLM, folder: Path) -> None:
     if not c.tie_embeddings:
         tensors["lm_head.weight"] = model.head
     for index, block in enumerate(model.blocks):
-        layer, m = f"backbone.layers.{index}.", block.mixer
+        layer, m = f"backbone.layers.{index}.", block.mixers[0]
         tensors[layer + "norm.weight"] = block.norm_weight
         mixer = {
             "in_proj.weight": m.in_proj, "conv1d.weight": m.conv_weight[:, None].contiguous(),

@@ -33,7 +33,7 @@ class Layer:
 
     def __init__(self, config: ModelConfig, batch: int, tokens: int) -> None:
         small = ModelConfig(16, 8, config.blocks[:1])  # the width of the model does not matter to the scan
-        self.mixer = random_model(small).blocks[0].mixer
+        self.mixer = random_model(small).blocks[0].mixers[0]
         self.batch, self.tokens = batch, tokens
         cache = self.cache("replay")
         *_, B = vars(cache.inputs).values()

@@ -170,7 +170,8 @@ struct AttentionParams {
               write_slot, inv_freq, pairs, scale, left_padding, final_state_only, y, scratch, scratch_bytes)
 };
 
-// y = x Wᵀ + bias for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n] times.
+// y = y_scale · x Wᵀ + bias for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n]
+// times.
 struct SkinnyLinearParams {
     DType activations;  // of x
     int64_t rows, in_features, out_features;
@@ -181,29 +182,33 @@ struct SkinnyLinearParams {
     DType weight_dtype;
     const float* weight_scale;  // (N), read only with int8
     const float* bias;          // (N), may be null
-    bool constant_weights;      // no kernel before writes weight, weight_scale or bias
-    float* y;                   // (M, N) contiguous
+    float y_scale;
+    bool constant_weights;  // no kernel before writes weight, weight_scale or bias
+    float* y;               // (M, N) contiguous
     DType y_dtype;
 
     SM_FIELDS(activations, rows, in_features, out_features, x, x_row_stride, weight, weight_row_stride, weight_dtype,
-              weight_scale, bias, constant_weights, y, y_dtype)
+              weight_scale, bias, y_scale, constant_weights, y, y_dtype)
 };
 
-// y = silu(gate) · up
-struct GatedSiluParams {
+enum MlpActivation { kSilu, kRelu2 };  // in the order of ops/mlp_activation
+
+// y = act(gate) · up, or act(gate)
+struct MlpActivationParams {
     DType activations;  // of gate, up and y
     int64_t rows, features;
     const float* gate;  // (M, I), features contiguous
     int64_t gate_row_stride;
-    const float* up;  // (M, I), features contiguous
+    const float* up;  // (M, I), features contiguous, may be null
     int64_t up_row_stride;
+    int activation;
     float* y;  // (M, I) contiguous
 
-    SM_FIELDS(activations, rows, features, gate, gate_row_stride, up, up_row_stride, y)
+    SM_FIELDS(activations, rows, features, gate, gate_row_stride, up, up_row_stride, activation, y)
 };
 
-// residual_out = x + residual, or x · silu(gate); y = residual_out / sqrt(mean(residual_out²) + eps) · weight, with a
-// mean for each of `groups` equal parts of the features.
+// residual_out = x_scale · x + residual, or x_scale · x · silu(gate); y = residual_out / sqrt(mean(residual_out²) +
+// eps) · weight, with a mean for each of `groups` equal parts of the features.
 struct RmsNormParams {
     DType activations;  // of x, gate and y; the residual stream is float32
     int64_t rows, features, groups;
@@ -215,12 +220,13 @@ struct RmsNormParams {
     const float* gate;      // (M, D), features contiguous, may be null
     int64_t gate_row_stride;
     float eps;
+    float x_scale;
     bool constant_weights;  // no kernel before writes weight
     float* y;               // (M, D) contiguous
     float* residual_out;    // (M, D) contiguous
 
     SM_FIELDS(activations, rows, features, groups, x, x_row_stride, weight, weight_dtype, residual, gate,
-              gate_row_stride, eps, constant_weights, y, residual_out)
+              gate_row_stride, eps, x_scale, constant_weights, y, residual_out)
 };
 
 // How tokens are chosen, one value per row; see ops/sampling_tensors.py.
@@ -311,7 +317,7 @@ struct CommitTokensParams {
     OP(attention_verify, AttentionParams)           \
     OP(causal_conv1d_verify, CausalConv1dParams)    \
     OP(commit_tokens, CommitTokensParams)           \
-    OP(gated_silu, GatedSiluParams)                 \
+    OP(mlp_activation, MlpActivationParams)         \
     OP(rms_norm, RmsNormParams)                     \
     OP(selective_scan_verify, SelectiveScanParams)  \
     OP(skinny_linear, SkinnyLinearParams)           \

@@ -17,7 +17,7 @@ from benchmarks.gpu.attention import Attention
 from benchmarks.gpu.cases import OPS, Case, cases
 from benchmarks.gpu.choices import FILTERS, Accept, Commit, Sample
 from benchmarks.gpu.recurrences import Conv, Recurrence, Scan, Ssd
-from benchmarks.gpu.row_ops import GatedSilu, Linear, Norm
+from benchmarks.gpu.row_ops import Linear, MlpActivation, Norm
 from benchmarks.gpu.work import WindowWork, Work
 from speculative_mamba import ops
 from speculative_mamba.ops import backend as backends
@@ -47,7 +47,7 @@ def tiny_works() -> Iterator[tuple[str, Callable[[torch.device], Work]]]:
         yield f"skinny_linear-M{rows}", partial(Linear, 24, 7, rows, torch.bfloat16, torch.bfloat16)
         yield f"skinny_linear-M{rows}-int8", partial(Linear, 24, 7, rows, torch.int8, torch.float32)
         yield f"rms_norm-M{rows}", partial(Norm, 24, rows)
-        yield f"gated_silu-M{rows}", partial(GatedSilu, 24, rows)
+        yield f"mlp_activation-M{rows}", partial(MlpActivation, 24, rows)
 
 
 TINY = dict(tiny_works())
@@ -111,7 +111,7 @@ def test_sizes_are_known_without_memory(name: str) -> None:
         (Linear(24, 7, 5, torch.bfloat16, torch.float32, META), 2 * (24 * 7 + 5 * 24) + 4 * 35),
         (Linear(24, 7, 5, torch.int8, torch.bfloat16, META), 24 * 7 + 4 * 7 + 2 * 5 * 24 + 2 * 35),
         (Norm(24, 5, META), 2 * (2 * 120 + 24) + 4 * 2 * 120),
-        (GatedSilu(24, 5, META), 2 * 3 * 120),
+        (MlpActivation(24, 5, META), 2 * 3 * 120),
         # 37 entries read and 5 written of keys and values, q and y, k and v
         (Attention(4, 2, 8, 37, 3, 5, META), 2 * 2 * 3 * 2 * 8 * 42 + 2 * 2 * 3 * 5 * (32 + 16)),
         (Sample(67, FILTERS["top-p"], 3, META), 4 * 2 * 3 * 67),

@@ -109,6 +109,6 @@ def test_the_checkpoint_holds_the_model(tmp_path: Path) -> None:
     assert torch.equal(loaded.embedding, model.embedding) and torch.equal(loaded.norm_weight, model.norm_weight)
     for mine, theirs in zip(loaded.blocks, model.blocks, strict=True):
         assert torch.equal(mine.norm_weight, theirs.norm_weight)
-        torch.testing.assert_close(mine.mixer.A, theirs.mixer.A)
+        torch.testing.assert_close(mine.mixers[0].A, theirs.mixers[0].A)
         for name in ("in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "D", "out_proj"):
-            assert torch.equal(getattr(mine.mixer, name), getattr(theirs.mixer, name)), name
+            assert torch.equal(getattr(mine.mixers[0], name), getattr(theirs.mixers[0], name)), name

@@ -13,7 +13,7 @@ from speculative_mamba.testing.models import published_config
 from .attention import Attention
 from .choices import FILTERS, Accept, Commit, Sample
 from .recurrences import MODES, Conv, Scan, Ssd
-from .row_ops import GatedSilu, Linear, Norm
+from .row_ops import Linear, MlpActivation, Norm
 from .work import ACTIVATIONS, Work
 
 VOCABULARY = 50288
@@ -118,7 +118,7 @@ def _norm() -> Iterator[Case]:
 
 def _silu() -> Iterator[Case]:
     for distance, (rows,) in _product(ROWS):
-        yield Case("gated_silu", f"{MLP}", ACTIVATIONS, distance, {"rows": rows}, partial(GatedSilu, MLP, rows))
+        yield Case("mlp_activation", f"{MLP}", ACTIVATIONS, distance, {"rows": rows}, partial(MlpActivation, MLP, rows))
 
 
 def _attention() -> Iterator[Case]:
@@ -156,7 +156,7 @@ OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "ssd_verify": _ssd,
     "skinny_linear": _linear,
     "rms_norm": _norm,
-    "gated_silu": _silu,
+    "mlp_activation": _silu,
     "attention_verify": _attention,
     "sample_tokens": _sample,
     "speculative_accept": _accept,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from speculative_mamba.ops import gated_silu, rms_norm, skinny_linear
+from speculative_mamba.ops import mlp_activation, rms_norm, skinny_linear
 from speculative_mamba.ops.int8 import Int8Weight
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -72,13 +72,13 @@ class Norm(RowWork):
         return {"torch": normed}
 
 
-class GatedSilu(RowWork):
+class MlpActivation(RowWork):
     def __init__(self, features: int, rows: int, device: torch.device) -> None:
         self.gate, self.up = (activations(device, rows, features) for _ in range(2))
         self.moved = 3 * self.gate.nbytes
 
     def of_rows(self, rows: slice, backend: str) -> torch.Tensor:
-        return gated_silu(self.gate[rows], self.up[rows], backend=backend)
+        return mlp_activation(self.gate[rows], self.up[rows], backend=backend)
 
     def baselines(self) -> dict[str, Callable[[], object]]:
         return {"torch": lambda: F.silu(self.gate) * self.up}

@@ -17,11 +17,12 @@ void group(const RmsNormParams& p, int64_t m, int64_t first, int64_t size) {
     float* residual_out = p.residual_out + m * p.features + first;
     float* y = p.y + m * p.features + first;
 
+    const Vec x_scale = broadcast(p.x_scale);
     Vec squares = zero();
     for (int64_t k = 0; k < size; k += kLanes) {
         const int64_t count = min(kLanes, size - k);
-        Vec value = load_n(x + k, count);
-        if (residual) value = add(value, load_n(residual + k, count));
+        const Vec input = load_n(x + k, count);
+        Vec value = residual ? fma(input, x_scale, load_n(residual + k, count)) : mul(input, x_scale);
         if (gate) value = mul(value, silu(load_n(gate + k, count)));
         store_n(residual_out + k, value, count);
         squares = fma(value, value, squares);

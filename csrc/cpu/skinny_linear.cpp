@@ -93,6 +93,7 @@ inline void group(const SkinnyLinearParams& p, int64_t m0, int64_t n0, int tiles
             for (int m = 0; m < M; m++) {
                 float total = sum(sums[t][r][m]);
                 if constexpr (sizeof(scalar_t) == 1) total *= p.weight_scale[n0 + n];
+                total *= p.y_scale;
                 p.y[(m0 + m) * p.out_features + n0 + n] = p.bias ? total + p.bias[n0 + n] : total;
             }
         }

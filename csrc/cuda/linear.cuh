@@ -62,11 +62,12 @@ __device__ __forceinline__ float sum_of_warps(const float* at, int stride) {
     return total;
 }
 
-// Result (m, n): a finished sum, scaled where W is int8, then the bias.
+// Result (m, n): a finished sum, scaled, then the bias.
 template <typename Weight>
 __device__ __forceinline__ void store_result(const SkinnyLinearParams& p, int64_t m, int64_t n, float total,
                                              float scale, float bias) {
     if (sizeof(Weight) == 1) total *= scale;
+    total *= p.y_scale;
     if (p.bias) total += bias;
     store_as(p.y_dtype, p.y, m * p.out_features + n, total);
 }

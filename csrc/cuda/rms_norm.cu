@@ -31,9 +31,13 @@ struct Pointers {
 __device__ __forceinline__ int group_size(const RmsNormParams& p) {
     return static_cast<int>(p.features) / static_cast<int>(p.groups);
 }
-__device__ __forceinline__ void add(Float4& value, const Float4& residual) {
+__device__ __forceinline__ void scale(Float4& value, float by) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) value.v[i] += residual.v[i];
+    for (int i = 0; i < 4; i++) value.v[i] *= by;
+}
+__device__ __forceinline__ void scale_and_add(Float4& value, float by, const Float4& residual) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) value.v[i] = fmaf(value.v[i], by, residual.v[i]);
 }
 __device__ __forceinline__ void open(Float4& value, const Float4& gate) {
 #pragma unroll
@@ -88,7 +92,11 @@ __global__ void __launch_bounds__(kThreads, 1) normalise_at_once(RmsNormParams p
 #pragma unroll
     for (int j = 0; j < Steps; j++) {
         values[j] = widen(inputs[j]);
-        if (at.residual) add(values[j], widen(residuals[j]));
+        if (at.residual) {
+            scale_and_add(values[j], p.x_scale, widen(residuals[j]));
+        } else {
+            scale(values[j], p.x_scale);
+        }
         if (at.gate) open(values[j], widen(gates[j]));
         add_squares(squares, values[j]);
     }
@@ -112,7 +120,11 @@ __global__ void __launch_bounds__(kThreads) normalise(RmsNormParams p) {
     float squares = 0.f;
     for (int k = first; k < size; k += kStep) {
         Float4 value = load4(at.x + k, count(k));
-        if (at.residual) add(value, load4(at.residual + k, count(k)));
+        if (at.residual) {
+            scale_and_add(value, p.x_scale, load4(at.residual + k, count(k)));
+        } else {
+            scale(value, p.x_scale);
+        }
         if (at.gate) open(value, load4(at.gate + k, count(k)));
         store4(at.residual_out + k, value, count(k));
         add_squares(squares, value);

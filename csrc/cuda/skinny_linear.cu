@@ -319,6 +319,7 @@ __global__ void __launch_bounds__(kThreads, 3) multiply(SkinnyLinearParams p, in
         }
         float total = warp_reduce_sum<kWarp>(sums[m][0]);
         if (sizeof(Weight) == 1) total *= scale;
+        total *= p.y_scale;
         if (p.bias) total += load(p.bias + n);
         if (lane == 0) store_as(p.y_dtype, p.y, (m0 + m) * p.out_features + n, total);
     }

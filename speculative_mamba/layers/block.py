@@ -1,5 +1,6 @@
 """A pre-norm residual block."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,23 +10,43 @@ from .cache import LayerCache, Window
 from .mamba1 import Mamba1Mixer
 from .mamba1_grouped import GroupedMamba1Mixer
 from .mamba2 import Mamba2Mixer
-from .mlp import GatedMlp
+from .mlp import Mlp
 from .model_ops import rms_norm
 
-Mixer = Mamba1Mixer | GroupedMamba1Mixer | Mamba2Mixer | Attention | GatedMlp
+Mixer = Mamba1Mixer | GroupedMamba1Mixer | Mamba2Mixer | Attention | Mlp
+# Summands (B·T, d) that the residual stream lacks, each with the number that it counts times.
+Summands = list[tuple[torch.Tensor, float]]
 
 
 @dataclass(frozen=True)
 class Block:
-    """norm_weight (d), mixer."""
+    """norm_weight (d); mixers, which read the same normed input; multiplier: how often each of their outputs counts."""
 
     norm_weight: torch.Tensor
-    mixer: Mixer
+    mixers: tuple[Mixer, ...]
     eps: float
+    multiplier: float = 1.0
+    backend: str = "auto"
 
     def __call__(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, batch: int, cache: LayerCache | None, window: Window
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden (B·T, d) and residual stream (B·T, d) or None → the same after this block."""
-        normed, residual = rms_norm(hidden, self.norm_weight, residual, eps=self.eps, backend=self.mixer.backend)
-        return self.mixer(normed, batch, cache, window), residual
+        self,
+        summands: Summands,
+        residual: torch.Tensor | None,
+        batch: int,
+        caches: Iterator[LayerCache],
+        window: Window,
+    ) -> tuple[Summands, torch.Tensor]:
+        """Summands and residual stream (B·T, d) or None → the same after this block. caches: of the next stateful
+        mixers."""
+        normed, residual = add_and_norm(summands, residual, self.norm_weight, self.eps, self.backend)
+        outputs = [mixer(normed, batch, next(caches) if mixer.stateful else None, window) for mixer in self.mixers]
+        return [(output, self.multiplier) for output in outputs], residual
+
+
+def add_and_norm(
+    summands: Summands, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normed residual stream, and the stream itself, after the summands were added one by one."""
+    for hidden, multiplier in summands:
+        normed, residual = rms_norm(hidden, weight, residual, eps=eps, x_scale=multiplier, backend=backend)
+    return normed, residual

@@ -1,26 +1,28 @@
-"""A gated MLP (Shazeer 2020, arXiv 2002.05202)."""
+"""An MLP, gated (Shazeer 2020, arXiv 2002.05202) or not."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from ..ops import gated_silu
+from ..ops import mlp_activation
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, Window
 from .model_ops import skinny_linear
 
 
 @dataclass(frozen=True)
-class GatedMlp:
-    """gate_proj, up_proj (I, d), down_proj (d, I); their biases float32 or None. It carries nothing between tokens."""
+class Mlp:
+    """gate_proj (I, d), or None: not gated; up_proj (I, d), down_proj (d, I); their biases float32 or None. activation:
+    of ``ops.mlp_activation``. It carries nothing between tokens."""
 
-    gate_proj: torch.Tensor | Int8Weight
+    gate_proj: torch.Tensor | Int8Weight | None
     up_proj: torch.Tensor | Int8Weight
     down_proj: torch.Tensor | Int8Weight
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    activation: str = "silu"
     backend: str = "auto"
 
     stateful: ClassVar[bool] = False
@@ -30,8 +32,9 @@ class GatedMlp:
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: None, window: Window) -> torch.Tensor:
         """hidden (B·T, d) → (B·T, d), activations."""
-        gate = skinny_linear(hidden, self.gate_proj, self.gate_bias, backend=self.backend)
         up = skinny_linear(hidden, self.up_proj, self.up_bias, backend=self.backend)
-        return skinny_linear(
-            gated_silu(gate, up, backend=self.backend), self.down_proj, self.down_bias, backend=self.backend
-        )
+        factors = (up,)
+        if self.gate_proj is not None:
+            factors = skinny_linear(hidden, self.gate_proj, self.gate_bias, backend=self.backend), up
+        y = mlp_activation(*factors, activation=self.activation, backend=self.backend)
+        return skinny_linear(y, self.down_proj, self.down_bias, backend=self.backend)

@@ -1,6 +1,6 @@
 """From named tensors to the blocks of a model: every shape is checked against the config, dtypes are converted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from ..layers.block import Block, Mixer
 from ..layers.mamba1 import Mamba1Mixer
 from ..layers.mamba1_grouped import GroupedMamba1Mixer
 from ..layers.mamba2 import Mamba2Mixer
-from ..layers.mlp import GatedMlp
+from ..layers.mlp import Mlp
 from ..ops.int8 import Int8Weight
 from .config import (
     AttentionConfig,
@@ -54,13 +54,19 @@ def build(config: ModelConfig, names: Names, source: Source, backend: str) -> Ma
     embedding = source.matrix(embedding_name, *table, rows=rows)
     # A head of its own is used wherever there is one, as transformers does, whatever the config says.
     tied = config.tie_embeddings and (not source.has(names.head) or source.equal(names.head, embedding_name))
-    builder = _Builder(config.d_model, source, backend)
+    builder = _Builder(config.d_model, names.renamed, source, backend)
     return MambaLM(
         config=config,
         embedding=embedding,
         blocks=[
-            Block(source.weight(norm, config.d_model), builder.mixer(prefix, block), config.eps)
-            for (norm, prefix), block in zip(names.blocks, config.blocks, strict=True)
+            Block(
+                norm_weight=source.weight(norm, config.d_model),
+                mixers=tuple(map(builder.mixer, prefixes, mixers)),
+                eps=config.eps,
+                multiplier=config.residual_multiplier,
+                backend=backend,
+            )
+            for (norm, *prefixes), mixers in zip(names.blocks, config.mixers, strict=True)
         ],
         norm_weight=source.weight(names.norm, config.d_model),
         head=embedding if tied else source.matrix(names.head, *table, rows=rows),
@@ -71,6 +77,7 @@ def build(config: ModelConfig, names: Names, source: Source, backend: str) -> Ma
 @dataclass
 class _Builder:
     d_model: int
+    renamed: Mapping[str, str]
     source: Source
     backend: str
 
@@ -189,23 +196,25 @@ class _Builder:
             backend=self.backend,
         )
 
-    def mlp(self, p: str, c: MlpConfig) -> GatedMlp:
+    def mlp(self, p: str, c: MlpConfig) -> Mlp:
         s, d = self.source, self.d_model
-        if s.has(p + "fc1.weight"):
-            both = p + "fc1.weight", 2 * c.d_inner, d
-            return GatedMlp(
-                gate_proj=s.matrix(*both, rows=slice(c.d_inner, 2 * c.d_inner)),
-                up_proj=s.matrix(*both, rows=slice(0, c.d_inner)),
-                down_proj=s.matrix(p + "fc2.weight", d, c.d_inner),
-                backend=self.backend,
-            )
-        return GatedMlp(
-            gate_proj=s.matrix(p + "gate_proj.weight", c.d_inner, d),
-            up_proj=s.matrix(p + "up_proj.weight", c.d_inner, d),
-            down_proj=s.matrix(p + "down_proj.weight", d, c.d_inner),
-            gate_bias=self._bias(c.bias, p + "gate_proj.bias", c.d_inner),
-            up_bias=self._bias(c.bias, p + "up_proj.bias", c.d_inner),
-            down_bias=self._bias(c.bias, p + "down_proj.bias", d),
+        gate, up, down = (p + self.renamed.get(name, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        merged = next((name for name in ("gate_up_proj", "up_gate_proj") if name in self.renamed), None)
+        if not c.gated:
+            first, second = None, s.matrix(f"{up}.weight", c.d_inner, d)
+        elif merged is None:
+            first, second = (s.matrix(f"{name}.weight", c.d_inner, d) for name in (gate, up))
+        else:
+            both, rows = (p + self.renamed[merged] + ".weight", 2 * c.d_inner, d), slice(0, c.d_inner)
+            first, second = s.matrix(*both, rows=rows), s.matrix(*both, rows=slice(c.d_inner, 2 * c.d_inner))
+        return Mlp(
+            gate_proj=second if merged == "up_gate_proj" else first,
+            up_proj=first if merged == "up_gate_proj" else second,
+            down_proj=s.matrix(f"{down}.weight", d, c.d_inner),
+            gate_bias=self._bias(c.bias and c.gated, f"{gate}.bias", c.d_inner),
+            up_bias=self._bias(c.bias, f"{up}.bias", c.d_inner),
+            down_bias=self._bias(c.bias, f"{down}.bias", d),
+            activation=c.activation,
             backend=self.backend,
         )
 

@@ -78,21 +78,25 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """A gated MLP."""
+    """An MLP. activation: "silu" or "relu2", of the gate, or of all where it is not gated."""
 
     d_inner: int
     bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
 
 
-BlockConfig = Mamba1Config | GroupedMamba1Config | Mamba2Config | AttentionConfig | MlpConfig
+MixerConfig = Mamba1Config | GroupedMamba1Config | Mamba2Config | AttentionConfig | MlpConfig
+BlockConfig = MixerConfig | tuple[MixerConfig, ...]  # several read the same normed input, and their outputs are summed
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model of pre-norm residual blocks, one mixer each; an MLP is a block of its own.
+    """A language model of pre-norm residual blocks; an MLP is a block of its own.
 
     vocab_size: token ids are below it. padded_vocab_size: rows of the stored embedding and head, where there are more;
-    they are never read.
+    they are never read. Embeddings and the outputs of mixers count as often as their multipliers say; logits are
+    divided by logits_scaling.
     """
 
     d_model: int
@@ -102,6 +106,14 @@ class ModelConfig:
     tie_embeddings: bool = True
     eos_token_id: int | tuple[int, ...] | None = None
     padded_vocab_size: int | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+
+    @property
+    def mixers(self) -> tuple[tuple[MixerConfig, ...], ...]:
+        """Those of each block."""
+        return tuple(block if isinstance(block, tuple) else (block,) for block in self.blocks)
 
     @property
     def stored_vocab_size(self) -> int:

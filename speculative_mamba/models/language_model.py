@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from tokenizers import Tokenizer
 
-from ..layers.block import Block
+from ..layers.block import Block, Mixer, Summands, add_and_norm
 from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, grown_capacity
-from ..layers.model_ops import rms_norm, skinny_linear
+from ..layers.model_ops import skinny_linear
 from ..ops.checks import check_follows, check_start_slot, token_ids
 from ..ops.int8 import Int8Weight
 from ..ops.recording import Recording, ResultPool, StaleRecordingError, next_stage
@@ -52,6 +52,7 @@ class _RecordedStep:
     window: Window
     recording: Recording
     logits: torch.Tensor
+    normed: torch.Tensor  # in memory of the recording
     results: ResultPool = field(default_factory=ResultPool)
 
 
@@ -108,7 +109,7 @@ class MambaLM:
 
     def __repr__(self) -> str:
         kinds = ", ".join(
-            f"{count} {kind}" for kind, count in Counter(type(b.mixer).__name__ for b in self.blocks).items()
+            f"{count} {kind}" for kind, count in Counter(type(mixer).__name__ for mixer in self.mixers).items()
         )
         return (
             f"MambaLM({self.name!r}: {kinds}; d_model {self.config.d_model}, {self.vocab_size} tokens; "
@@ -165,6 +166,11 @@ class MambaLM:
         return self.config.eos_token_id
 
     @property
+    def mixers(self) -> list[Mixer]:
+        """Those of all blocks, one after the other."""
+        return [mixer for block in self.blocks for mixer in block.mixers]
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights that one step reads."""
         return sum(weight.nbytes for weight in self.weights())
@@ -176,7 +182,8 @@ class MambaLM:
             yield self.head_bias
         for block in self.blocks:
             yield block.norm_weight
-            for value in vars(block.mixer).values():
+        for mixer in self.mixers:
+            for value in vars(mixer).values():
                 values = value if isinstance(value, tuple) else (value,)
                 yield from (weight for weight in values if isinstance(weight, torch.Tensor | Int8Weight))
 
@@ -184,7 +191,7 @@ class MambaLM:
         """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens. It grows with the texts where
         there are attention layers; ``reserve`` makes it grow at once."""
         sizes = CacheSizes(batch, slots, self.state_dtype, self.rollback)
-        return ModelCache(block.mixer.new_cache(sizes) for block in self.blocks if block.mixer.stateful)
+        return ModelCache(mixer.new_cache(sizes) for mixer in self.mixers if mixer.stateful)
 
     @torch.no_grad()
     def prefill(self, tokens: Sequence[int], cache: list[LayerCache], row: int) -> None:
@@ -218,26 +225,32 @@ class MambaLM:
         start_slot: torch.Tensor,
         write_slot: int = 0,
         left_padding: torch.Tensor | None = None,
+        *,
+        hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs a window of tokens and checkpoints the state after each.
 
         tokens: (B, T) of any integer dtype. start_slot: (B) int32, the slot each row continues from. The state after
         token t goes to slot ``write_slot + t``. left_padding: (B) int32 or None, leading tokens of a row that count as
-        nothing.
+        nothing. hidden_states: (B, T, d) of any float dtype, or None; **written**: the residual stream after the last
+        block and the last norm, from which the head makes the logits; it is computed in ``activation_dtype``.
         Returns logits (B, T, V) float32, without gradients.
 
         Raises:
             ValueError: the cache belongs to a model of another depth, the window does not fit into its slots, a file in
                 which weights lie was changed, or on the CPU, where that is cheap to check, a token is not of the
-                vocabulary.
+                vocabulary; hidden_states has another shape.
         """
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self.verify(tokens, cache, start_slot, write_slot, left_padding)
+                return self.verify(tokens, cache, start_slot, write_slot, left_padding, hidden_states=hidden_states)
         recorded = self.backend in ("cpu", "cuda") and isinstance(cache, ModelCache)
         self._check_files(0.0 if not recorded or cache.watches_model else _FILES_ARE_LOOKED_AT_EVERY)
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
+        if hidden_states is not None and hidden_states.shape != (*tokens.shape, self.config.d_model):
+            expected = (*tokens.shape, self.config.d_model)
+            raise ValueError(f"hidden_states must have shape {expected}, got {tuple(hidden_states.shape)}")
         if len(cache) != self._stateful_layers():
             raise ValueError(
                 f"the cache has {len(cache)} layers, the model {self._stateful_layers()}; use model.new_cache"
@@ -245,13 +258,15 @@ class MambaLM:
         self._ensure_capacity(cache, tokens.shape[1])
         window = Window(start_slot, write_slot, left_padding)
         if recorded:
-            logits = self._run_recorded(tokens, cache, window)
+            logits, normed = self._run_recorded(tokens, cache, window)
         else:
-            logits = self._logits(self._embed(tokens), len(tokens), cache, window)
+            logits, normed = self._logits(self._embed(tokens), len(tokens), cache, window)
+        if hidden_states is not None:
+            hidden_states.copy_(normed.view(hidden_states.shape))
         return logits.view(*tokens.shape, -1)
 
     def _stateful_layers(self) -> int:
-        return len([block for block in self.blocks if block.mixer.stateful])
+        return len([mixer for block in self.blocks for mixer in block.mixers if mixer.stateful])
 
     @staticmethod
     def reserve(cache: list[LayerCache], entries: int) -> bool:
@@ -281,20 +296,28 @@ class MambaLM:
 
     def _blocks(
         self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        residual, layers = None, iter(cache)
+    ) -> tuple[Summands, torch.Tensor | None]:
+        summands, residual, caches = [(hidden, self.config.embedding_multiplier)], None, iter(cache)
         for block in self.blocks:
-            layer = next(layers) if block.mixer.stateful else None
-            hidden, residual = block(hidden, residual, batch, layer, window)
+            summands, residual = block(summands, residual, batch, caches, window)
             next_stage()
-        return hidden, residual
+        return summands, residual
 
-    def _logits(self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window) -> torch.Tensor:
-        hidden, residual = self._blocks(hidden, batch, cache, window)
-        hidden, _ = rms_norm(hidden, self.norm_weight, residual, eps=self.config.eps, backend=self.backend)
-        return skinny_linear(hidden, self.head, self.head_bias, out_dtype=torch.float32, backend=self.backend)
+    def _logits(
+        self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B·T, V), and the normed residual stream (B·T, d) that they are made from."""
+        summands, residual = self._blocks(hidden, batch, cache, window)
+        normed, _ = add_and_norm(summands, residual, self.norm_weight, self.config.eps, self.backend)
+        logits = skinny_linear(
+            normed, self.head, self.head_bias, y_scale=1 / self.config.logits_scaling, out_dtype=torch.float32,
+            backend=self.backend,
+        )  # fmt: skip
+        return logits, normed
 
-    def _run_recorded(self, tokens: torch.Tensor, cache: ModelCache, window: Window) -> torch.Tensor:
+    def _run_recorded(
+        self, tokens: torch.Tensor, cache: ModelCache, window: Window
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``_logits``, without Python between the kernels from the second call of a shape on."""
         slots = cache[0].slots if cache else 0
         check_start_slot(window.start_slot, slots, len(tokens), self.norm_weight)
@@ -311,7 +334,7 @@ class MambaLM:
                 step.window.left_padding.copy_(window.left_padding)
             try:
                 step.recording.run(unchanged=not looks)
-                return step.results.copy(step.logits)
+                return step.results.copy(step.logits), step.normed
             except StaleRecordingError:
                 pass
         if step is not None:  # it and others of this model hold memory that may be in use nowhere else
@@ -319,19 +342,21 @@ class MambaLM:
         nulls = None if window.left_padding is None else window.left_padding.clone()
         own = Window(window.start_slot.clone(), window.write_slot, nulls)
         hidden, recording = self._embed(tokens), Recording(self.norm_weight)
-        kind = *key[1:], self.backend, self.rollback, *(type(block.mixer) for block in self.blocks)
+        kind = *key[1:], self.backend, self.rollback, *map(type, self.mixers)
         weights = (part for part in parts if isinstance(part, torch.Tensor | Int8Weight))
         with recording.record(*weights, known=kind in self._recorded):
-            logits = self._logits(hidden, len(tokens), cache, own)
+            logits, normed = self._logits(hidden, len(tokens), cache, own)
         self._recorded.add(kind)
-        cache.steps[key] = _RecordedStep(parts, hidden, own, recording, logits)
-        return logits.clone()
+        cache.steps[key] = _RecordedStep(parts, hidden, own, recording, logits, normed)
+        return logits.clone(), normed
 
     def _parts(self, cache: ModelCache) -> list[object]:
         """All that a step is made from. Whether a tensor has the same memory as before, the recording knows."""
         parts = [self, *vars(self).values()]
         for block in self.blocks:
-            parts += (block, *vars(block).values(), *vars(block.mixer).values())
+            parts += (block, *vars(block).values())
+        for mixer in self.mixers:
+            parts += vars(mixer).values()
         for layer in cache:
             parts += layer.tensors()
         return parts

@@ -11,7 +11,7 @@ result. Without it a call may follow whatever wrote its arguments.
 from .attention_verify import attention_verify
 from .causal_conv1d_verify import causal_conv1d_verify
 from .commit_tokens import commit_tokens
-from .gated_silu import gated_silu
+from .mlp_activation import mlp_activation
 from .rms_norm import rms_norm
 from .sample_tokens import sample_tokens
 from .selective_scan_verify import selective_scan_verify
@@ -23,7 +23,7 @@ __all__ = [
     "attention_verify",
     "causal_conv1d_verify",
     "commit_tokens",
-    "gated_silu",
+    "mlp_activation",
     "rms_norm",
     "sample_tokens",
     "selective_scan_verify",

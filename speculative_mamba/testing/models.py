@@ -25,7 +25,10 @@ SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (20
 MAMBA2_SIZES = {"130m": "130m", "370m": "370m", "780m": "790m", "1.3b": "1.4b", "2.7b": "2.8b"}
 MAMBA2_SHAPES = {f"mamba2-{name}": SHAPES[size] for name, size in MAMBA2_SIZES.items()}
 # Kinds of tiny models: the blocks of one of each.
-ARCHITECTURES = ("mamba1", "falcon-mamba", "mamba2", "llama", "mamba2attn", "mamba-in-llama", "mamba2-in-llama")
+ARCHITECTURES = (
+    "mamba1", "falcon-mamba", "mamba2", "llama", "mamba2attn", "mamba-in-llama", "mamba2-in-llama", "granite-hybrid",
+    "parallel",
+)  # fmt: skip
 
 
 def published_config(name: str) -> ModelConfig:
@@ -67,7 +70,9 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
     convolved = AttentionConfig(6, 3, 8, rotary[:2], scale=0.3 if odd else None, bias=True, d_conv=4)
     grouped = GroupedMamba1Config(24, 12, 3, d_state=4, repeat_before_conv=not odd)
     in_llama = Mamba2Config(6, 4, 4, 3, 3, 6, norm_groups=6, repeat_before_conv=odd)
-    mlp = MlpConfig(37, bias=odd)
+    granite = mamba2_block(6, 8, 9, groups=1 + odd)
+    unturned = AttentionConfig(4, 2, 6, () if odd else rotary[:3], scale=0.21)
+    mlp, squared = MlpConfig(37, bias=odd), MlpConfig(30, bias=odd, activation="relu2", gated=odd)
     blocks = {
         "mamba1": (mamba1, mamba1),
         "falcon-mamba": (tiny_config(n_layer=1, norm_eps=1e-6, bias=odd).blocks[0],) * 2,
@@ -76,8 +81,12 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
         "mamba2attn": (mamba2, convolved, mamba2, *((mlp,) if odd else ())),
         "mamba-in-llama": (grouped, mlp, attention, mlp),
         "mamba2-in-llama": (in_llama, mlp, attention, mlp),
+        "granite-hybrid": (granite, mlp, unturned, mlp),
+        "parallel": ((mamba2, attention), mlp, (attention, mamba1, mlp), squared),
     }
-    return ModelConfig(d, 61, blocks[kind], tie_embeddings=False)
+    multipliers = {"embedding_multiplier": 3.0, "residual_multiplier": 0.35, "logits_scaling": 0.7}
+    multipliers = multipliers if kind == "granite-hybrid" else {}
+    return ModelConfig(d, 61, blocks[kind], tie_embeddings=False, **multipliers)
 
 
 def as_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Int8Weight:
@@ -138,7 +147,9 @@ def random_model(
 
     With ``torch.int8`` the matrices are int8, and the rest is float32: as ``load_model`` makes of a float32 checkpoint.
     """
-    blocks = tuple((f"{i}.block_norm", f"{i}.") for i in range(len(config.blocks)))
+    blocks = tuple(
+        (f"{i}.block_norm", *(f"{i}.{j}." for j in range(len(mixers)))) for i, mixers in enumerate(config.mixers)
+    )
     names = Names(("embedding",), "final_norm", "head", blocks)
     device = torch.device(device)
     model = build(config, names, _RandomTensors(dtype, seed, device), backends.resolve(backend, device.type))

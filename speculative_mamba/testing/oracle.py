@@ -9,7 +9,7 @@ from ..layers.attention import Attention
 from ..layers.mamba1 import Mamba1Mixer
 from ..layers.mamba1_grouped import GroupedMamba1Mixer
 from ..layers.mamba2 import Mamba2Mixer
-from ..layers.mlp import GatedMlp
+from ..layers.mlp import Mlp
 from ..models.language_model import MambaLM
 from ..ops.int8 import Int8Weight
 
@@ -23,10 +23,13 @@ def dense(weight: torch.Tensor | Int8Weight, dtype: torch.dtype) -> torch.Tensor
 
 def full_forward(model: MambaLM, tokens: list[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Logits (L, V) after every token of one text, computed in ``dtype``."""
+    c = model.config
     h = dense(model.embedding, dtype)[torch.tensor(tokens, dtype=torch.int64, device=model.device)]
+    h = h * c.embedding_multiplier
     for block in model.blocks:
-        h = h + _MIXERS[type(block.mixer)](block.mixer, _norm(h, block.norm_weight, block.eps))
-    return _norm(h, model.norm_weight, model.config.eps) @ dense(model.head, dtype).T
+        normed = _norm(h, block.norm_weight, block.eps)
+        h = h + c.residual_multiplier * sum(_MIXERS[type(mixer)](mixer, normed) for mixer in block.mixers)
+    return _norm(h, model.norm_weight, c.eps) @ dense(model.head, dtype).T / c.logits_scaling
 
 
 def greedy(model: MambaLM, prompt: list[int], count: int) -> list[int]:
@@ -135,9 +138,11 @@ def _rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), rest], -1)
 
 
-def _mlp(m: GatedMlp, h: torch.Tensor) -> torch.Tensor:
-    gate, up = _linear(h, m.gate_proj, m.gate_bias), _linear(h, m.up_proj, m.up_bias)
-    return _linear(F.silu(gate) * up, m.down_proj, m.down_bias)
+def _mlp(m: Mlp, h: torch.Tensor) -> torch.Tensor:
+    act = {"silu": F.silu, "relu2": lambda x: torch.relu(x) ** 2}[m.activation]
+    up = _linear(h, m.up_proj, m.up_bias)
+    y = act(up) if m.gate_proj is None else act(_linear(h, m.gate_proj, m.gate_bias)) * up
+    return _linear(y, m.down_proj, m.down_bias)
 
 
 _MIXERS: dict[type, Callable[..., torch.Tensor]] = {
@@ -145,5 +150,5 @@ _MIXERS: dict[type, Callable[..., torch.Tensor]] = {
     GroupedMamba1Mixer: _grouped_mamba1,
     Mamba2Mixer: _mamba2,
     Attention: _attention,
-    GatedMlp: _mlp,
+    Mlp: _mlp,
 }

@@ -146,7 +146,7 @@ def test_a_model_that_is_interrupted(pair, draft, break_off, monkeypatch, victim
         "verify": (sm.MambaLM, "verify", lambda first: first is model),
         "prefill": (sm.MambaLM, "prefill", lambda first: first is model),
         "second block": (Block, "__call__", lambda first: first is second),
-        "scan": (mamba1, "selective_scan_verify", lambda x: x.shape[-1] == len(second.mixer.A)),
+        "scan": (mamba1, "selective_scan_verify", lambda x: x.shape[-1] == len(second.mixers[0].A)),
     }[place]
     interrupted = 0
     for call in range(9):

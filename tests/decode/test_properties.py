@@ -166,14 +166,14 @@ def cut_out(config, dtype, seed):
     d, D, N, R = c.d_model, of_block.d_inner, of_block.d_state, of_block.dt_rank
     blocks = []
     for block in whole.blocks[: len(c.blocks)]:
-        m = block.mixer
+        m = block.mixers[0]
         mixer = dataclasses.replace(
             m, in_proj=cut(m.in_proj, 2 * D, d), conv_weight=cut(m.conv_weight, D, of_block.d_conv),
             conv_bias=cut(m.conv_bias, D) if of_block.conv_bias else None, x_proj=cut(m.x_proj, R + 2 * N, D),
             dt_proj=cut(m.dt_proj, D, R), dt_bias=cut(m.dt_bias, D), A=cut(m.A, D, N), D=cut(m.D, D),
             out_proj=cut(m.out_proj, d, D),
         )  # fmt: skip
-        blocks.append(dataclasses.replace(block, norm_weight=cut(block.norm_weight, d), mixer=mixer))
+        blocks.append(dataclasses.replace(block, norm_weight=cut(block.norm_weight, d), mixers=(mixer,)))
     embedding = cut(whole.embedding, c.vocab_size, d)
     return dataclasses.replace(
         whole, config=c, embedding=embedding, blocks=blocks, norm_weight=cut(whole.norm_weight, d),

@@ -14,7 +14,7 @@ from speculative_mamba.testing.scripted import ScriptedDraft
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 WITH_STATES = tuple(kind for kind in ARCHITECTURES if kind != "llama")
-WITH_ATTENTION = ("llama", "mamba2attn", "mamba-in-llama", "mamba2-in-llama")
+WITH_ATTENTION = ("llama", "mamba2attn", "mamba-in-llama", "mamba2-in-llama", "granite-hybrid", "parallel")
 CASES = [
     pytest.param(kind, seed, mode, id=f"{kind} {seed} {mode}")
     for kind in ARCHITECTURES

@@ -66,7 +66,7 @@ def _of_transformers(folder: Path, config_class: str, model_class: str, seed: in
 
     def logits(ids: list[int]) -> torch.Tensor:
         with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0]
+            return model(torch.tensor([ids]), use_cache=False).logits[0]
 
     return logits
 
@@ -91,6 +91,31 @@ def llama_hf(folder: Path, seed: int, older_fields: bool = False, **config: Any)
         rotary = written.pop("rope_parameters")
         written["rope_theta"], kind = rotary.pop("rope_theta"), rotary["rope_type"]
         written["rope_scaling"] = None if kind == "default" else {**rotary, "type": kind}
+        path.write_text(json.dumps(written))
+    return oracle
+
+
+def granite_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    sizes = {
+        "intermediate_size": 37, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.35, "attention_multiplier": 0.21, "logits_scaling": 3.0,
+    }  # fmt: skip
+    return _of_transformers(folder, "GraniteConfig", "GraniteForCausalLM", seed, sizes | config)
+
+
+def granite_hybrid_hf(folder: Path, seed: int, spelling: dict[str, str] | None = None, **config: Any) -> Oracle:
+    """spelling: how the kinds of layers are called in config.json, as in the published models of Granite 4.0."""
+    sizes = {
+        "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 37, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "mamba_n_heads": 6, "mamba_d_state": 10, "mamba_chunk_size": 8, "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.35, "attention_multiplier": 0.21, "logits_scaling": 3.0,
+    }  # fmt: skip
+    oracle = _of_transformers(folder, "GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM", seed, sizes | config)
+    if spelling is not None:
+        path = folder / "config.json"
+        written = json.loads(path.read_text())
+        written["layer_types"] = [spelling[kind] for kind in written["layer_types"]]
         path.write_text(json.dumps(written))
     return oracle
 
@@ -224,6 +249,8 @@ FORMATS: dict[str, Callable[..., Oracle]] = {
     "mamba2-hf": mamba2_hf,
     "falcon-mamba-hf": falcon_mamba_hf,
     "llama-hf": llama_hf,
+    "granite-hf": granite_hf,
+    "granite-hybrid-hf": granite_hybrid_hf,
     "mamba2-state-spaces": mamba2_state_spaces,
     "mamba2attn-state-spaces": mamba2attn_state_spaces,
     "mamba-in-llama": mamba_in_llama,

@@ -180,7 +180,7 @@ def test_dtypes(checkpoint, stored, dtype):
     written.oracle.to(stored).save_pretrained(written.folder)
     model = sm.load_model(written.folder, dtype=dtype)
     expected = {None: stored, "float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype, torch.float16)
-    mixer = model.blocks[1].mixer
+    mixer = model.blocks[1].mixers[0]
     for weight in (model.embedding, model.head, mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
         assert weight.dtype == expected
     for value in (mixer.A, mixer.D, mixer.dt_bias, mixer.conv_bias):
@@ -206,7 +206,7 @@ def test_weights_lie_in_the_mapped_file(checkpoint, layout):
         if str(written.folder) in line:
             begin, end = line.split()[0].split("-")
             ranges.append((int(begin, 16), int(end, 16)))
-    for weight in (model.embedding, model.head, model.blocks[0].mixer.in_proj, model.blocks[2].mixer.out_proj):
+    for weight in (model.embedding, model.head, model.blocks[0].mixers[0].in_proj, model.blocks[2].mixers[0].out_proj):
         assert any(begin <= weight.data_ptr() < end for begin, end in ranges), "a weight was copied"
 
 

@@ -36,7 +36,7 @@ def test_every_matrix_is_the_stored_one_quantised(checkpoint, layout, config):
     for block, expected in zip(model.blocks, stored.blocks, strict=True):
         assert_same(block.norm_weight, expected.norm_weight)
         for name in (field.name for field in dataclasses.fields(Mamba1Mixer)):
-            value, other = getattr(block.mixer, name), getattr(expected.mixer, name)
+            value, other = getattr(block.mixers[0], name), getattr(expected.mixers[0], name)
             if name in MATRICES:
                 assert_quantised(value, other)
             elif name not in ("backend", "norm_eps"):
@@ -48,7 +48,7 @@ def test_what_stays_keeps_its_dtype(checkpoint, stored):
     written = checkpoint("safetensors")
     written.oracle.to(stored).save_pretrained(written.folder)
     model = sm.load_model(written.folder, dtype=torch.int8)
-    mixer, kept = model.blocks[1].mixer, torch.float32 if stored is torch.float64 else stored
+    mixer, kept = model.blocks[1].mixers[0], torch.float32 if stored is torch.float64 else stored
     for weight in (model.embedding, model.head, *(getattr(mixer, name) for name in MATRICES)):
         assert weight.dtype == torch.int8
     for weight in (model.norm_weight, model.blocks[1].norm_weight, mixer.conv_weight):

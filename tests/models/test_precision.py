@@ -28,11 +28,11 @@ def long_memory() -> sm.MambaLM:
     model = random_model(tiny_config(tie_embeddings=False, d_state=16))
     generator = torch.Generator().manual_seed(0)
     for index, block in enumerate(model.blocks):
-        channels, state_size = block.mixer.A.shape
+        channels, state_size = block.mixers[0].A.shape
         A = -torch.arange(1.0, state_size + 1).repeat(channels, 1)
         step = 10 ** (3 * torch.rand(channels, generator=generator) - 4)
-        mixer = dataclasses.replace(block.mixer, A=A, dt_bias=step.expm1().log())
-        model.blocks[index] = dataclasses.replace(block, mixer=mixer)
+        mixer = dataclasses.replace(block.mixers[0], A=A, dt_bias=step.expm1().log())
+        model.blocks[index] = dataclasses.replace(block, mixers=(mixer,))
     return model
 
 

@@ -1,6 +1,8 @@
 """Every architecture in its public format: parity with an oracle that shares no code, options, dtypes, refusals."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import speculative_mamba as sm
 IDS = [5, 9, 33, 2, 60, 17, 41, 8, 8, 25, 3, 50]
 formats = pytest.mark.parametrize("name", FORMATS)
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("mamba2-hf", {"n_groups": 1}),
     ("mamba2-hf", {"n_groups": 6, "use_bias": True}),
@@ -27,6 +30,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("falcon-mamba-hf", {"tie_word_embeddings": True, "expand": 1}),
     ("llama-hf", {"attention_bias": True}),
     ("llama-hf", {"mlp_bias": True}),
+    ("llama-hf", {"hidden_act": "relu2"}),
     ("llama-hf", {"head_dim": 10}),
     ("llama-hf", {"num_key_value_heads": 1}),
     ("llama-hf", {"num_key_value_heads": 4}),
@@ -35,6 +39,39 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("llama-hf", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
     ("llama-hf", {"older_fields": True, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
     ("llama-hf", {"older_fields": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}),
+    ("granite-hf", {"attention_bias": True}),
+    ("granite-hf", {"mlp_bias": True}),
+    ("granite-hf", {"hidden_act": "relu2"}),
+    ("granite-hf", {"head_dim": 10}),
+    ("granite-hf", {"num_key_value_heads": 1}),
+    ("granite-hf", {"tie_word_embeddings": True}),
+    ("granite-hf", {"rms_norm_eps": 0.1}),
+    ("granite-hf", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}),
+    *(
+        (name, {key: value})
+        for name in ("granite-hf", "granite-hybrid-hf")
+        for key, value in {
+            "embedding_multiplier": 12,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 8,
+        }.items()
+    ),
+    ("granite-hybrid-hf", {"layer_types": ["full_attention"] * 3}),
+    ("granite-hybrid-hf", {"layer_types": None}),
+    ("granite-hybrid-hf", {"position_embedding_type": "rope"}),
+    ("granite-hybrid-hf", {"position_embedding_type": "rope", "rope_parameters": {**ROPE, "rope_theta": 50.0}}),
+    ("granite-hybrid-hf", {"attention_bias": True}),
+    ("granite-hybrid-hf", {"num_key_value_heads": 4}),
+    ("granite-hybrid-hf", {"shared_intermediate_size": 20}),
+    ("granite-hybrid-hf", {"mamba_n_groups": 2}),
+    ("granite-hybrid-hf", {"mamba_n_heads": 3, "mamba_d_head": 16, "mamba_d_state": 16}),
+    ("granite-hybrid-hf", {"mamba_expand": 3, "mamba_d_head": "auto"}),
+    ("granite-hybrid-hf", {"mamba_d_conv": 2, "mamba_conv_bias": False}),
+    ("granite-hybrid-hf", {"mamba_proj_bias": True}),
+    ("granite-hybrid-hf", {"time_step_limit": (0.2, 0.9)}),
+    ("granite-hybrid-hf", {"rms_norm_eps": 0.1}),
+    ("granite-hybrid-hf", {"tie_word_embeddings": True}),
     ("mamba2-state-spaces", {"ssm_cfg": {"ngroups": 2}}),
     ("mamba2-state-spaces", {"ssm_cfg": {"D_has_hdim": True}}),
     ("mamba2-state-spaces", {"ssm_cfg": {"rmsnorm": False}}),
@@ -104,6 +141,39 @@ def test_parity_of_options(name: str, options: dict[str, Any], tmp_path: Path) -
     assert not torch.allclose(other, exact, rtol=1e-3), "the option must make a difference, or this shows nothing"
 
 
+def test_kinds_of_layers_have_two_spellings(tmp_path: Path) -> None:
+    """transformers writes one, the published models of Granite 4.0 have the other."""
+    oracle = FORMATS["granite-hybrid-hf"](
+        tmp_path, 1, spelling={"linear_attention": "mamba", "full_attention": "attention"}
+    )
+    torch.testing.assert_close(logits(sm.load_model(tmp_path)), oracle(IDS), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_a_model_without_mamba_drafts_for_a_hybrid(lookahead: int, tmp_path: Path) -> None:
+    """Granite for Granite-4.0-H: two architectures, one vocabulary."""
+    models = []
+    for name in ("granite-hybrid-hf", "granite-hf"):
+        (tmp_path / name).mkdir()
+        FORMATS[name](tmp_path / name, 3)
+        models.append(sm.load_model(tmp_path / name))
+    options = {"max_new_tokens": 64, "stop_token_ids": (), "output_logits": True}
+    plain = sm.generate(models[0], [IDS], **options)
+    result = sm.generate(models[0], [IDS], draft=models[1], lookahead=lookahead, **options)
+    assert torch.equal(result.sequences[0], plain.sequences[0]) and torch.equal(result.logits[0], plain.logits[0])
+    assert result.stats.tested
+
+
+def test_every_format_has_a_row_in_the_documentation() -> None:
+    """Named by the tests of this file that back it."""
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "`" in line]
+    for name in FORMATS:
+        assert any(f"`{name}`" in row for row in rows), f"{name} has no row in docs/models.md"
+    for named in re.findall(r"`([\w-]+-(?:hf|state-spaces|llama))`", "".join(rows)):
+        assert named in FORMATS, f"docs/models.md names {named}, which no test knows"
+
+
 def test_merged_projections(tmp_path: Path) -> None:
     """The spelling that the authors' inference code makes of a checkpoint."""
     oracle = mamba_in_llama(tmp_path, 1, merged=True)
@@ -159,8 +229,8 @@ def test_weights_lie_in_the_mapped_file(name: str, tmp_path: Path) -> None:
         pytest.skip("needs /proc")
     lines = [line.split()[0].split("-") for line in maps.read_text().splitlines() if str(tmp_path) in line]
     ranges = [(int(begin, 16), int(end, 16)) for begin, end in lines]
-    for block in model.blocks:
-        for key, value in vars(block.mixer).items():
+    for mixer in model.mixers:
+        for key, value in vars(mixer).items():
             for weight in value if isinstance(value, tuple) else (value,):
                 if isinstance(weight, torch.Tensor) and key not in COPIED:
                     assert any(begin <= weight.data_ptr() < end for begin, end in ranges), f"{key} was copied"
@@ -178,6 +248,25 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
     ("llama-hf", CONFIG, {"num_key_value_heads": 3}, "num_key_value_heads"),
     ("llama-hf", CONFIG, {"attention_bias": "yes"}, "attention_bias"),
     ("llama-hf", CONFIG, {"head_dim": 7}, "head_dim"),
+    *(
+        (name, CONFIG, {key: value}, key)
+        for name in ("granite-hf", "granite-hybrid-hf")
+        for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+        for value in (0, math.nan, math.inf, -1.0, "1", 1e39)
+    ),
+    *(
+        ("granite-hybrid-hf", CONFIG, {key: value}, key)
+        for key, value in {
+            "num_local_experts": 64, "hidden_act": "gelu", "normalization_function": "layernorm",
+            "position_embedding_type": "alibi", "mamba_n_heads": 5, "mamba_n_groups": 4, "mamba_d_head": 7,
+            "mamba_d_state": 0, "mamba_expand": 1e9, "shared_intermediate_size": 0, "time_step_limit": [1, 0],
+            "num_hidden_layers": 10**10, "hidden_size": math.inf, "layer_types": "mamba",
+        }.items()
+    ),
+    ("granite-hybrid-hf", CONFIG, {"num_local_experts": None}, "num_local_experts"),
+    ("granite-hybrid-hf", CONFIG, {"layer_types": ["mamba", "attention"]}, "2 layer_types, but num_hidden_layers = 3"),
+    ("granite-hybrid-hf", CONFIG, {"layer_types": ["mamba", "attention", "conv"]}, "'conv' in layer_types"),
+    ("granite-hybrid-hf", CONFIG, {"architectures": ["GraniteMoeForCausalLM"]}, "GraniteMoeForCausalLM"),
     ("mamba2-hf", CONFIG, {"hidden_act": "gelu"}, "hidden_act"),
     ("mamba2-hf", CONFIG, {"n_groups": 4}, "n_groups"),
     ("mamba2-hf", CONFIG, {"head_dim": 7}, "head_dim"),
@@ -217,7 +306,8 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
         ("llama-hf", CONFIG, {"model_type": kind, "architectures": [name]}, kind)
         for kind, name in {
             "jamba": "JambaForCausalLM", "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel",
-            "bamba": "BambaForCausalLM", "rwkv": "RwkvForCausalLM", "zamba2": "Zamba2ForCausalLM",
+            "bamba": "BambaForCausalLM", "granitemoe": "GraniteMoeForCausalLM", "rwkv": "RwkvForCausalLM",
+            "zamba2": "Zamba2ForCausalLM",
         }.items()
     ),
     ("llama-hf", CONFIG, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),

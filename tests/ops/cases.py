@@ -315,14 +315,16 @@ class Norm(Op):
     per_token = ("x", "residual", "gate")
     base = {
         "rows": 5, "features": 77, "dtype": FLOAT32, "residual": True, "gate": False, "groups": 1, "scale": 1.0,
+        "x_scale": 1.0,
     }  # fmt: skip
     GATED = {"residual": False, "gate": True}
     changes = (
         {}, {"rows": 1}, {"rows": 64}, {"features": 1}, {"features": 15}, {"features": 16}, {"features": 33},
         {"features": 2560}, {"dtype": BFLOAT16}, {"dtype": FLOAT16}, {"residual": False}, {"contiguous": True},
-        {"scale": 1e4}, {"scale": 1e-4}, {"groups": 7}, {"groups": 77}, GATED, {**GATED, "rows": 1},
-        {**GATED, "features": 1}, {**GATED, "features": 16}, {**GATED, "contiguous": True},
-        {**GATED, "dtype": BFLOAT16}, {**GATED, "scale": 1e4}, {**GATED, "groups": 11},
+        {"scale": 1e4}, {"scale": 1e-4}, {"x_scale": 0.22}, {"x_scale": 12.0, "residual": False},
+        {"x_scale": -0.3, "features": 2560, "contiguous": True}, {"groups": 7}, {"groups": 77}, GATED,
+        {**GATED, "rows": 1}, {**GATED, "features": 1}, {**GATED, "features": 16}, {**GATED, "contiguous": True},
+        {**GATED, "dtype": BFLOAT16}, {**GATED, "scale": 1e4}, {**GATED, "groups": 11}, {**GATED, "x_scale": 0.22},
         {**GATED, "groups": 2, "features": 66}, {**GATED, "groups": 8, "features": 5120, "dtype": FLOAT16},
     )  # fmt: skip
     large = {"rows": 61, "features": 2561, **GATED, "groups": 13}
@@ -334,11 +336,12 @@ class Norm(Op):
             "x": r.window(features).mul_(c["scale"]), "weight": (1 + 0.3 * r(features)).to(c["dtype"]),
             "residual": r(rows, features) * c["scale"] if c["residual"] else None,
             "gate": r.window(features).mul_(2) if c["gate"] else None, "groups": c["groups"],
+            "x_scale": c["x_scale"],
         }  # fmt: skip
 
 
 class Silu(Op):
-    name = "gated_silu"
+    name = "mlp_activation"
     per_token = ("gate", "up")
     base = {"rows": 5, "features": 77, "scale": 1.0}
     changes = (

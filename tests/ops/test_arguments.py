@@ -239,7 +239,7 @@ def test_what_requires_grad_is_refused_by_name(op: Op) -> None:
 
 def test_the_specification_has_gradients() -> None:
     gate, up = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
-    ops.gated_silu(gate, up, backend="reference").sum().backward()
+    ops.mlp_activation(gate, up, backend="reference").sum().backward()
     assert gate.grad is not None and up.grad is not None
     with pytest.raises(ValueError, match=r"^weight.scale requires grad"):
         scale = torch.ones(3, requires_grad=True)

@@ -140,10 +140,10 @@ class Tensor:
         self.values, self.dtype = Pair(*values), dtype
     def data_ptr(self): return ctypes.addressof(self.values)
     def stride(self): return 2, 1
-Args = collections.namedtuple("Args", "x weight residual gate groups eps constant_weights")
+Args = collections.namedtuple("Args", "x weight residual gate groups eps x_scale constant_weights")
 def norm(weight):
     y, residual = Tensor(), Tensor()
-    args = Args(Tensor(3, 4), weight, None, None, 1, 0.0, False)
+    args = Args(Tensor(3, 4), weight, None, None, 1, 0.0, 1.0, False)
     module.rms_norm(args, 1, activations="any.float32", rows=1, features=2, y=y, residual_out=residual)
     print(list(residual.values), [round(v * 12.5 ** 0.5, 4) for v in y.values])
 norm(Tensor(1, 2))

@@ -17,7 +17,7 @@ from speculative_mamba import ops
 from speculative_mamba.ops import backend as backends
 from speculative_mamba.ops import checks, sampling
 from speculative_mamba.ops.commit_tokens.rows import RECORD_COLUMNS
-from speculative_mamba.ops.gated_silu import GatedSiluArgs
+from speculative_mamba.ops.mlp_activation import MlpActivationArgs
 from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.testing.sampling import tensors
@@ -87,15 +87,15 @@ def test_constants_are_those_of_the_specification(module: ModuleType | None) -> 
 
 def test_a_struct_is_filled_whole_and_by_known_names() -> None:
     kernels, x = backends.extension()[0], torch.ones(1, 3)
-    args, sizes = GatedSiluArgs(x, x), {"activations": x.dtype, "rows": 1, "features": 3}
+    args, sizes = MlpActivationArgs(x, x, 0), {"activations": x.dtype, "rows": 1, "features": 3}
     with pytest.raises(TypeError, match="nothing fills the field 'y'"):
-        kernels.gated_silu(args, 1, **sizes)
+        kernels.mlp_activation(args, 1, **sizes)
     with pytest.raises(TypeError, match="no field takes the keyword 'column'"):
-        kernels.gated_silu(args, 1, **sizes, y=x, column=1)
+        kernels.mlp_activation(args, 1, **sizes, y=x, column=1)
     with pytest.raises(TypeError, match="no field takes the keyword 'up_row_stride'"):
-        kernels.gated_silu(args, 1, **sizes, y=x, up_row_stride=1)
+        kernels.mlp_activation(args, 1, **sizes, y=x, up_row_stride=1)
     with pytest.raises(TypeError):
-        kernels.gated_silu(args, 1, **{**sizes, "rows": 1.5}, y=x)
+        kernels.mlp_activation(args, 1, **{**sizes, "rows": 1.5}, y=x)
 
 
 @pytest.mark.parametrize("op_name", ["attention_verify", "speculative_accept"])
@@ -146,7 +146,7 @@ def test_weights_that_the_kernel_before_has_written(op: Op, change: dict, names:
 
         def written(name: str = weight) -> torch.Tensor:
             old = arguments[name].reshape(1, -1)
-            return ops.gated_silu(torch.full_like(old, 2.0), old, backend="cuda").view_as(arguments[name])
+            return ops.mlp_activation(torch.full_like(old, 2.0), old, backend="cuda").view_as(arguments[name])
 
         expected = run(written().clone())
         assert_bitwise_equal(run(written()), expected)

@@ -13,7 +13,7 @@ from shim import CUDA
 # The most that any instantiation of a file's kernels uses, on any architecture: of 64 for each of 128 threads, eight
 # blocks fit on a multiprocessor.
 REGISTERS = {
-    "attention_verify": 105, "causal_conv1d_verify": 128, "commit_tokens": 48, "gated_silu": 27, "rms_norm": 157,
+    "attention_verify": 105, "causal_conv1d_verify": 128, "commit_tokens": 48, "mlp_activation": 27, "rms_norm": 157,
     "selective_scan_verify": 128, "skinny_linear": 240, "speculative_accept": 110,
     "ssd_verify": 167,
 }  # fmt: skip

@@ -114,6 +114,6 @@ def test_int8_without_a_scale_is_no_weight(backend: str) -> None:
 
 
 def test_the_kernels_of_other_ops_refuse_the_code_of_int8(cpu: str) -> None:
-    args = RmsNormArgs(torch.ones(1, 33), torch.ones(33, dtype=torch.int8), None, None, 1, 1e-5, False)
+    args = RmsNormArgs(torch.ones(1, 33), torch.ones(33, dtype=torch.int8), None, None, 1, 1e-5, 1.0, False)
     with pytest.raises(ValueError, match="unknown dtype code 3"):
         native.rms_norm(args)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from speculative_mamba.models.language_model import ModelCache
-from speculative_mamba.ops import gated_silu, rms_norm, skinny_linear, ssd_verify
+from speculative_mamba.ops import mlp_activation, rms_norm, skinny_linear, ssd_verify
 from speculative_mamba.ops.recording import Recording, ResultPool, StaleRecordingError
 from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture, tiny_config
@@ -183,13 +183,13 @@ def test_views_and_new_memory_are_no_operations():
     with recording.record():
         y = skinny_linear(x, weight, backend="cpu")
         left, right = y.split([4, 4], 1)
-        product = gated_silu(left, right.unflatten(1, (2, 2)).flatten(1), backend="cpu")
+        product = mlp_activation(left, right.unflatten(1, (2, 2)).flatten(1), backend="cpu")
         addresses = [torch.empty(5, 7).data_ptr(), torch.empty_like(y).data_ptr()]
     assert not {torch.empty(5, 7).data_ptr(), torch.empty_like(y).data_ptr()} & set(addresses)
     x.normal_()
     recording.run()
     y = skinny_linear(x, weight, backend="cpu")
-    assert_bitwise_equal(product, gated_silu(y[:, :4], y[:, 4:], backend="cpu"))
+    assert_bitwise_equal(product, mlp_activation(y[:, :4], y[:, 4:], backend="cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
@@ -212,7 +212,7 @@ def test_a_weight_with_other_memory_is_used_from_the_next_step_on(kind, dtype):
             tensor[(0,) * tensor.ndim] += 1
             check(tokens)
     check(pair)
-    mixer = model.blocks[0].mixer
+    mixer = model.blocks[0].mixers[0]
     name, weight = next((name, part) for name, part in vars(mixer).items() if torch.is_tensor(part) and part.ndim == 1)
     object.__setattr__(mixer, name, weight * 2)
     check(tokens)

@@ -39,7 +39,7 @@ def make(change: dict | None = None, seed: int = 0) -> tuple[torch.Tensor, torch
 
 def specified(x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """By the reference, in the dtype of x."""
-    return reference.skinny_linear(SkinnyLinearArgs(x, weight, bias, x.dtype, constant_weights=False))
+    return reference.skinny_linear(SkinnyLinearArgs(x, weight, bias, 1.0, x.dtype, constant_weights=False))
 
 
 @dtypes
@@ -140,11 +140,13 @@ def test_nothing_times_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("change", [{}, {"rows": 64}, {"out_features": 1}, {"dtype": torch.int8}], ids=str)
-def test_a_bias_is_one_addition_to_the_finished_sum(change: dict, backend: str) -> None:
+def test_scale_and_bias_come_to_the_finished_sum(change: dict, backend: str) -> None:
     x, weight = make(change)
     bias = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(7))
     y = skinny_linear(x, weight, bias, backend=backend)
-    assert_bitwise_equal(y, skinny_linear(x, weight, backend=backend) + bias)
+    sums = skinny_linear(x, weight, backend=backend)
+    assert_bitwise_equal(y, sums + bias)
+    assert_bitwise_equal(skinny_linear(x, weight, bias, y_scale=0.3, backend=backend), sums * 0.3 + bias, "scaled")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +185,9 @@ def test_activations_of_16_bits(
     y = skinny_linear(x, weight, bias, out_dtype=torch.float32, backend=gpu_kernels)
     assert_accurate(y, specified(x.float(), weight, bias), exact)
     assert_bitwise_equal(skinny_linear(x, weight, bias, backend=gpu_kernels), y.to(dtype), "rounded")
+    sums = skinny_linear(x, weight, out_dtype=torch.float32, backend=gpu_kernels)
+    scaled = skinny_linear(x, weight, bias, y_scale=0.3, out_dtype=torch.float32, backend=gpu_kernels)
+    assert_bitwise_equal(scaled, sums * 0.3 + bias, "scaled")
     for first in range(0, rows, 3):
         alone = skinny_linear(x[first : first + 1], weight, bias, out_dtype=torch.float32, backend=gpu_kernels)
         assert_bitwise_equal(alone, y[first : first + 1], f"row {first}")

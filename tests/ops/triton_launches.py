@@ -54,17 +54,17 @@ def ssd(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tup
 
 def norm(dtype: torch.dtype, gate: bool) -> tuple:
     x, residual = torch.zeros(5, 2560, dtype=dtype), torch.zeros(5, 2560)
-    return x, torch.zeros(2560, dtype=dtype), None if gate else residual, x if gate else None, 1, 1e-5, False
+    return x, torch.zeros(2560, dtype=dtype), None if gate else residual, x if gate else None, 1, 1e-5, 1.0, False
 
 
 def silu(dtype: torch.dtype) -> tuple:
-    return torch.zeros(5, 14336, dtype=dtype), torch.zeros(5, 14336, dtype=dtype)
+    return torch.zeros(5, 14336, dtype=dtype), torch.zeros(5, 14336, dtype=dtype), 0
 
 
 def linear(dtype: torch.dtype, weight: torch.dtype, out_dtype: torch.dtype) -> tuple:
     matrix = torch.zeros(2560, 5120, dtype=weight)
     matrix = Int8Weight(matrix, torch.zeros(2560)) if weight is torch.int8 else matrix
-    return torch.zeros(5, 5120, dtype=dtype), matrix, torch.zeros(2560), out_dtype, False
+    return torch.zeros(5, 5120, dtype=dtype), matrix, torch.zeros(2560), 1.0, out_dtype, False
 
 
 def attention(dtype: torch.dtype, cache: torch.dtype, dims: int) -> tuple:
@@ -100,7 +100,7 @@ SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.8, repetition_penalt
 CALLS = {
     "causal_conv1d_verify": [(conv, (FLOAT32, 4)), (conv, (BFLOAT16, 4)), (conv, (BFLOAT16, 8))],
     "commit_tokens": [(committing, (False,)), (committing, (True,))],
-    "gated_silu": [(silu, (FLOAT32,)), (silu, (BFLOAT16,))],
+    "mlp_activation": [(silu, (FLOAT32,)), (silu, (BFLOAT16,))],
     "rms_norm": [(norm, (FLOAT32, False)), (norm, (BFLOAT16, False)), (norm, (BFLOAT16, True))],
     "selective_scan_verify": [(scan, states) for states in STATES],
     "ssd_verify": [(ssd, states) for states in STATES],

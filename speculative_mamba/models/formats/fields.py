@@ -1,6 +1,7 @@
 """Reads the fields of a ``config.json``: each has a type and a range; whatever does not fit is refused by name."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -60,11 +61,11 @@ def epsilon(config: dict[str, Any], key: str, default: float) -> float:
     return number(config, key, default, most=1.0)
 
 
-def expanded(config: dict[str, Any], d_model: int, default: float = 2) -> int:
+def expanded(config: dict[str, Any], d_model: int, default: float = 2, *, key: str = "expand") -> int:
     """``expand`` times the width of the model."""
-    size = int(number(config, "expand", default) * d_model)
+    size = int(number(config, key, default) * d_model)
     if not 1 <= size <= MAX_SIZE:
-        refuse("expand", config.get("expand"), f"a size of 1 to {MAX_SIZE} for expand * {d_model}")
+        refuse(key, config.get(key), f"a size of 1 to {MAX_SIZE} for {key} * {d_model}")
     return size
 
 
@@ -105,6 +106,23 @@ def indices(config: dict[str, Any], key: str, below: int) -> frozenset[int]:
     if not isinstance(value, list) or not all(is_integer(i) and 0 <= i < below for i in value):
         refuse(key, value, f"a list of layers from 0 to {below - 1}")
     return frozenset(value)
+
+
+def layer_types(config: dict[str, Any], known: Collection[str], default: str, *keys: str) -> list[str]:
+    """A kind for every layer, under the first of the keys that is there."""
+    layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
+    key = next((key for key in keys if config.get(key) is not None), None)
+    if key is None:
+        return [default] * layers
+    kinds = config[key]
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        refuse(key, kinds, "a list of names")
+    if len(kinds) != layers:
+        raise ValueError(f"config.json gives {len(kinds)} {key}, but num_hidden_layers = {layers}")
+    unknown = next((kind for kind in kinds if kind not in known), None)
+    if unknown is not None:
+        raise ValueError(f"config.json has {shown(unknown)} in {key}; supported: {', '.join(known)}")
+    return kinds
 
 
 def refuse_other(config: dict[str, Any], key: str, *supported: Any) -> None:

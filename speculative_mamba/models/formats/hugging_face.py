@@ -1,11 +1,12 @@
 """Hugging Face's ``MambaForCausalLM``, ``FalconMambaForCausalLM``, ``Mamba2ForCausalLM`` and ``LlamaForCausalLM``."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from ...ops.mlp_activation import ACTIVATIONS
 from ..config import AttentionConfig, Mamba1Config, Mamba2Config, MlpConfig, ModelConfig
 from .fields import (
     MAX_HEAD_SIZE,
@@ -26,6 +27,9 @@ from .fields import (
     shown,
 )
 from .names import Names
+
+# model_type -> its architecture, and what reads its config
+ModelTypes = dict[str, tuple[str, Callable[[dict[str, Any]], tuple[ModelConfig, Names]]]]
 
 
 def backbone_names(layers: int) -> Names:
@@ -95,20 +99,26 @@ def _of_backbone(
 
 def _llama(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
-    mlp = MlpConfig(required(config, "intermediate_size"), flag(config, "mlp_bias", False))
-    return of_llama(config, (llama_attention(config), mlp) * layers, "self_attn.")
+    return of_llama(config, (llama_attention(config), llama_mlp(config)) * layers, "self_attn.")
 
 
-def of_llama(config: dict[str, Any], blocks: tuple, *mixers: str) -> tuple[ModelConfig, Names]:
+def of_llama(
+    config: dict[str, Any],
+    blocks: tuple,
+    *mixers: str,
+    mlp: str = "mlp.",
+    renamed: Mapping[str, str] | None = None,
+    **other: Any,
+) -> tuple[ModelConfig, Names]:
     """A model whose layers are two blocks each, a mixer and an MLP. mixers: what stands before the names of each
-    layer's mixer, or one for all."""
+    layer's mixer, or one for all; mlp: before those of its MLP. renamed: of ``Names``. other: of ``ModelConfig``."""
     layers = len(blocks) // 2
     mixers = mixers if len(mixers) == layers else mixers * layers
     names = []
     for i, mixer in enumerate(mixers):
         prefix = f"model.layers.{i}."
         names.append((f"{prefix}input_layernorm.weight", f"{prefix}{mixer}"))
-        names.append((f"{prefix}post_attention_layernorm.weight", f"{prefix}mlp."))
+        names.append((f"{prefix}post_attention_layernorm.weight", f"{prefix}{mlp}"))
     model = ModelConfig(
         d_model=required(config, "hidden_size"),
         vocab_size=required(config, "vocab_size"),
@@ -116,12 +126,14 @@ def of_llama(config: dict[str, Any], blocks: tuple, *mixers: str) -> tuple[Model
         eps=epsilon(config, "rms_norm_eps", 1e-6),
         tie_embeddings=flag(config, "tie_word_embeddings", False),
         eos_token_id=eos_token_id(config, 2),
+        **other,
     )
-    return model, Names(("model.embed_tokens.weight",), "model.norm.weight", "lm_head.weight", tuple(names))
+    return model, Names(
+        ("model.embed_tokens.weight",), "model.norm.weight", "lm_head.weight", tuple(names), renamed or {}
+    )
 
 
-def llama_attention(config: dict[str, Any]) -> AttentionConfig:
-    refuse_other(config, "hidden_act", "silu")
+def llama_attention(config: dict[str, Any], *, scale: float | None = None, rotates: bool = True) -> AttentionConfig:
     heads = required(config, "num_attention_heads")
     if config.get("head_dim") is None:
         divides(heads, required(config, "hidden_size"), "num_attention_heads")
@@ -131,9 +143,19 @@ def llama_attention(config: dict[str, Any]) -> AttentionConfig:
         n_heads=heads,
         n_kv_heads=divides(required(config, "num_key_value_heads", heads), heads, "num_key_value_heads"),
         head_dim=head_dim,
-        inv_freq=tuple(_rotary(config, head_dim).tolist()),
+        inv_freq=tuple(_rotary(config, head_dim).tolist()) if rotates else (),
+        scale=scale,
         bias=bias,
         out_bias=bias,
+    )
+
+
+def llama_mlp(config: dict[str, Any]) -> MlpConfig:
+    refuse_other(config, "hidden_act", *ACTIVATIONS)
+    return MlpConfig(
+        d_inner=required(config, "intermediate_size"),
+        bias=flag(config, "mlp_bias", False),
+        activation=config.get("hidden_act", "silu"),
     )
 
 
@@ -162,7 +184,7 @@ def _rotary(config: dict[str, Any], head_dim: int) -> torch.Tensor:
     return frequencies
 
 
-MODEL_TYPES: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[ModelConfig, Names]]]] = {
+MODEL_TYPES: ModelTypes = {
     "mamba": ("MambaForCausalLM", _mamba1),
     "falcon_mamba": ("FalconMambaForCausalLM", _falcon_mamba),
     "mamba2": ("Mamba2ForCausalLM", _mamba2),

@@ -24,7 +24,7 @@ from .fields import (
     required,
     shown,
 )
-from .hugging_face import llama_attention, of_llama
+from .hugging_face import llama_attention, llama_mlp, of_llama
 from .names import Names
 
 _INITIAL = "expand dt_min dt_max dt_init dt_scale dt_init_floor A_init_range conv_init use_fast_path use_mem_eff_path "
@@ -49,8 +49,7 @@ def from_mamba_in_llama(config: dict[str, Any], mamba: dict[str, Any]) -> tuple[
     ):
         if here != there:
             raise ValueError(f"mamba_config.json gives {key} = {here!r}, but config.json {there!r}")
-    mlp = MlpConfig(required(config, "intermediate_size"), flag(config, "mlp_bias", False))
-    attention_layer = (llama_attention(config), mlp) if attending else ()
+    attention_layer = (llama_attention(config), llama_mlp(config)) if attending else ()
     blocks = sum((attention_layer if i in attending else mamba_layer for i in range(layers)), ())
     return of_llama(config, blocks, *("self_attn." if i in attending else "mamba." for i in range(layers)))
 

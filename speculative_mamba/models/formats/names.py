@@ -1,14 +1,17 @@
 """Where a checkpoint keeps its weights."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Names:
     """Names of tensors; of several for the embedding the first that exists counts. blocks: for each block its norm's
-    weight, and what the names of its mixer's tensors begin with."""
+    weight, and what the names of each mixer's tensors begin with. renamed: what they go on with, where that is not the
+    Llama's name; "gate_up_proj" and "up_gate_proj" stand for one matrix of two, in that order."""
 
     embedding: tuple[str, ...]
     norm: str
     head: str
-    blocks: tuple[tuple[str, str], ...]
+    blocks: tuple[tuple[str, ...], ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)

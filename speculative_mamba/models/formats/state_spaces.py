@@ -62,7 +62,8 @@ def from_state_spaces(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
         eos_token_id=eos_token_id(config, 0),
     )
     embedding = ("backbone.embedding.weight", "backbone.embeddings.weight")
-    return model, Names(embedding, "backbone.norm_f.weight", "lm_head.weight", tuple(names))
+    renamed = {"up_gate_proj": "fc1", "down_proj": "fc2"}
+    return model, Names(embedding, "backbone.norm_f.weight", "lm_head.weight", tuple(names), renamed)
 
 
 def _padded(count: int, multiple: int) -> int:

@@ -17,6 +17,7 @@ class RmsNormArgs(NamedTuple):
     gate: torch.Tensor | None
     groups: int
     eps: float
+    x_scale: float
     constant_weights: bool
 
 
@@ -28,6 +29,7 @@ def rms_norm(
     gate: torch.Tensor | None = None,
     groups: int = 1,
     eps: float = 1e-5,
+    x_scale: float = 1.0,
     constant_weights: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,11 +43,12 @@ def rms_norm(
     | residual | (M, D) | float32, contiguous, or None for zero |
     | gate     | (M, D) | as x, or None; not together with residual |
     | groups   | int    | divides D: each of so many equal parts of D has its own mean |
+    | x_scale  | float  | what x is multiplied by first, in float32 |
     | constant_weights | bool | see ``ops``; of weight |
     | returns  | normed (M, D), what was normalised (M, D) | as x, float32 |
 
-    Equivalent to ``r = x + residual; r / sqrt(mean(r²) + eps) * weight, r``, with a gate to the same for
-    ``r = x * silu(gate)``: first the gate, then the norm. No argument is written.
+    Equivalent to ``r = x_scale * x + residual; r / sqrt(mean(r²) + eps) * weight, r``, with a gate to the same for
+    ``r = x_scale * x * silu(gate)``: first the gate, then the norm. No argument is written.
 
     Raises:
         ValueError: a shape, dtype, stride, device or number of groups does not fit.
@@ -63,4 +66,4 @@ def rms_norm(
         check("gate", gate, x.shape, x, x.dtype)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} features, got {groups}")
-    return run("rms_norm", backend, RmsNormArgs(x, weight, residual, gate, groups, eps, constant_weights))
+    return run("rms_norm", backend, RmsNormArgs(x, weight, residual, gate, groups, eps, x_scale, constant_weights))

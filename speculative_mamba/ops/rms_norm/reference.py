@@ -12,7 +12,8 @@ def rms_norm(args: RmsNormArgs) -> tuple[torch.Tensor, torch.Tensor]:
     if is_narrow(x):
         y, value = rms_norm(widened(args, "x", "gate"))
         return y.to(x.dtype), value
-    value = x.clone(memory_format=torch.contiguous_format) if residual is None else x + residual
+    scaled = x if args.x_scale == 1 else x * args.x_scale
+    value = scaled.clone(memory_format=torch.contiguous_format) if residual is None else scaled + residual
     if gate is not None:
         for m in range(len(x)):  # PyTorch rounds SiLU by where a value lies in its tensor
             value[m] *= F.silu(gate[m])

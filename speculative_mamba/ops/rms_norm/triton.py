@@ -11,11 +11,13 @@ LARGEST_BLOCK = 2048
 
 
 @triton.jit
-def _value(x, residual, gate, at, exists):
+def _value(x, x_scale, residual, gate, at, exists):
     """What is normalised."""
     value = widen(tl.load(x + at, exists, 0.0))
     if residual is not None:
-        value += tl.load(residual + at, exists, 0.0)
+        value = tl.fma(value, x_scale, tl.load(residual + at, exists, 0.0))
+    else:
+        value *= x_scale
     if gate is not None:
         value *= silu(widen(tl.load(gate + at, exists, 0.0)))
     return value
@@ -23,7 +25,8 @@ def _value(x, residual, gate, at, exists):
 
 @triton.jit
 def _normalise(
-    x, x_row_stride, residual, gate, gate_row_stride, weight, eps, y, residual_out, groups, size, BLOCK: tl.constexpr
+    x, x_row_stride, x_scale, residual, gate, gate_row_stride, weight, eps, y, residual_out, groups, size,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes one group of one row; in which order it adds depends on the group's size alone."""
     row, first = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups * size
@@ -39,13 +42,14 @@ def _normalise(
     squares = tl.zeros((1, BLOCK), tl.float32)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
-        value = _value(x, residual, gate, at, at < size)
+        value = _value(x, x_scale, residual, gate, at, at < size)
         tl.store(residual_out + at, value, at < size)
         squares = tl.fma(value, value, squares)
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(row_sums(squares), tl.cast(size, tl.float32)) + eps))
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
-        value = _value(x, residual, gate, at, at < size)  # again: other threads wrote what this one would read back
+        # Again: other threads wrote what this one would read back.
+        value = _value(x, x_scale, residual, gate, at, at < size)
         value = value * scale[:, None] * widen(tl.load(weight + at, at < size, 0.0))
         tl.store(y + at, narrow(value, y.dtype.element_ty), at < size)
 
@@ -56,8 +60,8 @@ def rms_norm(args: RmsNormArgs) -> tuple[torch.Tensor, torch.Tensor]:
     size = features // groups
     y, residual_out = x.new_empty(rows, features), x.new_empty(rows, features, dtype=torch.float32)
     launch(
-        _normalise, rows * groups, y, 8, x=x, x_row_stride=x.stride(0), residual=args.residual, gate=gate,
-        gate_row_stride=0 if gate is None else gate.stride(0), weight=args.weight, eps=args.eps, y=y,
+        _normalise, rows * groups, y, 8, x=x, x_row_stride=x.stride(0), x_scale=args.x_scale, residual=args.residual,
+        gate=gate, gate_row_stride=0 if gate is None else gate.stride(0), weight=args.weight, eps=args.eps, y=y,
         residual_out=residual_out, groups=groups, size=size, BLOCK=min(LARGEST_BLOCK, triton.next_power_of_2(size)),
     )  # fmt: skip
     return y, residual_out

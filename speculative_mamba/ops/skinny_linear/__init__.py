@@ -15,6 +15,7 @@ class SkinnyLinearArgs(NamedTuple):
     x: torch.Tensor
     weight: torch.Tensor | Int8Weight
     bias: torch.Tensor | None
+    y_scale: float
     out_dtype: torch.dtype
     constant_weights: bool
 
@@ -24,6 +25,7 @@ def skinny_linear(
     weight: torch.Tensor | Int8Weight,
     bias: torch.Tensor | None = None,
     *,
+    y_scale: float = 1.0,
     out_dtype: torch.dtype | None = None,
     constant_weights: bool = False,
     backend: str = "auto",
@@ -35,6 +37,7 @@ def skinny_linear(
     | x         | (M, K) | activations                              |
     | weight    | (N, K) | float32, bfloat16, float16, `Int8Weight` |
     | bias      | (N)    | float32, None                            |
+    | y_scale   | float  | what finished sums are multiplied by, before the bias |
     | out_dtype |        | float32, or None: as x                   |
     | constant_weights | | bool, see ``ops``; of weight, bias       |
     | returns   | (M, N) | out_dtype                                |
@@ -65,4 +68,5 @@ def skinny_linear(
         check_contiguous("bias", bias)
     if out_dtype not in (None, x.dtype, torch.float32):
         raise ValueError(f"out_dtype must be torch.float32 or that of x, {x.dtype}, got {out_dtype}")
-    return run("skinny_linear", backend, SkinnyLinearArgs(x, weight, bias, out_dtype or x.dtype, constant_weights))
+    args = SkinnyLinearArgs(x, weight, bias, y_scale, out_dtype or x.dtype, constant_weights)
+    return run("skinny_linear", backend, args)

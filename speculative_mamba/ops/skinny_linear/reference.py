@@ -16,4 +16,6 @@ def skinny_linear(args: SkinnyLinearArgs) -> torch.Tensor:
     y = torch.stack([F.linear(row, values) for row in x]) if len(x) else x.new_empty(0, weight.shape[0])
     if isinstance(weight, Int8Weight):
         y = y * weight.scale.to(x.dtype)
+    if args.y_scale != 1:
+        y = y * args.y_scale
     return y if args.bias is None else y + args.bias.to(x.dtype)

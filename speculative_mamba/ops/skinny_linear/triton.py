@@ -22,7 +22,7 @@ WARPS, STAGES = 4, 4
 
 @triton.jit(do_not_specialize=["rows"])
 def _multiply(
-    x, weight, scale, bias, y, rows, outputs, features, x_stride, weight_stride,
+    x, weight, scale, bias, y, y_scale, rows, outputs, features, x_stride, weight_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, LANES: tl.constexpr, FEATURES: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(rows, ROWS)
@@ -44,6 +44,7 @@ def _multiply(
     sums = lane_sums(sums)
     if scale is not None:
         sums *= tl.load(scale + n, mask=n < outputs, other=0)[None, :]
+    sums *= y_scale
     if bias is not None:
         sums += tl.load(bias + n, mask=n < outputs, other=0)[None, :]
     here = (m < rows)[:, None] & (n < outputs)[None, :]
@@ -59,8 +60,8 @@ def skinny_linear(args: SkinnyLinearArgs) -> torch.Tensor:
     y = torch.empty(rows, outputs, dtype=args.out_dtype, device=x.device)
     launch(
         _multiply, triton.cdiv(rows, ROWS) * triton.cdiv(outputs, OUTPUTS), x, WARPS, STAGES, x=x, weight=values,
-        scale=scale, bias=args.bias, y=y, rows=rows, outputs=outputs, features=features, x_stride=x.stride(0),
-        weight_stride=values.stride(0), ROWS=ROWS, OUTPUTS=OUTPUTS, LANES=LANES, FEATURES=BYTES // x.element_size(),
-        NARROW=x.element_size() == 2 and values.dtype in (x.dtype, torch.int8),
+        scale=scale, bias=args.bias, y=y, y_scale=args.y_scale, rows=rows, outputs=outputs, features=features,
+        x_stride=x.stride(0), weight_stride=values.stride(0), ROWS=ROWS, OUTPUTS=OUTPUTS, LANES=LANES,
+        FEATURES=BYTES // x.element_size(), NARROW=x.element_size() == 2 and values.dtype in (x.dtype, torch.int8),
     )  # fmt: skip
     return y

@@ -129,7 +129,7 @@ void announce_all(const CausalConv1dParams& p) {
     }
 }
 
-void announce_all(const GatedSiluParams& p) {
+void announce_all(const MlpActivationParams& p) {
     announce_activations(p, p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
     announce_activations(p, p.up, p.rows, p.up_row_stride, 1, 0, p.features);
     announce_result(p, p.rows * p.features);
