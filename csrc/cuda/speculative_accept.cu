@@ -74,8 +74,7 @@ __device__ __forceinline__ int64_t decide_position(const SpeculativeAcceptParams
         return token_of(likeliest) == drafted ? kStands : token_of(likeliest);
     }
     const TargetProbs target(memory, candidates, position, peak, sampling);
-    if (p.target_probs)
-        target.for_each([&](int token, float weight) { store_prob(token, weight * target.scale); });
+    if (p.target_probs) target.for_each([&](int token, float weight) { store_prob(token, weight * target.scale); });
     const Noise noise{static_cast<uint64_t>(load_raw(p.rng_keys + 2 * row)),
                       static_cast<uint32_t>(load_raw(p.rng_keys + 2 * row + 1)),
                       static_cast<uint32_t>(load_raw(p.positions + row) + t), static_cast<Purpose>(p.purpose)};
