@@ -69,32 +69,22 @@ class Round:
         tokens = proposal.tokens
         logits = self.target.verify(torch.cat([state.last[:, 1:], tokens], 1), self.layers, state.slots[0])
         verified = time.perf_counter()
-        counted = self._up_to_a_stop(proposal, logits) if tokens.shape[1] else proposal.num_tokens
-        accepted, next_token = sampler.accept(logits, tokens, proposal.probs, counted, self._row_status)
-        if tokens.shape[1] and proposal.row_status is not None:
-            of_counted = proposal.row_status.masked_fill(self._steps[: len(proposal.row_status)] >= counted, 0)
-            self._row_status.add_(of_counted.amax(0), alpha=_OF_DRAFT)
+        accepted, next_token = sampler.accept(
+            logits, tokens, proposal.probs, proposal.num_tokens, self._is_stop, self._row_status
+        )
+        if proposal.row_status is not None and (self._captured or proposal.row_status.any()):
+            self._row_status.add_(self._draft_status(proposal), alpha=_OF_DRAFT)
         record = commit_tokens(
             tokens, accepted, next_token, self._row_status, proposal.num_tokens, self._is_stop, state,
             output_counts=sampler.output_counts, text=self.draft and self.draft.text, backend=sampler.backend,
         )  # fmt: skip
         return RoundResult(lookahead, tokens.shape[1], record, logits, proposed - began, verified - proposed)
 
-    def _up_to_a_stop(self, proposal: Proposal, logits: torch.Tensor) -> torch.Tensor:
-        """How many of a row's drafted tokens count, now that none does behind a stop token.
-
-        Nor do the logits there, which may be anything: those that would be looked at are made harmless.
-        """
-        stops = self._is_stop[proposal.tokens]
-        if not self._captured and not stops.any():
-            return proposal.num_tokens
-        behind = stops.cumsum(1, dtype=torch.int32) - stops.int() > 0
-        counted = torch.minimum(proposal.num_tokens, (~behind).sum(1, dtype=torch.int32))
-        last = (counted.long() - 1).clamp(min=0)[:, None]
-        ends = (counted > 0) & stops.gather(1, last)[:, 0]
-        after = (last + 1)[..., None].expand(-1, 1, logits.shape[2])
-        logits.scatter_(1, after, logits.gather(1, after).masked_fill(ends[:, None, None], 0))
-        return counted
+    def _draft_status(self, proposal: Proposal) -> torch.Tensor:
+        """(B): of the draft's steps whose token counts; none does behind a stop token."""
+        stops = self._is_stop[proposal.tokens].T
+        counts = (self._steps[: len(stops)] < proposal.num_tokens) & (stops.cumsum(0) - stops.int() == 0)
+        return proposal.row_status.masked_fill(~counts, 0).amax(0)
 
     def stop_at(self, token_ids: Collection[int]) -> None:
         """From the next round on these tokens end rows."""

@@ -122,6 +122,7 @@ class Sampler:
         draft_tokens: torch.Tensor,
         draft_probs: torch.Tensor | None,
         num_draft_tokens: torch.Tensor,
+        is_stop: torch.Tensor,
         row_status: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``speculative_accept`` for the rows that are generating. logits: (B, K+1, V) float32 of the target."""
@@ -130,7 +131,8 @@ class Sampler:
         return speculative_accept(
             logits, draft_tokens.contiguous(), draft_probs, self.tensors, self.rng_keys, self._state.positions,
             coupled=self.coupled, prompt_mask=self.prompt_mask, output_counts=self.output_counts,
-            active=self._state.active, num_draft_tokens=num_draft_tokens, row_status=row_status, backend=self.backend,
+            active=self._state.active, num_draft_tokens=num_draft_tokens, is_stop=is_stop, row_status=row_status,
+            backend=self.backend,
         )  # fmt: skip
 
     def _processed(self, logits: torch.Tensor, draft_tokens: torch.Tensor, counts: list[int]) -> torch.Tensor:

@@ -111,15 +111,15 @@ def test_coupled_choices_are_those_of_sample_tokens(params: SamplingParams, back
 
     Catches: noise one position off, in draft or target.
     """
-    arguments = make(params, rows=5)
-    for agreeing in range(K + 1):
-        for at in range(K):
-            chosen = choices(arguments, backend)[:, at]
-            arguments["draft_tokens"][:, at] = chosen if at < agreeing else (chosen + 1) % V
-        accepted, next_token = speculative_accept(**arguments, coupled=True, backend=backend)
-        assert accepted.dtype == torch.int32 and next_token.dtype == torch.int64
-        assert accepted.tolist() == [agreeing] * 5
-        assert_bitwise_equal(next_token, choices(arguments, backend)[:, agreeing], "next token")
+    rows = torch.arange(5)
+    arguments, agreeing = make(params, rows=5), rows % (K + 1)
+    for at in range(K):
+        chosen = choices(arguments, backend)[:, at]
+        arguments["draft_tokens"][:, at] = torch.where(at < agreeing, chosen, (chosen + 1) % V)
+    accepted, next_token = speculative_accept(**arguments, coupled=True, backend=backend)
+    assert accepted.dtype == torch.int32 and next_token.dtype == torch.int64
+    assert torch.equal(accepted, agreeing.int())
+    assert_bitwise_equal(next_token, choices(arguments, backend)[rows, agreeing], "next token")
 
 
 def test_draft_probs_do_not_matter_when_coupled_or_greedy(backend: str) -> None:
