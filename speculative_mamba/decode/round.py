@@ -1,7 +1,7 @@
 """One round of a batch, on the models' device: propose, verify, accept, commit."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,17 +11,13 @@ from ..layers.cache import AttentionCache
 from ..models.language_model import MambaLM
 from ..ops import commit_tokens
 from ..ops.commit_tokens import BatchState
-from ..ops.sampling import ROW_STATUS_TEXTS
 from .cache import RowState, prefill
 from .drafts.base import Draft, LanguageModel, Proposal
 from .sampling import Sampler, SamplingParams
 
-_OF_DRAFT = 16  # a record's status of a draft is this many times that of the target
-
-
 @dataclass
 class RoundResult:
-    """lookahead, proposed: tokens a row that were asked for, and that came. record: (B, 5 + proposed) int64, see
+    """lookahead, proposed: tokens a row that were asked for, and that came. record: (B, 7 + proposed) int64, see
     ``commit_tokens``. logits: (B, 1 + proposed, V) of the target. A later round may write over both. draft_s, verify_s:
     until the calls of the draft and of the target returned."""
 
@@ -57,9 +53,8 @@ class Round:
             self.layers = list(self.layers)
         self._is_stop = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)
         self._row_status = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._steps = torch.arange(steps, dtype=torch.int32, device=device)[:, None]
-        no_tokens = torch.empty(batch, 0, dtype=torch.int64, device=device)
-        self._no_proposal = Proposal(no_tokens, None, state.room)
+        self._steps = torch.arange(steps, dtype=torch.int32, device=device)
+        self._no_proposal = Proposal(torch.empty(batch, 0, dtype=torch.int64, device=device))
         self._used: set[int] = set()  # rows that had a text
 
     def run(self, lookahead: int) -> RoundResult:
@@ -68,42 +63,43 @@ class Round:
         state, sampler = self.state, self.sampler
         proposal = self.draft.propose(state, lookahead) if lookahead else self._no_proposal
         proposed = time.perf_counter()
-        tokens = proposal.tokens
-        logits = self.target.verify(torch.cat([state.last[:, 1:], tokens], 1), self.layers, state.slots[0])
+        tokens, window, num_tokens = proposal.tokens, state.last[:, 1:], None
+        if tokens.shape[1]:
+            window = torch.cat([window, tokens], 1)
+            num_tokens = state.remaining - 1  # the last one of a budget need not be drafted
+            if proposal.num_tokens is not None:
+                num_tokens = torch.minimum(num_tokens, proposal.num_tokens)
+        logits = self.target.verify(window, self.layers, state.slots[0])
         verified = time.perf_counter()
-        counted = self._up_to_a_stop(proposal, logits) if tokens.shape[1] else proposal.num_tokens
-        accepted, next_token = sampler.accept(logits, tokens, proposal.probs, counted, self._row_status)
-        if tokens.shape[1] and proposal.row_status is not None:
-            of_counted = proposal.row_status.masked_fill(self._steps[: len(proposal.row_status)] >= counted, 0)
-            self._row_status.add_(of_counted.amax(0), alpha=_OF_DRAFT)
+        tested = self._up_to_a_stop(tokens, num_tokens, logits) if tokens.shape[1] else None
+        accepted, next_token = sampler.accept(logits, tokens, proposal.probs, tested, self._row_status)
         record = commit_tokens(
-            tokens, accepted, next_token, self._row_status, proposal.num_tokens, self._is_stop, state,
+            tokens, accepted, next_token, self._row_status, proposal.row_status, num_tokens, self._is_stop, state,
             output_counts=sampler.output_counts, text=self.draft and self.draft.text, backend=sampler.backend,
         )  # fmt: skip
         return RoundResult(lookahead, tokens.shape[1], record, logits, proposed - began, verified - proposed)
 
-    def _up_to_a_stop(self, proposal: Proposal, logits: torch.Tensor) -> torch.Tensor:
-        """How many of a row's drafted tokens count, now that none does behind a stop token.
+    def _up_to_a_stop(self, tokens: torch.Tensor, num_tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """How many of a row's draft tokens are tested: none behind a stop token.
 
-        Nor do the logits there, which may be anything: those that would be looked at are made harmless.
+        Nor are the logits there, which may be anything: those that would be looked at are made harmless.
         """
-        stops = self._is_stop[proposal.tokens]
-        if not self._captured and not stops.any():
-            return proposal.num_tokens
+        if not self._captured and self._stop_token_ids.isdisjoint(tokens.flatten().tolist()):
+            return num_tokens
+        stops = self._is_stop[tokens]
         behind = stops.cumsum(1, dtype=torch.int32) - stops.int() > 0
-        counted = torch.minimum(proposal.num_tokens, (~behind).sum(1, dtype=torch.int32))
-        last = (counted.long() - 1).clamp(min=0)[:, None]
-        ends = (counted > 0) & stops.gather(1, last)[:, 0]
+        tested = torch.minimum(num_tokens, (~behind).sum(1, dtype=torch.int32))
+        last = (tested.long() - 1).clamp(min=0)[:, None]
+        ends = (tested > 0) & stops.gather(1, last)[:, 0]
         after = (last + 1)[..., None].expand(-1, 1, logits.shape[2])
         logits.scatter_(1, after, logits.gather(1, after).masked_fill(ends[:, None, None], 0))
-        return counted
+        return tested
 
-    def stop_at(self, token_ids: Collection[int]) -> None:
+    def stop_at(self, token_ids: frozenset[int]) -> None:
         """From the next round on these tokens end rows."""
+        self._stop_token_ids = token_ids
         self._is_stop.zero_()
-        known = [token for token in token_ids if 0 <= token < len(self._is_stop)]
-        if known:
-            self._is_stop[torch.tensor(known, dtype=torch.int64, device=self._is_stop.device)] = True
+        self._is_stop[torch.tensor(sorted(token_ids), dtype=torch.int64, device=self._is_stop.device)] = True
 
     def admit(
         self,
@@ -127,8 +123,8 @@ class Round:
         self.sampler.admit(row, text, params, rng_key)
         state.last[row] = torch.tensor([0, *text][-2:], dtype=torch.int64, device=state.last.device)
         state.positions[row] = len(text)
-        state.room[row] = max_new_tokens - 1
-        state.slots[:, row] = self._steps[:, 0]
+        state.remaining[row] = max_new_tokens
+        state.slots[:, row] = self._steps
         state.active[row] = True
 
     def retire(self, row: int) -> None:
@@ -155,7 +151,7 @@ class Round:
             cache.at_most = bound
 
     def reserve(self, entries: int) -> bool:
-        """Makes room for texts of so many tokens. Whether anything moved."""
+        """Memory for texts of so many tokens. Whether anything moved."""
         moved = isinstance(self.target, MambaLM) and self.target.reserve(self.layers, entries)
         return (self.draft is not None and self.draft.reserve(entries)) or moved
 
@@ -166,10 +162,3 @@ class Round:
 
     def _all_layers(self) -> list:
         return [*self.layers, *(self.draft.layers if self.draft else ())]
-
-
-def explain(row: int, position: int, status: int) -> str:
-    """What a record's status says, in a line."""
-    if status >= _OF_DRAFT:
-        return f"the draft cannot propose a token: row {row}: {ROW_STATUS_TEXTS[status // _OF_DRAFT]}"
-    return f"row {row}, position {position} of the window: {ROW_STATUS_TEXTS[status]}"
