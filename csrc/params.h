@@ -264,6 +264,7 @@ struct SpeculativeAcceptParams {
     const int32_t* output_counts;     // (B, V): how often each token was generated, before the drafted ones
     const bool* active;               // (B), may be null: rows to decide
     const int32_t* num_draft_tokens;  // (B), may be null: only that many drafted tokens of a row count, at least 0
+    const bool* is_stop;              // (V), may be null: tokens that end a text; nothing is decided behind one
     float* target_probs;              // (B, V), may be null: with K = 0, what each token was drawn from
     int64_t target_probs_batch_stride;
     int32_t* accepted;    // (B); the position, where the status is not ok
@@ -276,7 +277,7 @@ struct SpeculativeAcceptParams {
               draft_probs, draft_probs_batch_stride, draft_probs_token_stride, sampling.temperature, sampling.top_k,
               sampling.top_p, sampling.min_p, sampling.repetition_penalty, sampling.presence_penalty,
               sampling.frequency_penalty, sampling.bias_ids, sampling.bias_values, sampling.bias_capacity, rng_keys,
-              positions, purpose, coupled, prompt_mask, output_counts, active, num_draft_tokens, target_probs,
+              positions, purpose, coupled, prompt_mask, output_counts, active, num_draft_tokens, is_stop, target_probs,
               target_probs_batch_stride, accepted, next_token, row_status, scratch, scratch_bytes)
 };
 

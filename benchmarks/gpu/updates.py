@@ -85,7 +85,11 @@ def accept(
 
 
 def commit(
-    draft_tokens: torch.Tensor, accepted: torch.Tensor, next_token: torch.Tensor, is_stop: torch.Tensor, state: BatchState
+    draft_tokens: torch.Tensor,
+    accepted: torch.Tensor,
+    next_token: torch.Tensor,
+    is_stop: torch.Tensor,
+    state: BatchState,
 ) -> torch.Tensor:
     """commit_tokens without a budget; leaves ``state`` alone."""
     at = torch.arange(draft_tokens.shape[1] + 1, device=draft_tokens.device)

@@ -48,13 +48,20 @@ __device__ __forceinline__ int64_t test(const TargetProbs& target, const DraftPr
     return gumbel_argmax(target, noise);
 }
 
+// The drafted token at a position of the window, which the last has none of.
+__device__ __forceinline__ const int64_t* drafted_at(const SpeculativeAcceptParams& p, int64_t row, int64_t t) {
+    return p.draft_tokens + (row + 1) * p.draft_stride - (p.tokens - 1) + t;
+}
+__device__ __forceinline__ bool follows_stop(const SpeculativeAcceptParams& p, int64_t row, int64_t t) {
+    return p.is_stop && t > 0 && load_raw(p.is_stop + load_raw(drafted_at(p, row, t - 1)));
+}
+
 __device__ __forceinline__ int64_t decide_position(const SpeculativeAcceptParams& p, const BlockMemory& memory,
                                                    const Candidates& candidates, int64_t row, int64_t t) {
     const Position position(p, row, t);
     const RowSampling sampling(p.sampling, row);
     const bool has_drafted = t < lookahead_of(p, row);
-    const int64_t at = row * p.draft_stride + p.draft_stride - (p.tokens - 1) + t;
-    const int drafted = has_drafted ? static_cast<int>(load_raw(p.draft_tokens + at)) : -1;
+    const int drafted = has_drafted ? static_cast<int>(load_raw(drafted_at(p, row, t))) : -1;
     const uint64_t likeliest = packed_max(memory, position);
     const float peak = logit_of(key_of(likeliest));
     const RowStatus status = status_of(peak, sampling.greedy());
@@ -83,8 +90,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) decide(SpeculativeAcceptParams
     SM_CANDIDATES(candidates);
     wait_for_previous();
     const int64_t t = blockIdx.x, row = blockIdx.y;
-    const bool active = is_active(p, row) && t <= lookahead_of(p, row);
-    const int64_t decided = active ? decide_position(p, memory, candidates, row, t) : 0;
+    const bool wanted = is_active(p, row) && t <= lookahead_of(p, row) && !follows_stop(p, row, t);
+    const int64_t decided = wanted ? decide_position(p, memory, candidates, row, t) : 0;
     if (threadIdx.x != 0) return;
     if (p.tokens == 1) return answer(p, row, 0, decided);
     store_raw(decisions_of(p, row) + t, decided);

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..models.identity import KnownModel
+from ..models.language_model import ModelCache
 
 # One layer's recurrent state after some token, and the convolution's inputs before the next (see ``MambaCache``).
 LayerState = tuple[torch.Tensor, ...]
@@ -22,6 +23,14 @@ class RowState:
     def of(cache: list, row: int, slot: int, tokens: list[int]) -> "RowState":
         """A copy of the state in a row's slot."""
         return RowState(tokens, [layer.snapshot(row, slot) for layer in cache])
+
+
+def new_layers(model: object, batch: int, slots: int, captured: bool) -> list:
+    """A model's cache for rounds, while which the model stays as it is. captured: its steps are not to be recorded."""
+    layers = model.new_cache(batch, slots)
+    if isinstance(layers, ModelCache):
+        layers.watches_model = False
+    return list(layers) if captured else layers
 
 
 def prefill(model: object, cache: list, row: int, tokens: list[int], state: RowState | None) -> None:

@@ -11,9 +11,10 @@ from ..layers.cache import AttentionCache
 from ..models.language_model import MambaLM
 from ..ops import commit_tokens
 from ..ops.commit_tokens import BatchState
-from .cache import RowState, prefill
+from .cache import RowState, new_layers, prefill
 from .drafts.base import Draft, LanguageModel, Proposal
 from .sampling import Sampler, SamplingParams
+
 
 @dataclass
 class RoundResult:
@@ -48,9 +49,7 @@ class Round:
         device = state.last.device
         self.target, self.sampler, self.state, self._captured = target, sampler, state, captured
         self.draft = draft and draft.allocate(batch, steps - 1, sampler, captured=captured)
-        self.layers = target.new_cache(batch, steps)
-        if captured:
-            self.layers = list(self.layers)
+        self.layers = new_layers(target, batch, steps, captured)
         self._is_stop = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)
         self._row_status = torch.zeros(batch, dtype=torch.int32, device=device)
         self._steps = torch.arange(steps, dtype=torch.int32, device=device)
@@ -71,33 +70,17 @@ class Round:
                 num_tokens = torch.minimum(num_tokens, proposal.num_tokens)
         logits = self.target.verify(window, self.layers, state.slots[0])
         verified = time.perf_counter()
-        tested = self._up_to_a_stop(tokens, num_tokens, logits) if tokens.shape[1] else None
-        accepted, next_token = sampler.accept(logits, tokens, proposal.probs, tested, self._row_status)
+        accepted, next_token = sampler.accept(
+            logits, tokens, proposal.probs, num_tokens, self._is_stop, self._row_status
+        )
         record = commit_tokens(
             tokens, accepted, next_token, self._row_status, proposal.row_status, num_tokens, self._is_stop, state,
             output_counts=sampler.output_counts, text=self.draft and self.draft.text, backend=sampler.backend,
         )  # fmt: skip
         return RoundResult(lookahead, tokens.shape[1], record, logits, proposed - began, verified - proposed)
 
-    def _up_to_a_stop(self, tokens: torch.Tensor, num_tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """How many of a row's draft tokens are tested: none behind a stop token.
-
-        Nor are the logits there, which may be anything: those that would be looked at are made harmless.
-        """
-        if not self._captured and self._stop_token_ids.isdisjoint(tokens.flatten().tolist()):
-            return num_tokens
-        stops = self._is_stop[tokens]
-        behind = stops.cumsum(1, dtype=torch.int32) - stops.int() > 0
-        tested = torch.minimum(num_tokens, (~behind).sum(1, dtype=torch.int32))
-        last = (tested.long() - 1).clamp(min=0)[:, None]
-        ends = (tested > 0) & stops.gather(1, last)[:, 0]
-        after = (last + 1)[..., None].expand(-1, 1, logits.shape[2])
-        logits.scatter_(1, after, logits.gather(1, after).masked_fill(ends[:, None, None], 0))
-        return tested
-
     def stop_at(self, token_ids: frozenset[int]) -> None:
         """From the next round on these tokens end rows."""
-        self._stop_token_ids = token_ids
         self._is_stop.zero_()
         self._is_stop[torch.tensor(sorted(token_ids), dtype=torch.int64, device=self._is_stop.device)] = True
 
@@ -151,7 +134,7 @@ class Round:
             cache.at_most = bound
 
     def reserve(self, entries: int) -> bool:
-        """Memory for texts of so many tokens. Whether anything moved."""
+        """Makes memory for texts of so many tokens. Whether anything moved."""
         moved = isinstance(self.target, MambaLM) and self.target.reserve(self.layers, entries)
         return (self.draft is not None and self.draft.reserve(entries)) or moved
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import weakref
 from pathlib import Path
 
@@ -80,13 +81,19 @@ class MappedFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self._state = self._now()
+        self._looked_at = time.monotonic()
 
-    def check(self, mapped: Path | None = None) -> None:
-        """Costs about a microsecond. mapped: also compares with what lies there now.
+    def check(self, mapped: Path | None = None, every: float = 0.0) -> None:
+        """mapped: also compares with what lies there now. every: not again within so many seconds, as looking takes
+        microseconds.
 
         Raises:
             ValueError: the file has been changed since it was mapped.
         """
+        now = time.monotonic()
+        if now - self._looked_at < every:
+            return
+        self._looked_at = now
         if self._now() != self._state or (mapped is not None and _state_of(mapped.stat()) != self._state):
             raise ValueError(
                 f"{self.path} was cut short or written over while the model uses it; load the model again, or with "

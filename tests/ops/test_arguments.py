@@ -216,7 +216,7 @@ def test_token_ids_of_any_integer_dtype(dtype: torch.dtype, place: str) -> None:
         for token in (-1, 61, 127):
             cache, ids = model.new_cache(1, 2), torch.tensor([[3, token]], dtype=integer)
             for method, others in ((model.verify, (cache, start)), (model.prefill, (cache, 0))):
-                with pytest.raises(ValueError, match=r"^tokens must be ids from 0 to 60, got"):
+                with pytest.raises(ValueError, match=r"^tokens must hold token ids from 0 to 60, got"):
                     method(ids if method == model.verify else ids[0], *others)
     for wrong in (torch.tensor([[1.0]]), torch.tensor([[True]])):
         with pytest.raises(ValueError, match="tokens must be of an integer dtype"):

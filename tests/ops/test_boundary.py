@@ -42,11 +42,7 @@ FOR_SAMPLING = ["purpose", "target_probs"]
 def test_backends_take_the_arguments_of_the_public_function(op_name: str) -> None:
     """In its order; but for the backend, and for what the public function fills itself."""
     parameters = inspect.signature(getattr(ops, op_name)).parameters.values()
-    public = [
-        p.name
-        for p in parameters
-        if p.name != "backend" and (p.name != "row_status" or p.default is p.empty)
-    ]
+    public = [p.name for p in parameters if p.name != "backend" and (p.name != "row_status" or p.default is p.empty)]
     public += FOR_SAMPLING if op_name == "speculative_accept" else []
     for source in ("reference", "native"):
         function = getattr(import_module(f"speculative_mamba.ops.{op_name}.{source}"), op_name)
@@ -63,7 +59,7 @@ def test_constants_are_those_of_the_specification(module: ModuleType | None) -> 
     module = module or built_shim()
     assert module.MAX_CONV_WIDTH == checks.MAX_CONV_WIDTH
     assert module.RECORD_COLUMNS == Record.TOKENS == max(Record)
-    assert module.FINISH_REASONS == max(FinishReason)
+    assert max(FinishReason) == module.FINISH_REASONS
     assert module.ROUNDING == sampling.ROUNDING
     assert max(sampling.RowStatus) == module.ROW_STATUSES
     assert tuple(Purpose) == module.PURPOSES

@@ -138,7 +138,7 @@ def test_rounds_after_rounds(lookahead: int, kernels: str) -> None:
     assert len(ended) > count // 2
 
 
-# Of one row with last tokens 7, 8 and three draft tokens: accepted, draft tokens and the next one, remaining, its state;
+# Of one row with last tokens 7, 8 and three draft tokens: accepted, draft tokens and the next one, remaining, its kind;
 # then how many tokens are committed, the last two of the text, remaining and why the row has ended.
 EXAMPLES = {
     "all accepted": ((3, [1, 2, 3, 4], 10, None), (4, [3, 4], 6, NONE)),
@@ -350,7 +350,11 @@ def test_arguments_that_do_not_fit_are_named(name: str, backend: str) -> None:
 
         return apply
 
-    refused(r"\bmeta\b" if name in ("draft_tokens", "last") else rf"{said}\b.*\bmeta\b", backend, changed(lambda t: t.to("meta")))
+    refused(
+        r"\bmeta\b" if name in ("draft_tokens", "last") else rf"{said}\b.*\bmeta\b",
+        backend,
+        changed(lambda t: t.to("meta")),
+    )
     refused(rf"{said} must be torch", backend, changed(lambda t: t.to(torch.int16)))
     refused(rf"{said} must have shape", backend, changed(lambda t: t[None]))
     if name not in ("draft_tokens", "is_stop", "last"):  # which set the sizes

@@ -323,6 +323,25 @@ def test_num_draft_tokens_are_as_many_drafted_tokens(
     assert reached, "a window that ends at its limit"
 
 
+@every_filter
+@pytest.mark.parametrize("coupled", [False, True])
+def test_nothing_is_decided_behind_a_stop_token(params: SamplingParams, coupled: bool, backend: str) -> None:
+    arguments = make(params, rows=8 * K)
+    if coupled:
+        arguments["draft_tokens"][::2] = choices(arguments, "reference")[::2, :K]
+    drafted, rows = arguments["draft_tokens"], torch.arange(8 * K)
+    is_stop = torch.zeros(V, dtype=torch.bool)
+    is_stop[drafted[rows, rows % K]] = True
+    stops_at = is_stop[drafted].int().argmax(1)  # the place of each row's first stop token
+    accepted, next_token = speculative_accept(**arguments, coupled=coupled, backend="reference")
+    behind = accepted > stops_at
+    arguments["logits"][torch.arange(K + 1) > stops_at[:, None]] = torch.nan
+    found, then = speculative_accept(**arguments, coupled=coupled, is_stop=is_stop, backend=backend)
+    assert torch.equal(found, torch.where(behind, stops_at + 1, accepted).int())
+    assert torch.equal(then, torch.where(behind, 0, next_token))
+    assert behind.any()
+
+
 @pytest.mark.parametrize("coupled", [False, True])
 def test_threads_change_nothing(coupled: bool, kernels: str) -> None:
     for params in FILTERS.values():

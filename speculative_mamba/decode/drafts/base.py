@@ -85,7 +85,7 @@ class Draft(ABC):
         return None
 
     def reserve(self, entries: int) -> bool:
-        """Makes room for texts of so many tokens. Whether anything moved."""
+        """Makes memory for texts of so many tokens. Whether anything moved."""
         return False
 
     def tensors(self) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 
 from ...models.language_model import MambaLM
 from ...ops.commit_tokens import BatchState
-from ..cache import RowState, prefill
+from ..cache import RowState, new_layers, prefill
 from ..sampling import Sampler
 from .base import Draft, LanguageModel, Proposal
 
@@ -30,9 +30,7 @@ class ModelDrafter(Draft):
     def allocate(self, batch: int, lookahead: int, sampler: Sampler, *, captured: bool) -> "ModelDrafter":
         allocated, device = copy.copy(self), self.model.device
         allocated._sampler = sampler
-        allocated.layers = self.model.new_cache(batch, lookahead + 1)
-        if captured:
-            allocated.layers = list(allocated.layers)
+        allocated.layers = new_layers(self.model, batch, lookahead + 1, captured)
         allocated._row_status = torch.zeros(lookahead, batch, dtype=torch.int32, device=device)
         allocated._probs = None
         if sampler.draws and not sampler.coupled:

@@ -8,6 +8,7 @@ from ..backend import run
 from ..checks import (
     check,
     check_active,
+    check_contiguous,
     check_num_draft_tokens,
     check_rng_keys,
     check_row_status,
@@ -39,6 +40,7 @@ class SpeculativeAcceptArgs(NamedTuple):
     output_counts: torch.Tensor | None
     active: torch.Tensor | None
     num_draft_tokens: torch.Tensor | None
+    is_stop: torch.Tensor | None = None
     purpose: int = int(Purpose.TOKEN)
     target_probs: torch.Tensor | None = None
 
@@ -63,6 +65,7 @@ def speculative_accept(
     output_counts: torch.Tensor | None = None,
     active: torch.Tensor | None = None,
     num_draft_tokens: torch.Tensor | None = None,
+    is_stop: torch.Tensor | None = None,
     row_status: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +84,7 @@ def speculative_accept(
     | output_counts    | (B, V)      | int32, None | how often each token was generated, before the drafted ones |
     | active           | (B)         | bool, None | rows to decide; the others get 0 and 0 |
     | num_draft_tokens | (B)         | int32, None | at least 0 if active: as if it were the K of its row |
+    | is_stop          | (V)         | bool, None | tokens that end a text |
     | row_status       | (B)         | int32, None | **written**: 0 where a row is decided, else why it cannot be |
     | returns          | accepted (B) int32, next token (B) int64 | | |
 
@@ -89,7 +93,7 @@ def speculative_accept(
     Otherwise (Leviathan et al. 2023, algorithm 1): token d stands if u·q(d) < p(d), u uniform in [0, 1); the token
     after the first refused one is drawn from the residual max(p - q, 0), the token after the last from p.
     Penalties at position j see the text and the drafted tokens before it, which count as generated. What lies behind a
-    refused token is never looked at.
+    refused token is never looked at, nor what lies behind a drafted stop token: if that stands, 0 comes after it.
 
     With ``row_status`` the call does not wait for the device and raises nothing for logits and probabilities: of such a
     row ``accepted`` is the position, the next token is 0, and ``ops.sampling.raise_for(row_status, accepted)`` raises
@@ -112,12 +116,15 @@ def speculative_accept(
     check_row_status(row_status, batch, logits)
     if draft_probs is not None:
         check("draft_probs", draft_probs, (batch, tokens - 1, vocabulary), logits)
+    if is_stop is not None:
+        check("is_stop", is_stop, (vocabulary,), logits, torch.bool)
+        check_contiguous("is_stop", is_stop)
     read = {"logits": logits, "draft_tokens": draft_tokens, "draft_probs": draft_probs, "rng_keys": rng_keys}
     read |= {"positions": positions, "prompt_mask": prompt_mask, "output_counts": output_counts, "active": active}
-    check_written({"row_status": row_status}, read | {"num_draft_tokens": num_draft_tokens})
+    check_written({"row_status": row_status}, read | {"num_draft_tokens": num_draft_tokens, "is_stop": is_stop})
     args = SpeculativeAcceptArgs(
         logits, draft_tokens, draft_probs, sampling, rng_keys, positions, coupled, prompt_mask, output_counts, active,
-        num_draft_tokens,
+        num_draft_tokens, is_stop,
     )  # fmt: skip
     accepted, next_token, found = run("speculative_accept", backend, args)
     if row_status is None:

@@ -43,7 +43,7 @@ def _residual(token, p, draft_probs, row, drafted):
 @triton.jit(do_not_specialize=["tokens", "coupled", "purpose", "draft_stride"])
 def _decide(
     logits, adjusted, penalties, bias, sampling, status, peaks, leasts, totals, counts, ids, keys, weights,
-    draft_tokens, draft_probs, rng_keys, positions, active, num_draft_tokens, target_probs, choices, rejected,
+    draft_tokens, draft_probs, rng_keys, positions, active, num_draft_tokens, is_stop, target_probs, choices, rejected,
     tokens, vocabulary, coupled, purpose, draft_stride,
 ):  # fmt: skip
     """Of a position of a window: whether its drafted token is rejected (the last has none), and what stands there then.
@@ -61,7 +61,13 @@ def _decide(
     found = tl.load(status + at)
     winner = 0
     rejects = True
-    if found == 0:
+    first = b * draft_stride + draft_stride - (tokens - 1)
+    follows_stop = False
+    if is_stop is not None:
+        previous = tl.load(draft_tokens + first + t - 1, mask=t > 0, other=0)
+        follows_stop = (t > 0) & (tl.load(is_stop + previous) != 0)
+        found = tl.where(follows_stop, 0, found)
+    if (found == 0) & (follows_stop == 0):
         temperature, top_k, nucleus, floor, greedy = row_sampling(sampling, b, vocabulary)
         row = logits_of(logits, adjusted, penalties, bias, at, tokens, vocabulary)
         peak = tl.load(peaks + at)
@@ -81,7 +87,6 @@ def _decide(
         position = tl.load(positions + b) + t
         is_last = t == end
         chooses = is_last | (coupled != 0) | greedy
-        first = b * draft_stride + draft_stride - (tokens - 1)
         drafted = tl.load(draft_tokens + first + t, mask=t < tokens - 1, other=0).to(tl.int32)
         q_row = t * 0
         if draft_probs is not None:
@@ -156,7 +161,7 @@ def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch
         **lists.arguments(), draft_tokens=draft_tokens,
         draft_probs=None if args.draft_probs is None else with_strides(args.draft_probs), rng_keys=args.rng_keys,
         positions=args.positions, active=args.active, num_draft_tokens=args.num_draft_tokens,
-        target_probs=target_probs, choices=choices, rejected=rejected, coupled=int(args.coupled),
+        is_stop=args.is_stop, target_probs=target_probs, choices=choices, rejected=rejected, coupled=int(args.coupled),
         purpose=args.purpose, draft_stride=draft_tokens.shape[1],
     )  # fmt: skip
     accepted, next_token, row_status = new(torch.int32, batch), new(torch.int64, batch), new(torch.int32, batch)
