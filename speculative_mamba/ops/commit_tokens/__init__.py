@@ -54,7 +54,7 @@ def commit_tokens(
     | is_stop          | (V)      | bool        | tokens that end a row |
     | state            |          | BatchState  | **written** |
     | output_counts    | (B, V)   | int32, None | **written**: each committed token counts once more |
-    | text             | (B, L)   | int64, None | **written**: committed tokens from ``state.positions`` on, none beyond L |
+    | text             | (B, L)   | int64, None | **written**: committed tokens from ``state.positions`` on, below L |
     | returns          | (B, K+7) | int64       | the columns of ``Record`` |
 
     All are contiguous. The window of a row is its accepted tokens, then the next one. An active row commits them up to
