@@ -266,7 +266,8 @@ inline void define_ops(py::module_& m) {
     m.attr("ops") = std::vector<std::string>{SM_FOR_EACH_OP(SM_NAME)};
     // What the specification knows too: tests compare them.
     m.attr("MAX_CONV_WIDTH") = kMaxConvWidth;
-    m.attr("RECORD_COLUMNS") = kRecordColumns;
+    m.attr("RECORD_COLUMNS") = static_cast<int>(Record::tokens);
+    m.attr("FINISH_REASONS") = static_cast<int>(FinishReason::length);
     m.attr("ROUNDING") = kRounding;
     m.attr("ROW_STATUSES") = static_cast<int>(RowStatus::bad_residual);
     m.attr("PURPOSES") = py::make_tuple(static_cast<int>(Purpose::token), static_cast<int>(Purpose::draft),

@@ -23,8 +23,7 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };  //
 constexpr const char* kDTypes[] = {"float32", "bfloat16", "float16", "int8"};
 
 constexpr int kMaxConvWidth = 8;
-constexpr int64_t kRecordColumns = 5;  // beside the drafted tokens
-constexpr double kRounding = 1e-6;     // bounds of filters are met up to the rounding of float32
+constexpr double kRounding = 1e-6;  // bounds of filters are met up to the rounding of float32
 
 // y = causal depthwise convolution of x, or silu of it; the inputs are kept in `window` so that a later call can start
 // after any of them. Channel d convolves channel d / (block·repeat) · block + d % block of x.
@@ -288,28 +287,44 @@ struct SpeculativeAcceptParams {
               target_probs_batch_stride, accepted, next_token, row_status, scratch, scratch_bytes)
 };
 
+// Columns of a record of commit_tokens, the last of which is the first of K+1.
+struct Record {
+    enum Column : int64_t {
+        num_committed,
+        accepted,
+        row_status,
+        draft_status,
+        num_draft_tokens,
+        finish_reason,
+        tokens,
+    };
+};
+
+enum class FinishReason : int64_t { none, eos, length };
+
 // Ends a round: accepted tokens and the one after them become text, up to a stop token or the end of the budget.
 struct CommitTokensParams {
     int64_t batch, lookahead, vocabulary;  // lookahead = K
     int64_t steps, capacity;               // S, L
-    const int64_t* drafted;                // (B, K)
+    const int64_t* draft_tokens;           // (B, K)
     const int32_t* accepted;               // (B)
-    const int64_t* following;              // (B)
-    const int32_t* verdicts;               // (B): a row whose verdict is not ok gains nothing and ends
-    const int32_t* limits;                 // (B): drafted tokens that counted, if less than K
+    const int64_t* next_token;             // (B)
+    const int32_t* row_status;             // (B): a row whose status is not ok gains nothing and ends
+    const int32_t* draft_status;           // (K, B), may be null: the same of each draft token
+    const int32_t* num_draft_tokens;       // (B), may be null: draft tokens that count, if less than K
     const bool* is_stop;                   // (V)
     int64_t* last;                         // (B, 2): the last two tokens of each text
     int64_t* positions;                    // (B): the length of each text
-    int32_t* room;                         // (B): tokens that may still come, less one
+    int32_t* remaining;                    // (B): tokens that may still come
     bool* active;                          // (B)
     int32_t* slots;                        // (S, B): where step s of the next round starts; -1: the row has ended
     int32_t* output_counts;                // (B, V), may be null: how often each token was generated
     int64_t* text;                         // (B, L), may be null
-    int64_t* record;  // (B, K + kRecordColumns): tokens committed, accepted, verdict, min(K, limit), the K+1 tokens of
-                      // the window
+    int64_t* record;                       // (B, Record::tokens + K+1)
 
-    SM_FIELDS(batch, lookahead, vocabulary, steps, capacity, drafted, accepted, following, verdicts, limits, is_stop,
-              last, positions, room, active, slots, output_counts, text, record)
+    SM_FIELDS(batch, lookahead, vocabulary, steps, capacity, draft_tokens, accepted, next_token, row_status,
+              draft_status, num_draft_tokens, is_stop, last, positions, remaining, active, slots, output_counts, text,
+              record)
 };
 
 // The list of all ops: what they are called everywhere, and their structs.

@@ -15,9 +15,10 @@ if __name__ == "__main__":  # streams and signals are set before anything that t
 
 import torch
 
+from . import __version__
 from .compare import compare
 from .decode import GenerationResult, GraphExecutor, SamplingParams, generate
-from .decode.inputs import ACCEPTANCES, NAMED_DRAFTS, check_generation, check_models
+from .decode.inputs import ACCEPTANCES, MAX_NEW_TOKENS, NAMED_DRAFTS, check_generation, check_models
 from .decode.text import TextStream
 from .info import describe
 from .models import MambaLM, load_model, load_pair
@@ -62,15 +63,17 @@ def _value(parse: Callable[[str], object], what: str) -> Callable[[str], object]
     return read
 
 
-def _count_of_threads(value: str) -> int:
-    if not 1 <= int(value) <= MAX_THREADS:
-        raise ValueError
-    return int(value)
+def _integer(least: int, limit: int) -> Callable[[str], object]:
+    def parse(value: str) -> int:
+        if not least <= int(value) <= limit:
+            raise ValueError
+        return int(value)
+
+    return _value(parse, f"a whole number from {least} to {limit}")
 
 
 _WHOLE, _NUMBER = _value(int, "a whole number"), _value(float, "a number")
 _LOOKAHEAD = _value(lambda value: value if value == "auto" else int(value), "auto or a whole number")
-_THREADS = _value(_count_of_threads, f"a whole number from 1 to {MAX_THREADS}")
 _TEXT = _value(lambda value: os.fsencode(value).decode(), "valid UTF-8")  # whatever the locale took it for
 
 
@@ -87,8 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
         names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))  # both spellings
         parser.add_argument(*names, **settings)
 
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     option("prompt", type=_TEXT, default=PROMPT, help="text to continue")
-    option("n_tokens_to_generate", type=_WHOLE, default=64, metavar="N", help="tokens to generate at most")
+    option(
+        "n_tokens_to_generate", type=_integer(0, MAX_NEW_TOKENS), default=64, metavar="N",
+        help="tokens to generate at most",
+    )  # fmt: skip
     option("K", type=_LOOKAHEAD, default=4, help="tokens drafted per round, 1 to 15, or auto")
     option("model_target", default="builtin:target", metavar="MODEL", help="folder, hub id or builtin:target")
     option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
@@ -108,7 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
     option("device", default="cpu", help="cpu or cuda")
     option("backend", default="auto", help="auto, cpu (C++), cuda (CUDA C++), triton or reference (PyTorch)")
     option("no_mmap", action="store_true", help="copy the weights into memory, so that their files may change")
-    option("threads", type=_THREADS, help="threads to use (default: one per core)", default=argparse.SUPPRESS)
+    option(
+        "threads",
+        type=_integer(1, MAX_THREADS),
+        help="threads to use (default: one per core)",
+        default=argparse.SUPPRESS,
+    )
     option("temperature", type=_NUMBER, default=0.0, help="0 is greedy")
     option("top_k", type=_WHOLE, default=0, help="keep the k likeliest tokens; 0 keeps all")
     option("top_p", type=_NUMBER, default=1.0, help="keep the smallest set of tokens with this probability")
@@ -364,13 +376,17 @@ def _compare(
         return {"tokens_equal": None, "plain_tokens_per_s": None, "ratio": None, "ratio_range": None, "pairs": 0}
     with signs_of_life(lambda: "comparing with plain decoding"):
         timed = compare(lambda: speed(None), lambda: speed(draft))
-    # Under rejection sampling the law is equal, not the text.
+    # Under rejection sampling the distribution is equal, not the text.
     equal = torch.equal(plain.sequences[0], shown.sequences[0]) if same_text else None
-    verdicts = {True: "the tokens are equal", False: "THE TOKENS DIFFER", None: "sampled: equal in law, not in text"}
+    said = {
+        True: "the tokens are equal",
+        False: "THE TOKENS DIFFER",
+        None: "sampled: equal in distribution, not in text",
+    }
     plain_speed, ratio, ratios = statistics.median(timed.plain), statistics.median(timed.ratios), sorted(timed.ratios)
     say(
         f"plain {plain_speed:.1f} tokens/s, with draft {statistics.median(timed.drafted):.1f} tokens/s, "
-        f"ratio {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs of runs); {verdicts[equal]}"
+        f"ratio {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs of runs); {said[equal]}"
     )
     return {
         "tokens_equal": equal, "plain_tokens_per_s": plain_speed, "ratio": ratio,

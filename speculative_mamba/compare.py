@@ -22,7 +22,7 @@ class Comparison:
         return [drafted / plain for plain, drafted in zip(self.plain, self.drafted, strict=True)]
 
     @property
-    def settled(self) -> bool:
+    def converged(self) -> bool:
         """Whether the spread of the ratios is known and narrow."""
         if len(self.ratios) < _FEWEST:
             return False
@@ -37,7 +37,7 @@ def compare(plain: Callable[[], float], drafted: Callable[[], float]) -> Compari
     """
     plain(), drafted()
     comparison, started = Comparison([], []), time.perf_counter()
-    while len(comparison.plain) < _MOST and not comparison.settled:
+    while len(comparison.plain) < _MOST and not comparison.converged:
         comparison.plain.append(plain())
         comparison.drafted.append(drafted())
         if time.perf_counter() - started > _SLOW_S and len(comparison.plain) >= _FEWEST_OF_SLOW:

@@ -117,8 +117,9 @@ def test_sizes_are_known_without_memory(name: str) -> None:
         (Sample(67, FILTERS["top-p"], 3, META), 4 * 2 * 3 * 67),
         (Sample(67, FILTERS["greedy"], 3, META), 4 * 3 * 67),
         (Accept(67, FILTERS["top-p"], 3, 5, META), 4 * 3 * 5 * 67),
-        # drafted and the next token, three numbers a row; last, position, room, active, slots; stop tokens; record
-        (Commit(67, 3, 5, META), 3 * (8 * 5 + 3 * 4 + 8 * 3 + 4 + 1 + 4 * 5 + 5 + 8 * 9)),
+        # draft tokens and the next one, three numbers a row, one a draft token; last, position, remaining, active,
+        # slots; stop tokens; record
+        (Commit(67, 3, 5, META), 3 * (8 * 5 + 3 * 4 + 4 * 4 + 8 * 3 + 4 + 1 + 4 * 5 + 5 + 8 * 11)),
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip

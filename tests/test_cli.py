@@ -222,7 +222,7 @@ def test_a_comparison_goes_on_until_its_spread_is_known(ratios, pairs, monkeypat
 def test_compare_of_sampled_text(run):
     """Rejection sampling keeps the law, not the text, so equality is not claimed."""
     _, out, err = run(*SHORT, "--compare", "--json", "--temperature", "1")
-    assert json.loads(out)["compare"]["tokens_equal"] is None and "equal in law" in err
+    assert json.loads(out)["compare"]["tokens_equal"] is None and "equal in distribution" in err
 
 
 def test_compare_of_coupled_text(run):
@@ -256,6 +256,12 @@ def test_info(run):
         assert word in out
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"speculative-mamba {sm.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -263,7 +269,7 @@ def test_info(run):
         (["--K", "0"], "from 1 to 15"),
         (["--K", "16"], "from 1 to 15"),
         (["--K", "four"], "four"),
-        (["--n_tokens_to_generate", "-1"], "-1"),
+        (["--n_tokens_to_generate", "-1"], "--n_tokens_to_generate"),
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--top_k", "-2"], "top_k"),
@@ -294,7 +300,7 @@ def test_info(run):
         (["--K", "9" * 400], "from 1 to 15"),
         (["--K", "inf"], "inf"),
         (["--top_k", "9" * 400], "top_k"),
-        (["--n_tokens_to_generate", "9" * 400], "max_new_tokens"),
+        (["--n_tokens_to_generate", "9" * 400], "--n_tokens_to_generate"),
         (["--n_tokens_to_generate", "1e3"], "1e3"),
         (["--temperature", "1e999"], "temperature"),
         (["--temperature", "-inf"], "temperature"),
@@ -378,9 +384,9 @@ def start(*arguments, **options):
 
 
 def test_as_script_and_as_module_from_anywhere(tmp_path):
-    script, module = start(SCRIPT, *SHORT, cwd=tmp_path), start("-m", "speculative_mamba.run", *SHORT, cwd=tmp_path)
-    outputs = [process.communicate()[0] for process in (script, module)]
-    assert outputs[0] == outputs[1] == generated() + "\n" and script.returncode == module.returncode == 0
+    for program in ((SCRIPT,), ("-m", "speculative_mamba.run"), ("-m", "speculative_mamba")):
+        process = start(*program, *SHORT, cwd=tmp_path)
+        assert process.communicate()[0] == generated() + "\n" and process.returncode == 0
 
 
 def test_bad_input_of_a_real_process():

@@ -8,7 +8,7 @@ import torch
 
 from speculative_mamba.ops import commit_tokens
 from speculative_mamba.ops.backend import run
-from speculative_mamba.ops.commit_tokens import BatchState
+from speculative_mamba.ops.commit_tokens import BatchState, Record
 from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.ops.sampling_tensors import SamplingTensors
@@ -117,25 +117,26 @@ class Commit(Work):
         lookahead, i32 = tokens - 1, torch.int32
         self.window = [
             whole(7, batch, lookahead), whole(lookahead, batch, dtype=i32), whole(9, batch), whole(0, batch, dtype=i32),
-            whole(lookahead, batch, dtype=i32), whole(0, vocabulary, dtype=torch.bool),
+            whole(0, lookahead, batch, dtype=i32), whole(lookahead, batch, dtype=i32),
+            whole(0, vocabulary, dtype=torch.bool),
         ]  # fmt: skip
-        self.rows = BatchState(
+        self.state = BatchState(
             whole(1, batch, 2), whole(100, batch), whole(1 << 30, batch, dtype=i32),
             whole(1, batch, dtype=torch.bool), whole(0, tokens, batch, dtype=i32),
         )  # fmt: skip
-        per_row = nbytes(*self.window[:-1], *vars(self.rows).values()) + batch * tokens  # and who is a stop token
-        self.moved = per_row + batch * 8 * (tokens + 4)
+        per_row = nbytes(*self.window[:-1], *vars(self.state).values()) + batch * tokens  # and who is a stop token
+        self.moved = per_row + batch * 8 * (tokens + Record.TOKENS)
 
     def run(self, backend: str) -> object:
-        return commit_tokens(*self.window, self.rows, backend=backend)
+        return commit_tokens(*self.window, self.state, backend=backend)
 
     def check(self, backend: str) -> None:
-        expected = BatchState(*(tensor.clone() for tensor in vars(self.rows).values()))
+        expected = BatchState(*(tensor.clone() for tensor in vars(self.state).values()))
         record = commit_tokens(*self.window, expected, backend="reference")
         assert torch.equal(self.run(backend), record), "another record than the reference"
         for name, tensor in vars(expected).items():
-            assert torch.equal(getattr(self.rows, name), tensor), f"{name}: not that of the reference"
+            assert torch.equal(getattr(self.state, name), tensor), f"{name}: not that of the reference"
 
     def baselines(self) -> dict[str, Callable[[], object]]:
-        drafted, accepted, following, _, _, is_stop = self.window
-        return {"torch": lambda: updates.commit(drafted, accepted, following, is_stop, self.rows)}
+        draft_tokens, accepted, next_token, *_, is_stop = self.window
+        return {"torch": lambda: updates.commit(draft_tokens, accepted, next_token, is_stop, self.state)}

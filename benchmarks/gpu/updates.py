@@ -69,15 +69,15 @@ def sample(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def accept(
-    logits: torch.Tensor, drafted: torch.Tensor, draft_probs: torch.Tensor | None, params: SamplingParams
+    logits: torch.Tensor, draft_tokens: torch.Tensor, draft_probs: torch.Tensor | None, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accepted and next token of every row, by greedy choice or the test of Leviathan et al., without a host read."""
     if params.greedy:
         choices = logits.argmax(-1)
-        accepted = (choices[:, :-1] == drafted).int().cumprod(1).sum(1)
+        accepted = (choices[:, :-1] == draft_tokens).int().cumprod(1).sum(1)
         return accepted, choices.gather(1, accepted[:, None])[:, 0]
     target = probs_of(logits, params)
-    p, q = (rows.gather(2, drafted[..., None])[..., 0] for rows in (target[:, :-1], draft_probs))
+    p, q = (rows.gather(2, draft_tokens[..., None])[..., 0] for rows in (target[:, :-1], draft_probs))
     accepted = (torch.rand_like(q) * q < p).int().cumprod(1).sum(1)
     at = accepted[:, None, None].expand(-1, 1, logits.shape[-1])
     of_draft = F.pad(draft_probs, (0, 0, 0, 1)).gather(1, at)  # nothing is taken after the last token
@@ -85,13 +85,17 @@ def accept(
 
 
 def commit(
-    drafted: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor, is_stop: torch.Tensor, rows: BatchState
+    draft_tokens: torch.Tensor,
+    accepted: torch.Tensor,
+    next_token: torch.Tensor,
+    is_stop: torch.Tensor,
+    state: BatchState,
 ) -> torch.Tensor:
-    """commit_tokens without a budget; leaves ``rows`` alone."""
-    at = torch.arange(drafted.shape[1] + 1, device=drafted.device)
-    window = torch.where(at < accepted[:, None], F.pad(drafted, (0, 1)), following[:, None])
+    """commit_tokens without a budget; leaves ``state`` alone."""
+    at = torch.arange(draft_tokens.shape[1] + 1, device=draft_tokens.device)
+    window = torch.where(at < accepted[:, None], F.pad(draft_tokens, (0, 1)), next_token[:, None])
     stops = is_stop[window] & (at <= accepted[:, None])
     count = torch.where(stops.any(1), stops.int().argmax(1), accepted) + 1
-    last = torch.cat([rows.last, window], 1).gather(1, count[:, None] + at[:2])
-    slots = torch.where(rows.active & ~stops.any(1), count - 1, -1)
-    return torch.cat([count[:, None], window, last, rows.positions[:, None] + count[:, None], slots[:, None]], 1)
+    last = torch.cat([state.last, window], 1).gather(1, count[:, None] + at[:2])
+    slots = torch.where(state.active & ~stops.any(1), count - 1, -1)
+    return torch.cat([count[:, None], window, last, state.positions[:, None] + count[:, None], slots[:, None]], 1)

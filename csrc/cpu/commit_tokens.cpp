@@ -6,38 +6,58 @@
 namespace speculative_mamba::SM_ISA {
 namespace {
 
-// Fills an active row's record and commits what it says. Whether the row goes on.
-bool commit(const CommitTokensParams& p, int64_t b, int64_t* record) {
-    int64_t &count = record[0], *window = record + 4, *last = p.last + 2 * b;
-    const int64_t accepted = p.accepted[b];
-    record[1] = accepted;
-    record[2] = p.verdicts[b];
-    record[3] = std::min<int64_t>(p.limits[b], p.lookahead);
-    std::copy_n(p.drafted + b * p.lookahead, accepted, window);
-    window[accepted] = p.following[b];
-    if (p.verdicts[b]) return false;
-    bool stops = false;
-    while (!stops && count <= accepted && p.room[b] >= 0) {
+// The largest status of the draft tokens that count: none behind a stop token does.
+int64_t draft_status(const CommitTokensParams& p, int64_t b, int64_t num_draft_tokens) {
+    int32_t status = 0;
+    for (int64_t t = 0; p.draft_status && t < num_draft_tokens; t++) {
+        status = std::max(status, p.draft_status[t * p.batch + b]);
+        if (p.is_stop[p.draft_tokens[b * p.lookahead + t]]) break;
+    }
+    return status;
+}
+
+// Appends the window of a row to its text. Why the row ends.
+FinishReason append(const CommitTokensParams& p, int64_t b, const int64_t* window, int64_t size, int64_t& count) {
+    int64_t* last = p.last + 2 * b;
+    while (count < size && p.remaining[b] > 0) {
         const int64_t token = window[count++], at = p.positions[b]++;
-        stops = p.is_stop[token];
-        p.room[b]--;
+        p.remaining[b]--;
         last[0] = last[1];
         last[1] = token;
         if (p.output_counts) p.output_counts[b * p.vocabulary + token]++;
         if (p.text && at < p.capacity) p.text[b * p.capacity + at] = token;
+        if (p.is_stop[token]) return FinishReason::eos;
     }
-    return !stops && p.room[b] >= 0;
+    return p.remaining[b] > 0 ? FinishReason::none : FinishReason::length;
+}
+
+// Fills an active row's record and commits what it says. Whether the row goes on.
+bool commit(const CommitTokensParams& p, int64_t b, int64_t* record) {
+    const int64_t accepted = p.accepted[b];
+    const int64_t num_draft_tokens =
+        p.num_draft_tokens ? std::min<int64_t>(p.num_draft_tokens[b], p.lookahead) : p.lookahead;
+    record[Record::accepted] = accepted;
+    record[Record::row_status] = p.row_status[b];
+    record[Record::draft_status] = draft_status(p, b, num_draft_tokens);
+    record[Record::num_draft_tokens] = num_draft_tokens;
+    std::copy_n(p.draft_tokens + b * p.lookahead, accepted, record + Record::tokens);
+    record[Record::tokens + accepted] = p.next_token[b];
+    if (record[Record::row_status] || record[Record::draft_status]) return false;
+    const FinishReason reason = append(p, b, record + Record::tokens, accepted + 1, record[Record::num_committed]);
+    record[Record::finish_reason] = static_cast<int64_t>(reason);
+    return reason == FinishReason::none;
 }
 
 }  // namespace
 
 void commit_tokens(const CommitTokensParams& p, int) {
+    const int64_t columns = Record::tokens + p.lookahead + 1;
     for (int64_t b = 0; b < p.batch; b++) {
-        int64_t* record = p.record + b * (p.lookahead + kRecordColumns);
-        std::fill_n(record, p.lookahead + kRecordColumns, 0);
+        int64_t* record = p.record + b * columns;
+        std::fill_n(record, columns, 0);
         p.active[b] = p.active[b] && commit(p, b, record);
         for (int64_t s = 0; s < p.steps; s++) {
-            const int64_t slot = s == 0 ? record[0] - 1 : s;
+            const int64_t slot = s == 0 ? record[Record::num_committed] - 1 : s;
             p.slots[s * p.batch + b] = p.active[b] ? static_cast<int32_t>(slot) : -1;
         }
     }

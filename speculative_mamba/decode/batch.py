@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from tokenizers import Tokenizer
 
+from ..ops.commit_tokens import FinishReason, Record
+from ..ops.sampling import ROW_STATUS_TEXTS
 from .cache import RowState
-from .round import Round, RoundResult, explain
+from .round import Round, RoundResult
 from .sampling import SamplingParams
 from .stats import GenerationStats
 from .text import TextStream
@@ -126,46 +128,51 @@ class Batch:
         """
         taking_part = [index for index in self.generating() if self.rows[index].first_round <= self._committed]
         for index in taking_part:
-            _, accepted, status, _, *tokens = record[index]
-            if status:
-                if not self.ends_within(index, tokens[:accepted]):
-                    raise ValueError(explain(index, accepted, status))
-                record[index][0] = accepted  # a stop string, of which the device does not know
+            self._refuse_broken(index, record[index])
         fresh = []
         for index in taking_part:
-            count, accepted, _, drafted, *tokens = record[index]
-            assert count > 0, f"row {index} has ended on the device alone"
-            committed = self._commit_row(index, tokens[:count], result)
-            stats.count(drafted, accepted, committed)
-            fresh += [(index, token) for token in tokens[:committed]]
+            columns = record[index]
+            assert columns[Record.NUM_COMMITTED], f"row {index} has ended on the device alone"
+            tokens = self._commit_row(index, columns, result)
+            stats.count(columns[Record.NUM_DRAFT_TOKENS], columns[Record.ACCEPTED], len(tokens))
+            fresh += [(index, token) for token in tokens]
         self._committed += 1
         return fresh
 
-    def _commit_row(self, index: int, tokens: Sequence[int], result: RoundResult) -> int:
-        row, committed = self.rows[index], 0
-        row.slot = None
-        for token in tokens:
-            row.tokens.append(token)
-            if row.stream is not None:
-                row.stream.push(token)
-            if self._output_logits:
-                row.logits.append(result.logits[index, committed].clone())
-            committed += 1
-            if token in self.stop_token_ids:
-                row.finish_reason = "eos"
-            elif row.stream is not None and row.stream.stopped:
+    def _refuse_broken(self, index: int, record: list[int]) -> None:
+        status, draft_status = record[Record.ROW_STATUS], record[Record.DRAFT_STATUS]
+        if not (status or draft_status):
+            return
+        accepted = record[Record.ACCEPTED]
+        if self.ends_within(index, record[Record.TOKENS : Record.TOKENS + accepted]):
+            record[Record.NUM_COMMITTED] = accepted  # up to a stop string, of which the device does not know
+        elif draft_status:
+            raise ValueError(f"the draft cannot propose a token: row {index}: {ROW_STATUS_TEXTS[draft_status]}")
+        else:
+            raise ValueError(f"row {index}, position {accepted} of the window: {ROW_STATUS_TEXTS[status]}")
+
+    def _commit_row(self, index: int, record: list[int], result: RoundResult) -> list[int]:
+        row, reason = self.rows[index], FinishReason(record[Record.FINISH_REASON])
+        tokens = record[Record.TOKENS : Record.TOKENS + record[Record.NUM_COMMITTED]]
+        row.slot = None  # until all is booked
+        for place, token in enumerate(tokens if row.stream is not None else ()):
+            row.stream.push(token)
+            if row.stream.stopped and not (reason == FinishReason.EOS and place == len(tokens) - 1):
                 row.finish_reason = "stop"
-            elif not row.remaining:
-                row.finish_reason = "length"
-            if row.finish_reason is not None:
+                del tokens[place + 1 :]
                 break
+        row.tokens += tokens
+        if self._output_logits:
+            row.logits += result.logits[index, : len(tokens)].clone()
         if result.lookahead:
-            row.draft_at = committed - 1, len(row.tokens)
+            row.draft_at = len(tokens) - 1, len(row.tokens)
         if row.finish_reason == "stop":
             self.round.retire(index)
+        elif reason:
+            row.finish_reason = reason.name.lower()
         if row.finish_reason != "stop" or not self.in_flight(besides=1):
-            row.slot = committed - 1
-        return committed
+            row.slot = len(tokens) - 1
+        return tokens
 
     def ends_within(self, index: int, tokens: Sequence[int]) -> bool:
         """Whether a row's text is complete with some of these tokens behind it."""

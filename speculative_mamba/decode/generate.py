@@ -74,7 +74,7 @@ def generate(
             distribution of plain sampling, and more tokens than any other test. ``"coupled"`` (Gumbel coupling,
             arXiv 2408.07978): the very text of plain sampling with that seed, for any draft and lookahead. Greedy
             decoding needs no choice.
-        stop_token_ids: a row ends with the first of these; None means the model's end-of-text token.
+        stop_token_ids: a row ends with the first of these tokens; None means the model's end-of-text token.
         stop_strings: a row ends with the token that completes one; needs ``target.tokenizer``. Only new text counts.
         on_token: called as ``on_token(row, token)`` for every committed token, in order.
         output_logits: also return the logits.
@@ -99,8 +99,8 @@ def generate(
     prompts = read_prompts(prompt_ids, attention_mask, target, may_be_padded=not goes_on)
     sampling = SamplingParams() if sampling is None else sampling
     if stop_token_ids is None:
-        eos = target.eos_token_id
-        stop_token_ids = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+        eos = target.eos_token_id if isinstance(target.eos_token_id, tuple) else (target.eos_token_id,)
+        stop_token_ids = [token for token in eos if token is not None and token < target.vocab_size]
     check_generation(
         target, len(prompts), lookahead=lookahead, max_new_tokens=max_new_tokens, sampling=sampling,
         acceptance=acceptance, stop_strings=stop_strings, stop_token_ids=stop_token_ids, on_token=on_token,

@@ -70,8 +70,14 @@ def check_generation(
         raise ValueError(f"unknown acceptance {shown(acceptance)}; choose from: {', '.join(ACCEPTANCES)}")
     if not _all_of(stop_token_ids, is_int):
         raise ValueError(f"stop_token_ids must be a list of token ids, got {shown(stop_token_ids)}")
+    outside = [token for token in stop_token_ids if not 0 <= token < target.vocab_size]
+    if outside:
+        raise ValueError(f"stop_token_ids must be token ids from 0 to {target.vocab_size - 1}, got {shown(outside[0])}")
     if not _all_of(stop_strings, lambda stop: isinstance(stop, str) and stop):
         raise ValueError(f"stop_strings must be a list of strings that are not empty, got {shown(stop_strings)}")
+    for stop in stop_strings:
+        if any("\ud800" <= character <= "\udfff" for character in stop):
+            raise ValueError(f"stop_strings must be text, got {stop!r} with half of a surrogate pair")
     if stop_strings and tokenizer_of(target) is None:
         raise ValueError("stop_strings need the target's tokenizer, and it has none; use stop_token_ids instead")
     for name, callback in (("on_token", on_token), ("logits_processor", logits_processor)):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..models.identity import IdentityKey, backend_of
-from ..ops.commit_tokens import BatchState
+from ..ops.commit_tokens import BatchState, Record
 from .batch import Batch
 from .cache import GenerationCache, RowState
 from .drafts import Draft, LanguageModel
@@ -145,7 +145,7 @@ class DecodeLoop:
         fresh = self.batch.commit(result, record, stats)
         rows = {index for index, _ in fresh}
         # Rows beside whose tokens none counts are as good as refused ones.
-        unmatched = sum(result.proposed > 0 and record[index][3] == 0 for index in rows)
+        unmatched = sum(result.proposed > 0 and record[index][Record.NUM_DRAFT_TOKENS] == 0 for index in rows)
         stats.rounds += bool(fresh)
         stats.draft_s += result.draft_s
         stats.verify_s += result.verify_s
@@ -189,7 +189,7 @@ def _new_state(target: LanguageModel, batch: int, steps: int) -> BatchState:
     return BatchState(
         last=torch.zeros(batch, 2, dtype=torch.int64, device=device),
         positions=torch.zeros(batch, dtype=torch.int64, device=device),
-        room=torch.zeros(batch, dtype=torch.int32, device=device),
+        remaining=torch.zeros(batch, dtype=torch.int32, device=device),
         active=torch.zeros(batch, dtype=torch.bool, device=device),
         slots=torch.full((steps, batch), -1, dtype=torch.int32, device=device),
     )

@@ -1,7 +1,7 @@
 """One round of a batch, on the models' device: propose, verify, accept, commit."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,17 +11,14 @@ from ..layers.cache import AttentionCache
 from ..models.language_model import MambaLM
 from ..ops import commit_tokens
 from ..ops.commit_tokens import BatchState
-from ..ops.sampling import ROW_STATUS_TEXTS
 from .cache import RowState, new_layers, prefill
 from .drafts.base import Draft, LanguageModel, Proposal
 from .sampling import Sampler, SamplingParams
 
-_OF_DRAFT = 16  # a record's status of a draft is this many times that of the target
-
 
 @dataclass
 class RoundResult:
-    """lookahead, proposed: tokens a row that were asked for, and that came. record: (B, 5 + proposed) int64, see
+    """lookahead, proposed: tokens a row that were asked for, and that came. record: (B, 7 + proposed) int64, see
     ``commit_tokens``. logits: (B, 1 + proposed, V) of the target. A later round may write over both. draft_s, verify_s:
     until the calls of the draft and of the target returned."""
 
@@ -55,9 +52,8 @@ class Round:
         self.layers = new_layers(target, batch, steps, captured)
         self._is_stop = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)
         self._row_status = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._steps = torch.arange(steps, dtype=torch.int32, device=device)[:, None]
-        no_tokens = torch.empty(batch, 0, dtype=torch.int64, device=device)
-        self._no_proposal = Proposal(no_tokens, None, state.room)
+        self._steps = torch.arange(steps, dtype=torch.int32, device=device)
+        self._no_proposal = Proposal(torch.empty(batch, 0, dtype=torch.int64, device=device))
         self._used: set[int] = set()  # rows that had a text
 
     def run(self, lookahead: int) -> RoundResult:
@@ -66,32 +62,27 @@ class Round:
         state, sampler = self.state, self.sampler
         proposal = self.draft.propose(state, lookahead) if lookahead else self._no_proposal
         proposed = time.perf_counter()
-        tokens = proposal.tokens
-        logits = self.target.verify(torch.cat([state.last[:, 1:], tokens], 1), self.layers, state.slots[0])
+        tokens, window, num_tokens = proposal.tokens, state.last[:, 1:], None
+        if tokens.shape[1]:
+            window = torch.cat([window, tokens], 1)
+            num_tokens = state.remaining - 1  # the last one of a budget need not be drafted
+            if proposal.num_tokens is not None:
+                num_tokens = torch.minimum(num_tokens, proposal.num_tokens)
+        logits = self.target.verify(window, self.layers, state.slots[0])
         verified = time.perf_counter()
         accepted, next_token = sampler.accept(
-            logits, tokens, proposal.probs, proposal.num_tokens, self._is_stop, self._row_status
+            logits, tokens, proposal.probs, num_tokens, self._is_stop, self._row_status
         )
-        if proposal.row_status is not None and (self._captured or proposal.row_status.any()):
-            self._row_status.add_(self._draft_status(proposal), alpha=_OF_DRAFT)
         record = commit_tokens(
-            tokens, accepted, next_token, self._row_status, proposal.num_tokens, self._is_stop, state,
+            tokens, accepted, next_token, self._row_status, proposal.row_status, num_tokens, self._is_stop, state,
             output_counts=sampler.output_counts, text=self.draft and self.draft.text, backend=sampler.backend,
         )  # fmt: skip
         return RoundResult(lookahead, tokens.shape[1], record, logits, proposed - began, verified - proposed)
 
-    def _draft_status(self, proposal: Proposal) -> torch.Tensor:
-        """(B): of the draft's steps whose token counts; none does behind a stop token."""
-        stops = self._is_stop[proposal.tokens].T
-        counts = (self._steps[: len(stops)] < proposal.num_tokens) & (stops.cumsum(0) - stops.int() == 0)
-        return proposal.row_status.masked_fill(~counts, 0).amax(0)
-
-    def stop_at(self, token_ids: Collection[int]) -> None:
+    def stop_at(self, token_ids: frozenset[int]) -> None:
         """From the next round on these tokens end rows."""
         self._is_stop.zero_()
-        known = [token for token in token_ids if 0 <= token < len(self._is_stop)]
-        if known:
-            self._is_stop[torch.tensor(known, dtype=torch.int64, device=self._is_stop.device)] = True
+        self._is_stop[torch.tensor(sorted(token_ids), dtype=torch.int64, device=self._is_stop.device)] = True
 
     def admit(
         self,
@@ -115,8 +106,8 @@ class Round:
         self.sampler.admit(row, text, params, rng_key)
         state.last[row] = torch.tensor([0, *text][-2:], dtype=torch.int64, device=state.last.device)
         state.positions[row] = len(text)
-        state.room[row] = max_new_tokens - 1
-        state.slots[:, row] = self._steps[:, 0]
+        state.remaining[row] = max_new_tokens
+        state.slots[:, row] = self._steps
         state.active[row] = True
 
     def retire(self, row: int) -> None:
@@ -143,7 +134,7 @@ class Round:
             cache.at_most = bound
 
     def reserve(self, entries: int) -> bool:
-        """Makes room for texts of so many tokens. Whether anything moved."""
+        """Makes memory for texts of so many tokens. Whether anything moved."""
         moved = isinstance(self.target, MambaLM) and self.target.reserve(self.layers, entries)
         return (self.draft is not None and self.draft.reserve(entries)) or moved
 
@@ -154,10 +145,3 @@ class Round:
 
     def _all_layers(self) -> list:
         return [*self.layers, *(self.draft.layers if self.draft else ())]
-
-
-def explain(row: int, position: int, status: int) -> str:
-    """What a record's status says, in a line."""
-    if status >= _OF_DRAFT:
-        return f"the draft cannot propose a token: row {row}: {ROW_STATUS_TEXTS[status // _OF_DRAFT]}"
-    return f"row {row}, position {position} of the window: {ROW_STATUS_TEXTS[status]}"

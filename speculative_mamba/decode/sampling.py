@@ -121,13 +121,14 @@ class Sampler:
         logits: torch.Tensor,
         draft_tokens: torch.Tensor,
         draft_probs: torch.Tensor | None,
-        num_draft_tokens: torch.Tensor,
+        num_draft_tokens: torch.Tensor | None,
         is_stop: torch.Tensor,
         row_status: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``speculative_accept`` for the rows that are generating. logits: (B, K+1, V) float32 of the target."""
         if self._processor is not None:
-            logits = self._processed(logits, draft_tokens, num_draft_tokens.tolist())
+            counts = [0] * len(logits) if num_draft_tokens is None else num_draft_tokens.tolist()
+            logits = self._processed(logits, draft_tokens, counts)
         return speculative_accept(
             logits, draft_tokens.contiguous(), draft_probs, self.tensors, self.rng_keys, self._state.positions,
             coupled=self.coupled, prompt_mask=self.prompt_mask, output_counts=self.output_counts,

@@ -39,21 +39,21 @@ class TextStream:
         self._hidden = {token: entry.content for token, entry in added.items() if entry.special}
         self._stop_strings = tuple(stop_strings)
         self._detokenizer = Detokenizer(tokenizer, [token for token in prompt[-CONTEXT:] if token not in self._hidden])
-        self._held: _Segments = []  # settled text that may be the start of a stop string
+        self._held: _Segments = []  # final text that may be the start of a stop string
         self._marks: list[tuple[int, str]] = []  # hidden tokens within the pending text
         self.stopped = False
 
     def push(self, token: int) -> str:
         if self.stopped:
             return ""
-        settled = ""
+        final = ""
         if token in self._hidden:
             self._marks.append((len(self._detokenizer.pending), self._hidden[token]))
         else:
-            settled = self._detokenizer.push(token)
+            final = self._detokenizer.push(token)
         pending = self._detokenizer.pending
-        if settled or not pending:
-            self._held += _interleaved(settled, self._marks)
+        if final or not pending:
+            self._held += _interleaved(final, self._marks)
             self._marks = []
         return self._found(pending) if self._stop_strings else self._take(_length(self._held))
 
@@ -65,15 +65,15 @@ class TextStream:
 
     def _found(self, pending: str) -> str:
         """Looks for stop strings; the text that is safe from them."""
-        settled = "".join(text for text, _ in self._held)
-        text = settled + "".join(text for text, _ in _interleaved(pending, self._marks))
+        final = "".join(text for text, _ in self._held)
+        text = final + "".join(text for text, _ in _interleaved(pending, self._marks))
         if not (pending and text.endswith(UNFINISHED)):
             found = [at for at in (text.find(stop) for stop in self._stop_strings) if at >= 0]
             if found:
                 self.stopped = True
                 self._held += _interleaved(pending, self._marks)
                 return self._take(min(found))
-        return self._take(len(settled) - max(_overlap(settled, stop) for stop in self._stop_strings))
+        return self._take(len(final) - max(_overlap(final, stop) for stop in self._stop_strings))
 
     def _take(self, count: int) -> str:
         """Removes the first ``count`` held characters; those of them that are shown."""

@@ -14,13 +14,13 @@ class Detokenizer:
     What a token looks like depends on its neighbours: a decoder drops the space of the first one, and joins bytes to
     characters. Therefore tokens are decoded behind the few before them, and again until nothing that follows can change
     them. Decoders with byte-fallback spoil a whole run of byte tokens (``<0x0A>``) when one byte of it is wrong, so the
-    text of a run is settled when it ends, when it is spoilt, or after ``MAX_RUN`` bytes.
+    text of a run is final when it ends, when it is spoilt, or after ``MAX_RUN`` bytes.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._bytes: dict[int, bytes] = {}
-        self._tokens: list[int] = []  # whose text is not settled
+        self._tokens: list[int] = []  # whose text is not final
         self.pending = ""  # the text of those, if nothing followed
         start = len(prompt) - self._run_length(prompt)
         run = list(prompt[start:])
@@ -28,7 +28,7 @@ class Detokenizer:
         self._set_context(prompt[max(start - 8, 0) : start], run if self._decode(run).endswith(UNFINISHED) else [])
 
     def push(self, token: int) -> str:
-        """Takes a token and returns the text that has been settled by it."""
+        """Takes a token and returns the text that is final with it."""
         if self._tokenizer.id_to_token(token) is None:
             return ""
         tokens, before = self._tokens, self.pending

@@ -1,4 +1,4 @@
-"""Random models of any shape, and a model whose law is a table."""
+"""Random models of any shape, and a model whose probabilities are a table."""
 
 import math
 
@@ -158,9 +158,9 @@ def random_model(
 
 
 class TableModel:
-    """A language model without a state: row t of ``table`` (V, V) is the law of the token after t.
+    """A language model without a state: row t of ``table`` (V, V) holds the probabilities of the token after t.
 
-    Laws can be checked exactly against it, and zeros in the table give laws of any support.
+    Samples can be checked exactly against it, and zeros in the table give distributions of any support.
     """
 
     eos_token_id = None

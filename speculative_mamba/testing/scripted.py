@@ -86,7 +86,7 @@ class CapturableScript(Draft):
         device = state.positions.device
         at = state.positions[:, None] + torch.arange(lookahead, dtype=torch.int64, device=device)
         tokens = self._proposals.gather(1, at.clamp(max=self._proposals.shape[1] - 1))
-        return Proposal(tokens, None, state.room)
+        return Proposal(tokens)
 
 
 def agree_at_rate(rate: float, seed: int = 0) -> Callable[[int, int], bool]:

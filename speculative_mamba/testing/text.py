@@ -56,8 +56,8 @@ def write_chain(folder: Path, tokenizer: Tokenizer, chain: Sequence[str | int], 
     size = tokenizer.get_vocab_size()
     ids = [token if isinstance(token, int) else tokenizer.token_to_id(token) for token in chain]
     head = torch.zeros(size, size)
-    for token, following in itertools.pairwise(ids):
-        head[following, token] = 20
+    for token, successor in itertools.pairwise(ids):
+        head[successor, token] = 20
     shapes = {
         "layers.0.mixer.in_proj.weight": (4 * size, size), "layers.0.mixer.conv1d.weight": (2 * size, 1, 4),
         "layers.0.mixer.conv1d.bias": (2 * size,), "layers.0.mixer.x_proj.weight": (3, 2 * size),

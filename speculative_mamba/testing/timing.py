@@ -21,8 +21,8 @@ def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int 
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            settled = time.perf_counter() + _SPIN_S
-            while time.perf_counter() < settled:
+            spun = time.perf_counter() + _SPIN_S
+            while time.perf_counter() < spun:
                 function()
             started = time.perf_counter()
             function()
@@ -45,8 +45,8 @@ def rotate(weights: list[T]) -> Callable[[], T]:
     """Each call gives the next weight, so that no timed call finds its weights in a cache."""
     state = {"next": 0}
 
-    def following() -> T:
+    def next_weight() -> T:
         state["next"] = (state["next"] + 1) % len(weights)
         return weights[state["next"]]
 
-    return following
+    return next_weight

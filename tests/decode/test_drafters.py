@@ -219,14 +219,14 @@ def test_what_a_drafter_is_told(pair, prompt):
         assert 1 <= lookahead <= 4 and len(accepted) == 2
 
 
-def proposing(tokens, laws=None):
+def proposing(tokens, probs=None):
     class Proposal:
         vocab_size = 61
 
         def begin(self, prompts, lookahead, sampler): ...
 
         def propose(self, rows, accepted, lookahead):
-            return tokens, laws
+            return tokens, probs
 
     return Proposal()
 
@@ -239,7 +239,7 @@ FIVES = torch.full((2, 3), 5)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "laws", "words"),
+    ("tokens", "probs", "words"),
     [
         (torch.full((2, 4), 5), None, ["(2, 4)", "at most 3"]),
         (torch.full((1, 3), 5), None, ["(1, 3)"]),
@@ -264,14 +264,14 @@ FIVES = torch.full((2, 3), 5)
     ],
     ids=[
         "too many", "too few rows", "too many rows", "one dimension", "three dimensions", "too large", "negative",
-        "float", "int32", "list", "nothing", "few laws", "many laws", "laws of one row", "narrow laws", "flat laws",
-        "float64 laws", "laws as a list", "zero laws", "NaN laws",
+        "float", "int32", "list", "nothing", "few probs", "many probs", "probs of one row", "narrow probs",
+        "flat probs", "float64 probs", "probs as a list", "zero probs", "NaN probs",
     ],
 )  # fmt: skip
-def test_proposals_that_make_no_sense(pair, tokens, laws, words):
+def test_proposals_that_make_no_sense(pair, tokens, probs, words):
     with pytest.raises(ValueError) as caught:
         sm.generate(
-            pair().target, [[1], [2]], draft=proposing(tokens, laws), lookahead=3,
+            pair().target, [[1], [2]], draft=proposing(tokens, probs), lookahead=3,
             sampling=sm.SamplingParams(temperature=1.0),
         )  # fmt: skip
     message = str(caught.value)

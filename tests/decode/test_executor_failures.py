@@ -139,11 +139,11 @@ def test_an_interrupt_while_the_draft_catches_up(pair, prompt, monkeypatch, asse
     pattern = [2, 0, 0, 4]
     monkeypatch.setattr(FixedLookahead, "__init__", lambda self, most: vars(self).update(all=tuple(range(6)), at=-1))
 
-    def following(self: FixedLookahead) -> int:
+    def next_lookahead(self: FixedLookahead) -> int:
         self.at += 1
         return pattern[self.at % len(pattern)]
 
-    monkeypatch.setattr(FixedLookahead, "next", following)
+    monkeypatch.setattr(FixedLookahead, "next", next_lookahead)
     failing(monkeypatch, sm.ModelDrafter, "prefill", KeyboardInterrupt(), 2 + after)
     with pytest.raises(KeyboardInterrupt):
         sm.generate(
@@ -219,8 +219,8 @@ def test_a_drafter_with_another_model_is_seen(pair, prompt) -> None:
 
 
 def test_auto_gives_up_an_ngram_draft_that_finds_nothing(monkeypatch) -> None:
-    asked, following = [], AdaptiveLookahead.next
-    monkeypatch.setattr(AdaptiveLookahead, "next", lambda self: asked.append(following(self)) or asked[-1])
+    asked, chosen = [], AdaptiveLookahead.next
+    monkeypatch.setattr(AdaptiveLookahead, "next", lambda self: asked.append(chosen(self)) or asked[-1])
     arrived = recording._Replayed
     monkeypatch.setattr(arrived, "wait", lambda self: (self.result, self._record, 1 + 0.3 * self.result.lookahead))
     target = TableModel(torch.eye(200).roll(1, 1))

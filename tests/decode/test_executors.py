@@ -112,11 +112,11 @@ def test_changing_lookaheads(pair, prompt, executor, monkeypatch, pattern, draft
     models, given = pair(), [prompt(length) for length in LENGTHS]
     monkeypatch.setattr(FixedLookahead, "__init__", lambda self, most: vars(self).update(all=tuple(range(6)), at=0))
 
-    def following(self: FixedLookahead) -> int:
+    def next_lookahead(self: FixedLookahead) -> int:
         self.at += 1
         return pattern[self.at % len(pattern)]
 
-    monkeypatch.setattr(FixedLookahead, "next", following)
+    monkeypatch.setattr(FixedLookahead, "next", next_lookahead)
     options = {"draft": models.drafts.get(draft, draft), "lookahead": 5, "max_new_tokens": 31, "stop_token_ids": ()}
     both(executor, models.target, given, **options)
     assert executor.num_captures == 6
@@ -332,8 +332,8 @@ def test_logits_that_become_nan_are_one_line(pair, prompt, executor, victim) -> 
 @pytest.mark.parametrize("budget", range(1, 10))
 def test_a_draft_that_breaks_beyond_the_budget_does_no_harm(executor, budget) -> None:
     """After token 4 its logits are NaN; the target's text is 0 1 2 3 4 5 0 …"""
-    law = torch.eye(6).roll(1, 1) * 0.9 + 0.02
-    target, draft = TableModel(law), TableModel(law.clone().index_fill_(0, torch.tensor([4]), torch.nan))
+    table = torch.eye(6).roll(1, 1) * 0.9 + 0.02
+    target, draft = TableModel(table), TableModel(table.clone().index_fill_(0, torch.tensor([4]), torch.nan))
     for start in range(5):
         for lookahead in (1, 3, 4):
             options = {"draft": draft, "lookahead": lookahead, "max_new_tokens": budget, "stop_token_ids": ()}
@@ -351,9 +351,9 @@ def test_a_draft_that_breaks_beyond_the_budget_does_no_harm(executor, budget) ->
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_logits_that_break_behind_the_end_do_no_harm(chain, executor, ends, broken, sampling) -> None:
     """Plain decoding never sees them."""
-    law = torch.eye(20).roll(1, 1) + 1e-9
-    nan = law.index_fill(0, torch.tensor([9]), torch.nan)
-    target, draft = (TableModel(nan if broken in (who, "both") else law) for who in ("target", "draft"))
+    table = torch.eye(20).roll(1, 1) + 1e-9
+    nan = table.index_fill(0, torch.tensor([9]), torch.nan)
+    target, draft = (TableModel(nan if broken in (who, "both") else table) for who in ("target", "draft"))
     target.tokenizer = chain([str(token).encode() for token in range(20)]).tokenizer
     for prompts in ([[3]], [[3], [0, 1, 2, 3]], [[7]]):
         for lookahead in (1, 4, 15):

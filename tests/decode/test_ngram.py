@@ -29,8 +29,8 @@ def proposals(prompt, lookahead=4, **options):
     """What is proposed after a single prompt."""
     drafter = NgramDrafter(61, **options)
     drafter.begin([prompt], lookahead, None)
-    tokens, laws = drafter.propose([prompt], torch.zeros(1, dtype=torch.int32), lookahead)
-    assert laws is None and tokens.dtype == torch.int64 and len(tokens) == 1
+    tokens, probs = drafter.propose([prompt], torch.zeros(1, dtype=torch.int32), lookahead)
+    assert probs is None and tokens.dtype == torch.int64 and len(tokens) == 1
     return tokens[0].tolist()
 
 

@@ -268,13 +268,13 @@ def test_rows_start_from_slots_of_their_own(pair, prompt, assert_slot_holds):
         target.prefill(text[:3], cache, row)
     target.verify(torch.tensor([text[3:9] for text in texts]), cache, slots(0, 0, 0))
     counts = [5, 0, 3]
-    following = [texts[row][4 + n : 6 + n] for row, n in enumerate(counts)]
-    logits = target.verify(torch.tensor(following), cache, slots(*counts))
+    successors = [texts[row][4 + n : 6 + n] for row, n in enumerate(counts)]
+    logits = target.verify(torch.tensor(successors), cache, slots(*counts))
     for row, n in enumerate(counts):
         prefix = texts[row][: 4 + n]
-        assert_slot_holds(target, cache, row, 0, prefix + following[row][:1])
-        assert_slot_holds(target, cache, row, 1, prefix + following[row])
-        alone = target.verify(torch.tensor([following[row]]), _with_slots(fresh(target, prefix), target, 2), slots(0))
+        assert_slot_holds(target, cache, row, 0, prefix + successors[row][:1])
+        assert_slot_holds(target, cache, row, 1, prefix + successors[row])
+        alone = target.verify(torch.tensor([successors[row]]), _with_slots(fresh(target, prefix), target, 2), slots(0))
         assert_bitwise_equal(logits[row], alone[0])
 
 

@@ -16,7 +16,7 @@ from shim import CUDA, built_shim, synchronize
 from speculative_mamba import ops
 from speculative_mamba.ops import backend as backends
 from speculative_mamba.ops import checks, sampling
-from speculative_mamba.ops.commit_tokens.rows import RECORD_COLUMNS
+from speculative_mamba.ops.commit_tokens import FinishReason, Record
 from speculative_mamba.ops.mlp_activation import MlpActivationArgs
 from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.ops.sampling_params import SamplingParams
@@ -45,11 +45,7 @@ CHOOSING = {"sample_tokens", "speculative_accept", "commit_tokens"}  # of which 
 def test_backends_take_the_arguments_of_the_public_function(op_name: str) -> None:
     """In its order; but for the backend, and for what the public function fills itself."""
     parameters = inspect.signature(getattr(ops, op_name)).parameters.values()
-    public = [
-        p.name
-        for p in parameters
-        if p.name != "backend" and (p.name not in ("verdicts", "row_status") or p.default is p.empty)
-    ]
+    public = [p.name for p in parameters if p.name != "backend" and (p.name != "row_status" or p.default is p.empty)]
     public += FOR_SAMPLING if op_name == "speculative_accept" else []
     for source in ("reference", "native"):
         function = getattr(import_module(f"speculative_mamba.ops.{op_name}.{source}"), op_name)
@@ -79,7 +75,8 @@ def test_modules_have_all_ops() -> None:
 def test_constants_are_those_of_the_specification(module: ModuleType | None) -> None:
     module = module or built_shim()
     assert module.MAX_CONV_WIDTH == checks.MAX_CONV_WIDTH
-    assert module.RECORD_COLUMNS == RECORD_COLUMNS
+    assert module.RECORD_COLUMNS == Record.TOKENS == max(Record)
+    assert max(FinishReason) == module.FINISH_REASONS
     assert module.ROUNDING == sampling.ROUNDING
     assert max(sampling.RowStatus) == module.ROW_STATUSES
     assert tuple(Purpose) == module.PURPOSES

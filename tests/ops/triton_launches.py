@@ -87,10 +87,11 @@ def accepting(params: SamplingParams, tokens: int, everything: bool) -> tuple:
 
 
 def committing(everything: bool) -> tuple:
-    drafted, row = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    seen = torch.zeros(1, 50280, dtype=torch.bool)
-    rows = BatchState(drafted[:, :2], row, ROW, seen[:, 0], torch.zeros(5, 1, dtype=torch.int32))
-    return drafted, ROW, row, ROW, ROW, seen[0], rows, *((seen.int(), drafted) if everything else (None, None))
+    draft_tokens, row = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    seen, status = torch.zeros(1, 50280, dtype=torch.bool), torch.zeros(4, 1, dtype=torch.int32)
+    state = BatchState(row.repeat(1, 2), row.clone(), ROW.clone(), seen[:, 0], torch.zeros(5, 1, dtype=torch.int32))
+    window = draft_tokens, ROW, row, ROW, *((status, ROW) if everything else (None, None))
+    return *window, seen[0], state, *((seen.int(), draft_tokens) if everything else (None, None))
 
 
 GREEDY = SamplingParams()

@@ -38,13 +38,13 @@ class Proposal:
     """What was drafted for a batch.
 
     tokens: (B, k) int64. probs: (B, k, V) float32, the rows they were drawn from; None: they are certain.
-    num_tokens: (B) int32, how many of a row's tokens count. row_status: (k, B) int32, what ``Sampler.draft`` found at
-    each step; None: nothing to complain of.
+    num_tokens: (B) int32, how many of a row's tokens count; None: all. Beyond its budget none does in any case.
+    row_status: (k, B) int32, what ``Sampler.draft`` found at each step; None: nothing to complain of.
     """
 
     tokens: torch.Tensor
-    probs: torch.Tensor | None
-    num_tokens: torch.Tensor
+    probs: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
     row_status: torch.Tensor | None = None
 
 
@@ -85,7 +85,7 @@ class Draft(ABC):
         return None
 
     def reserve(self, entries: int) -> bool:
-        """Makes room for texts of so many tokens. Whether anything moved."""
+        """Makes memory for texts of so many tokens. Whether anything moved."""
         return False
 
     def tensors(self) -> list[torch.Tensor]:

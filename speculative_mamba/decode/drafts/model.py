@@ -53,7 +53,7 @@ class ModelDrafter(Draft):
                 logits = self.model.verify(tokens[:, step - 1 : step], self.layers, state.slots[step], step + 1)[:, -1]
             drawn_from = None if probs is None else probs[:, step]
             tokens[:, step] = self._sampler.draft(logits, tokens[:, :step], drawn_from, row_status[step])
-        return Proposal(tokens, probs, state.room, row_status)
+        return Proposal(tokens, probs, row_status=row_status)
 
     def snapshot(self, row: int, slot: int, text: list[int]) -> RowState:
         return RowState.of(self.layers, row, slot, text[:-2])

@@ -137,7 +137,7 @@ class NgramSearch(Draft):
         place = torch.where(found < 0, length - 1, found % len(self._at))
         step = torch.arange(lookahead, dtype=torch.int64, device=place.device)
         tokens = self.text.gather(1, place + step % (length - place))
-        return Proposal(tokens, None, torch.where(found[:, 0] < 0, 0, state.room))
+        return Proposal(tokens, num_tokens=torch.where(found[:, 0] < 0, 0, lookahead).int())
 
     def reserve(self, entries: int) -> bool:
         missing = entries - self.text.shape[1]

@@ -64,11 +64,10 @@ class PythonDraft(Draft):
             raise ValueError(f"the draft's propose must return (tokens, probs), got {type(proposal).__name__}")
         tokens, probs = proposal
         self._check(tokens, probs, len(texts), lookahead)
-        num_tokens = state.room
+        device, counts = state.last.device, None
         if is_ngram:
-            counts = torch.tensor(self.drafter.counts, dtype=torch.int32, device=num_tokens.device)
-            num_tokens = torch.minimum(num_tokens, counts)
-        return Proposal(tokens.to(num_tokens.device).contiguous(), probs, num_tokens)
+            counts = torch.tensor(self.drafter.counts, dtype=torch.int32, device=device)
+        return Proposal(tokens.to(device).contiguous(), probs, counts)
 
     def _check(self, tokens: torch.Tensor, probs: torch.Tensor | None, rows: int, lookahead: int) -> None:
         for name, value in (("tokens", tokens), ("probs", probs)):

@@ -54,7 +54,7 @@ class Executor(ABC):
         return True
 
     def grow(self, entries: int) -> None:
-        """Makes room for so many, while no round is pending."""
+        """Makes memory for so many, while no round is pending."""
         raise NotImplementedError
 
     @abstractmethod

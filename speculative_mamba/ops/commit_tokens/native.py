@@ -4,17 +4,17 @@ import torch
 
 from ..backend import compiled
 from ..recording import new_result
-from . import CommitTokensArgs
-from .rows import RECORD_COLUMNS
+from . import CommitTokensArgs, Record
 
 
 def commit_tokens(args: CommitTokensArgs) -> torch.Tensor:
-    drafted, rows = args.drafted, args.rows
-    batch, lookahead = drafted.shape
-    record = new_result(drafted, batch, lookahead + RECORD_COLUMNS)
-    kernels, where = compiled(drafted)
+    batch, lookahead = args.draft_tokens.shape
+    record = new_result(args.draft_tokens, batch, Record.TOKENS + lookahead + 1)
+    kernels, where = compiled(args.draft_tokens)
+    state = args.state
     kernels.commit_tokens(
-        args, where, batch=batch, lookahead=lookahead, vocabulary=len(args.is_stop), steps=len(rows.slots),
-        capacity=0 if args.text is None else args.text.shape[1], **vars(rows), record=record,
+        args, where, batch=batch, lookahead=lookahead, vocabulary=args.is_stop.shape[0], steps=state.slots.shape[0],
+        capacity=0 if args.text is None else args.text.shape[1], last=state.last, positions=state.positions,
+        remaining=state.remaining, active=state.active, slots=state.slots, record=record,
     )  # fmt: skip
     return record

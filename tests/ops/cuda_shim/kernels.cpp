@@ -199,20 +199,21 @@ void announce_all(const SpeculativeAcceptParams& p) {
 }
 
 void announce_all(const CommitTokensParams& p) {
-    announce_bytes(p.drafted, p.batch * p.lookahead * 8);
+    announce_bytes(p.draft_tokens, p.batch * p.lookahead * 8);
     announce(p.accepted, p.batch);
-    announce_bytes(p.following, p.batch * 8);
-    announce(p.verdicts, p.batch);
-    announce(p.limits, p.batch);
+    announce_bytes(p.next_token, p.batch * 8);
+    announce(p.row_status, p.batch);
+    announce(p.draft_status, p.lookahead * p.batch);
+    announce(p.num_draft_tokens, p.batch);
     announce_bytes(p.is_stop, p.vocabulary);
     announce_bytes(p.last, p.batch * 2 * 8, Use::write);
     announce_bytes(p.positions, p.batch * 8, Use::write);
-    announce(p.room, p.batch, Use::write);
+    announce(p.remaining, p.batch, Use::write);
     announce_bytes(p.active, p.batch, Use::write);
     announce(p.slots, p.steps * p.batch, Use::write);
     announce(p.output_counts, p.batch * p.vocabulary, Use::write);
     announce_bytes(p.text, p.batch * p.capacity * 8, Use::write);
-    announce_bytes(p.record, p.batch * (p.lookahead + kRecordColumns) * 8, Use::write);
+    announce_bytes(p.record, p.batch * (Record::tokens + p.lookahead + 1) * 8, Use::write);
 }
 
 void announce_all(const SsdParams& p) {
