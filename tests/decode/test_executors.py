@@ -96,7 +96,7 @@ def test_stop_tokens_at_every_place(pair, prompt, plain, executor, draft, batch)
     for stop in sorted(new):
         result = both(
             executor, models.target, prompts, draft=models.drafts.get(draft, draft), lookahead=4, max_new_tokens=14,
-            stop_token_ids=(stop, 999), output_logits=True,
+            stop_token_ids=(stop,), output_logits=True,
         )  # fmt: skip
         ended.update(zip(result.finish_reasons, map(len, result.sequences), strict=True))
     assert len(ended) > 3 and executor.num_captures == 1, "stop tokens are data"
