@@ -95,7 +95,7 @@ class _Extent:
 
 def _extent(tensor: torch.Tensor) -> _Extent:
     size = tensor.element_size()
-    if not tensor.numel():
+    if not tensor.numel() or tensor.is_meta:  # a meta tensor has no memory
         return _Extent(0, 0, 0, 0, False)
     reach, row, outer, overlaps = 1, 1, 0, False
     for stride, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
