@@ -159,6 +159,15 @@ def test_stop_strings(chain, stops, last, shown, lookahead):
     assert "".join(pieces) + stream.finish() == shown, "the text ends before the stop string"
 
 
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_of_several_reasons_at_one_token(chain, lookahead):
+    """A stop token comes before a stop string, and that before the budget."""
+    model, options = chain(PIECES), {"size": len(PIECES), "lookahead": lookahead, "stop_strings": ["rl"]}
+    for stops, budget, reason in (((4,), 4, "eos"), ((4,), 9, "eos"), ((), 4, "stop"), ((6,), 9, "stop")):
+        new, result, _ = run(model, [[0]], max_new_tokens=budget, stop_token_ids=stops, **options)
+        assert new == [[1, 2, 3, 4]] and result.finish_reasons == [reason]
+
+
 def test_a_stop_string_that_never_comes(chain):
     model, size = chain(PIECES), len(PIECES)
     stops = ["world", "Hello", "日本?", "llo,x"]  # "Hello" is half in the prompt
