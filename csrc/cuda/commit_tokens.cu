@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kRows* kWarp) commit(CommitTokensParams p) {
         for (int t = lane; t < counted; t += kWarp)
             if (is_stop(load_raw(draft_tokens + t))) counted = t + 1;
         counted = warp_reduce<kWarp>(counted, min);
+#pragma unroll 1  // a window of at most a warp's tokens is the common one
         for (int t = lane; t < counted; t += kWarp)
             draft_status = max(draft_status, load_raw(p.draft_status + t * p.batch + row));
         draft_status = warp_reduce<kWarp>(draft_status, max);
