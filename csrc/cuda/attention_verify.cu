@@ -1,8 +1,8 @@
 // Three launches. The first rotates queries and stores the window's keys and values; in the second a block takes a
-// chunk of a head's entries against up to eight queries that read it, in the third the chunks of a query are added up.
+// split of a head's entries against up to eight queries that read it, in the third the splits of a query are added up.
 //
-// Chunks lie at fixed positions, and the order within and among them is fixed. So what a token adds up, and in which
-// order, follows from its position alone.
+// Entries lie in chunks at fixed positions. Split s takes chunks s, s + kSplits, s + 2 kSplits, …, and the order within
+// and among them is fixed. So what a token adds up, and in which order, follows from its position alone.
 #include "device.cuh"
 #include "kernels.h"
 
@@ -15,30 +15,33 @@ constexpr int kChunk = kThreads;   // entries: a thread for each score
 constexpr int kQueries = kWarps;   // at most, that share a block: a warp for each softmax
 constexpr int kMaxDims = 256, kMaxParts = kMaxDims / 4;
 constexpr int64_t kSegment = 64;  // tokens at most that share the second and the third launch; bounds the memory
+constexpr int64_t kSplits = 64;   // at most, whatever the capacity; bounds the memory
 
-// Memory between the launches, in this order. C chunks hold the whole cache.
+// Memory between the launches, in this order.
 struct Scratch {
-    int64_t segment, chunks;  // S = min(T, kSegment), C
+    int64_t segment, splits;  // S = min(T, kSegment), C = min(chunks of the cache, kSplits)
     float* queries;           // (B, T, H, P): rotated and scaled
-    float* sums;              // (B, S, H, C, P): weighted values of a chunk
-    float* softmax;           // (B, S, H, C, 2): running_max score of a chunk, and the sum of its weights
+    float* sums;              // (B, S, H, C, P): weighted values of a split
+    float* softmax;           // (B, S, H, C, 4): largest score of a split and the sum of its weights; what its last
+                              // chunk multiplied the sums by that lay there, and its own
     int32_t* begin;           // (B): token t of the window is at position begin + t
     int64_t bytes;            // of all
 
-    explicit Scratch(const AttentionParams& p)
-        : segment(p.tokens < kSegment ? p.tokens : kSegment), chunks((p.capacity + kChunk - 1) / kChunk) {
-        const int64_t results = p.batch * segment * p.heads * chunks;
+    explicit Scratch(const AttentionParams& p) : segment(p.tokens < kSegment ? p.tokens : kSegment) {
+        const int64_t chunks = (p.capacity + kChunk - 1) / kChunk;
+        splits = chunks < kSplits ? chunks : kSplits;
+        const int64_t results = p.batch * segment * p.heads * splits;
         const int64_t sums_at = p.batch * p.tokens * p.heads * p.dims, softmax_at = sums_at + results * p.dims;
-        const int64_t begin_at = softmax_at + results * 2;
+        const int64_t begin_at = softmax_at + results * 4;
         queries = p.scratch;
         sums = p.scratch + sums_at;
         softmax = p.scratch + softmax_at;
         begin = reinterpret_cast<int32_t*>(p.scratch + begin_at);
         bytes = (begin_at + p.batch) * static_cast<int64_t>(sizeof(float));
     }
-    // Which of the results a query's first chunk is, t counted from the start of the segment.
+    // Which of the results a query's first split is, t counted from the start of the segment.
     __device__ int64_t result(const AttentionParams& p, int64_t row, int64_t t, int64_t head) const {
-        return ((row * segment + t) * p.heads + head) * chunks;
+        return ((row * segment + t) * p.heads + head) * splits;
     }
 };
 
@@ -105,25 +108,24 @@ __global__ void __launch_bounds__(kThreads, 2) attend(AttentionParams p, Scratch
     SM_SHARED(Float4, sums, Q * kThreads);
     wait_for_previous();
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-    const int64_t chunk = blockIdx.x, kv = blockIdx.y % p.kv_heads, row = blockIdx.z, group = p.heads / p.kv_heads;
+    const int64_t split = blockIdx.x, kv = blockIdx.y % p.kv_heads, row = blockIdx.z, group = p.heads / p.kv_heads;
     const int64_t first = blockIdx.y / p.kv_heads * Q, last = tokens * group - 1;
     auto exists = [&](int i) { return first + i <= last; };
     auto t_of = [&](int i) { return token + (exists(i) ? first + i : last) / group; };
     auto head_of = [&](int i) { return kv * group + (exists(i) ? first + i : last) % group; };
-    const int64_t before = load_raw(s.begin + row) + 1 - chunk * kChunk;
+    int chunk = static_cast<int>(split);
+    const int before = load_raw(s.begin + row) + 1;
     auto seen_by = [&](int i) {  // entries of the chunk
-        const int64_t count = before + t_of(i);
-        return static_cast<int>(count < 0 ? 0 : count < kChunk ? count : kChunk);
+        const int count = before + static_cast<int>(t_of(i)) - chunk * kChunk;
+        return count < 0 ? 0 : count < kChunk ? count : kChunk;
     };
-    auto result_of = [&](int i) { return s.result(p, row, t_of(i) - token, head_of(i)) + chunk; };
-    const int present = seen_by(Q - 1);
-    if (present == 0) return;
+    auto result_of = [&](int i) { return s.result(p, row, t_of(i) - token, head_of(i)) + split; };
+    if (seen_by(Q - 1) == 0) return;
     const int dims = static_cast<int>(p.dims), parts = (dims + 3) / 4;
     auto width = [&](int part) { return dims - 4 * part < 4 ? dims - 4 * part : 4; };
-    const int64_t entry = chunk * kChunk * p.dims;
-    const Cache* keys = static_cast<const Cache*>(p.keys) + row * p.keys_batch_stride + kv * p.keys_head_stride + entry;
-    const Cache* values =
-        static_cast<const Cache*>(p.values) + row * p.values_batch_stride + kv * p.values_head_stride + entry;
+    int lanes = 8;  // that share an entry's value, four dimensions each
+    while (lanes < parts) lanes *= 2;
+    const int entries = kThreads / lanes, part = thread % lanes;  // entries at a time
 
     for (int at = thread; at < Q * parts; at += kThreads) {
         const int i = at / parts, part = at % parts;
@@ -132,73 +134,95 @@ __global__ void __launch_bounds__(kThreads, 2) attend(AttentionParams p, Scratch
     }
     __syncthreads();
 
-    if (thread < present) {
-        Float4 scores[Q] = {};
-        for (int part = 0; part < parts; part++) {
-            const Float4 k = load4(keys + thread * p.dims + 4 * part, width(part));
+    for (int present; (present = seen_by(Q - 1)) > 0; chunk += static_cast<int>(kSplits)) {
+        const int64_t entry = static_cast<int64_t>(chunk) * kChunk * p.dims;
+        const Cache* keys =
+            static_cast<const Cache*>(p.keys) + row * p.keys_batch_stride + kv * p.keys_head_stride + entry;
+        const Cache* values =
+            static_cast<const Cache*>(p.values) + row * p.values_batch_stride + kv * p.values_head_stride + entry;
+        if (thread < present) {
+            Float4 scores[Q] = {};
+            for (int part = 0; part < parts; part++) {
+                const Float4 k = load4(keys + thread * p.dims + 4 * part, width(part));
+#pragma unroll
+                for (int i = 0; i < Q; i++) {
+                    const Float4 q = load_raw(queries + i * kMaxParts + part);
+#pragma unroll
+                    for (int j = 0; j < 4; j++) scores[i].v[j] = fmaf(q.v[j], k.v[j], scores[i].v[j]);
+                }
+            }
 #pragma unroll
             for (int i = 0; i < Q; i++) {
-                const Float4 q = load_raw(queries + i * kMaxParts + part);
+                const Float4& score = scores[i];
+                store(weights + thread * Q + i, (score.v[0] + score.v[1]) + (score.v[2] + score.v[3]));
+            }
+        }
+        __syncthreads();
+
+        if (warp < Q) {
+            const int seen = seen_by(warp);
+            float running_max = -HUGE_VALF, total = 0.f;
+            for (int e = lane; e < seen; e += kWarp) running_max = fmaxf(running_max, load(weights + e * Q + warp));
+            running_max = warp_reduce_max<kWarp>(running_max);
+            for (int e = lane; e < seen; e += kWarp) {
+                const float weight = expf(load(weights + e * Q + warp) - running_max);
+                store(weights + e * Q + warp, weight);
+                total += weight;
+            }
+            total = warp_reduce_sum<kWarp>(total);
+            if (lane == 0 && exists(warp)) {
+                float* softmax = s.softmax + result_of(warp) * 4;
+                if (chunk >= kSplits) {  // a query that sees none of it keeps every bit
+                    const float before_max = load(softmax), new_max = fmaxf(before_max, running_max);
+                    const float kept = expf(before_max - new_max), added = expf(running_max - new_max);
+                    store(softmax + 2, kept);
+                    store(softmax + 3, added);
+                    total = fmaf(load(softmax + 1), kept, total * added);
+                    running_max = new_max;
+                }
+                store(softmax, running_max);
+                store(softmax + 1, total);
+            }
+        }
+        __syncthreads();
+
+        Float4 mine[Q] = {};
+        int seen[Q];
 #pragma unroll
-                for (int j = 0; j < 4; j++) scores[i].v[j] = fmaf(q.v[j], k.v[j], scores[i].v[j]);
+        for (int i = 0; i < Q; i++) seen[i] = seen_by(i);
+        for (int e = thread / lanes; e < present && part < parts; e += entries) {
+            const Float4 value = load4(values + e * p.dims + 4 * part, width(part));
+#pragma unroll
+            for (int i = 0; i < Q; i++) {
+                if (e >= seen[i]) continue;
+                const float weight = load(weights + e * Q + i);
+#pragma unroll
+                for (int j = 0; j < 4; j++) mine[i].v[j] = fmaf(weight, value.v[j], mine[i].v[j]);
             }
         }
 #pragma unroll
-        for (int i = 0; i < Q; i++) {
-            const Float4& score = scores[i];
-            store(weights + thread * Q + i, (score.v[0] + score.v[1]) + (score.v[2] + score.v[3]));
-        }
-    }
-    __syncthreads();
-
-    if (warp < Q) {
-        const int seen = seen_by(warp);
-        float running_max = -HUGE_VALF, total = 0.f;
-        for (int e = lane; e < seen; e += kWarp) running_max = fmaxf(running_max, load(weights + e * Q + warp));
-        running_max = warp_reduce_max<kWarp>(running_max);
-        for (int e = lane; e < seen; e += kWarp) {
-            const float weight = expf(load(weights + e * Q + warp) - running_max);
-            store(weights + e * Q + warp, weight);
-            total += weight;
-        }
-        total = warp_reduce_sum<kWarp>(total);
-        if (lane == 0 && exists(warp)) {
-            store(s.softmax + result_of(warp) * 2, running_max);
-            store(s.softmax + result_of(warp) * 2 + 1, total);
-        }
-    }
-    __syncthreads();
-
-    int lanes = 8;  // that share an entry's value, four dimensions each
-    while (lanes < parts) lanes *= 2;
-    const int entries = kThreads / lanes, part = thread % lanes;  // entries at a time
-    Float4 mine[Q] = {};
-    int seen[Q];
+        for (int i = 0; i < Q; i++) store_raw(sums + i * kThreads + thread, mine[i]);
+        __syncthreads();
+        for (int at = thread; at < Q * lanes; at += kThreads) {
+            const int i = at / lanes, part_of_sum = at % lanes;
+            if (part_of_sum >= parts || !exists(i)) continue;
+            Float4 sum = {};
+            for (int e = 0; e < entries; e++) {
+                const Float4 next = load_raw(sums + i * kThreads + e * lanes + part_of_sum);
 #pragma unroll
-    for (int i = 0; i < Q; i++) seen[i] = seen_by(i);
-    for (int e = thread / lanes; e < present && part < parts; e += entries) {
-        const Float4 value = load4(values + e * p.dims + 4 * part, width(part));
+                for (int j = 0; j < 4; j++) sum.v[j] += next.v[j];
+            }
+            float* result = s.sums + result_of(i) * p.dims + 4 * part_of_sum;
+            if (chunk >= kSplits) {
+                const Float4 before_sum = load4(result, width(part_of_sum));
+                const float* softmax = s.softmax + result_of(i) * 4;
+                const float kept = load(softmax + 2), added = load(softmax + 3);
 #pragma unroll
-        for (int i = 0; i < Q; i++) {
-            if (e >= seen[i]) continue;
-            const float weight = load(weights + e * Q + i);
-#pragma unroll
-            for (int j = 0; j < 4; j++) mine[i].v[j] = fmaf(weight, value.v[j], mine[i].v[j]);
+                for (int j = 0; j < 4; j++) sum.v[j] = fmaf(before_sum.v[j], kept, sum.v[j] * added);
+            }
+            store4(result, sum, width(part_of_sum));
         }
-    }
-#pragma unroll
-    for (int i = 0; i < Q; i++) store_raw(sums + i * kThreads + thread, mine[i]);
-    __syncthreads();
-    for (int at = thread; at < Q * lanes; at += kThreads) {
-        const int i = at / lanes, part_of_sum = at % lanes;
-        if (part_of_sum >= parts || !exists(i)) continue;
-        Float4 sum = {};
-        for (int e = 0; e < entries; e++) {
-            const Float4 next = load_raw(sums + i * kThreads + e * lanes + part_of_sum);
-#pragma unroll
-            for (int j = 0; j < 4; j++) sum.v[j] += next.v[j];
-        }
-        store4(s.sums + result_of(i) * p.dims + 4 * part_of_sum, sum, width(part_of_sum));
+        __syncthreads();
     }
 }
 
@@ -214,16 +238,17 @@ __global__ void __launch_bounds__(kHeadThreads) combine(AttentionParams p, Scrat
         store_raw(p.lengths + row * p.slots + slot, static_cast<int32_t>(length));
     }
     const int64_t chunks = t < nulls ? 0 : (length + kChunk - 1) / kChunk;
-    const float* softmax = s.softmax + s.result(p, row, t - token, head) * 2;
+    const int64_t splits = chunks < kSplits ? chunks : kSplits;
+    const float* softmax = s.softmax + s.result(p, row, t - token, head) * 4;
     const float* sums = s.sums + s.result(p, row, t - token, head) * p.dims;
     Act* y = reinterpret_cast<Act*>(p.y) + ((row * p.tokens + t) * p.heads + head) * p.dims;
     float running_max = -HUGE_VALF;
-    for (int64_t c = 0; c < chunks; c++) running_max = fmaxf(running_max, load(softmax + 2 * c));
+    for (int64_t c = 0; c < splits; c++) running_max = fmaxf(running_max, load(softmax + 4 * c));
     for (int64_t d = threadIdx.x; d < p.dims; d += kHeadThreads) {
         float sum = 0.f, total = 0.f;
-        for (int64_t c = 0; c < chunks; c++) {
-            const float scale = expf(load(softmax + 2 * c) - running_max);
-            total = fmaf(load(softmax + 2 * c + 1), scale, total);
+        for (int64_t c = 0; c < splits; c++) {
+            const float scale = expf(load(softmax + 4 * c) - running_max);
+            total = fmaf(load(softmax + 4 * c + 1), scale, total);
             sum = fmaf(load(sums + c * p.dims + d), scale, sum);
         }
         store(y + d, t < nulls ? 0.f : sum / total);
@@ -233,7 +258,7 @@ __global__ void __launch_bounds__(kHeadThreads) combine(AttentionParams p, Scrat
 template <typename Cache, int Q>
 void attend_all(const AttentionParams& p, const Scratch& s, int64_t token, int64_t tokens, cudaStream_t stream) {
     const unsigned tiles = blocks_for(tokens * (p.heads / p.kv_heads), Q) * static_cast<unsigned>(p.kv_heads);
-    const dim3 blocks(static_cast<unsigned>(s.chunks), tiles, static_cast<unsigned>(p.batch));
+    const dim3 blocks(static_cast<unsigned>(s.splits), tiles, static_cast<unsigned>(p.batch));
     launch(attend<Cache, Q>, blocks, dim3(kThreads), stream, p, s, token, tokens);
 }
 

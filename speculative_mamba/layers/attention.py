@@ -47,7 +47,7 @@ class Attention:
         if self.conv_weight is not None:
             channels, width = self.conv_weight.shape
             shape = (sizes.batch, width - 1 + sizes.slots, channels)
-            window = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
+            window = torch.empty(shape, dtype=torch.float32, device=device)
             window[:, :width] = 0
         return AttentionCache(keys, values, lengths, window)
 

@@ -44,7 +44,7 @@ class MambaCache:
 
     states: (B, S, …) float32, bfloat16 or float16, one per slot; or with ``inputs`` (B, 1, …), and the inputs that lead
     from there to each slot (see ``ReplayBuffer``). window: (B, W-1+S, D) float32, the convolution's inputs (see
-    ``causal_conv1d_verify``). Slot 0 starts as the zero state; the others hold NaN until they are written.
+    ``causal_conv1d_verify``). Slot 0 starts as the zero state; the others are not read before they are written.
 
     settle: called as ``settle(cache, slot)`` on a copy of one row with ``inputs``; makes slot 0 the state of that slot.
     """
@@ -106,13 +106,13 @@ def new_mamba_cache(
 ) -> MambaCache:
     """An empty cache. state: its shape; conv: (channels, width); inputs: shapes of x, dt and B of one token."""
 
-    def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.full(shape, torch.nan, dtype=dtype, device=device)
+    def memory(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
     channels, width = conv
-    window = poisoned(sizes.batch, width - 1 + sizes.slots, channels)
-    states = poisoned(sizes.batch, 1 if replay else sizes.slots, *state, dtype=sizes.dtype)
-    kept = ReplayBuffer(*(poisoned(sizes.batch, sizes.slots, *shape) for shape in inputs)) if replay else None
+    window = memory(sizes.batch, width - 1 + sizes.slots, channels)
+    states = memory(sizes.batch, 1 if replay else sizes.slots, *state, dtype=sizes.dtype)
+    kept = ReplayBuffer(*(memory(sizes.batch, sizes.slots, *shape) for shape in inputs)) if replay else None
     cache = MambaCache(states, window, kept, settle if replay else None)
     cache.reset()
     return cache

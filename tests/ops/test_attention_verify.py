@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from cases import ATTENTION
 from description import Row
 
+from speculative_mamba.ops import attention_verify
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -53,6 +54,41 @@ def test_the_capacity_does_not_change_a_bit(dtype: torch.dtype, capacity: int, b
         for capacity in (70, capacity)
     ]
     assert_bitwise_equal(y[1], y[0], "y")
+
+
+CHUNKS_OF_CUDA = 64 * 256  # entries from which a split of the CUDA kernel takes more than one chunk
+
+
+def test_a_long_text(kernels: str) -> None:
+    """Across the entry where splits start to take a second chunk: as PyTorch, as token by token, in any capacity.
+
+    Catches: a chunk that replaces its split's sums; its sums added without their scale."""
+    if kernels == "triton" and not torch.cuda.is_available():
+        pytest.skip("its blocks have one size, and 512 of them take the interpreter a minute")
+    length, tokens, g = CHUNKS_OF_CUDA - 2, 5, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, tokens, heads, 4, generator=g) for heads in (2, 1, 1))
+    keys, values = torch.randn(2, 1, 1, length + 600, 4, generator=g)
+    keys[:, :, : length // 2] *= 2  # so that the largest score lies early, later ones are scaled
+
+    def run(capacity: int, step: int) -> torch.Tensor:
+        caches = [
+            F.pad(cache[:, :, :length], (0, 0, 0, capacity - length), value=torch.nan) for cache in (keys, values)
+        ]
+        lengths, start, parts = torch.full((1, 5), length, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), []
+        for t in range(0, tokens, step):
+            part = [tensor[:, t : t + step] for tensor in (q, k, v)]
+            parts.append(attention_verify(*part, *caches, lengths, start, backend=kernels))
+            lengths[:, 0] = lengths[:, step - 1].clone()
+        return torch.cat(parts, 1)
+
+    y = run(length + 5, tokens)
+    for capacity, step in ((length + 5, 1), (3 * length, tokens)):
+        assert_bitwise_equal(run(capacity, step), y, f"y in a cache of {capacity} entries, {step} tokens at a time")
+    mask = torch.ones(tokens, length + tokens).tril(length).bool()
+    entries = (torch.cat([cache[0, :, :length], new[0].transpose(0, 1)], 1) for cache, new in ((keys, k), (values, v)))
+    entries = [each.double().expand(2, -1, -1) for each in entries]
+    expected = F.scaled_dot_product_attention(q[0].transpose(0, 1).double(), *entries, attn_mask=mask)
+    torch.testing.assert_close(y[0].double(), expected.transpose(0, 1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("score", [-1e4, -200.0, 0.0, 200.0, 1e4])
