@@ -120,6 +120,14 @@ def granite_hybrid_hf(folder: Path, seed: int, spelling: dict[str, str] | None =
     return oracle
 
 
+def lfm2_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    sizes = {
+        "intermediate_size": 54, "block_multiple_of": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention", "conv"],
+    }  # fmt: skip
+    return _of_transformers(folder, "Lfm2Config", "Lfm2ForCausalLM", seed, sizes | config)
+
+
 def mamba2_state_spaces(folder: Path, seed: int, **config: Any) -> Oracle:
     ssm = {"layer": "Mamba2", "d_state": 9, "headdim": 8, **config.pop("ssm_cfg", {})}
     settings = {
@@ -251,6 +259,7 @@ FORMATS: dict[str, Callable[..., Oracle]] = {
     "llama-hf": llama_hf,
     "granite-hf": granite_hf,
     "granite-hybrid-hf": granite_hybrid_hf,
+    "lfm2-hf": lfm2_hf,
     "mamba2-state-spaces": mamba2_state_spaces,
     "mamba2attn-state-spaces": mamba2attn_state_spaces,
     "mamba-in-llama": mamba_in_llama,

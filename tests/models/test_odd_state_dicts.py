@@ -11,7 +11,7 @@ from test_published import IDS, logits
 
 import speculative_mamba as sm
 
-names = pytest.mark.parametrize("name", ["llama-hf", "granite-hf", "granite-hybrid-hf"])
+names = pytest.mark.parametrize("name", ["llama-hf", "granite-hf", "granite-hybrid-hf", "lfm2-hf"])
 WEIGHTS = "model.safetensors"
 
 

@@ -72,6 +72,22 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("granite-hybrid-hf", {"time_step_limit": (0.2, 0.9)}),
     ("granite-hybrid-hf", {"rms_norm_eps": 0.1}),
     ("granite-hybrid-hf", {"tie_word_embeddings": True}),
+    ("lfm2-hf", {"layer_types": ["conv"] * 3}),
+    ("lfm2-hf", {"layer_types": None}),
+    ("lfm2-hf", {"layer_types": None, "full_attn_idxs": [0, 2]}),
+    ("lfm2-hf", {"conv_L_cache": 4}),
+    ("lfm2-hf", {"conv_bias": True}),
+    ("lfm2-hf", {"intermediate_size": 30}),
+    ("lfm2-hf", {"block_auto_adjust_ff_dim": False}),
+    ("lfm2-hf", {"block_multiple_of": 16}),
+    ("lfm2-hf", {"block_ffn_dim_multiplier": 1.3}),
+    ("lfm2-hf", {"block_ffn_dim_multiplier": None}),
+    ("lfm2-hf", {"head_dim": 10}),
+    ("lfm2-hf", {"num_key_value_heads": 4}),
+    ("lfm2-hf", {"norm_eps": 0.1}),
+    ("lfm2-hf", {"rope_parameters": ROPE}),
+    ("lfm2-hf", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}),
+    ("lfm2-hf", {"tie_word_embeddings": True}),
     ("mamba2-state-spaces", {"ssm_cfg": {"ngroups": 2}}),
     ("mamba2-state-spaces", {"ssm_cfg": {"D_has_hdim": True}}),
     ("mamba2-state-spaces", {"ssm_cfg": {"rmsnorm": False}}),
@@ -149,11 +165,28 @@ def test_kinds_of_layers_have_two_spellings(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(sm.load_model(tmp_path)), oracle(IDS), rtol=0, atol=1e-4)
 
 
+def test_older_fields_of_lfm2(tmp_path: Path) -> None:
+    """The spelling of the first published configs, which transformers reads too."""
+    transformers = pytest.importorskip("transformers")
+    FORMATS["lfm2-hf"](tmp_path, 1, rope_parameters=ROPE, tie_word_embeddings=True)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    for key in ("layer_types", "rope_parameters", "intermediate_size", "tie_word_embeddings"):
+        del written[key]
+    older = {"full_attn_idxs": [1], "rope_theta": 10000.0, "block_ff_dim": 54, "tie_embedding": True}
+    path.write_text(json.dumps(written | older))
+    model = transformers.Lfm2ForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        exact = model(torch.tensor([IDS]), use_cache=False).logits[0]
+    torch.testing.assert_close(logits(sm.load_model(tmp_path)), exact, rtol=0, atol=2e-5 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("lookahead", [1, 4])
-def test_a_model_without_mamba_drafts_for_a_hybrid(lookahead: int, tmp_path: Path) -> None:
-    """Granite for Granite-4.0-H: two architectures, one vocabulary."""
+@pytest.mark.parametrize("names", [("granite-hybrid-hf", "granite-hf"), ("lfm2-hf", "llama-hf")], ids=str)
+def test_a_model_without_mamba_drafts_for_a_hybrid(names: tuple[str, str], lookahead: int, tmp_path: Path) -> None:
+    """Granite for Granite-4.0-H, as well as Llama for LFM2: two architectures, one vocabulary."""
     models = []
-    for name in ("granite-hybrid-hf", "granite-hf"):
+    for name in names:
         (tmp_path / name).mkdir()
         FORMATS[name](tmp_path / name, 3)
         models.append(sm.load_model(tmp_path / name))
@@ -218,7 +251,7 @@ def test_other_dtypes(name: str, dtype: str, bound: float, tmp_path: Path) -> No
 
 
 # A is computed, the convolution's weight transposed, and what is repeated or made up is small.
-COPIED = ("A", "conv_weight", "conv_bias", "_ones", "inv_freq")
+COPIED = ("A", "conv_weight", "conv_bias", "_ones", "inv_freq", "q_norm", "k_norm")
 
 
 @formats
@@ -267,6 +300,18 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
     ("granite-hybrid-hf", CONFIG, {"layer_types": ["mamba", "attention"]}, "2 layer_types, but num_hidden_layers = 3"),
     ("granite-hybrid-hf", CONFIG, {"layer_types": ["mamba", "attention", "conv"]}, "'conv' in layer_types"),
     ("granite-hybrid-hf", CONFIG, {"architectures": ["GraniteMoeForCausalLM"]}, "GraniteMoeForCausalLM"),
+    *(
+        ("lfm2-hf", CONFIG, {key: value}, key)
+        for key, value in {
+            "conv_L_cache": 9, "conv_bias": 1, "intermediate_size": 0, "block_multiple_of": 0, "norm_eps": 0,
+            "block_ffn_dim_multiplier": -1, "block_ff_dim": 1.5, "block_auto_adjust_ff_dim": "no",
+            "block_use_swiglu": False, "use_pos_enc": False, "num_key_value_heads": 3, "tie_embedding": "no",
+            "layer_types": ["conv", "sliding_attention", "conv"], "rope_parameters": {"rope_type": "yarn"},
+        }.items()
+    ),
+    ("lfm2-hf", CONFIG, {"layer_types": None, "full_attn_idxs": [3]}, "full_attn_idxs"),
+    ("lfm2-hf", CONFIG, {"block_ffn_dim_multiplier": 1e9}, "intermediate_size"),
+    ("lfm2-hf", CONFIG, {"model_type": "lfm2_moe", "architectures": ["Lfm2MoeForCausalLM"]}, "lfm2_moe"),
     ("mamba2-hf", CONFIG, {"hidden_act": "gelu"}, "hidden_act"),
     ("mamba2-hf", CONFIG, {"n_groups": 4}, "n_groups"),
     ("mamba2-hf", CONFIG, {"head_dim": 7}, "head_dim"),

@@ -133,7 +133,8 @@ def of_llama(
     )
 
 
-def llama_attention(config: dict[str, Any], *, scale: float | None = None, rotates: bool = True) -> AttentionConfig:
+def llama_attention(config: dict[str, Any], *, rotates: bool = True, **other: Any) -> AttentionConfig:
+    """other: of ``AttentionConfig``."""
     heads = required(config, "num_attention_heads")
     if config.get("head_dim") is None:
         divides(heads, required(config, "hidden_size"), "num_attention_heads")
@@ -144,9 +145,9 @@ def llama_attention(config: dict[str, Any], *, scale: float | None = None, rotat
         n_kv_heads=divides(required(config, "num_key_value_heads", heads), heads, "num_key_value_heads"),
         head_dim=head_dim,
         inv_freq=tuple(_rotary(config, head_dim).tolist()) if rotates else (),
-        scale=scale,
         bias=bias,
         out_bias=bias,
+        **other,
     )
 
 
