@@ -67,16 +67,14 @@ def _attention(config: dict[str, Any]) -> AttentionConfig:
 
 
 def _d_inner(config: dict[str, Any]) -> int:
-    """Two thirds of the stated size, times a factor, rounded up to a multiple; or as stated."""
+    """Two thirds of the stated size, times a factor, rounded up to a multiple; or the stated size."""
     key = "intermediate_size" if config.get("block_ff_dim") is None else "block_ff_dim"
     size = required(config, key, 12288)
     if not flag(config, "block_auto_adjust_ff_dim", True):
         return size
-    size = int(2 * size / 3)
-    if config.get("block_ffn_dim_multiplier", 1.0) is not None:
-        multiple = required(config, "block_multiple_of", 256)
-        size = int(number(config, "block_ffn_dim_multiplier", 1.0) * size)
-        size = -(-size // multiple) * multiple
+    multiple = required(config, "block_multiple_of", 256)
+    size = int(number(config, "block_ffn_dim_multiplier", 1.0) * int(2 * size / 3))
+    size = -(-size // multiple) * multiple
     if not 1 <= size <= MAX_SIZE:
         refuse(key, config.get(key), f"an adjusted size of 1 to {MAX_SIZE}")
     return size
