@@ -165,19 +165,20 @@ def test_kinds_of_layers_have_two_spellings(tmp_path: Path) -> None:
 
 
 def test_older_fields_of_lfm2(tmp_path: Path) -> None:
-    """The spelling of the first published configs, which transformers reads too."""
+    """The spelling of the first published configs, as transformers reads it. Catches: Llama's rotary base."""
     transformers = pytest.importorskip("transformers")
-    FORMATS["lfm2-hf"](tmp_path, 1, rope_parameters=ROPE, tie_word_embeddings=True)
+    FORMATS["lfm2-hf"](tmp_path, 1, tie_word_embeddings=True)
     path = tmp_path / "config.json"
     written = json.loads(path.read_text())
     for key in ("layer_types", "rope_parameters", "intermediate_size", "tie_word_embeddings"):
         del written[key]
-    older = {"full_attn_idxs": [1], "rope_theta": 10000.0, "block_ff_dim": 54, "tie_embedding": True}
-    path.write_text(json.dumps(written | older))
-    model = transformers.Lfm2ForCausalLM.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        exact = model(torch.tensor([IDS]), use_cache=False).logits[0]
-    torch.testing.assert_close(logits(sm.load_model(tmp_path)), exact, rtol=0, atol=2e-5 * exact.abs().max().item())
+    older = {"full_attn_idxs": [1], "block_ff_dim": 54, "tie_embedding": True}
+    for rotary in ({}, {"rope_theta": 50.0}):
+        path.write_text(json.dumps(written | older | rotary))
+        model = transformers.Lfm2ForCausalLM.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            exact = model(torch.tensor([IDS]), use_cache=False).logits[0]
+        torch.testing.assert_close(logits(sm.load_model(tmp_path)), exact, rtol=0, atol=2e-5 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("lookahead", [1, 4])
