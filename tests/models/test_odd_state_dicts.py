@@ -12,6 +12,7 @@ from test_published import IDS, logits
 import speculative_mamba as sm
 
 names = pytest.mark.parametrize("name", ["llama-hf", "granite-hf", "granite-hybrid-hf", "lfm2-hf"])
+all_names = pytest.mark.parametrize("name", [*names.args[1], "nemotron-h-hf"])
 WEIGHTS = "model.safetensors"
 
 
@@ -38,7 +39,7 @@ def test_a_tied_head_may_be_stored(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(sm.load_model(tmp_path)), -oracle(IDS), rtol=0, atol=1e-4)
 
 
-@names
+@all_names
 @pytest.mark.parametrize("extra", ["model.layers.1.self_attn.sinks", "model.layers.0.experts.weight"])
 def test_a_tensor_that_the_config_does_not_call_for_is_named(name: str, extra: str, tmp_path: Path) -> None:
     FORMATS[name](tmp_path, 0)
@@ -48,7 +49,7 @@ def test_a_tensor_that_the_config_does_not_call_for_is_named(name: str, extra: s
     assert "\n" not in str(caught.value)
 
 
-@names
+@all_names
 def test_two_files_give_the_same_bits_as_one(name: str, tmp_path: Path) -> None:
     FORMATS[name](tmp_path, 0)
     whole = logits(sm.load_model(tmp_path))
