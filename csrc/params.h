@@ -25,10 +25,11 @@ constexpr const char* kDTypes[] = {"float32", "bfloat16", "float16", "int8"};
 constexpr int kMaxConvWidth = 8;
 constexpr double kRounding = 1e-6;  // bounds of filters are met up to the rounding of float32
 
-// y = causal depthwise convolution of x, or silu of it; the inputs are kept in `window` so that a later call can start
-// after any of them. Channel d convolves channel d / (block·repeat) · block + d % block of x.
+// y = causal depthwise convolution of x, or silu of it, with gates on what goes in and what comes out; the inputs are
+// kept in `window` so that a later call can start after any of them. Channel d convolves channel
+// d / (block·repeat) · block + d % block of x · input_gate.
 struct CausalConv1dParams {
-    DType activations;  // of x and y
+    DType activations;  // of x, gates and y
     int64_t batch, tokens, channels, width;
     int64_t repeat, block;  // block·repeat divides D
     const float* x;         // (B, T, D / repeat), channels contiguous
@@ -41,6 +42,10 @@ struct CausalConv1dParams {
     int64_t window_batch_stride, window_row_stride;
     const int32_t* start_slot;  // (B); -1: nothing of the row is read or written, y is 0
     int64_t write_slot;         // slot of the first token
+    const float* input_gate;    // as x, may be null
+    int64_t input_gate_batch_stride, input_gate_token_stride;
+    const float* output_gate;  // (B, T, D), channels contiguous, may be null: multiplies y
+    int64_t output_gate_batch_stride, output_gate_token_stride;
     bool silu;
     const int32_t* left_padding;  // (B), may be null: leading tokens of a row whose input counts as 0
     bool final_state_only;        // prefill: only the last token's slot is kept, as slot 0
@@ -49,7 +54,9 @@ struct CausalConv1dParams {
 
     SM_FIELDS(activations, batch, tokens, channels, width, repeat, block, x, x_batch_stride, x_token_stride, weight,
               weight_channel_stride, weight_tap_stride, weight_dtype, bias, window, window_batch_stride,
-              window_row_stride, start_slot, write_slot, silu, left_padding, final_state_only, constant_weights, y)
+              window_row_stride, start_slot, write_slot, input_gate, input_gate_batch_stride, input_gate_token_stride,
+              output_gate, output_gate_batch_stride, output_gate_token_stride, silu, left_padding, final_state_only,
+              constant_weights, y)
 };
 
 // Mamba-1 selective scan of T tokens per row, with the state after every token rounded to its dtype and written to its

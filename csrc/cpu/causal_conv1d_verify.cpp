@@ -28,10 +28,13 @@ inline Vec load_source(const float* x, const Source& s, int64_t count) {
     return load(lanes);
 }
 
-template <typename scalar_t>
+template <typename scalar_t, bool Gated>
 void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, int64_t count) {
     const int width = static_cast<int>(p.width);
     const float* x = p.x + row * p.x_batch_stride;
+    const float* input_gate = Gated && p.input_gate ? p.input_gate + row * p.input_gate_batch_stride : nullptr;
+    const float* output_gate =
+        Gated && p.output_gate ? p.output_gate + row * p.output_gate_batch_stride + channel : nullptr;
     const Source from = source(p, channel, count);
     const scalar_t* weight = static_cast<const scalar_t*>(p.weight) + channel * p.weight_channel_stride;
     float* window = p.window + row * p.window_batch_stride + channel;
@@ -52,26 +55,31 @@ void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, in
     }
     for (int64_t t = 0; t < p.tokens; t++) {
         Vec input = t < left_padding ? zero() : load_source(x + t * p.x_token_stride, from, count);
+        if (input_gate && t >= left_padding) {
+            input = mul(input, load_source(input_gate + t * p.input_gate_token_stride, from, count));
+        }
         inputs[width - 1] = input;
         if (!p.final_state_only) store_n(window + (width - 1 + p.write_slot + t) * p.window_row_stride, input, count);
         Vec sum = bias;
         for (int k = 0; k < width; k++) sum = fma(inputs[k], taps[k], sum);
         for (int k = 0; k < width - 1; k++) inputs[k] = inputs[k + 1];
-        store_n(y + t * p.channels, p.silu ? silu(sum) : sum, count);
+        if (p.silu) sum = silu(sum);
+        if (output_gate) sum = mul(sum, load_n(output_gate + t * p.output_gate_token_stride, count));
+        store_n(y + t * p.channels, sum, count);
     }
     if (p.final_state_only) {
         for (int k = 0; k < width - 1; k++) store_n(window + (1 + k) * p.window_row_stride, inputs[k], count);
     }
 }
 
-template <typename scalar_t>
+template <typename scalar_t, bool Gated>
 void run(const CausalConv1dParams& p, int threads) {
     const int64_t blocks = divide_up(p.channels, kLanes), items = p.batch * blocks;
     parallel_for(items, divide_up(items, 4 * threads), 8 * items * kLanes * p.tokens, threads,
                  [&](int64_t first, int64_t last) {
                      for (int64_t i = first; i < last; i++) {
                          int64_t channel = i % blocks * kLanes;
-                         channel_block<scalar_t>(p, i / blocks, channel, min(kLanes, p.channels - channel));
+                         channel_block<scalar_t, Gated>(p, i / blocks, channel, min(kLanes, p.channels - channel));
                      }
                  });
 }
@@ -79,7 +87,11 @@ void run(const CausalConv1dParams& p, int threads) {
 }  // namespace
 
 void causal_conv1d_verify(const CausalConv1dParams& p, int threads) {
-    SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t>(p, threads));
+    if (p.input_gate || p.output_gate) {
+        SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t, true>(p, threads));
+    } else {
+        SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t, false>(p, threads));
+    }
 }
 
 }  // namespace speculative_mamba::SM_ISA

@@ -12,8 +12,9 @@ from .mamba1_grouped import GroupedMamba1Mixer
 from .mamba2 import Mamba2Mixer
 from .mlp import Mlp
 from .model_ops import rms_norm
+from .short_conv import ShortConv
 
-Mixer = Mamba1Mixer | GroupedMamba1Mixer | Mamba2Mixer | Attention | Mlp
+Mixer = Mamba1Mixer | GroupedMamba1Mixer | Mamba2Mixer | ShortConv | Attention | Mlp
 # Summands (B·T, d) that the residual stream lacks, each with the number that it counts times.
 Summands = list[tuple[torch.Tensor, float]]
 

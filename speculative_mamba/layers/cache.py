@@ -39,6 +39,46 @@ class CacheSizes:
 
 
 @dataclass
+class ConvCache:
+    """What a convolution without a scan remembers, in slots as of ``MambaCache``: the inputs before the next token.
+
+    window: (B, W-1+S, D) float32 (see ``causal_conv1d_verify``); slots: S.
+    """
+
+    window: torch.Tensor
+    slots: int
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.window]
+
+    def reset(self) -> None:
+        """Makes slot 0 of every row that of an empty text."""
+        self.window[:, : self.window.shape[1] - self.slots + 1] = 0
+
+    def row(self, index: int) -> "ConvCache":
+        """A view of one row."""
+        return ConvCache(self.window[index : index + 1], self.slots)
+
+    def snapshot(self, row: int, slot: int) -> tuple[torch.Tensor]:
+        """A copy of the W-1 inputs before the token that follows a row's slot."""
+        history = self.window.shape[1] - self.slots
+        return (self.window[row, slot + 1 : slot + 1 + history].clone(),)
+
+    def restore(self, row: int, saved: tuple[torch.Tensor]) -> None:
+        """Puts a checkpoint into a row's slot 0."""
+        [history] = saved
+        self.window[row, 1 : 1 + len(history)] = history
+
+
+def new_conv_cache(sizes: CacheSizes, channels: int, width: int, device: torch.device) -> ConvCache:
+    """An empty cache."""
+    shape = (sizes.batch, width - 1 + sizes.slots, channels)
+    cache = ConvCache(torch.empty(shape, dtype=torch.float32, device=device), sizes.slots)
+    cache.reset()
+    return cache
+
+
+@dataclass
 class MambaCache:
     """What a Mamba layer remembers, in slots: slot j holds the state after token j of the last window.
 
@@ -58,13 +98,18 @@ class MambaCache:
     def slots(self) -> int:
         return self.states.shape[1] if self.inputs is None else self.inputs.dt.shape[1]
 
+    @property
+    def conv(self) -> ConvCache:
+        """A view of the window alone."""
+        return ConvCache(self.window, self.slots)
+
     def tensors(self) -> list[torch.Tensor]:
         return [self.states, self.window, *([] if self.inputs is None else vars(self.inputs).values())]
 
     def reset(self) -> None:
         """Makes slot 0 of every row the zero state."""
-        width = self.window.shape[1] - self.slots + 1
-        self.states[:, 0], self.window[:, :width] = 0, 0
+        self.states[:, 0] = 0
+        self.conv.reset()
         if self.inputs is not None:
             self.inputs.dt[:, 0] = 0
 
@@ -74,19 +119,17 @@ class MambaCache:
 
     def snapshot(self, row: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the state in a row's slot and of the W-1 conv inputs before the token that follows it."""
-        history = self.window.shape[1] - self.slots
-        window = self.window[row, slot + 1 : slot + 1 + history].clone()
         if self.inputs is None:
-            return self.states[row, slot].clone(), window
+            return self.states[row, slot].clone(), *self.conv.snapshot(row, slot)
         copy = self._of_row(lambda tensor: tensor[row : row + 1].clone())
         self.settle(copy, slot)
-        return copy.states[0, 0], window
+        return copy.states[0, 0], *self.conv.snapshot(row, slot)
 
     def restore(self, row: int, saved: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Puts a checkpoint into a row's slot 0."""
-        state, history = saved
+        state, *history = saved
         self.states[row, 0] = state
-        self.window[row, 1 : 1 + len(history)] = history
+        self.conv.restore(row, history)
         if self.inputs is not None:
             self.inputs.dt[row, 0] = 0
 
@@ -109,8 +152,7 @@ def new_mamba_cache(
     def memory(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    channels, width = conv
-    window = memory(sizes.batch, width - 1 + sizes.slots, channels)
+    window = new_conv_cache(sizes, *conv, device).window
     states = memory(sizes.batch, 1 if replay else sizes.slots, *state, dtype=sizes.dtype)
     kept = ReplayBuffer(*(memory(sizes.batch, sizes.slots, *shape) for shape in inputs)) if replay else None
     cache = MambaCache(states, window, kept, settle if replay else None)
@@ -138,6 +180,11 @@ class AttentionCache:
         return self.lengths.shape[1]
 
     @property
+    def conv(self) -> ConvCache | None:
+        """A view of the window alone."""
+        return None if self.window is None else ConvCache(self.window, self.slots)
+
+    @property
     def capacity(self) -> int:
         return self.keys.shape[2]
 
@@ -148,8 +195,8 @@ class AttentionCache:
         """Makes slot 0 of every row that of an empty text."""
         self.lengths.zero_()
         self.at_most = 0
-        if self.window is not None:
-            self.window[:, : self.window.shape[1] - self.slots + 1] = 0
+        if self.conv is not None:
+            self.conv.reset()
 
     def may_overflow(self, tokens: int) -> bool:
         """Counts so many more tokens; whether ``at_most``, exact then, exceeds the capacity."""
@@ -174,22 +221,19 @@ class AttentionCache:
         """Copies of the entries that a row's slot counts, and of its window."""
         length = int(self.lengths[row, slot])
         entries = self.keys[row, :, :length].clone(), self.values[row, :, :length].clone()
-        if self.window is None:
-            return entries
-        history = self.window.shape[1] - self.slots
-        return *entries, self.window[row, slot + 1 : slot + 1 + history].clone()
+        return entries if self.conv is None else (*entries, *self.conv.snapshot(row, slot))
 
     def restore(self, row: int, saved: tuple[torch.Tensor, ...]) -> None:
         """Puts a checkpoint into a row's slot 0."""
-        keys, values, *window = saved
+        keys, values, *history = saved
         length = keys.shape[1]
         if length > self.capacity:
             self.grow(grown_capacity(length))
         self.keys[row, :, :length], self.values[row, :, :length] = keys, values
         self.lengths[row, 0] = length
         self.at_most = max(self.at_most, length)
-        for history in window:
-            self.window[row, 1 : 1 + len(history)] = history
+        if self.conv is not None:
+            self.conv.restore(row, history)
 
 
 def grown_capacity(entries: int) -> int:
@@ -197,4 +241,4 @@ def grown_capacity(entries: int) -> int:
     return -(-max(2 * entries, 1) // CAPACITY_STEP) * CAPACITY_STEP
 
 
-LayerCache = MambaCache | AttentionCache
+LayerCache = MambaCache | ConvCache | AttentionCache

@@ -12,6 +12,7 @@ from ..layers.mamba1 import Mamba1Mixer
 from ..layers.mamba1_grouped import GroupedMamba1Mixer
 from ..layers.mamba2 import Mamba2Mixer
 from ..layers.mlp import Mlp
+from ..layers.short_conv import ShortConv
 from ..ops.int8 import Int8Weight
 from .config import (
     AttentionConfig,
@@ -20,6 +21,7 @@ from .config import (
     Mamba2Config,
     MlpConfig,
     ModelConfig,
+    ShortConvConfig,
 )
 from .formats import Names
 from .language_model import MambaLM
@@ -86,6 +88,7 @@ class _Builder:
             Mamba1Config: self.mamba1,
             GroupedMamba1Config: self.grouped_mamba1,
             Mamba2Config: self.mamba2,
+            ShortConvConfig: self.short_conv,
             AttentionConfig: self.attention,
             MlpConfig: self.mlp,
         }
@@ -171,6 +174,18 @@ class _Builder:
             backend=self.backend,
         )
 
+    def short_conv(self, p: str, c: ShortConvConfig) -> ShortConv:
+        s, conv = self.source, self._named(p, "conv1d")
+        return ShortConv(
+            in_proj=s.matrix(p + "in_proj.weight", 3 * c.d_inner, self.d_model),
+            in_bias=self._bias(c.bias, p + "in_proj.bias", 3 * c.d_inner),
+            conv_weight=s.weight(f"{conv}.weight", c.d_inner, 1, c.d_conv)[:, 0],
+            conv_bias=self._bias(c.bias, f"{conv}.bias", c.d_inner),
+            out_proj=s.matrix(p + "out_proj.weight", self.d_model, c.d_inner),
+            out_bias=self._bias(c.bias, p + "out_proj.bias", self.d_model),
+            backend=self.backend,
+        )
+
     def attention(self, p: str, c: AttentionConfig) -> Attention:
         s, inner, shared = self.source, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         packed = inner + 2 * shared
@@ -180,7 +195,8 @@ class _Builder:
         if merged is not None:
             parts, out = {merged + "in_proj": packed}, merged + "out_proj"
         else:
-            parts, out = {p + "q_proj": inner, p + "k_proj": shared, p + "v_proj": shared}, p + "o_proj"
+            parts = {p + "q_proj": inner, p + "k_proj": shared, p + "v_proj": shared}
+            out = self._named(p, "o_proj")
         return Attention(
             projections=tuple(s.matrix(f"{name}.weight", size, self.d_model) for name, size in parts.items()),
             biases=tuple(self._bias(c.bias, f"{name}.bias", size) for name, size in parts.items()),
@@ -193,19 +209,28 @@ class _Builder:
             scale=c.scale,
             conv_weight=s.weight(p + "conv1d.weight", packed, 1, c.d_conv)[:, 0] if c.d_conv else None,
             conv_bias=s.float32(p + "conv1d.bias", packed) if c.d_conv else None,
+            q_norm=self._head_norm(p, "q_norm", c, c.n_heads),
+            k_norm=self._head_norm(p, "k_norm", c, c.n_kv_heads),
+            norm_eps=c.norm_eps,
             backend=self.backend,
         )
 
+    def _head_norm(self, p: str, name: str, c: AttentionConfig, heads: int) -> torch.Tensor | None:
+        """One weight serves all heads."""
+        if c.norm_eps is None:
+            return None
+        return self.source.weight(self._named(p, name) + ".weight", c.head_dim).repeat(heads)
+
     def mlp(self, p: str, c: MlpConfig) -> Mlp:
         s, d = self.source, self.d_model
-        gate, up, down = (p + self.renamed.get(name, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        gate, up, down = (self._named(p, name) for name in ("gate_proj", "up_proj", "down_proj"))
         merged = next((name for name in ("gate_up_proj", "up_gate_proj") if name in self.renamed), None)
         if not c.gated:
             first, second = None, s.matrix(f"{up}.weight", c.d_inner, d)
         elif merged is None:
             first, second = (s.matrix(f"{name}.weight", c.d_inner, d) for name in (gate, up))
         else:
-            both, rows = (p + self.renamed[merged] + ".weight", 2 * c.d_inner, d), slice(0, c.d_inner)
+            both, rows = (self._named(p, merged) + ".weight", 2 * c.d_inner, d), slice(0, c.d_inner)
             first, second = s.matrix(*both, rows=rows), s.matrix(*both, rows=slice(c.d_inner, 2 * c.d_inner))
         return Mlp(
             gate_proj=second if merged == "up_gate_proj" else first,
@@ -217,6 +242,9 @@ class _Builder:
             activation=c.activation,
             backend=self.backend,
         )
+
+    def _named(self, p: str, name: str) -> str:
+        return p + self.renamed.get(name, name)
 
     def _bias(self, present: bool, name: str, size: int) -> torch.Tensor | None:
         return self.source.float32(name, size) if present else None

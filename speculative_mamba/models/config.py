@@ -62,9 +62,18 @@ class Mamba2Config:
 
 
 @dataclass(frozen=True)
+class ShortConvConfig:
+    """A gated convolution without a scan. bias: of both projections and of the convolution."""
+
+    d_inner: int
+    d_conv: int = 3
+    bias: bool = False
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Grouped-query attention. inv_freq: rotary frequencies, one for each rotated pair; scale None: head_dim ** -0.5;
-    d_conv 0: no convolution over queries, keys and values."""
+    d_conv 0: no convolution over queries, keys and values; norm_eps: RMS norms of each head of queries and keys."""
 
     n_heads: int
     n_kv_heads: int
@@ -74,6 +83,7 @@ class AttentionConfig:
     bias: bool = False
     out_bias: bool = False
     d_conv: int = 0
+    norm_eps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class MlpConfig:
     gated: bool = True
 
 
-MixerConfig = Mamba1Config | GroupedMamba1Config | Mamba2Config | AttentionConfig | MlpConfig
+MixerConfig = Mamba1Config | GroupedMamba1Config | Mamba2Config | ShortConvConfig | AttentionConfig | MlpConfig
 BlockConfig = MixerConfig | tuple[MixerConfig, ...]  # several read the same normed input, and their outputs are summed
 
 

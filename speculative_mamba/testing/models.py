@@ -11,6 +11,7 @@ from ..models.config import (
     Mamba2Config,
     MlpConfig,
     ModelConfig,
+    ShortConvConfig,
     mamba1_config,
 )
 from ..models.formats import Names
@@ -27,7 +28,7 @@ MAMBA2_SHAPES = {f"mamba2-{name}": SHAPES[size] for name, size in MAMBA2_SIZES.i
 # Kinds of tiny models: the blocks of one of each.
 ARCHITECTURES = (
     "mamba1", "falcon-mamba", "mamba2", "llama", "mamba2attn", "mamba-in-llama", "mamba2-in-llama", "granite-hybrid",
-    "parallel",
+    "parallel", "lfm2",
 )  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
     in_llama = Mamba2Config(6, 4, 4, 3, 3, 6, norm_groups=6, repeat_before_conv=odd)
     granite = mamba2_block(6, 8, 9, groups=1 + odd)
     unturned = AttentionConfig(4, 2, 6, () if odd else rotary[:3], scale=0.21)
+    short = ShortConvConfig(40 if odd else 24, d_conv=3 + odd, bias=odd)
     mlp, squared = MlpConfig(37, bias=odd), MlpConfig(30, bias=odd, activation="relu2", gated=odd)
     blocks = {
         "mamba1": (mamba1, mamba1),
@@ -82,6 +84,7 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
         "mamba-in-llama": (grouped, mlp, attention, mlp),
         "mamba2-in-llama": (in_llama, mlp, attention, mlp),
         "granite-hybrid": (granite, mlp, unturned, mlp),
+        "lfm2": (short, mlp, AttentionConfig(4, 2, 6, rotary, norm_eps=1e-3), mlp),
         "parallel": ((mamba2, attention), mlp, (attention, mamba1, mlp), squared),
     }
     multipliers = {"embedding_multiplier": 3.0, "residual_multiplier": 0.35, "logits_scaling": 0.7}

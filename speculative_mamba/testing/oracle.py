@@ -10,6 +10,7 @@ from ..layers.mamba1 import Mamba1Mixer
 from ..layers.mamba1_grouped import GroupedMamba1Mixer
 from ..layers.mamba2 import Mamba2Mixer
 from ..layers.mlp import Mlp
+from ..layers.short_conv import ShortConv
 from ..models.language_model import MambaLM
 from ..ops.int8 import Int8Weight
 
@@ -115,6 +116,11 @@ def _mamba2(m: Mamba2Mixer, h: torch.Tensor) -> torch.Tensor:
     return _linear(y, m.out_proj, m.out_bias)
 
 
+def _short_conv(m: ShortConv, h: torch.Tensor) -> torch.Tensor:
+    B, C, x = _linear(h, m.in_proj, m.in_bias).chunk(3, -1)
+    return _linear(C * _conv(B * x, m.conv_weight, m.conv_bias), m.out_proj, m.out_bias)
+
+
 def _attention(m: Attention, h: torch.Tensor) -> torch.Tensor:
     parts = [_linear(h, w, bias) for w, bias in zip(m.projections, m.biases, strict=True)]
     packed = torch.cat(parts, -1)
@@ -122,6 +128,8 @@ def _attention(m: Attention, h: torch.Tensor) -> torch.Tensor:
         packed = _conv(packed, m.conv_weight, m.conv_bias)
     heads = (m.n_heads, m.n_kv_heads, m.n_kv_heads)
     q, k, v = (part.unflatten(-1, (-1, m.head_dim)) for part in packed.split([n * m.head_dim for n in heads], -1))
+    if m.q_norm is not None:
+        q, k = (_norm(x, w.view(x.shape[1:]), m.norm_eps) for x, w in ((q, m.q_norm), (k, m.k_norm)))
     if m.inv_freq is not None:
         angles = torch.arange(len(h), dtype=h.dtype, device=h.device)[:, None, None] * m.inv_freq.to(h.dtype)
         q, k = _rotated(q, angles), _rotated(k, angles)
@@ -149,6 +157,7 @@ _MIXERS: dict[type, Callable[..., torch.Tensor]] = {
     Mamba1Mixer: _mamba1,
     GroupedMamba1Mixer: _grouped_mamba1,
     Mamba2Mixer: _mamba2,
+    ShortConv: _short_conv,
     Attention: _attention,
     Mlp: _mlp,
 }

@@ -10,7 +10,7 @@ import torch
 import speculative_mamba as sm
 from speculative_mamba.decode.lookahead import FixedLookahead
 from speculative_mamba.layers.block import Block
-from speculative_mamba.layers.cache import CAPACITY_STEP, AttentionCache
+from speculative_mamba.layers.cache import CAPACITY_STEP
 from speculative_mamba.ops.backend import extension
 from speculative_mamba.testing import oracle
 from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture
@@ -23,7 +23,7 @@ CASES = [
     for mode in (("snapshots", "replay") if kind != "llama" else ("snapshots",))
 ]
 SOME = [case for case in CASES if case.values[1] == ARCHITECTURES.index(case.values[0]) % 2]  # one seed of each kind
-HYBRIDS = ("mamba2attn", "mamba-in-llama", "mamba2-in-llama", "granite-hybrid", "parallel")
+HYBRIDS = ("mamba2attn", "mamba-in-llama", "mamba2-in-llama", "granite-hybrid", "parallel", "lfm2")
 DRAFTS = ("equal", "near, snapshots", "near, replay", "random, snapshots", "random, replay", "llama", "ngram")
 LENGTHS = (1, 4, CAPACITY_STEP - 5)  # the last one's attention cache grows within ten tokens
 TOKENS = 10
@@ -78,7 +78,7 @@ def test_dtypes_and_backends(family, plain, prompts, kind, seed, mode, dtype, st
     """What a layer keeps is rounded to state_dtype after every token, an attention's entries too."""
     target, drafts = family(kind, seed, mode, dtype, state_dtype, backend)
     for layer in target.new_cache(1, 2):
-        kept = (layer.keys, layer.values) if isinstance(layer, AttentionCache) else (layer.states,)
+        kept = [getattr(layer, name) for name in ("keys", "values", "states") if hasattr(layer, name)]
         assert all(tensor.dtype == state_dtype for tensor in kept)
     tokens = TOKENS if backend == "cpu" else 7
     for name in ("near, replay", "llama"):

@@ -120,6 +120,31 @@ def granite_hybrid_hf(folder: Path, seed: int, spelling: dict[str, str] | None =
     return oracle
 
 
+def lfm2_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    sizes = {
+        "intermediate_size": 54, "block_multiple_of": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention", "conv"],
+    }  # fmt: skip
+    return _of_transformers(folder, "Lfm2Config", "Lfm2ForCausalLM", seed, sizes | config)
+
+
+def nemotron_h_hf(folder: Path, seed: int, written: dict[str, Any] | None = None, **config: Any) -> Oracle:
+    """written: other fields of config.json, None for those to leave out. The least dt, which the authors' code has from
+    ``time_step_limit``, is what transformers calls ``time_step_min``."""
+    sizes = {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"], "num_hidden_layers": 4,
+        "intermediate_size": 37, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10,
+        "ssm_state_size": 10, "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8,
+        "time_step_floor": 0.2, "time_step_max": 2.0,
+    }  # fmt: skip
+    sizes["time_step_min"] = config.get("time_step_limit", (1e-9, math.inf))[0]
+    oracle = _of_transformers(folder, "NemotronHConfig", "NemotronHForCausalLM", seed, sizes | config)
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | (written or {})
+    path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+    return oracle
+
+
 def mamba2_state_spaces(folder: Path, seed: int, **config: Any) -> Oracle:
     ssm = {"layer": "Mamba2", "d_state": 9, "headdim": 8, **config.pop("ssm_cfg", {})}
     settings = {
@@ -251,6 +276,8 @@ FORMATS: dict[str, Callable[..., Oracle]] = {
     "llama-hf": llama_hf,
     "granite-hf": granite_hf,
     "granite-hybrid-hf": granite_hybrid_hf,
+    "lfm2-hf": lfm2_hf,
+    "nemotron-h-hf": nemotron_h_hf,
     "mamba2-state-spaces": mamba2_state_spaces,
     "mamba2attn-state-spaces": mamba2attn_state_spaces,
     "mamba-in-llama": mamba_in_llama,

@@ -11,7 +11,8 @@ from test_published import IDS, logits
 
 import speculative_mamba as sm
 
-names = pytest.mark.parametrize("name", ["llama-hf", "granite-hf", "granite-hybrid-hf"])
+names = pytest.mark.parametrize("name", ["llama-hf", "granite-hf", "granite-hybrid-hf", "lfm2-hf"])
+all_names = pytest.mark.parametrize("name", [*names.args[1], "nemotron-h-hf"])
 WEIGHTS = "model.safetensors"
 
 
@@ -25,6 +26,30 @@ def test_a_tied_head_need_not_be_stored(name: str, tmp_path: Path) -> None:
 
 
 @names
+def test_a_tied_head_may_be_stored(name: str, tmp_path: Path) -> None:
+    """With the embedding's values it is the embedding; a head of its own is used, as transformers does."""
+    oracle = FORMATS[name](tmp_path, 0, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / WEIGHTS)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / WEIGHTS)
+    model = sm.load_model(tmp_path)
+    assert model.head is model.embedding
+    torch.testing.assert_close(logits(model), oracle(IDS), rtol=0, atol=1e-4)
+    save_file(tensors | {"lm_head.weight": -head}, tmp_path / WEIGHTS)
+    torch.testing.assert_close(logits(sm.load_model(tmp_path)), -oracle(IDS), rtol=0, atol=1e-4)
+
+
+@all_names
+@pytest.mark.parametrize("extra", ["model.layers.1.self_attn.sinks", "model.layers.0.experts.weight"])
+def test_a_tensor_that_the_config_does_not_call_for_is_named(name: str, extra: str, tmp_path: Path) -> None:
+    FORMATS[name](tmp_path, 0)
+    save_file(load_file(tmp_path / WEIGHTS) | {extra: torch.ones(3)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=f"{extra}.*does not call for") as caught:
+        sm.load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@all_names
 def test_two_files_give_the_same_bits_as_one(name: str, tmp_path: Path) -> None:
     FORMATS[name](tmp_path, 0)
     whole = logits(sm.load_model(tmp_path))

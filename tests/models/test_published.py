@@ -72,6 +72,34 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("granite-hybrid-hf", {"time_step_limit": (0.2, 0.9)}),
     ("granite-hybrid-hf", {"rms_norm_eps": 0.1}),
     ("granite-hybrid-hf", {"tie_word_embeddings": True}),
+    ("lfm2-hf", {"layer_types": ["conv"] * 3}),
+    ("lfm2-hf", {"layer_types": None}),
+    ("lfm2-hf", {"layer_types": None, "full_attn_idxs": [0, 2]}),
+    ("lfm2-hf", {"conv_L_cache": 4}),
+    ("lfm2-hf", {"conv_bias": True}),
+    ("lfm2-hf", {"intermediate_size": 30}),
+    ("lfm2-hf", {"block_auto_adjust_ff_dim": False}),
+    ("lfm2-hf", {"block_multiple_of": 16}),
+    ("lfm2-hf", {"block_ffn_dim_multiplier": 1.3}),
+    ("lfm2-hf", {"head_dim": 10}),
+    ("lfm2-hf", {"num_key_value_heads": 4}),
+    ("lfm2-hf", {"norm_eps": 0.1}),
+    ("lfm2-hf", {"rope_parameters": ROPE}),
+    ("lfm2-hf", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}),
+    ("lfm2-hf", {"tie_word_embeddings": True}),
+    ("nemotron-h-hf", {"layers_block_type": ["linear_attention"] * 2}),
+    ("nemotron-h-hf", {"layers_block_type": ["full_attention", "mlp"]}),
+    ("nemotron-h-hf", {"intermediate_size": 20}),
+    ("nemotron-h-hf", {"mlp_bias": True}),
+    ("nemotron-h-hf", {"mlp_hidden_act": "silu"}),
+    ("nemotron-h-hf", {"head_dim": 6}),
+    ("nemotron-h-hf", {"num_key_value_heads": 4}),
+    ("nemotron-h-hf", {"n_groups": 3}),
+    ("nemotron-h-hf", {"mamba_num_heads": 4, "mamba_head_dim": 20, "ssm_state_size": 16}),
+    ("nemotron-h-hf", {"conv_kernel": 2, "use_conv_bias": False}),
+    ("nemotron-h-hf", {"use_bias": True}),
+    ("nemotron-h-hf", {"time_step_limit": (1.5, math.inf)}),
+    ("nemotron-h-hf", {"layer_norm_epsilon": 0.1}),
     ("mamba2-state-spaces", {"ssm_cfg": {"ngroups": 2}}),
     ("mamba2-state-spaces", {"ssm_cfg": {"D_has_hdim": True}}),
     ("mamba2-state-spaces", {"ssm_cfg": {"rmsnorm": False}}),
@@ -149,19 +177,61 @@ def test_kinds_of_layers_have_two_spellings(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(sm.load_model(tmp_path)), oracle(IDS), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("lookahead", [1, 4])
-def test_a_model_without_mamba_drafts_for_a_hybrid(lookahead: int, tmp_path: Path) -> None:
-    """Granite for Granite-4.0-H: two architectures, one vocabulary."""
-    models = []
-    for name in ("granite-hybrid-hf", "granite-hf"):
-        (tmp_path / name).mkdir()
-        FORMATS[name](tmp_path / name, 3)
-        models.append(sm.load_model(tmp_path / name))
-    options = {"max_new_tokens": 64, "stop_token_ids": (), "output_logits": True}
-    plain = sm.generate(models[0], [IDS], **options)
-    result = sm.generate(models[0], [IDS], draft=models[1], lookahead=lookahead, **options)
-    assert torch.equal(result.sequences[0], plain.sequences[0]) and torch.equal(result.logits[0], plain.logits[0])
-    assert result.stats.tested
+def test_older_fields_of_lfm2(tmp_path: Path) -> None:
+    """The spelling of the first published configs, as transformers reads it. Catches: Llama's rotary base."""
+    transformers = pytest.importorskip("transformers")
+    FORMATS["lfm2-hf"](tmp_path, 1, tie_word_embeddings=True)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    for key in ("layer_types", "rope_parameters", "intermediate_size", "tie_word_embeddings"):
+        del written[key]
+    older = {"full_attn_idxs": [1], "block_ff_dim": 54, "tie_embedding": True}
+    for rotary in ({}, {"rope_theta": 50.0}):
+        path.write_text(json.dumps(written | older | rotary))
+        model = transformers.Lfm2ForCausalLM.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            exact = model(torch.tensor([IDS]), use_cache=False).logits[0]
+        torch.testing.assert_close(logits(sm.load_model(tmp_path)), exact, rtol=0, atol=2e-5 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"layers_block_type": None, "hybrid_override_pattern": "M-*M", "num_hidden_layers": 4},
+        {"layers_block_type": ["mamba", "mlp", "attention", "mamba"]},
+        {"layers_block_type": None, "hybrid_override_pattern": "M-*M", "n_groups": None, "mamba_n_groups": 2},
+    ],
+    ids=str,
+)
+def test_older_fields_of_nemotron_h(written: dict[str, Any], tmp_path: Path) -> None:
+    """The published models have a pattern of letters."""
+    exact = FORMATS["nemotron-h-hf"](tmp_path, 1, written)(IDS)
+    torch.testing.assert_close(logits(sm.load_model(tmp_path)), exact, rtol=0, atol=2e-5 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize(("lookahead", "rollback"), [(1, "snapshots"), (4, "replay")])
+@pytest.mark.parametrize("name", ["granite-hybrid-hf", "lfm2-hf", "nemotron-h-hf"])
+def test_a_hybrid_with_any_draft_is_itself(name: str, lookahead: int, rollback: str, tmp_path: Path) -> None:
+    """A model without Mamba, prompt lookup, and the model itself: greedy bits, and the text of one seed."""
+    models = {}
+    for part in (name, "granite-hf", "llama-hf"):
+        (tmp_path / part).mkdir()
+        FORMATS[part](tmp_path / part, 3)
+        models[part] = sm.load_model(tmp_path / part, rollback=rollback)
+    target, sampling = models.pop(name), sm.SamplingParams(temperature=0.9, seed=5)
+    options = {"stop_token_ids": (), "output_logits": True}
+    plain = sm.generate(target, [IDS], max_new_tokens=64, **options)
+    sampled = sm.generate(target, [IDS], max_new_tokens=16, sampling=sampling, **options)
+    for draft in (*models.values(), "ngram", target):
+        result = sm.generate(target, [IDS], draft=draft, lookahead=lookahead, max_new_tokens=64, **options)
+        assert torch.equal(result.sequences[0], plain.sequences[0]) and torch.equal(result.logits[0], plain.logits[0])
+        assert result.stats.tested or draft == "ngram"
+        assert draft is not target or result.stats.accepted == result.stats.tested
+        result = sm.generate(
+            target, [IDS], draft=draft, lookahead=lookahead, max_new_tokens=16, sampling=sampling, acceptance="coupled",
+            **options,
+        )  # fmt: skip
+        assert torch.equal(result.sequences[0], sampled.sequences[0])
 
 
 def test_every_format_has_a_row_in_the_documentation() -> None:
@@ -218,7 +288,7 @@ def test_other_dtypes(name: str, dtype: str, bound: float, tmp_path: Path) -> No
 
 
 # A is computed, the convolution's weight transposed, and what is repeated or made up is small.
-COPIED = ("A", "conv_weight", "conv_bias", "_ones", "inv_freq")
+COPIED = ("A", "conv_weight", "conv_bias", "_ones", "inv_freq", "q_norm", "k_norm")
 
 
 @formats
@@ -267,6 +337,36 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
     ("granite-hybrid-hf", CONFIG, {"layer_types": ["mamba", "attention"]}, "2 layer_types, but num_hidden_layers = 3"),
     ("granite-hybrid-hf", CONFIG, {"layer_types": ["mamba", "attention", "conv"]}, "'conv' in layer_types"),
     ("granite-hybrid-hf", CONFIG, {"architectures": ["GraniteMoeForCausalLM"]}, "GraniteMoeForCausalLM"),
+    *(
+        ("lfm2-hf", CONFIG, {key: value}, key)
+        for key, value in {
+            "conv_L_cache": 9, "conv_bias": 1, "intermediate_size": 0, "block_multiple_of": 0, "norm_eps": 0,
+            "block_ffn_dim_multiplier": -1, "block_ff_dim": 1.5, "block_auto_adjust_ff_dim": "no",
+            "block_use_swiglu": False, "use_pos_enc": False, "num_key_value_heads": 3, "tie_embedding": "no",
+            "layer_types": ["conv", "sliding_attention", "conv"],
+        }.items()
+    ),
+    ("lfm2-hf", CONFIG, {"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+    ("lfm2-hf", CONFIG, {"layer_types": None, "full_attn_idxs": [3]}, "full_attn_idxs"),
+    ("lfm2-hf", CONFIG, {"block_ffn_dim_multiplier": 1e9}, "intermediate_size"),
+    ("lfm2-hf", CONFIG, {"model_type": "lfm2_moe", "architectures": ["Lfm2MoeForCausalLM"]}, "lfm2_moe"),
+    *(
+        ("nemotron-h-hf", CONFIG, {key: value}, key)
+        for key, value in {
+            "mamba_hidden_act": "gelu", "mlp_hidden_act": "gelu", "n_groups": 4, "mamba_num_heads": 0,
+            "mamba_head_dim": 10**9, "ssm_state_size": -1, "conv_kernel": 1, "time_step_limit": [1, 0],
+            "intermediate_size": 0, "sliding_window": 64, "num_key_value_heads": 3, "head_dim": 0,
+            "layers_block_type": ["linear_attention", "conv"], "num_hidden_layers": 5, "use_bias": 1,
+        }.items()
+    ),
+    *(
+        ("nemotron-h-hf", CONFIG, {"layers_block_type": None, "hybrid_override_pattern": pattern}, word)
+        for pattern, word in (
+            ("M-E*", "mixture of experts"), ("M|*", "'|' in hybrid_override_pattern"),
+            (None, "hybrid_override_pattern"), ("", "hybrid_override_pattern"), (7, "hybrid_override_pattern"),
+        )
+    ),
+    ("nemotron-h-hf", CONFIG, {"layers_block_type": ["mamba", "moe"]}, "mixture of experts"),
     ("mamba2-hf", CONFIG, {"hidden_act": "gelu"}, "hidden_act"),
     ("mamba2-hf", CONFIG, {"n_groups": 4}, "n_groups"),
     ("mamba2-hf", CONFIG, {"head_dim": 7}, "head_dim"),

@@ -13,11 +13,12 @@ from speculative_mamba.ops.replay import ReplayBuffer
 
 class Convolution(Op):
     name = "causal_conv1d_verify"
-    per_token, written = ("x",), ("window",)
+    per_token, written = ("x", "input_gate", "output_gate"), ("window",)
     base = {
         "batch": 3, "tokens": 5, "channels": 33, "width": 4, "slots": 8, "dtype": FLOAT32, "bias": True,
-        "weight": "contiguous", "silu": True, "repeat": 1, "block": None,
+        "weight": "contiguous", "silu": True, "repeat": 1, "block": None, "input_gate": False, "output_gate": False,
     }  # fmt: skip
+    GATED = {"input_gate": True, "output_gate": True}
     changes = (
         {}, {"batch": 1}, {"tokens": 1}, {"tokens": 2}, {"tokens": 16, "slots": 17}, {"channels": 1}, {"channels": 16},
         {"channels": 77}, {"width": 2}, {"width": 3}, {"width": 8}, {"dtype": BFLOAT16}, {"dtype": FLOAT16},
@@ -25,7 +26,10 @@ class Convolution(Op):
         {"weight": "every second"}, {"contiguous": True}, {"slots": 5}, {"silu": False}, {"repeat": 3, "block": 11},
         {"repeat": 2, "block": 16, "channels": 96}, {"repeat": 3, "block": 32, "channels": 96, "contiguous": True},
         {"repeat": 2, "block": 4, "channels": 40, "silu": False}, {"repeat": 5, "block": 1, "channels": 20},
-        {"repeat": 2, "block": 24, "channels": 48}, {"block": 3},
+        {"repeat": 2, "block": 24, "channels": 48}, {"block": 3}, GATED,
+        {**GATED, "silu": False, "bias": False, "width": 3, "channels": 64, "contiguous": True},
+        {"input_gate": True, "repeat": 3, "block": 11}, {"output_gate": True, "dtype": BFLOAT16, "tokens": 8},
+        {**GATED, "repeat": 2, "block": 16, "channels": 96, "width": 8, "dtype": FLOAT16},
     )  # fmt: skip
     large = {"channels": 3001, "tokens": 7}
     nan = (
@@ -33,6 +37,8 @@ class Convolution(Op):
         ("window", (1, 2, 3), (1, slice(0, 2), 3)),  # the middle of the history: two tokens see it
         ("weight", (3, 0), (slice(None), slice(None), 3)),
         ("bias", (3,), (slice(None), slice(None), 3)),
+        ("input_gate", (1, 1, 3), (1, slice(1, 5), 3)),
+        ("output_gate", (1, 1, 3), (1, 1, 3)),
     )
 
     def arguments(self, c: dict, r: Random) -> Arguments:
@@ -45,6 +51,8 @@ class Convolution(Op):
         bias = r(channels) * 0.2 if c["bias"] else None
         window = r.inside(torch.full((c["batch"], width - 1 + c["slots"], channels), math.nan))
         options = {name: c[name] for name in ("silu", "repeat", "block")}
+        options["input_gate"] = r.window(x.shape[2]) if c["input_gate"] else None
+        options["output_gate"] = r.window(channels) if c["output_gate"] else None
         return {"x": x, "weight": weight, "bias": bias, "window": window, **options}
 
     def state(self, c: dict, r: Random) -> dict[str, torch.Tensor]:
@@ -74,8 +82,9 @@ class Convolution(Op):
 
     @staticmethod
     def repeated(arguments: Arguments) -> torch.Tensor:
-        """x with every channel that is convolved, (B, T, D)."""
-        x, block = arguments["x"], arguments["block"] or 1
+        """What is convolved, (B, T, D): x, gated, with every channel."""
+        x, gate, block = arguments["x"], arguments["input_gate"], arguments["block"] or 1
+        x = x if gate is None else x * gate
         return x.reshape(*x.shape[:2], -1, 1, block).expand(-1, -1, -1, arguments["repeat"], -1).flatten(2)
 
 

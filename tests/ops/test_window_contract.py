@@ -149,7 +149,7 @@ def test_left_padding_leaves_no_trace(op: Op, dtype: torch.dtype, backend: str) 
 
     Catches: one column too many or too few, Δ = 0 that turns -0 into +0, padding that takes a position.
     """
-    arguments, nulls = op.make({"dtype": dtype}, start=1), [0, 5, 2]
+    arguments, nulls = op.make({"dtype": dtype} | getattr(op, "GATED", {}), start=1), [0, 5, 2]
     for name, state in op.slot(arguments).items():
         if name == "history":
             state.zero_()
@@ -224,7 +224,7 @@ def test_nan_reaches_exactly_what_depends_on_it(op: Op, dtype: torch.dtype, back
     """Catches: max(x, 0) of a NaN, a NaN that is rounded to infinity, the group or the row of another."""
     for name, place, reached in op.nan:
         change = op.nan_change | ({"dtype": dtype} if "dtype" in op.base else {})
-        change |= op.GATED if name == "gate" and hasattr(op, "GATED") else {}
+        change |= getattr(op, "GATED", {}) if name.endswith("gate") else {}
         arguments = op.make(change)
         arguments[name][place] = math.nan
         y = op.run(arguments, backend)

@@ -31,9 +31,10 @@ STATES = (
 )  # fmt: skip
 
 
-def conv(dtype: torch.dtype, width: int) -> tuple:
+def conv(dtype: torch.dtype, width: int, gated: bool = False) -> tuple:
     x, weight, window = torch.zeros(1, 5, 5120, dtype=dtype), torch.zeros(5120, width), torch.zeros(1, width + 5, 5120)
-    return x, weight.to(dtype), torch.zeros(5120), window, ROW, 0, True, 1, 1, None, False, False
+    gate = x if gated else None
+    return x, weight.to(dtype), torch.zeros(5120), window, ROW, 0, gate, gate, not gated, 1, 1, None, False, False
 
 
 def scan(dtype: torch.dtype, states: torch.dtype, size: int, replay: bool) -> tuple:
@@ -99,7 +100,10 @@ SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.8, repetition_penalt
 
 # op -> the arguments of calls, by function
 CALLS = {
-    "causal_conv1d_verify": [(conv, (FLOAT32, 4)), (conv, (BFLOAT16, 4)), (conv, (BFLOAT16, 8))],
+    "causal_conv1d_verify": [
+        (conv, (FLOAT32, 4)), (conv, (BFLOAT16, 4)), (conv, (BFLOAT16, 8)),
+        (conv, (BFLOAT16, 3, True)),
+    ],
     "commit_tokens": [(committing, (False,)), (committing, (True,))],
     "mlp_activation": [(silu, (FLOAT32,)), (silu, (BFLOAT16,))],
     "rms_norm": [(norm, (FLOAT32, False)), (norm, (BFLOAT16, False)), (norm, (BFLOAT16, True))],

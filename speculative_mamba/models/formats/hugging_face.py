@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...ops.mlp_activation import ACTIVATIONS
-from ..config import AttentionConfig, Mamba1Config, Mamba2Config, MlpConfig, ModelConfig
+from ..config import AttentionConfig, Mamba1Config, Mamba2Config, MixerConfig, MlpConfig, ModelConfig
 from .fields import (
     MAX_HEAD_SIZE,
     MAX_LAYERS,
@@ -50,7 +50,7 @@ def _mamba1(config: dict[str, Any], **other: Any) -> tuple[ModelConfig, Names]:
         bias=flag(config, "use_bias", False),
         **other,
     )
-    return _of_backbone(config, mixer, eos=0, tie=True)
+    return of_backbone(config, (mixer,) * _layers(config), eos=0, tie=True)
 
 
 def _falcon_mamba(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
@@ -79,27 +79,30 @@ def _mamba2(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
         norm_eps=epsilon(config, "layer_norm_epsilon", 1e-5),
         dt_limit=dt_limit(config, "time_step_limit"),
     )
-    return _of_backbone(config, mixer, eos=2, tie=False)
+    return of_backbone(config, (mixer,) * _layers(config), eos=2, tie=False)
 
 
-def _of_backbone(
-    config: dict[str, Any], mixer: Mamba1Config | Mamba2Config, eos: int, tie: bool
+def _layers(config: dict[str, Any]) -> int:
+    return required(config, "num_hidden_layers", most=MAX_LAYERS)
+
+
+def of_backbone(
+    config: dict[str, Any], blocks: tuple[MixerConfig, ...], eos: int, tie: bool
 ) -> tuple[ModelConfig, Names]:
-    layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
+    """A model whose layers are one block each."""
     model = ModelConfig(
         d_model=required(config, "hidden_size"),
         vocab_size=required(config, "vocab_size"),
-        blocks=(mixer,) * layers,
+        blocks=blocks,
         eps=epsilon(config, "layer_norm_epsilon", 1e-5),
         tie_embeddings=flag(config, "tie_word_embeddings", tie),
         eos_token_id=eos_token_id(config, eos),
     )
-    return model, backbone_names(layers)
+    return model, backbone_names(len(blocks))
 
 
 def _llama(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
-    layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
-    return of_llama(config, (llama_attention(config), llama_mlp(config)) * layers, "self_attn.")
+    return of_llama(config, (llama_attention(config), llama_mlp(config)) * _layers(config), "self_attn.")
 
 
 def of_llama(
@@ -133,7 +136,8 @@ def of_llama(
     )
 
 
-def llama_attention(config: dict[str, Any], *, scale: float | None = None, rotates: bool = True) -> AttentionConfig:
+def llama_attention(config: dict[str, Any], *, rotates: bool = True, **other: Any) -> AttentionConfig:
+    """other: of ``AttentionConfig``."""
     heads = required(config, "num_attention_heads")
     if config.get("head_dim") is None:
         divides(heads, required(config, "hidden_size"), "num_attention_heads")
@@ -144,9 +148,9 @@ def llama_attention(config: dict[str, Any], *, scale: float | None = None, rotat
         n_kv_heads=divides(required(config, "num_key_value_heads", heads), heads, "num_key_value_heads"),
         head_dim=head_dim,
         inv_freq=tuple(_rotary(config, head_dim).tolist()) if rotates else (),
-        scale=scale,
         bias=bias,
         out_bias=bias,
+        **other,
     )
 
 

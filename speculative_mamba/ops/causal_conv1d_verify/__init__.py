@@ -1,4 +1,5 @@
-"""Depthwise causal convolution, with SiLU or without, over a window of tokens, starting from any earlier token."""
+"""Depthwise causal convolution, with SiLU and gates or without, over a window of tokens, starting from any earlier
+token."""
 
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ class CausalConv1dVerifyArgs(NamedTuple):
     window: torch.Tensor
     start_slot: torch.Tensor
     write_slot: int
+    input_gate: torch.Tensor | None
+    output_gate: torch.Tensor | None
     silu: bool
     repeat: int
     block: int
@@ -41,6 +44,8 @@ def causal_conv1d_verify(
     start_slot: torch.Tensor,
     write_slot: int = 0,
     *,
+    input_gate: torch.Tensor | None = None,
+    output_gate: torch.Tensor | None = None,
     silu: bool = True,
     repeat: int = 1,
     block: int | None = None,
@@ -59,13 +64,15 @@ def causal_conv1d_verify(
     | window       | (B, W-1+S, D)    | float32                    | **written** |
     | start_slot   | (B)              | int32                      | slot of the last committed token; -1: left out |
     | write_slot   | int              |                            | slot of the first token of the window |
+    | input_gate   | as x             | as x, or None              | multiplies x, in float32, before it is convolved |
+    | output_gate  | (B, T, D)        | as x, or None              | multiplies y |
     | silu         | bool             |                            | False: the convolution without activation |
     | repeat       | int              |                            | channels of y for each channel of x |
     | block        | int or None      |                            | channels of x that repeat together |
     | left_padding | (B)              | int32 or None              | that many leading inputs of a row count as 0 |
     | final_state_only | bool         |                            | prefill: keep the last W-1 inputs, as slot 0's |
     | constant_weights | bool         |                            | see ``ops``; of weight, bias |
-    | returns      | (B, T, D)        | as x                       | silu(conv(x) + bias) |
+    | returns      | (B, T, D)        | as x                       | silu(conv(x) + bias), gated |
 
     Row W-1+j of ``window`` holds the input of slot j; rows s+1 … s+W-1 are what precedes the token after slot s. The
     call reads those of ``start_slot``, writes rows W-1+write_slot …, and with ``write_slot`` 0 moves the history it
@@ -74,7 +81,8 @@ def causal_conv1d_verify(
 
     With ``repeat`` every ``block`` channels of x serve ``repeat`` times in a row, as the heads of grouped queries do:
     channel c reads channel ``c // (block · repeat) · block + c % block`` of x, as if x were
-    ``x.view(B, T, -1, 1, block).expand(-1, -1, -1, repeat, -1).flatten(2)``. ``window`` holds the repeated inputs.
+    ``x.view(B, T, -1, 1, block).expand(-1, -1, -1, repeat, -1).flatten(2)``; and of ``input_gate``
+    likewise. ``window`` holds the inputs as they are convolved: gated and repeated.
 
     Equivalent to ``silu(torch.nn.functional.conv1d(cat(history, x), weight[:, None], bias, groups=D))`` per row.
 
@@ -100,13 +108,20 @@ def causal_conv1d_verify(
         raise ValueError(f"weight must be {expected}, got {tuple(weight.shape)} {weight.dtype} on {weight.device}")
     if bias is not None:
         check("bias", bias, (channels,), x)
+    if input_gate is not None:
+        check("input_gate", input_gate, x.shape, x, x.dtype)
+    if output_gate is not None:
+        check("output_gate", output_gate, (batch, x.shape[1], channels), x, x.dtype)
     check("window", window, (batch, window.shape[1], channels), x)
     check_slots(x, slots, start_slot, write_slot, final_state_only)
     check_null_columns(left_padding, batch, x)
-    read = {"x": x, "weight": weight, "bias": bias, "start_slot": start_slot, "left_padding": left_padding}
+    read = {
+        "x": x, "weight": weight, "bias": bias, "start_slot": start_slot, "input_gate": input_gate,
+        "output_gate": output_gate, "left_padding": left_padding,
+    }  # fmt: skip
     check_written({"window": window}, read)
     args = CausalConv1dVerifyArgs(
-        x, weight, bias, window, start_slot, write_slot, silu, repeat, block, left_padding, final_state_only,
-        constant_weights,
+        x, weight, bias, window, start_slot, write_slot, input_gate, output_gate, silu, repeat, block, left_padding,
+        final_state_only, constant_weights,
     )  # fmt: skip
     return run("causal_conv1d_verify", backend, args)

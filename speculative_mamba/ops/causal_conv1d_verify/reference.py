@@ -10,9 +10,10 @@ from . import CausalConv1dVerifyArgs
 def causal_conv1d_verify(args: CausalConv1dVerifyArgs) -> torch.Tensor:
     x, window, start_slot, left_padding = args.x, args.window, args.start_slot, args.left_padding
     if is_narrow(x):
-        return causal_conv1d_verify(widened(args, "x")).to(x.dtype)
+        return causal_conv1d_verify(widened(args, "x", "input_gate", "output_gate")).to(x.dtype)
     batch, tokens, _ = x.shape
     channels, width = args.weight.shape
+    x = x if args.input_gate is None else x * args.input_gate
     x = x.unflatten(2, (-1, 1, args.block)).expand(-1, -1, -1, args.repeat, -1).flatten(2)
     weight = args.weight.to(x.dtype)
     columns = torch.arange(tokens, dtype=torch.int64, device=x.device)
@@ -36,8 +37,8 @@ def causal_conv1d_verify(args: CausalConv1dVerifyArgs) -> torch.Tensor:
     y = torch.zeros(channels, dtype=x.dtype, device=x.device) if args.bias is None else args.bias
     for k in range(width):
         y = y + inputs[:, k : k + tokens] * weight[:, k]
-    y = y.masked_fill(~taken, 0)
-    if not args.silu or not batch:
-        return y
-    # PyTorch rounds SiLU by where a value lies in its tensor, so every token goes through it alone.
-    return torch.stack([torch.stack([F.silu(token) for token in row]) for row in y])
+    if args.silu and batch:
+        # PyTorch rounds SiLU by where a value lies in its tensor, so every token goes through it alone.
+        y = torch.stack([torch.stack([F.silu(token) for token in row]) for row in y])
+    y = y if args.output_gate is None else y * args.output_gate
+    return y.masked_fill(~taken, 0)

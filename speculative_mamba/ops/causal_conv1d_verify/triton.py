@@ -14,10 +14,10 @@ CHANNELS = 128  # of a program
 
 @triton.jit(do_not_specialize=["tokens", "write_slot", "final_state_only"])
 def _convolve(
-    x, weight, bias, window, y, start_slot, left_padding, tokens, channels, repeat, block, write_slot, final_state_only,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, bias, window, y, start_slot, input_gate, output_gate, left_padding, tokens, channels, repeat, block,
+    write_slot, final_state_only, WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x, window: (tensor, batch stride, token or row stride); weight: (tensor, channel stride, tap stride)."""
+    """x, window, gates: (tensor, batch stride, token or row stride); weight: (tensor, channel stride, tap stride)."""
     blocks = tl.cdiv(channels, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -46,7 +46,10 @@ def _convolve(
     x_row = x[0] + row * x[1]
     kept = window_row + (write_slot + (WIDTH - 1)) * row_stride
     for t in range(tokens):
-        current = tl.where(t < nulls, 0.0, widen(tl.load(x_row + source, exists, 0.0)))
+        current = widen(tl.load(x_row + source, exists, 0.0))
+        if input_gate is not None:
+            current *= widen(tl.load(input_gate[0] + row * input_gate[1] + t * input_gate[2] + source, exists, 0.0))
+        current = tl.where(t < nulls, 0.0, current)
         if final_state_only == 0:
             tl.store(kept + channel, current, exists)
         inputs += (current,)
@@ -55,6 +58,8 @@ def _convolve(
             total = tl.fma(inputs[k], taps[k], total)
         inputs = inputs[1:]
         total = silu_of(total) if SILU else total
+        if output_gate is not None:
+            total *= widen(tl.load(output_gate[0] + row * output_gate[1] + t * output_gate[2] + channel, exists, 0.0))
         tl.store(y + channel, narrow(total, y.dtype.element_ty), exists)
         x_row += x[2]
         y += channels
@@ -69,10 +74,12 @@ def causal_conv1d_verify(args: CausalConv1dVerifyArgs) -> torch.Tensor:
     batch, tokens, _ = x.shape
     channels, width = weight.shape
     y = x.new_empty(batch, tokens, channels)
+    gates = [gate if gate is None else (gate, *gate.stride()[:2]) for gate in (args.input_gate, args.output_gate)]
     launch(
         _convolve, batch * triton.cdiv(channels, CHANNELS), y, 4, x=(x, x.stride(0), x.stride(1)),
         weight=(weight, *weight.stride()), bias=args.bias, window=(window, window.stride(0), window.stride(1)), y=y,
-        start_slot=args.start_slot, left_padding=args.left_padding, tokens=tokens, channels=channels,
+        start_slot=args.start_slot, input_gate=gates[0], output_gate=gates[1],
+        left_padding=args.left_padding, tokens=tokens, channels=channels,
         repeat=args.repeat, block=args.block, write_slot=args.write_slot, final_state_only=int(args.final_state_only),
         WIDTH=width, SILU=args.silu, BLOCK=CHANNELS,
     )  # fmt: skip

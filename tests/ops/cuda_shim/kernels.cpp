@@ -108,7 +108,12 @@ void announce_all(const AttentionParams& p) {
 }
 
 void announce_all(const CausalConv1dParams& p) {
-    announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, p.channels / p.repeat);
+    const int64_t inputs = p.channels / p.repeat;
+    announce_activations(p, p.x, p.batch, p.x_batch_stride, p.tokens, p.x_token_stride, inputs);
+    announce_activations(p, p.input_gate, p.batch, p.input_gate_batch_stride, p.tokens, p.input_gate_token_stride,
+                         inputs);
+    announce_activations(p, p.output_gate, p.batch, p.output_gate_batch_stride, p.tokens, p.output_gate_token_stride,
+                         p.channels);
     const int64_t element = bytes_of(p.weight_dtype);
     announce(p.weight, p.channels, p.weight_channel_stride, p.width, p.weight_tap_stride, 1, weights_of(p), element);
     announce(p.bias, p.channels, weights_of(p));

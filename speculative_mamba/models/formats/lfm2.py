@@ -1,0 +1,83 @@
+"""``Lfm2ForCausalLM``: gated short convolutions and attention, each followed by an MLP."""
+
+from typing import Any
+
+from ..config import AttentionConfig, MlpConfig, ModelConfig, ShortConvConfig
+from .fields import (
+    MAX_LAYERS,
+    MAX_SIZE,
+    conv_width,
+    eos_token_id,
+    epsilon,
+    flag,
+    indices,
+    layer_types,
+    number,
+    refuse,
+    refuse_other,
+    required,
+)
+from .hugging_face import ModelTypes, llama_attention
+from .names import Names
+
+_PREFIXES = {"conv": "conv.", "full_attention": "self_attn."}
+_RENAMED = {
+    "conv1d": "conv", "q_norm": "q_layernorm", "k_norm": "k_layernorm", "o_proj": "out_proj", "gate_proj": "w1",
+    "up_proj": "w3", "down_proj": "w2",
+}  # fmt: skip
+
+
+def _lfm2(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
+    for key in ("block_use_swiglu", "use_pos_enc"):
+        refuse_other(config, key, True)
+    d_model, kinds = required(config, "hidden_size"), _kinds(config)
+    mixers = {
+        "conv": ShortConvConfig(d_model, conv_width(config, "conv_L_cache", 3), flag(config, "conv_bias", False)),
+        "full_attention": _attention(config) if "full_attention" in kinds else None,
+    }
+    mlp, names = MlpConfig(_d_inner(config)), []
+    for i, kind in enumerate(kinds):
+        prefix = f"model.layers.{i}."
+        names.append((f"{prefix}operator_norm.weight", f"{prefix}{_PREFIXES[kind]}"))
+        names.append((f"{prefix}ffn_norm.weight", f"{prefix}feed_forward."))
+    model = ModelConfig(
+        d_model=d_model,
+        vocab_size=required(config, "vocab_size"),
+        blocks=sum(((mixers[kind], mlp) for kind in kinds), ()),
+        eps=epsilon(config, "norm_eps", 1e-5),
+        tie_embeddings=flag(config, "tie_embedding", flag(config, "tie_word_embeddings", True)),
+        eos_token_id=eos_token_id(config, 2),
+    )
+    embedding, norm = "model.embed_tokens.weight", "model.embedding_norm.weight"
+    return model, Names((embedding,), norm, "lm_head.weight", tuple(names), _RENAMED)
+
+
+def _kinds(config: dict[str, Any]) -> list[str]:
+    """Of each layer. Older configs number those that attend, and without a list all of them do."""
+    if config.get("layer_types") is None and config.get("full_attn_idxs") is not None:
+        layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
+        attending = indices(config, "full_attn_idxs", layers)
+        return ["full_attention" if i in attending else "conv" for i in range(layers)]
+    return layer_types(config, _PREFIXES, "full_attention", "layer_types")
+
+
+def _attention(config: dict[str, Any]) -> AttentionConfig:
+    theta = {"rope_theta": number(config, "rope_theta", 1e6)}
+    return llama_attention(config | theta | {"attention_bias": False}, norm_eps=epsilon(config, "norm_eps", 1e-5))
+
+
+def _d_inner(config: dict[str, Any]) -> int:
+    """Two thirds of the stated size, times a factor, rounded up to a multiple; or the stated size."""
+    key = "intermediate_size" if config.get("block_ff_dim") is None else "block_ff_dim"
+    size = required(config, key, 12288)
+    if not flag(config, "block_auto_adjust_ff_dim", True):
+        return size
+    multiple = required(config, "block_multiple_of", 256)
+    size = int(number(config, "block_ffn_dim_multiplier", 1.0) * int(2 * size / 3))
+    size = -(-size // multiple) * multiple
+    if not 1 <= size <= MAX_SIZE:
+        refuse(key, config.get(key), f"an adjusted size of 1 to {MAX_SIZE}")
+    return size
+
+
+MODEL_TYPES: ModelTypes = {"lfm2": ("Lfm2ForCausalLM", _lfm2)}
