@@ -1,4 +1,6 @@
-"""Memory that nobody wrote holds NaN in all tests; what the tests of the command line share."""
+"""What all tests share: memory that nobody wrote holds NaN, the number of threads, and the command line."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -6,13 +8,22 @@ import torch
 from speculative_mamba import cli
 
 
-@pytest.fixture(autouse=True, scope="session")
-def poisoned_memory():
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_memory() -> Iterator[None]:
     """PyTorch fills what ``torch.empty`` and its like return: with NaN, or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """One thread unless the test asks for more: tensors are small, and threads that wait for one another spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

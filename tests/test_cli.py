@@ -445,7 +445,7 @@ def test_without_the_compiled_kernels():
         "import sys; sys.modules['speculative_mamba._C'] = None\n"
         "from speculative_mamba.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    process = start("-c", program, *SHORT)
+    process = start("-c", program, *SHORT, "--threads", "1")
     out, err = process.communicate()
     assert process.returncode == 0 and out == generated() + "\n"
     assert sum("_C" in line for line in err.splitlines()) == 1 and "backend reference" in err

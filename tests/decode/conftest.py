@@ -144,15 +144,6 @@ def assert_states_fit(assert_slot_holds) -> Callable[..., None]:
     return check
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The models are tiny: PyTorch's threads would only wait for one another. Tests of threads ask for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """threads(n) sets torch's number of threads for one test."""

@@ -325,13 +325,17 @@ def test_a_model_is_shown_in_a_line(checkpoint):
 
 
 MEASURE = """
-import re, sys, torch, speculative_mamba as sm
+import os, re, sys, torch, speculative_mamba as sm
 torch.set_num_threads(1)
-dtype = None if sys.argv[2] == "None" else sys.argv[2]
-model = sm.load_model(sys.argv[1], dtype=dtype)
-sm.generate(model, [[1, 2, 3] * 30], max_new_tokens=2)
-# Not ru_maxrss: a new process starts with its parent's.
-print(model.weight_bytes, 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+for dtype in (None, "bfloat16", "int8"):
+    if os.fork() == 0:
+        model = sm.load_model(sys.argv[1], dtype=dtype)
+        sm.generate(model, [[1, 2, 3] * 30], max_new_tokens=2)
+        # Not ru_maxrss: a new process starts with its parent's.
+        peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        print(model.weight_bytes, peak, flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
@@ -359,11 +363,9 @@ def test_peak_memory(tmp_path, layout):
         config = {"d_model": 1024, "n_layer": 14, "vocab_size": 4096}
     del tensors
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for dtype, factor in (("None", 1), ("bfloat16", 0.5), ("int8", 0.25)):
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(tmp_path), dtype], capture_output=True, text=True, check=True
-        )
-        weights, peak = map(int, done.stdout.split())
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
+    for line, factor, dtype in zip(done.stdout.splitlines(), (1, 0.5, 0.25), ("None", "bfloat16", "int8"), strict=True):
+        weights, peak = map(int, line.split())
         assert weights > 350e6 * factor
         assert peak <= 1.2 * weights + 300e6, f"{dtype}: peak {peak / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights"
 

@@ -1,7 +1,6 @@
 """How far the logits of a long text are from float64, for every dtype of the state."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,13 +36,10 @@ def long_memory() -> sm.MambaLM:
 
 
 @pytest.fixture(scope="module")
-def text() -> Iterator[Text]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def text() -> Text:
     model, generator = long_memory(), torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.vocab_size, (TOKENS,), generator=generator).tolist()
-    yield Text(model, tokens, oracle.full_forward(model, tokens)[PREFILLED:])
-    torch.set_num_threads(before)
+    return Text(model, tokens, oracle.full_forward(model, tokens)[PREFILLED:])
 
 
 def logits(model: sm.MambaLM, tokens: list[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ alarm.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.testing.models import TableModel
 from speculative_mamba.testing.sampling import tensors
 
-SAMPLES, PROMPT = 4000, [4, 2]
+SAMPLES, ROWS, PROMPT = 4000, 400, [4, 2]  # texts of a case, and of a call
 FILTERS = {
     "plain": {},
     "cold": {"temperature": 0.6},
@@ -59,47 +60,62 @@ MIX = ("plain", "top-k top-p", "penalty", "presence", "frequency", "bias", "min-
 THRESHOLD = 1e-6 / (len(CASES) + len(RATES) + len(RIGHT) + len(ACCEPTANCES) * len(MIX))
 
 
-@pytest.fixture
-def draw(target_table, make_draft) -> Callable[..., tuple]:
-    """draw(filters, draft, lookahead, acceptance, tokens): continues the prompt many times; new tokens, statistics."""
+class Drawn(NamedTuple):
+    """tokens: (SAMPLES, new tokens). tested, accepted: drafted tokens of all texts."""
 
-    def run(filters: str, draft: str | None, lookahead: int, acceptance: str, tokens: int = 3) -> tuple:
-        result = sm.generate(
-            TableModel(target_table(draft)), torch.tensor([PROMPT]).expand(SAMPLES, -1),
-            draft=make_draft(draft, PROMPT, SAMPLES), lookahead=lookahead, max_new_tokens=tokens,
-            sampling=sm.SamplingParams(**{"temperature": 1.0, **FILTERS[filters]}, seed=5), acceptance=acceptance,
+    tokens: torch.Tensor
+    tested: int
+    accepted: int
+
+
+@pytest.fixture
+def draw(target_table, make_draft) -> Callable[..., Drawn]:
+    """draw(filters, draft, lookahead, acceptance, tokens): continues the prompt many times."""
+
+    def run(filters: str, draft: str | None, lookahead: int, acceptance: str, tokens: int = 3) -> Drawn:
+        results = [
+            sm.generate(
+                TableModel(target_table(draft)), [PROMPT] * ROWS, draft=make_draft(draft, PROMPT, ROWS),
+                lookahead=lookahead, max_new_tokens=tokens, acceptance=acceptance,
+                sampling=sm.SamplingParams(**{"temperature": 1.0, **FILTERS[filters]}, seed=seed),
+            )
+            for seed in range(SAMPLES // ROWS)
+        ]  # fmt: skip
+        return Drawn(
+            torch.stack([row for result in results for row in result.sequences])[:, len(PROMPT) :],
+            sum(result.stats.tested for result in results), sum(result.stats.accepted for result in results),
         )  # fmt: skip
-        return torch.stack(result.sequences)[:, len(PROMPT) :], result.stats
 
     return run
 
 
 @pytest.fixture
-def measure(draw, joint_probs, p_value, target_table) -> Callable[..., tuple]:
-    """measure(filters, draft, lookahead, acceptance): p-value of the first three tokens, and statistics."""
+def measure(draw, joint_probs, p_value, target_table) -> Callable[..., tuple[float, Drawn]]:
+    """measure(filters, draft, lookahead, acceptance): p-value of the first three tokens, and what was drawn."""
 
-    def run(filters: str, draft: str | None, lookahead: int, acceptance: str = "rejection") -> tuple:
-        drawn, stats = draw(filters, draft, lookahead, acceptance, tokens=max(3, lookahead + 1))
-        return p_value(drawn[:, :3], joint_probs(target_table(draft), PROMPT, **FILTERS[filters])), stats
+    def run(filters: str, draft: str | None, lookahead: int, acceptance: str = "rejection") -> tuple[float, Drawn]:
+        drawn = draw(filters, draft, lookahead, acceptance, tokens=max(3, lookahead + 1))
+        return p_value(drawn.tokens[:, :3], joint_probs(target_table(draft), PROMPT, **FILTERS[filters])), drawn
 
     return run
 
 
-def test_the_numbers_in_the_docstring() -> None:
+def test_the_numbers_in_the_docstring(draw) -> None:
     assert (len(CASES), len(RATES), SAMPLES) == (61, 6, 4000) and len(set(CASES)) == len(CASES)
+    assert draw("plain", None, 1, "rejection").tokens.shape == (SAMPLES, 3)
     assert {case[2] for case in CASES} == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize(("filters", "draft", "lookahead", "acceptance"), CASES)
 def test_joint_probs(measure, filters, draft, lookahead, acceptance) -> None:
-    value, stats = measure(filters, draft, lookahead, acceptance)
+    value, drawn = measure(filters, draft, lookahead, acceptance)
     assert value > THRESHOLD, f"p-value {value:.2e}"
     if draft == "equal":
-        assert stats.accepted == stats.tested, "a draft with the target's law is always right"
+        assert drawn.accepted == drawn.tested, "a draft with the target's law is always right"
     if draft == "disjoint":
-        assert stats.accepted == 0
+        assert drawn.accepted == 0
     if draft == "ngram":
-        assert 0 < stats.accepted < stats.tested
+        assert 0 < drawn.accepted < drawn.tested
 
 
 @pytest.mark.parametrize("acceptance", ACCEPTANCES)
@@ -107,18 +123,21 @@ def test_rows_of_every_kind_in_one_batch(joint_probs, p_value, make_draft, targe
     """A batch in which rows take turns with the parameters: each kind follows its own probabilities, and a greedy row
     among them is greedy."""
     kinds = [sm.SamplingParams(**{"temperature": 1.0, **FILTERS[name]}) for name in MIX]
-    rows = [dataclasses.replace(kinds[row % len(MIX)], seed=row) for row in range(SAMPLES * 2)] + [sm.SamplingParams()]
-    target = TableModel(target_table("other"))
-    result = sm.generate(
-        target, torch.tensor([PROMPT]).expand(len(rows), -1), draft=make_draft("other", PROMPT, len(rows)), lookahead=3,
-        max_new_tokens=4, sampling=rows, acceptance=acceptance,
-    )  # fmt: skip
-    drawn = torch.stack(result.sequences)[:, len(PROMPT) :]
+    target, drawn = TableModel(target_table("other")), []
+    greedy = sm.generate(target, [PROMPT], max_new_tokens=4).sequences[0]
+    for first in range(0, 2 * SAMPLES, ROWS):
+        rows = [dataclasses.replace(kinds[row % len(MIX)], seed=row) for row in range(first, first + ROWS)]
+        *sequences, last = sm.generate(
+            target, [PROMPT] * (ROWS + 1), draft=make_draft("other", PROMPT, ROWS + 1), lookahead=3, max_new_tokens=4,
+            sampling=[*rows, sm.SamplingParams()], acceptance=acceptance,
+        ).sequences  # fmt: skip
+        assert torch.equal(last, greedy)
+        drawn += sequences
+    drawn = torch.stack(drawn)[:, len(PROMPT) :]
     for kind, name in enumerate(MIX):
         expected = joint_probs(target_table("other"), PROMPT, **FILTERS[name])
-        value = p_value(drawn[kind : -1 : len(MIX), :3], expected)
+        value = p_value(drawn[kind :: len(MIX), :3], expected)
         assert value > THRESHOLD, f"{name}: p-value {value:.2e}"
-    assert torch.equal(result.sequences[-1], sm.generate(target, [PROMPT], max_new_tokens=4).sequences[0])
 
 
 def rate_by_hand(p: list[float], q: list[float], acceptance: str) -> float:
@@ -134,12 +153,12 @@ def deviation(draw, by_hand, target_table, make_table) -> Callable[..., float]:
     """deviation(filters, draft, acceptance): p-value of how many of the first drafted tokens were accepted."""
 
     def run(filters: str, draft: str, acceptance: str) -> float:
-        _, stats = draw(filters, draft, 1, acceptance, tokens=2)
-        assert stats.tested == SAMPLES
+        drawn = draw(filters, draft, 1, acceptance, tokens=2)
+        assert drawn.tested == SAMPLES
         tables = target_table(draft), make_table(*DRAFT_TABLES[draft])
         p, q = (by_hand(rows[PROMPT[-1]].tolist(), tuple(PROMPT), **FILTERS[filters]) for rows in tables)
         rate = rate_by_hand(p, q, acceptance)
-        deviation = abs(stats.accepted - SAMPLES * rate) / (SAMPLES * rate * (1 - rate)) ** 0.5
+        deviation = abs(drawn.accepted - SAMPLES * rate) / (SAMPLES * rate * (1 - rate)) ** 0.5
         return math.erfc(deviation / 2**0.5)
 
     return run
@@ -270,12 +289,12 @@ def test_draft_probs_from_before_the_filters_are_caught(measure, monkeypatch) ->
 
 def test_other_noise_in_the_target_is_caught(draw, deviation, monkeypatch) -> None:
     """The law stays right, but text and acceptance rate do not."""
-    expected, _ = draw("plain", None, 1, "coupled")
+    expected = draw("plain", None, 1, "coupled").tokens
     monkeypatch.setattr(sampling, "speculative_accept", coupled())
-    assert torch.equal(draw("plain", "other", 2, "coupled")[0], expected)
+    assert torch.equal(draw("plain", "other", 2, "coupled").tokens, expected)
     assert deviation("plain", "other", "coupled") > THRESHOLD
     monkeypatch.setattr(sampling, "speculative_accept", coupled(Purpose.TEST))
-    assert not torch.equal(draw("plain", "other", 2, "coupled")[0], expected)
+    assert not torch.equal(draw("plain", "other", 2, "coupled").tokens, expected)
     assert deviation("plain", "other", "coupled") < THRESHOLD
 
 
