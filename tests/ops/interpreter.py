@@ -4,12 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+from fast_interpreter import speed_up
 
 
 def repair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends."""
     from triton.runtime import interpreter
 
+    speed_up(monkeypatch)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
     _patch_once(interpreter, monkeypatch)
     builder = interpreter.interpreter_builder  # which checks every sum of integers, in 64 bits
