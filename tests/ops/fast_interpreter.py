@@ -4,6 +4,7 @@ The operations themselves are Triton's; ``test_interpreter.py`` compares results
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -127,14 +128,22 @@ def _replacements() -> list[tuple[object, str, Any]]:
     def cast(self: TritonSemantic, tensor: core.tensor, dtype: core.dtype, rounding: str | None = None) -> core.tensor:
         return tensor if tensor.dtype is dtype else convert(self, tensor, dtype, rounding)
 
-    def patch_attr(owner: object, name: str, member: Callable, builder: object, scope: object) -> None:
+    def interpreted(member: Callable) -> Callable:
         function = getattr(member, "__wrapped__", member)  # without the check that it is in a kernel
 
         def call(*arguments: Any, **options: Any) -> Any:
             options["_semantic"] = interpreter.interpreter_semantic
             return function(*arguments, **options)
 
-        scope.set_attr(owner, name, call)
+        return call
+
+    @functools.cache
+    def builtins_of(package: object) -> list[tuple[str, Callable]]:
+        return [(name, interpreted(member)) for name, member in inspect.getmembers(package) if core.is_builtin(member)]
+
+    def patch_builtin(package: object, builder: object, scope: object) -> None:
+        for name, call in builtins_of(package):
+            scope.set_attr(package, name, call)
 
     def equal(self: core.dtype, other: Any) -> bool:
         other = unwrap_if_constexpr(other)
@@ -152,5 +161,5 @@ def _replacements() -> list[tuple[object, str, Any]]:
         (TritonSemantic, "broadcast_impl_value", broadcast),
         (TritonSemantic, "binary_op_type_checking_impl", checked),
         (TritonSemantic, "cast", cast),
-        (interpreter, "_patch_attr", patch_attr),
+        (interpreter, "_patch_builtin", patch_builtin),
     ]
