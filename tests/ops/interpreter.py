@@ -4,12 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+from fast_interpreter import speed_up
 
 
 def repair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends."""
     from triton.runtime import interpreter
 
+    speed_up(monkeypatch)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
     _patch_once(interpreter, monkeypatch)
     builder = interpreter.interpreter_builder  # which checks every sum of integers, in 64 bits
@@ -34,16 +36,17 @@ def _widened(operand: object) -> np.ndarray:
 
 def _patch_once(interpreter: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of a device function makes the language's functions interpreted ones again; once per launch will do."""
-    patch, launch, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_lang(fn: object) -> object:
-        if fn.__module__ in done:
+        standard = fn.__module__.startswith("triton.")  # which calls those of another module
+        if standard in patched:
             return interpreter._LangPatchScope()
-        done.add(fn.__module__)
+        patched.add(standard)
         return patch(fn)
 
     def call(self: object, *args: object, **kwargs: object) -> None:
-        done.clear()
+        patched.clear()
         launch(self, *args, **kwargs)
 
     monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)

@@ -57,7 +57,7 @@ def test_offsets_beyond_32_bits(op: Op, backend: str, memory: torch.Tensor) -> N
         assert_bitwise_equal(result, expected[name], name)
 
 
-def test_a_weight_beyond_32_bits(gpu_kernels: str, memory: torch.Tensor) -> None:
+def test_a_weight_beyond_32_bits(kernels: str, memory: torch.Tensor) -> None:
     arguments = LINEAR.make()
     far = arguments | spread({"weight": arguments["weight"]}, memory)
-    assert_bitwise_equal(LINEAR.run(far, gpu_kernels), LINEAR.run(arguments, gpu_kernels), "y")
+    assert_bitwise_equal(LINEAR.run(far, kernels), LINEAR.run(arguments, kernels), "y")

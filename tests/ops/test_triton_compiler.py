@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,15 +32,25 @@ def test_every_kernel_is_compiled() -> None:
     assert {path.parent.name for path in OPS.glob("*/triton.py")} == set(REGISTERS) == set(triton_launches.CALLS)
 
 
-@pytest.mark.parametrize("name", REGISTERS)
-def test_registers_and_spills(name: str, tmp_path: Path) -> None:
-    """Catches: `enable_fp_fusion`; registers left to ptxas."""
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen]:
+    """A process without the interpreter, which imports torch once for all ops."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, triton_launches.__file__, name, *map(str, ARCHITECTURES)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    kernels = json.loads(done.stdout)
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, triton_launches.__file__, *map(str, ARCHITECTURES)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 1, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("name", REGISTERS)
+def test_registers_and_spills(name: str, compiler: subprocess.Popen) -> None:
+    """Catches: `enable_fp_fusion`; registers left to ptxas."""
+    compiler.stdin.write(f"{name}\n")
+    answer = compiler.stdout.readline()
+    assert answer, "the compiler broke off"
+    kernels = json.loads(answer)
     assert len(kernels) >= len(ARCHITECTURES) * len(triton_launches.CALLS[name])
     for kernel in kernels:
         what = f"{kernel['kernel']} of {kernel['call']} for sm_{kernel['architecture']}"

@@ -25,7 +25,7 @@ def models(kind: str, dtype: torch.dtype, place: tuple[str, str]) -> tuple:
 def test_greedy_text_and_logits_are_those_without_a_draft(kind: str, gpu_place: tuple[str, str]) -> None:
     target, draft = models(kind, torch.bfloat16, gpu_place)
     assert target.activation_dtype is torch.bfloat16 and target.backend == gpu_place[0]
-    options = {"max_new_tokens": 5, "output_logits": True, "stop_token_ids": ()}
+    options = {"max_new_tokens": 4, "output_logits": True, "stop_token_ids": ()}
     result = sm.generate(target, PROMPTS, draft=draft, lookahead=3, **options)
     for row, prompt in enumerate(PROMPTS):
         alone = sm.generate(target, [prompt], **options)

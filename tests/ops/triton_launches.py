@@ -1,6 +1,6 @@
 """Calls of ops whose kernels are compiled as for a launch, with no GPU to launch them on.
 
-As a program, prints what became of the kernels of one op: python triton_launches.py OP ARCHITECTURE …
+As a program, prints what became of the kernels of each op that it reads: python triton_launches.py ARCHITECTURE …
 """
 
 import functools
@@ -164,16 +164,18 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", listed)}
 
 
-def main(op: str, architectures: list[int]) -> None:
-    function, report = getattr(import_module(f"speculative_mamba.ops.{op}.triton"), op), []
+def report(op: str, architectures: list[int]) -> list[dict]:
+    """What became of the kernels of each call."""
+    function, kernels = getattr(import_module(f"speculative_mamba.ops.{op}.triton"), op), []
     for architecture, (arguments, choice) in itertools.product(architectures, CALLS[op]):
         args = function.__annotations__["args"](*arguments(*choice))
         for kernel in compiled(functools.partial(function, args), architecture):
             about = {"kernel": kernel.metadata.name, "call": str(choice), "architecture": architecture}
             contractible = re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32", kernel.asm["ptx"])
-            report.append({**about, "contractible": contractible, **resources(kernel.asm["cubin"])})
-    print(json.dumps(report))
+            kernels.append({**about, "contractible": contractible, **resources(kernel.asm["cubin"])})
+    return kernels
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(number) for number in sys.argv[2:]])
+    for op in map(str.strip, sys.stdin):
+        print(json.dumps(report(op, [int(number) for number in sys.argv[1:]])), flush=True)
