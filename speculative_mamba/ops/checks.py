@@ -116,8 +116,8 @@ def _extent(tensor: torch.Tensor) -> _Extent:
 
 def check_activations(name: str, x: torch.Tensor, backend: str) -> None:
     """What flows between layers: float32, bfloat16 or float16; on backend ``cpu`` float32."""
-    allowed = (torch.float32,) if resolve(backend, x.device.type) == "cpu" else WEIGHT_DTYPES
-    check(name, x, x.shape, x, allowed)
+    only_float32 = x.dtype is torch.float32 or resolve(backend, x.device.type) == "cpu"
+    check(name, x, x.shape, x, torch.float32 if only_float32 else WEIGHT_DTYPES)
 
 
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:
