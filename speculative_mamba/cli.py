@@ -19,10 +19,10 @@ from . import __version__
 from .compare import compare
 from .decode import GenerationResult, GraphExecutor, SamplingParams, generate
 from .decode.inputs import ACCEPTANCES, MAX_NEW_TOKENS, NAMED_DRAFTS, check_generation, check_models
-from .decode.text import TextStream
 from .info import describe
 from .models import MambaLM, load_model, load_pair
 from .models.language_model import ROLLBACKS
+from .models.text import TextStream
 from .models.tokenizer import added_around, encode
 from .ops.sampling_params import GREEDY_BELOW
 from .ops.threads import available_cpus, num_threads, set_num_threads
