@@ -77,6 +77,13 @@ _LOOKAHEAD = _value(lambda value: value if value == "auto" else int(value), "aut
 _TEXT = _value(lambda value: os.fsencode(value).decode(), "valid UTF-8")  # whatever the locale took it for
 
 
+def _stop(value: str) -> str:
+    text = _TEXT(value)
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
@@ -130,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("frequency_penalty", type=_NUMBER, default=0.0, help="-2 to 2: the same for each time they were generated")
     option("acceptance", choices=ACCEPTANCES, default="rejection", help="coupled: the text of plain sampling, exactly")
     option("seed", type=_WHOLE, default=0, help="seed for sampling")
-    option("stop", type=_TEXT, action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
+    option("stop", type=_stop, action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     option("no_special_tokens", action="store_true", help="encode the prompt as it is, without a BOS before it")
     option("no_skip_special_tokens", action="store_true", help="print special tokens of the new text too")
     option("cg", action="store_true", help="run every round as one CUDA graph, two ahead of the host")
@@ -263,7 +270,7 @@ def _run(options: argparse.Namespace, given: set[str]) -> int:
     check_models(target, draft)
     check_generation(
         target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
-        acceptance=options.acceptance, stop_strings=options.stop,
+        acceptance=options.acceptance,
     )  # fmt: skip
     executor = GraphExecutor() if options.cg and target.device.type == "cuda" else "eager"
     prompt, about_prompt = _encode(target, options.prompt, not options.no_special_tokens)
