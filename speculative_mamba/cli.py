@@ -19,10 +19,10 @@ from . import __version__
 from .compare import compare
 from .decode import GenerationResult, GraphExecutor, SamplingParams, generate
 from .decode.inputs import ACCEPTANCES, MAX_NEW_TOKENS, NAMED_DRAFTS, check_generation, check_models
-from .decode.text import TextStream
 from .info import describe
 from .models import MambaLM, load_model, load_pair
 from .models.language_model import ROLLBACKS
+from .models.text import TextStream
 from .models.tokenizer import added_around, encode
 from .ops.sampling_params import GREEDY_BELOW
 from .ops.threads import available_cpus, num_threads, set_num_threads
@@ -75,6 +75,13 @@ def _integer(least: int, limit: int) -> Callable[[str], object]:
 _WHOLE, _NUMBER = _value(int, "a whole number"), _value(float, "a number")
 _LOOKAHEAD = _value(lambda value: value if value == "auto" else int(value), "auto or a whole number")
 _TEXT = _value(lambda value: os.fsencode(value).decode(), "valid UTF-8")  # whatever the locale took it for
+
+
+def _stop(value: str) -> str:
+    text = _TEXT(value)
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("frequency_penalty", type=_NUMBER, default=0.0, help="-2 to 2: the same for each time they were generated")
     option("acceptance", choices=ACCEPTANCES, default="rejection", help="coupled: the text of plain sampling, exactly")
     option("seed", type=_WHOLE, default=0, help="seed for sampling")
-    option("stop", type=_TEXT, action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
+    option("stop", type=_stop, action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
     option("no_special_tokens", action="store_true", help="encode the prompt as it is, without a BOS before it")
     option("no_skip_special_tokens", action="store_true", help="print special tokens of the new text too")
     option("cg", action="store_true", help="run every round as one CUDA graph, two ahead of the host")
@@ -263,7 +270,7 @@ def _run(options: argparse.Namespace, given: set[str]) -> int:
     check_models(target, draft)
     check_generation(
         target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
-        acceptance=options.acceptance, stop_strings=options.stop,
+        acceptance=options.acceptance,
     )  # fmt: skip
     executor = GraphExecutor() if options.cg and target.device.type == "cuda" else "eager"
     prompt, about_prompt = _encode(target, options.prompt, not options.no_special_tokens)

@@ -320,7 +320,7 @@ def test_version(capsys):
         (["--device", "tpu"], "tpu"),
         (["--backend", "fast"], "fast"),
         (["--draft", "guess"], "guess"),
-        (["--stop", ""], "stop"),
+        (["--stop", ""], "argument --stop: must not be empty"),
         (["--unknown"], "--unknown"),
         (["--top"], "--top"),
         (["stray"], "stray"),

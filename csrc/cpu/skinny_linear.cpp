@@ -81,6 +81,7 @@ inline void group(const SkinnyLinearParams& p, int64_t m0, int64_t n0, int tiles
             accumulate<scalar_t, M, R>(p, x + k, here, next, count, sums[t]);
         }
     }
+    const bool scaled = p.y_scale != 1;
     Vec input[M];
     for (int m = 0; m < M; m++) input[m] = rest ? load_partial(x + m * p.x_row_stride + whole, rest) : zero();
     for (int t = 0; t < tiles; t++)
@@ -93,7 +94,7 @@ inline void group(const SkinnyLinearParams& p, int64_t m0, int64_t n0, int tiles
             for (int m = 0; m < M; m++) {
                 float total = sum(sums[t][r][m]);
                 if constexpr (sizeof(scalar_t) == 1) total *= p.weight_scale[n0 + n];
-                total *= p.y_scale;
+                if (scaled) total *= p.y_scale;
                 p.y[(m0 + m) * p.out_features + n0 + n] = p.bias ? total + p.bias[n0 + n] : total;
             }
         }

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from tokenizers import Tokenizer
 
+from ..models.runner import RowState
+from ..models.text import TextStream
 from ..ops.commit_tokens import FinishReason, Record
 from ..ops.sampling import ROW_STATUS_TEXTS
-from .cache import RowState
 from .round import Round, RoundResult
 from .sampling import SamplingParams
 from .stats import GenerationStats
-from .text import TextStream
 
 
 @dataclass
@@ -70,9 +70,6 @@ class Batch:
         """The committed tokens of all rows; that of a row that never was is a single token."""
         return [[0] if row is None else row.tokens for row in self.rows]
 
-    def text(self, index: int) -> list[int]:
-        return self.rows[index].tokens
-
     def generating(self) -> list[int]:
         """Rows that are not complete."""
         return [index for index, row in enumerate(self.rows) if row is not None and row.finish_reason is None]
@@ -100,8 +97,12 @@ class Batch:
         stream = TextStream(self._tokenizer, self._stop_strings, prompt) if self._stop_strings else None
         row = Row(list(prompt), len(prompt) + max_new_tokens, self._launched, stream)
         self.rows[index] = row
-        rng_key = (params.seed, 0) if rng_key is None else rng_key
-        self.round.admit(index, row.tokens, max_new_tokens, params, rng_key, *states)
+        round, (target_state, draft_state) = self.round, states
+        round.target.prefill(index, row.tokens[:-1], target_state)
+        if round.draft is not None:
+            round.draft.prefill(index, row.tokens, draft_state)
+        round.sampler.admit(index, row.tokens, params, (params.seed, 0) if rng_key is None else rng_key)
+        round.state.admit(index, row.tokens, max_new_tokens)
         row.slot, row.draft_at = 0, (0, len(prompt))
 
     def retire(self, index: int, reason: str = "stop") -> None:
@@ -110,7 +111,7 @@ class Batch:
         if self.in_flight():
             row.slot = row.draft_at = None  # rounds that are queued go on with it
         row.finish_reason = reason
-        self.round.retire(index)
+        self.round.state.leave_out(index)
 
     def launching(self) -> None:
         """A round is about to be queued."""
@@ -132,7 +133,6 @@ class Batch:
         fresh = []
         for index in taking_part:
             columns = record[index]
-            assert columns[Record.NUM_COMMITTED], f"row {index} has ended on the device alone"
             tokens = self._commit_row(index, columns, result)
             stats.count(columns[Record.NUM_DRAFT_TOKENS], columns[Record.ACCEPTED], len(tokens))
             fresh += [(index, token) for token in tokens]
@@ -152,25 +152,25 @@ class Batch:
             raise ValueError(f"row {index}, position {accepted} of the window: {ROW_STATUS_TEXTS[status]}")
 
     def _commit_row(self, index: int, record: list[int], result: RoundResult) -> list[int]:
-        row, reason = self.rows[index], FinishReason(record[Record.FINISH_REASON])
-        tokens = record[Record.TOKENS : Record.TOKENS + record[Record.NUM_COMMITTED]]
+        row, count, reason = self.rows[index], record[Record.NUM_COMMITTED], record[Record.FINISH_REASON]
+        assert count, f"row {index} has ended on the device alone"
+        tokens = record[Record.TOKENS : Record.TOKENS + count]
         row.slot = None  # until all is booked
-        for place, token in enumerate(tokens if row.stream is not None else ()):
-            row.stream.push(token)
-            if row.stream.stopped and not (reason == FinishReason.EOS and place == len(tokens) - 1):
-                row.finish_reason = "stop"
-                del tokens[place + 1 :]
-                break
+        end = None if row.stream is None else _until_stop_string(row.stream, tokens)
+        stopped = end is not None and not (end == count and reason == FinishReason.EOS)
+        if stopped:
+            del tokens[end:]
         row.tokens += tokens
         if self._output_logits:
             row.logits += result.logits[index, : len(tokens)].clone()
         if result.lookahead:
             row.draft_at = len(tokens) - 1, len(row.tokens)
-        if row.finish_reason == "stop":
-            self.round.retire(index)
+        if stopped:
+            row.finish_reason = "stop"
+            self.round.state.leave_out(index)
         elif reason:
-            row.finish_reason = reason.name.lower()
-        if row.finish_reason != "stop" or not self.in_flight(besides=1):
+            row.finish_reason = FinishReason(reason).name.lower()
+        if not stopped or not self.in_flight(besides=1):
             row.slot = len(tokens) - 1
         return tokens
 
@@ -182,11 +182,24 @@ class Batch:
         if row.stream is None or not tokens:
             return False
         ahead = copy.deepcopy(row.stream, {id(self._tokenizer): self._tokenizer})
-        for token in tokens:
-            ahead.push(token)
-        return ahead.stopped
+        return _until_stop_string(ahead, tokens) is not None
 
-    def is_known(self, index: int) -> bool:
-        """Whether the models' slots hold the state of a row's text, and of no other."""
-        row = self.rows[index]
-        return row.slot is not None and not (self.in_flight() and row.finish_reason is None)
+    def snapshot(self, index: int) -> tuple[RowState | None, RowState | None]:
+        """The states of target and draft in a row's slots; None where those hold another text's, or are not kept."""
+        row, draft = self.rows[index], self.round.draft
+        if row.slot is None or (self.in_flight() and row.finish_reason is None):
+            return None, None
+        target_state, draft_state = self.round.target.snapshot(index, row.slot, row.tokens[:-1]), None
+        if draft is not None and draft.stateful and row.draft_at is not None:
+            slot, length = row.draft_at
+            draft_state = draft.snapshot(index, slot, row.tokens[:length])
+        return target_state, draft_state
+
+
+def _until_stop_string(stream: TextStream, tokens: Sequence[int]) -> int | None:
+    """How many tokens there are up to and with that which completes a stop string; None if none does."""
+    for count, token in enumerate(tokens, 1):
+        stream.push(token)
+        if stream.stopped:
+            return count
+    return None

@@ -3,44 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from ..models.identity import KnownModel
-from ..models.language_model import ModelCache
-
-# One layer's recurrent state after some token, and the convolution's inputs before the next (see ``MambaCache``).
-LayerState = tuple[torch.Tensor, ...]
-
-
-@dataclass
-class RowState:
-    """What a model has in mind after it has read ``tokens``, the first of a row's text."""
-
-    tokens: list[int]
-    layers: list[LayerState]
-
-    @staticmethod
-    def of(cache: list, row: int, slot: int, tokens: list[int]) -> "RowState":
-        """A copy of the state in a row's slot."""
-        return RowState(tokens, [layer.snapshot(row, slot) for layer in cache])
-
-
-def new_layers(model: object, batch: int, slots: int, captured: bool) -> list:
-    """A model's cache for rounds, while which the model stays as it is. captured: its steps are not to be recorded."""
-    layers = model.new_cache(batch, slots)
-    if isinstance(layers, ModelCache):
-        layers.watches_model = False
-    return list(layers) if captured else layers
-
-
-def prefill(model: object, cache: list, row: int, tokens: list[int], state: RowState | None) -> None:
-    """Brings slot 0 of a row, which is fresh, to the state after ``tokens``; goes on from ``state`` if there is one."""
-    done = 0
-    if state is not None:
-        done = len(state.tokens)
-        for layer, saved in zip(cache, state.layers, strict=True):
-            layer.restore(row, saved)
-    model.prefill(tokens[done:], cache, row)
+from ..models.runner import RowState
 
 
 @dataclass

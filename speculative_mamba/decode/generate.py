@@ -6,15 +6,17 @@ from dataclasses import dataclass
 import torch
 
 from ..models.prompts import read_prompts
+from ..models.runner import LanguageModel
 from ..models.tokenizer import tokenizer_of
+from ..ops.sampling_params import of_rows
 from .batch import Batch
 from .cache import GenerationCache
-from .drafts import Draft, Drafter, LanguageModel, NgramDrafter, as_draft
-from .executors import Executor, as_executor, check_can_be_captured
+from .drafts import Draft, Drafter, NgramDrafter, as_draft
+from .executors import Executor, as_executor
 from .inputs import check_generation, check_models
 from .lookahead import as_lookahead
 from .loop import DecodeLoop
-from .sampling import LogitsProcessor, SamplingParams, of_rows
+from .sampling import LogitsProcessor, SamplingParams
 from .stats import GenerationStats
 
 
@@ -111,16 +113,15 @@ def generate(
     batch = Batch(len(prompts), stop_token_ids, stop_strings, tokenizer, output_logits)
     executor = as_executor(executor)
     draft = None if draft is None else as_draft(draft, target, batch.texts, executor.captures)
-    if executor.captures:
-        check_can_be_captured(executor, target, draft, logits_processor)
+    drafting = None if draft is None else draft.model
+    executor.check([target] if drafting is None else [target, drafting], logits_processor)
     if cache is not None:
-        cache.open(prompts, target, draft.model if draft is not None and draft.stateful else None)
-    chooser = as_lookahead(lookahead, 0 if draft is None else max(max_new_tokens - 1, 0))
-    params = of_rows(sampling, len(prompts))
+        cache.open(prompts, target, drafting if draft is not None and draft.stateful else None)
     if max_new_tokens == 0:
-        stats = GenerationStats(prompt_tokens=sum(map(len, prompts)))
-        stats.tested_per_position, stats.accepted_per_position = [], []
-        return _result(target, prompts, ["length"] * len(prompts), stats, [[] for _ in prompts], output_logits, cache)
+        stats, nothing = GenerationStats(prompt_tokens=sum(map(len, prompts))), [[] for _ in prompts]
+        return _result(target, prompts, ["length"] * len(prompts), stats, nothing if output_logits else None, cache)
+    chooser = as_lookahead(lookahead, 0 if draft is None else max_new_tokens - 1)
+    params = of_rows(sampling, len(prompts))
     loop = None
     with executor:
         try:
@@ -129,8 +130,7 @@ def generate(
                 coupled=acceptance == "coupled", processor=logits_processor, output_logits=output_logits,
                 on_token=on_token, prompt_length=max(map(len, prompts)), max_new_tokens=max_new_tokens,
             )  # fmt: skip
-            for row, prompt in enumerate(prompts):
-                its, rng_key = params[row]
+            for row, (prompt, (its, rng_key)) in enumerate(zip(prompts, params, strict=True)):
                 states = (cache.target_states[row], cache.draft_states[row]) if cache is not None else (None, None)
                 loop.admit(row, prompt, its, max_new_tokens, rng_key=rng_key, states=states)
             while batch.generating():
@@ -139,8 +139,8 @@ def generate(
             if loop is not None:
                 loop.close(cache, prompts)
             executor.close()
-    reasons = [row.finish_reason for row in batch.rows]
-    return _result(target, batch.texts(), reasons, loop.stats, [row.logits for row in batch.rows], output_logits, cache)
+    reasons, logits = [row.finish_reason for row in batch.rows], [row.logits for row in batch.rows]
+    return _result(target, batch.texts(), reasons, loop.stats, logits if output_logits else None, cache)
 
 
 def _result(
@@ -148,15 +148,14 @@ def _result(
     texts: list[list[int]],
     reasons: list[str],
     stats: GenerationStats,
-    logits: list[list[torch.Tensor]],
-    output_logits: bool,
+    logits: list[list[torch.Tensor]] | None,
     cache: GenerationCache | None,
 ) -> GenerationResult:
-    nothing = torch.empty(0, target.vocab_size, dtype=torch.float32, device=target.device)
+    none = torch.empty(0, target.vocab_size, dtype=torch.float32, device=target.device)
     return GenerationResult(
         sequences=[torch.tensor(text, dtype=torch.int64, device="cpu") for text in texts],
         finish_reasons=reasons,
         stats=stats,
-        logits=[torch.stack(rows) if rows else nothing for rows in logits] if output_logits else None,
+        logits=logits and [torch.stack(rows) if rows else none for rows in logits],
         cache=cache,
     )

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Collection, Sequence
 
+from ..models.runner import LanguageModel
 from ..models.tokenizer import tokenizer_of
 from ..models.vocabulary import check_same_vocabulary, known_vocabulary
+from ..ops.sampling_params import SamplingParams, of_rows
 from ..ops.values import is_int, shown
 from .cache import GenerationCache
-from .drafts import Draft, Drafter, LanguageModel
-from .sampling import SamplingParams
+from .drafts import Draft, Drafter
 
 ACCEPTANCES = ("rejection", "coupled")
 NAMED_DRAFTS = ("ngram",)
@@ -46,7 +47,7 @@ def check_generation(
     max_new_tokens: int,
     sampling: SamplingParams | Sequence[SamplingParams],
     acceptance: str,
-    stop_strings: Sequence[str],
+    stop_strings: Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
     on_token: object = None,
     logits_processor: object = None,
@@ -65,7 +66,7 @@ def check_generation(
         raise ValueError(
             f"max_new_tokens must be a whole number from 0 to {MAX_NEW_TOKENS}, got {shown(max_new_tokens)}"
         )
-    check_sampling(sampling, rows)
+    of_rows(sampling, rows)
     if acceptance not in ACCEPTANCES:
         raise ValueError(f"unknown acceptance {shown(acceptance)}; choose from: {', '.join(ACCEPTANCES)}")
     if not _all_of(stop_token_ids, is_int):
@@ -85,26 +86,6 @@ def check_generation(
             raise ValueError(f"{name} must be a function, got {type(callback).__name__}")
     if cache is not None and not isinstance(cache, GenerationCache):
         raise ValueError(f"cache must be a GenerationCache, got {type(cache).__name__}")
-
-
-def check_sampling(sampling: object, rows: int) -> None:
-    """One ``SamplingParams``, or a list of one per row, of which each has one seed.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if isinstance(sampling, SamplingParams):
-        if isinstance(sampling.seed, tuple) and len(sampling.seed) != rows:
-            raise ValueError(f"there are {len(sampling.seed)} seeds for {rows} rows; give one seed, or one per row")
-        return
-    of_rows = isinstance(sampling, (list, tuple)) and len(sampling) > 0
-    if not of_rows or not all(isinstance(params, SamplingParams) for params in sampling):
-        raise ValueError(f"sampling must be SamplingParams, or a list of one per row; got {shown(sampling)}")
-    if len(sampling) != rows:
-        raise ValueError(f"sampling is {len(sampling)} SamplingParams for {rows} rows; give one, or one per row")
-    for row, params in enumerate(sampling):
-        if isinstance(params.seed, tuple):
-            raise ValueError(f"in a list of sampling parameters each has one seed, got {params.seed!r} for row {row}")
 
 
 def _all_of(values: object, test: Callable[[object], object]) -> bool:

@@ -3,13 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-
 from ..models.identity import IdentityKey, backend_of
+from ..models.runner import LanguageModel
 from ..ops.commit_tokens import BatchState, Record
 from .batch import Batch
-from .cache import GenerationCache, RowState
-from .drafts import Draft, LanguageModel
+from .cache import GenerationCache
+from .drafts import Draft
 from .executors import Executor
 from .lookahead import AdaptiveLookahead, FixedLookahead
 from .round import Round
@@ -42,17 +41,15 @@ class DecodeLoop:
         prompt_length: int = 0,
         max_new_tokens: int = 0,
     ) -> None:
-        started = time.perf_counter()
+        began = time.perf_counter()
         self.batch, self._executor, self._lookahead, self._on_token = batch, executor, lookahead, on_token
         self._window = max(lookahead.all) + 1
         self._skipped = False  # whether the draft was left out of the last round
-        self._decoding_since: float | None = None
-        self.stats = GenerationStats()
-        self.stats.tested_per_position = [0] * (self._window - 1)
-        self.stats.accepted_per_position = [0] * (self._window - 1)
+        counts = [0] * (self._window - 1)
+        self.stats = GenerationStats(tested_per_position=counts, accepted_per_position=list(counts))
 
         def make() -> Round:
-            state = _new_state(target, len(batch.rows), self._window)
+            state = BatchState.empty(len(batch.rows), self._window, target.device)
             sampler = Sampler(
                 params or (), target.vocab_size, state, coupled=coupled,
                 every_mix=executor.captures or params is None,
@@ -65,35 +62,29 @@ class DecodeLoop:
         entries = prompt_length + min(max_new_tokens, AHEAD) + self._window
         batch.bind(executor.prepare(key, make, entries, lookahead.all, output_logits))
         self._draft = batch.round.draft
-        self.stats.setup_s = time.perf_counter() - started
+        self.stats.setup_s = time.perf_counter() - began
 
     def admit(
         self, index: int, prompt: Sequence[int], params: SamplingParams, max_new_tokens: int, **options: object
     ) -> None:
         """``Batch.admit``, with memory for the text."""
-        started = time.perf_counter()
+        began = time.perf_counter()
         self._ensure_capacity(len(prompt) + min(max_new_tokens, AHEAD) + self._window)
         self.batch.admit(index, prompt, params, max_new_tokens, **options)
         self.stats.prompt_tokens += len(prompt)
-        self._prefilled_since(started)
-
-    def _prefilled_since(self, started: float) -> None:
-        seconds = time.perf_counter() - started
-        self.stats.prefill_s += seconds
-        if self._decoding_since is not None:
-            self._decoding_since += seconds
+        self.stats.prefill_s += time.perf_counter() - began
 
     def step(self) -> None:
         """Queues a round, and books the oldest if more are pending than should be."""
-        started = time.perf_counter()
+        began = time.perf_counter()
         if self._draft is not None:
             self._draft.ready()
-        self._prefilled_since(started)
-        if self._decoding_since is None:
-            self._decoding_since = time.perf_counter()
+        ready = time.perf_counter()
         self._launch()
         while self._executor.pending > self._executor.queue_depth:
             self._collect()
+        self.stats.prefill_s += ready - began
+        self.stats.decode_s += time.perf_counter() - ready
 
     def _launch(self) -> None:
         """Queues the next round, unless the last tokens have come meanwhile."""
@@ -107,7 +98,7 @@ class DecodeLoop:
         if not active:
             return
         if not self._executor.captures:  # what goes beyond every row's budget need not be drafted
-            lookahead = min(lookahead, max(self.batch.rows[index].remaining for index in active) - 1)
+            lookahead = min(lookahead, max([self.batch.rows[index].remaining for index in active]) - 1)
         self._skipped = not lookahead
         self.batch.launching()
         self._executor.launch(lookahead)
@@ -124,9 +115,10 @@ class DecodeLoop:
 
     def _ensure_capacity(self, entries: int) -> None:
         """Memory for so many tokens in a row, and for those of the rounds that are queued and of the next one."""
-        if not self._executor.fits(max(entries, self._entries(self._executor.pending * self._window))):
+        executor = self._executor
+        if executor.captures and not executor.fits(max(entries, self._entries(executor.pending * self._window))):
             self._drain()
-            self._executor.grow(max(entries, self._entries(AHEAD)))
+            executor.grow(max(entries, self._entries(AHEAD)))
 
     def _entries(self, tokens: int) -> int:
         """What the longest text takes when each row has so many more, within its budget, and a window is verified."""
@@ -143,20 +135,22 @@ class DecodeLoop:
         result, record, seconds = self._executor.collect()
         tested, accepted = stats.tested, stats.accepted
         fresh = self.batch.commit(result, record, stats)
-        rows = {index for index, _ in fresh}
-        # Rows beside whose tokens none counts are as good as refused ones.
-        unmatched = sum(result.proposed > 0 and record[index][Record.NUM_DRAFT_TOKENS] == 0 for index in rows)
         stats.rounds += bool(fresh)
         stats.draft_s += result.draft_s
         stats.verify_s += result.verify_s
-        stats.decode_s = time.perf_counter() - self._decoding_since
+        # Rows beside whose tokens none counts are as good as refused ones.
+        grown = {index for index, _ in fresh} if result.proposed else ()
+        unmatched = sum([record[index][Record.NUM_DRAFT_TOKENS] == 0 for index in grown])
         self._lookahead.observe(result.proposed, stats.tested - tested + unmatched, stats.accepted - accepted, seconds)
         if self._on_token is not None:
             for index, token in fresh:
                 self._on_token(index, token)
 
     def close(self, cache: GenerationCache | None = None, prompts: Sequence[list[int]] = ()) -> None:
-        """No more rounds; the batch keeps its texts. They and their states go into the cache, if there is one."""
+        """No more rounds; the batch keeps its texts. They and their states go into the cache, if there is one.
+
+        prompts: for rows that were not admitted any more.
+        """
         try:
             if cache is not None:
                 self._save(cache, prompts)
@@ -165,31 +159,12 @@ class DecodeLoop:
             self._executor.close()
 
     def _save(self, cache: GenerationCache, prompts: Sequence[list[int]]) -> None:
-        """Leaves in the cache the texts, and the states of all rows that are known to be those of their texts.
-
-        prompts: for rows that were not admitted any more.
-        """
-        targets, drafts = list(cache.target_states), list(cache.draft_states)
         texts = [list(prompt) for prompt in prompts]
+        targets, drafts = list(cache.target_states), list(cache.draft_states)
         for index, row in enumerate(self.batch.rows):
-            if row is None:
-                continue
-            texts[index] = list(row.tokens)
-            if self.batch.is_known(index):
-                targets[index] = RowState.of(self.batch.round.layers, index, row.slot, row.tokens[:-1])
-                if self._draft is not None and self._draft.stateful and row.draft_at is not None:
-                    slot, length = row.draft_at
-                    drafts[index] = self._draft.snapshot(index, slot, row.tokens[:length])
+            if row is not None:
+                texts[index] = list(row.tokens)
+                target_state, draft_state = self.batch.snapshot(index)
+                targets[index] = target_state or targets[index]
+                drafts[index] = draft_state or drafts[index]
         cache.store(texts, targets, drafts)
-
-
-def _new_state(target: LanguageModel, batch: int, steps: int) -> BatchState:
-    """All rows are left out."""
-    device = target.device
-    return BatchState(
-        last=torch.zeros(batch, 2, dtype=torch.int64, device=device),
-        positions=torch.zeros(batch, dtype=torch.int64, device=device),
-        remaining=torch.zeros(batch, dtype=torch.int32, device=device),
-        active=torch.zeros(batch, dtype=torch.bool, device=device),
-        slots=torch.full((steps, batch), -1, dtype=torch.int32, device=device),
-    )

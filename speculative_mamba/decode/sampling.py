@@ -1,7 +1,7 @@
 """How tokens are chosen: the sampler that applies each row's parameters."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +11,9 @@ from ..ops.noise import Purpose
 from ..ops.sampling_params import SamplingParams
 from ..ops.sampling_tensors import SamplingTensors
 
+if TYPE_CHECKING:
+    from .batch import Batch
+
 __all__ = ["LogitsProcessor", "Sampler", "SamplingParams"]
 
 # (row, the text so far, logits (V) of the next token) -> logits (V); see ``generate``.
@@ -19,25 +22,12 @@ LogitsProcessor = Callable[[int, list[int], torch.Tensor], torch.Tensor]
 _MIN_BIAS_CAPACITY = 16
 
 
-class Texts(Protocol):
-    """What a logits processor is told of."""
-
-    def generating(self) -> list[int]:
-        """Rows that are not complete."""
-
-    def text(self, row: int) -> list[int]:
-        """All committed tokens."""
-
-    def ends_within(self, row: int, tokens: Sequence[int]) -> bool:
-        """Whether a row's text is complete with some of these tokens behind it."""
-
-
 class Sampler:
     """Chooses tokens for a batch, the draft's and the target's.
 
     state: where the rows stand. prompt_mask, (B, V) bool, and output_counts, (B, V) int32: what each text holds, or
     None without penalties; what commits tokens moves them on. With ``every_mix`` there is memory for whatever ``admit``
-    may ask for later, else for these parameters.
+    may ask for later, else for these parameters. texts: those that ``processor`` is told of.
     """
 
     def __init__(
@@ -50,7 +40,7 @@ class Sampler:
         every_mix: bool = False,
         backend: str = "auto",
         processor: LogitsProcessor | None = None,
-        texts: Texts | None = None,
+        texts: "Batch | None" = None,
     ) -> None:
         batch, device = len(state.positions), state.positions.device
         self.backend, self.coupled, self._state = backend, coupled, state
@@ -105,7 +95,8 @@ class Sampler:
                 tokens = draft_tokens[row].tolist()
                 if not self._texts.ends_within(row, tokens):
                     logits[row] = self._process(row, tokens, logits[row])
-        positions = self._state.positions + draft_tokens.shape[1]
+        behind = draft_tokens.shape[1]
+        positions = self._state.positions + behind if behind else self._state.positions
         counted = None if self.output_counts is None else draft_tokens.contiguous()
         try:
             return sample_tokens(
@@ -151,7 +142,7 @@ class Sampler:
         return logits
 
     def _process(self, row: int, tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
-        processed = self._processor(row, self._texts.text(row) + tokens, logits.clone())
+        processed = self._processor(row, self._texts.rows[row].tokens + tokens, logits.clone())
         if not isinstance(processed, torch.Tensor) or processed.shape != logits.shape:
             what = tuple(processed.shape) if isinstance(processed, torch.Tensor) else type(processed).__name__
             raise ValueError(f"logits_processor must return logits of shape {tuple(logits.shape)}, got {what}")
@@ -162,14 +153,3 @@ def bias_capacity(params: Sequence[SamplingParams]) -> int:
     """Biased tokens of a row that there is memory for, so that few captured rounds serve all calls: a power of two."""
     longest = max((len(its.logit_bias) for its in params), default=1)
     return max(_MIN_BIAS_CAPACITY, 1 << (longest - 1).bit_length())
-
-
-def of_rows(
-    sampling: SamplingParams | Sequence[SamplingParams], rows: int
-) -> list[tuple[SamplingParams, tuple[int, int]]]:
-    """Parameters of each row, and its seed and stream."""
-    if not isinstance(sampling, SamplingParams):
-        return [(params, (params.seed, 0)) for params in sampling]
-    if isinstance(sampling.seed, tuple):
-        return [(sampling, (seed, 0)) for seed in sampling.seed]
-    return [(sampling, (sampling.seed, row)) for row in range(rows)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import weakref
+from dataclasses import dataclass, field
 
 import torch
 
@@ -41,6 +42,27 @@ def options_of(model: object) -> tuple:
 def backend_of(model: object) -> str:
     """The backend of the ops of a model."""
     return model.backend if isinstance(model, MambaLM) else "auto"
+
+
+def memory_of(model: object) -> list:
+    """What a captured round takes for granted of a model: its options, and where its weights lie and how.
+
+    The list keeps that memory, since rounds that wait would read it. Nothing is known of a foreign model.
+    """
+    return [options_of(model), *map(_Memory.of, weights_of(model))] if isinstance(model, MambaLM) else []
+
+
+@dataclass
+class _Memory:
+    """Where a tensor lies, and how."""
+
+    layout: tuple
+    storage: torch.UntypedStorage = field(compare=False)
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "_Memory":
+        layout = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        return _Memory(layout, tensor.untyped_storage())
 
 
 class KnownModel:

@@ -251,22 +251,21 @@ class MambaLM:
         if hidden_states is not None and hidden_states.shape != (*tokens.shape, self.config.d_model):
             expected = (*tokens.shape, self.config.d_model)
             raise ValueError(f"hidden_states must have shape {expected}, got {tuple(hidden_states.shape)}")
-        if len(cache) != self._stateful_layers():
-            raise ValueError(
-                f"the cache has {len(cache)} layers, the model {self._stateful_layers()}; use model.new_cache"
-            )
         self._ensure_capacity(cache, tokens.shape[1])
         window = Window(start_slot, write_slot, left_padding)
         if recorded:
             logits, normed = self._run_recorded(tokens, cache, window)
         else:
+            self._check_depth(cache)
             logits, normed = self._logits(self._embed(tokens), len(tokens), cache, window)
         if hidden_states is not None:
             hidden_states.copy_(normed.view(hidden_states.shape))
         return logits.view(*tokens.shape, -1)
 
-    def _stateful_layers(self) -> int:
-        return len([mixer for block in self.blocks for mixer in block.mixers if mixer.stateful])
+    def _check_depth(self, cache: list[LayerCache]) -> None:
+        stateful = sum(mixer.stateful for mixer in self.mixers)
+        if len(cache) != stateful:
+            raise ValueError(f"the cache has {len(cache)} layers, the model {stateful}; use model.new_cache")
 
     @staticmethod
     def reserve(cache: list[LayerCache], entries: int) -> bool:
@@ -288,11 +287,14 @@ class MambaLM:
         for file in self.files:
             file.check(every=every)
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of the embedding (B·T, d) in ``activation_dtype``; in ``out`` if that is given."""
         table = self.embedding
         ids = token_ids(tokens.reshape(-1), table.shape[0])
+        if out is not None and out.dtype is table.dtype:
+            return torch.index_select(table, 0, ids, out=out)
         rows = table.rows(ids) if isinstance(table, Int8Weight) else torch.embedding(table, ids)
-        return rows.to(self.activation_dtype)
+        return rows.to(self.activation_dtype) if out is None else out.copy_(rows)
 
     def _blocks(
         self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window
@@ -319,16 +321,20 @@ class MambaLM:
         self, tokens: torch.Tensor, cache: ModelCache, window: Window
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``_logits``, without Python between the kernels from the second call of a shape on."""
-        slots = cache[0].slots if cache else 0
-        check_start_slot(window.start_slot, slots, len(tokens), self.norm_weight)
-        if window.write_slot and any(isinstance(layer, MambaCache) and layer.inputs is not None for layer in cache):
-            check_follows(window.start_slot, window.write_slot)
         key = (id(self), *tokens.shape, window.write_slot, window.left_padding is None)
         # A window that begins in slot 0 looks whether the model is what it was; its further steps rely on that.
         step, looks = cache.steps.get(key), cache.watches_model and window.write_slot == 0
-        parts = self._parts(cache) if looks or step is None else step.model
+        if looks or step is None:
+            self._check_depth(cache)
+            parts = self._parts(cache)
+        else:
+            parts = step.model
+        slots = cache[0].slots if cache else 0
+        check_start_slot(window.start_slot, slots, tokens.shape[0], self.norm_weight)
+        if window.write_slot and any(isinstance(layer, MambaCache) and layer.inputs is not None for layer in cache):
+            check_follows(window.start_slot, window.write_slot)
         if step is not None and (step.model is parts or _are_same(step.model, parts)):
-            step.hidden.copy_(self._embed(tokens))
+            self._embed(tokens, step.hidden)
             step.window.start_slot.copy_(window.start_slot)
             if window.left_padding is not None:
                 step.window.left_padding.copy_(window.left_padding)

@@ -42,7 +42,7 @@ def check_written(written: dict[str, torch.Tensor | None], read: dict[str, torch
     Raises:
         ValueError: some may lie at one place.
     """
-    if _lie_apart((*written.values(), *read.values())):
+    if _lie_apart(written.values(), read.values()):
         return
     known = {name: _extent(tensor) for name, tensor in (written | read).items() if tensor is not None}
     names = list(known)
@@ -59,14 +59,16 @@ def check_written(written: dict[str, torch.Tensor | None], read: dict[str, torch
                 raise ValueError(f"{name} is written, so it must not share memory with {other}; copy one of them")
 
 
-def _lie_apart(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether all are contiguous, and none shares memory with another: the usual case, seen in a fifth of the time."""
+def _lie_apart(written: Iterable[torch.Tensor | None], read: Iterable[torch.Tensor | None]) -> bool:
+    """Whether what is written is contiguous, and its storages share no byte with others: the usual case, seen in a
+    fifth of the time."""
     spans = []
-    for tensor in tensors:
+    for tensor in written:
         if tensor is not None:
             if not tensor.is_contiguous():
                 return False
-            spans.append((tensor.data_ptr(), tensor.nbytes))
+            spans.append(_span(tensor))
+    spans += {_span(tensor) for tensor in read if tensor is not None}
     spans.sort()
     end = 0
     for first, size in spans:
@@ -74,6 +76,12 @@ def _lie_apart(tensors: Iterable[torch.Tensor | None]) -> bool:
             return False
         end = first + size
     return True
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and number of bytes of a tensor's storage."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 @dataclass(slots=True)
@@ -108,8 +116,8 @@ def _extent(tensor: torch.Tensor) -> _Extent:
 
 def check_activations(name: str, x: torch.Tensor, backend: str) -> None:
     """What flows between layers: float32, bfloat16 or float16; on backend ``cpu`` float32."""
-    allowed = (torch.float32,) if resolve(backend, x.device.type) == "cpu" else WEIGHT_DTYPES
-    check(name, x, x.shape, x, allowed)
+    only_float32 = x.dtype is torch.float32 or resolve(backend, x.device.type) == "cpu"
+    check(name, x, x.shape, x, torch.float32 if only_float32 else WEIGHT_DTYPES)
 
 
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:
@@ -136,8 +144,10 @@ def check_slots(x: torch.Tensor, slots: int, start_slot: torch.Tensor, write_slo
 def check_start_slot(start_slot: torch.Tensor, slots: int, batch: int, like: torch.Tensor) -> None:
     """A slot of S, or -1 for a row that is left out."""
     check("start_slot", start_slot, (batch,), like, torch.int32)
-    if start_slot.is_cpu and not all(-1 <= slot < slots for slot in start_slot.tolist()):
-        raise ValueError(f"start_slot must be in [0, {slots}), or -1 to leave a row out, got {start_slot.tolist()}")
+    if start_slot.is_cpu and batch:
+        values = start_slot.tolist()
+        if min(values) < -1 or max(values) >= slots:
+            raise ValueError(f"start_slot must be in [0, {slots}), or -1 to leave a row out, got {values}")
 
 
 def check_inputs(inputs: ReplayBuffer, shapes: dict[str, tuple[int, ...]], like: torch.Tensor) -> int:
@@ -194,9 +204,10 @@ def check_num_draft_tokens(
     check_contiguous("num_draft_tokens", num_draft_tokens)
     if num_draft_tokens.is_cpu:
         counts = num_draft_tokens.tolist()
-        wanted = [True] * batch if active is None else active.tolist()
-        if any(count < 0 and row for count, row in zip(counts, wanted, strict=True)):
-            raise ValueError(f"num_draft_tokens must be at least 0, got {counts}")
+        if min(counts, default=0) < 0:
+            wanted = [True] * batch if active is None else active.tolist()
+            if any(count < 0 and row for count, row in zip(counts, wanted, strict=True)):
+                raise ValueError(f"num_draft_tokens must be at least 0, got {counts}")
 
 
 def token_ids(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -220,7 +231,7 @@ def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], vocabu
 
 def _check_ids(name: str, tokens: torch.Tensor, vocabulary: int) -> None:
     if tokens.is_cpu and tokens.numel():
-        ids = tokens.reshape(-1).tolist()
+        ids = (tokens if tokens.ndim == 1 else tokens.reshape(-1)).tolist()
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise ValueError(f"{name} must hold token ids from 0 to {vocabulary - 1}, got {tokens.tolist()}")
 

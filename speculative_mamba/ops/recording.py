@@ -55,10 +55,12 @@ class Recording:
             kernels = recorder.kernels
             self._program.record(None)
             recorder.recording = recorder.kernels = None
-            self._storages = [tensor.untyped_storage() for tensor in (kernels.used | kernels.made).values()]
             own = {result.data_ptr() for results in self._stages for result in results}
-            passed = (tensor for key, tensor in kernels.used.items() if key not in kernels.made)
-            self._passed = [tensor for tensor in passed if tensor.untyped_storage().data_ptr() not in own]
+            for key, tensor in (kernels.used | kernels.made).items():
+                storage = tensor.untyped_storage()
+                self._storages.append(storage)
+                if key not in kernels.made and storage.data_ptr() not in own:
+                    self._passed.append(tensor)
             self._places = _places(self._passed)
 
     def run(self, *, unchanged: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""One token per row: ``speculative_accept`` without a drafted token."""
+"""One token per row: ``speculative_accept`` without a draft token."""
 
 import torch
 

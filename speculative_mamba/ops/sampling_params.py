@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
-import torch
-
 from .values import is_int, is_number, shown
 
 GREEDY_BELOW = 1e-5  # a temperature this small is greedy: dividing by it would overflow
@@ -81,13 +79,29 @@ class SamplingParams:
         """Whether logits depend on the tokens of the text."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
-    def rng_keys(self, rows: int) -> torch.Tensor:
-        """Seed and stream of each row, (rows, 2) int64."""
-        if isinstance(self.seed, tuple):
-            streams = [[seed, 0] for seed in self.seed]
-        else:
-            streams = [[self.seed, row] for row in range(rows)]
-        return torch.tensor(streams, dtype=torch.int64, device="cpu")
+
+def of_rows(sampling: object, rows: int) -> list[tuple[SamplingParams, tuple[int, int]]]:
+    """Parameters of each row, with its seed and stream. sampling: one ``SamplingParams``, or a list of one per row, of
+    which each has one seed.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(sampling, SamplingParams):
+        if not isinstance(sampling.seed, tuple):
+            return [(sampling, (sampling.seed, row)) for row in range(rows)]
+        if len(sampling.seed) != rows:
+            raise ValueError(f"there are {len(sampling.seed)} seeds for {rows} rows; give one seed, or one per row")
+        return [(sampling, (seed, 0)) for seed in sampling.seed]
+    is_list = isinstance(sampling, list | tuple) and len(sampling) > 0
+    if not is_list or not all(isinstance(params, SamplingParams) for params in sampling):
+        raise ValueError(f"sampling must be SamplingParams, or a list of one per row; got {shown(sampling)}")
+    if len(sampling) != rows:
+        raise ValueError(f"sampling is {len(sampling)} SamplingParams for {rows} rows; give one, or one per row")
+    for row, params in enumerate(sampling):
+        if isinstance(params.seed, tuple):
+            raise ValueError(f"in a list of sampling parameters each has one seed, got {params.seed!r} for row {row}")
+    return [(params, (params.seed, 0)) for params in sampling]
 
 
 def _bias_pairs(bias: object) -> tuple[tuple[int, float], ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..decode.executors.cuda_graph import CapturedRound, GraphExecutor, PendingRound
+from ..decode.executors.cuda_graph import CapturedRound, GraphExecutor, SentRound
 from ..decode.round import RoundResult
 from ..ops import backend as backends
 
@@ -64,10 +64,24 @@ def _write_over(first: object, now: object) -> None:
             _write_over(one, other)
 
 
+class _Replayed(SentRound):
+    """What a round left, kept until it is asked for."""
+
+    def __init__(self, replay: Callable[[], RoundResult], output_logits: bool) -> None:
+        result = replay()
+        logits = result.logits.clone() if output_logits else result.logits
+        self.result = replace(result, logits=logits)
+        self._record = result.record.tolist()
+
+    def wait(self) -> tuple[RoundResult, list[list[int]], float]:
+        return self.result, self._record, 1.0
+
+
 class RecordingExecutor(GraphExecutor):
     """``GraphExecutor`` with tapes for graphs: the same kinds, the same queue, no device. num_replays counts rounds."""
 
     device_type = "cpu"
+    _sent = _Replayed
 
     def __init__(self, max_captured: int = 4) -> None:
         super().__init__(max_captured)
@@ -86,19 +100,3 @@ class RecordingExecutor(GraphExecutor):
             return result
 
         return replay
-
-    def _send(self, replay: Callable[[], RoundResult]) -> PendingRound:
-        return _Replayed(replay, self._output_logits)
-
-
-class _Replayed(PendingRound):
-    """What a round left, kept until it is asked for."""
-
-    def __init__(self, replay: Callable[[], RoundResult], output_logits: bool) -> None:
-        result = replay()
-        logits = result.logits.clone() if output_logits else result.logits
-        self.result = replace(result, logits=logits)
-        self._record = result.record.tolist()
-
-    def wait(self) -> tuple[RoundResult, list[list[int]], float]:
-        return self.result, self._record, 1.0

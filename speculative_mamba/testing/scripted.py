@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..decode.cache import RowState
 from ..decode.drafts import Draft, Proposal
 from ..decode.sampling import Sampler
+from ..models.runner import RowState
 from ..ops.commit_tokens import BatchState
 
 

@@ -12,11 +12,11 @@ import torch
 
 import speculative_mamba as sm
 from speculative_mamba.decode.batch import Batch
-from speculative_mamba.decode.cache import RowState
 from speculative_mamba.decode.executors import EagerExecutor
 from speculative_mamba.decode.lookahead import AdaptiveLookahead, FixedLookahead
 from speculative_mamba.decode.sampling import Sampler
 from speculative_mamba.decode.stats import GenerationStats
+from speculative_mamba.models.runner import ModelRunner
 from speculative_mamba.ops.int8 import Int8Weight, quantised
 from speculative_mamba.testing import recording
 from speculative_mamba.testing.models import TableModel
@@ -42,7 +42,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, error: Base
 @both_kinds
 @pytest.mark.parametrize(
     ("owner", "name", "error"),
-    [(RowState, "of", MemoryError), (Sampler, "admit", KeyboardInterrupt), (Batch, "launching", KeyboardInterrupt)],
+    [
+        (ModelRunner, "snapshot", MemoryError),
+        (Sampler, "admit", KeyboardInterrupt),
+        (Batch, "launching", KeyboardInterrupt),
+    ],
     ids=["saving", "opening", "launching"],
 )
 def test_an_executor_is_given_back(pair, prompt, monkeypatch, kind, owner, name, error) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import speculative_mamba as sm
-from speculative_mamba.decode.text import TextStream
+from speculative_mamba.models.text import TextStream
 from speculative_mamba.testing.models import TableModel
 from speculative_mamba.testing.scripted import ScriptedDraft
 

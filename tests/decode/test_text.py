@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speculative_mamba as sm
-from speculative_mamba.decode.text import TextStream
 from speculative_mamba.models import detokenizer
+from speculative_mamba.models.text import TextStream
 from speculative_mamba.testing.models import TableModel
 from speculative_mamba.testing.text import byte_fallback_tokenizer, byte_level_tokenizer, word_piece_tokenizer
 

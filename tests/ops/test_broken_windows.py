@@ -99,7 +99,7 @@ def test_a_residual_that_only_rounding_leaves_empty_is_that_of_the_target(backen
         accept(logits, [[0]] * rows, backend, draft_probs=draft_probs + torch.tensor([2e-6, 0, 0]))
 
 
-def test_verdicts_can_be_read_later(backend: str) -> None:
+def test_row_status_can_be_read_later(backend: str) -> None:
     arguments = make(NATURAL)
     expected = speculative_accept(**arguments, backend=backend)
     arguments["logits"][1, 0, 5], arguments["logits"][4, 0, 7] = torch.nan, torch.inf

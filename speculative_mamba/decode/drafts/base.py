@@ -1,36 +1,15 @@
-"""What a draft is, and what the loop asks of a model."""
+"""What a draft is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 
 from ...models.identity import IdentityKey
+from ...models.runner import LanguageModel, RowState
 from ...ops.commit_tokens import BatchState
-from ..cache import RowState
 from ..sampling import Sampler
-
-
-@runtime_checkable
-class LanguageModel(Protocol):
-    """What the loop asks of a model; ``MambaLM`` documents each."""
-
-    vocab_size: int
-    eos_token_id: int | tuple[int, ...] | None
-    device: torch.device
-
-    def new_cache(self, batch: int, slots: int) -> list: ...
-    def prefill(self, tokens: list[int], cache: list, row: int) -> None: ...
-    def verify(
-        self,
-        tokens: torch.Tensor,
-        cache: list,
-        start_slot: torch.Tensor,
-        write_slot: int = 0,
-        left_padding: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
 
 
 @dataclass
@@ -71,7 +50,7 @@ class Draft(ABC):
 
     @abstractmethod
     def prefill(self, row: int, text: list[int], state: RowState | None = None) -> None:
-        """A row goes on from this text, of which ``state`` has read some."""
+        """A row, whatever it held before, goes on from this text, of which ``state`` has read some."""
 
     def ready(self) -> None:  # noqa: B027 - most have nothing to do
         """All rows that have come since the last round are prefilled."""

@@ -1,14 +1,26 @@
 """A smaller model as the draft."""
 
 import copy
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
-from ...models.language_model import MambaLM
+from ...models.runner import LanguageModel, ModelRunner, RowState
 from ...ops.commit_tokens import BatchState
-from ..cache import RowState, new_layers, prefill
 from ..sampling import Sampler
-from .base import Draft, LanguageModel, Proposal
+from .base import Draft, Proposal
+
+
+class _Step(NamedTuple):
+    """One token of a proposal, as views of its memory. before: those drafted before it. window: the token as (B, 1)."""
+
+    index: int
+    before: torch.Tensor
+    token: torch.Tensor
+    window: torch.Tensor
+    probs: torch.Tensor | None
+    row_status: torch.Tensor
 
 
 class ModelDrafter(Draft):
@@ -30,7 +42,9 @@ class ModelDrafter(Draft):
     def allocate(self, batch: int, lookahead: int, sampler: Sampler, *, captured: bool) -> "ModelDrafter":
         allocated, device = copy.copy(self), self.model.device
         allocated._sampler = sampler
-        allocated.layers = new_layers(self.model, batch, lookahead + 1, captured)
+        allocated._runner = ModelRunner(self.model, batch, lookahead + 1, captured=captured)
+        allocated.layers = allocated._runner.layers
+        allocated._steps = {}
         allocated._row_status = torch.zeros(lookahead, batch, dtype=torch.int32, device=device)
         allocated._probs = None
         if sampler.draws and not sampler.coupled:
@@ -39,24 +53,35 @@ class ModelDrafter(Draft):
         return allocated
 
     def prefill(self, row: int, text: list[int], state: RowState | None = None) -> None:
-        prefill(self.model, self.layers, row, text[:-2], state)
+        self._runner.prefill(row, text[:-2], state)
 
     def propose(self, state: BatchState, lookahead: int) -> Proposal:
+        if lookahead not in self._steps:
+            self._steps[lookahead] = self._allocate_steps(lookahead)
+        proposal, steps = self._steps[lookahead]
         # A text of one token has none before its last.
-        left_padding = (state.positions < 2).int()
-        logits = self.model.verify(state.last, self.layers, state.slots[0], 0, left_padding)[:, -1]
-        tokens = state.last.new_empty(len(state.last), lookahead)
+        window, write_slot, left_padding = state.last, 0, (state.positions < 2).int()
+        for step in steps:
+            logits = self.model.verify(window, self.layers, state.slots[step.index], write_slot, left_padding)[:, -1]
+            step.token.copy_(self._sampler.draft(logits, step.before, step.probs, step.row_status))
+            window, write_slot, left_padding = step.window, step.index + 2, None
+        return replace(proposal)
+
+    def _allocate_steps(self, lookahead: int) -> tuple[Proposal, list["_Step"]]:
+        tokens = torch.zeros(self._row_status.shape[1], lookahead, dtype=torch.int64, device=self.model.device)
         probs = None if self._probs is None else self._probs[:, :lookahead]
-        row_status = self._row_status[:lookahead]
-        for step in range(lookahead):
-            if step:
-                logits = self.model.verify(tokens[:, step - 1 : step], self.layers, state.slots[step], step + 1)[:, -1]
-            drawn_from = None if probs is None else probs[:, step]
-            tokens[:, step] = self._sampler.draft(logits, tokens[:, :step], drawn_from, row_status[step])
-        return Proposal(tokens, probs, row_status=row_status)
+        proposal = Proposal(tokens, probs, row_status=self._row_status[:lookahead])
+        steps = [
+            _Step(
+                index, tokens[:, :index], tokens[:, index], tokens[:, index : index + 1],
+                None if probs is None else probs[:, index], self._row_status[index],
+            )
+            for index in range(lookahead)
+        ]  # fmt: skip
+        return proposal, steps
 
     def snapshot(self, row: int, slot: int, text: list[int]) -> RowState:
-        return RowState.of(self.layers, row, slot, text[:-2])
+        return self._runner.snapshot(row, slot, text[:-2])
 
     def reserve(self, entries: int) -> bool:
-        return isinstance(self.model, MambaLM) and self.model.reserve(self.layers, entries)
+        return self._runner.reserve(entries)

@@ -4,11 +4,12 @@ import copy
 
 import torch
 
+from ...models.runner import RowState
 from ...ops.commit_tokens import BatchState
 from ...ops.values import is_int
-from ..cache import RowState
 from ..sampling import Sampler
 from .base import Draft, Proposal
+from .python import PythonDraft
 
 
 class NgramDrafter:
@@ -60,12 +61,11 @@ class NgramDrafter:
         if all(place is None for place in places):
             lookahead = 0
         self.counts = [0 if place is None else lookahead for place in places]
-        tokens = torch.empty(len(rows), lookahead, dtype=torch.int64, device="cpu")
-        for row, (text, place) in enumerate(zip(rows, places, strict=True) if lookahead else ()):
-            period = len(text) - (len(text) - 1 if place is None else place)
-            copied = [text[step % period - period] for step in range(lookahead)]
-            tokens[row] = torch.tensor(copied, dtype=torch.int64, device="cpu")
-        return tokens, None
+        copied = []
+        for text, place in zip(rows, places, strict=True):
+            period = 1 if place is None else len(text) - place
+            copied.append([text[step % period - period] for step in range(lookahead)])
+        return torch.tensor(copied, dtype=torch.int64, device="cpu"), None
 
 
 class _Index:
@@ -102,6 +102,18 @@ class _Index:
             if self._next_position[node]:
                 return self._next_position[node]
         return None
+
+
+class NgramLookup(PythonDraft):
+    """``NgramDrafter`` in rounds that the host follows."""
+
+    def rows(self) -> list[list[int]]:
+        return self._texts()  # it only reads, and not all of a text
+
+    def propose(self, state: BatchState, lookahead: int) -> Proposal:
+        proposal = super().propose(state, lookahead)
+        proposal.num_tokens = torch.tensor(self.drafter.counts, dtype=torch.int32, device=state.last.device)
+        return proposal
 
 
 class NgramSearch(Draft):

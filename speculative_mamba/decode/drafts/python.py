@@ -5,12 +5,11 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from ...models.runner import RowState
 from ...ops.checks import check_tokens
 from ...ops.commit_tokens import BatchState
-from ..cache import RowState
 from ..sampling import Sampler
 from .base import Draft, Proposal
-from .ngram import NgramDrafter
 
 
 @runtime_checkable
@@ -40,8 +39,8 @@ class Drafter(Protocol):
 class PythonDraft(Draft):
     """A ``Drafter`` in rounds: it is told the committed texts, which the host has to know by then."""
 
-    def __init__(self, drafter: Drafter, vocab_size: int, texts: Callable[[], list[list[int]]]) -> None:
-        self.drafter, self.vocab_size = drafter, vocab_size
+    def __init__(self, drafter: Drafter, texts: Callable[[], list[list[int]]]) -> None:
+        self.drafter, self.vocab_size = drafter, drafter.vocab_size
         self._texts = texts
 
     def allocate(self, batch: int, lookahead: int, sampler: Sampler, *, captured: bool) -> "PythonDraft":
@@ -56,18 +55,18 @@ class PythonDraft(Draft):
             self.drafter.begin([list(text) for text in self._texts()], self._lookahead, self._sampler)
             self._knows_rows = True
 
+    def rows(self) -> list[list[int]]:
+        """Texts that the drafter may change."""
+        return [list(text) for text in self._texts()]
+
     def propose(self, state: BatchState, lookahead: int) -> Proposal:
-        is_ngram = isinstance(self.drafter, NgramDrafter)  # which only reads, and not all of a text
-        texts = self._texts() if is_ngram else [list(text) for text in self._texts()]
-        proposal = self.drafter.propose(texts, state.slots[0].clamp(min=0), lookahead)
+        rows = self.rows()
+        proposal = self.drafter.propose(rows, state.slots[0].clamp(min=0), lookahead)
         if not isinstance(proposal, tuple) or len(proposal) != 2:
             raise ValueError(f"the draft's propose must return (tokens, probs), got {type(proposal).__name__}")
         tokens, probs = proposal
-        self._check(tokens, probs, len(texts), lookahead)
-        device, counts = state.last.device, None
-        if is_ngram:
-            counts = torch.tensor(self.drafter.counts, dtype=torch.int32, device=device)
-        return Proposal(tokens.to(device).contiguous(), probs, counts)
+        self._check(tokens, probs, len(rows), lookahead)
+        return Proposal(tokens.to(state.last.device).contiguous(), probs)
 
     def _check(self, tokens: torch.Tensor, probs: torch.Tensor | None, rows: int, lookahead: int) -> None:
         for name, value in (("tokens", tokens), ("probs", probs)):

@@ -2,9 +2,19 @@
 
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
+from ...models.runner import LanguageModel
 from ..round import Round, RoundResult
+
+
+class PendingRound(Protocol):
+    """A round that was launched."""
+
+    def wait(self) -> tuple[RoundResult, list[list[int]], float]:
+        """When it has run: its result, the record read back, and its seconds."""
 
 
 class Executor(ABC):
@@ -19,6 +29,8 @@ class Executor(ABC):
 
     def __init__(self) -> None:
         self._turn = threading.RLock()
+        self._pending: deque[PendingRound] = deque()
+        self._current: object = None  # what rounds of the present batch run on
 
     def __reduce__(self) -> tuple:
         return type(self), ()  # a copy has rounds of its own
@@ -42,6 +54,12 @@ class Executor(ABC):
         if self._turn._is_owned():
             raise ValueError("a callback of generate cannot use the same executor; give it an executor of its own")
 
+    def check(self, models: Sequence[LanguageModel], processor: object) -> None:  # noqa: B027 - eager runs all
+        """
+        Raises:
+            ValueError: rounds of these models, target first, or with this ``logits_processor`` cannot run here.
+        """
+
     @abstractmethod
     def prepare(
         self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
@@ -62,14 +80,15 @@ class Executor(ABC):
         """Queues a round."""
 
     @property
-    @abstractmethod
     def pending(self) -> int:
         """Rounds that were launched and not collected."""
+        return len(self._pending)
 
-    @abstractmethod
     def collect(self) -> tuple[RoundResult, list[list[int]], float]:
         """The oldest pending round, its record read back, and its seconds."""
+        return self._pending.popleft().wait()
 
-    @abstractmethod
     def close(self) -> None:
         """No more rounds of this batch; those that are pending are forgotten."""
+        self._pending.clear()
+        self._current = None

@@ -4,14 +4,14 @@ import contextlib
 import functools
 import sys
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from ...models.identity import options_of, weights_of
-from ...models.language_model import MambaLM
+from ...models.identity import backend_of, memory_of
+from ...models.runner import LanguageModel
 from ...ops.backend import current_device
 from ...ops.values import is_int
 from ..round import Round, RoundResult
@@ -33,7 +33,7 @@ class CapturedRound:
     graph_bytes: int = 0
 
 
-class PendingRound:
+class SentRound:
     """A record on its way to the host, and the time of its round."""
 
     def __init__(self, replay: Callable[[], RoundResult], output_logits: bool) -> None:
@@ -68,6 +68,7 @@ class GraphExecutor(Executor):
     queue_depth = 2
     captures = True
     device_type = "cuda"
+    _sent: type = SentRound
 
     def __init__(self, max_captured: int = 4) -> None:
         if not is_int(max_captured) or max_captured < 1:
@@ -75,8 +76,6 @@ class GraphExecutor(Executor):
         super().__init__()
         self._max_captured = max_captured
         self._captured: OrderedDict[tuple, CapturedRound] = OrderedDict()
-        self._pending: deque[PendingRound] = deque()
-        self._current: CapturedRound | None = None
 
     def __reduce__(self) -> tuple:
         return type(self), (self._max_captured,)
@@ -92,6 +91,15 @@ class GraphExecutor(Executor):
         self.refuse_callbacks()
         with self._turn:
             self._captured.clear()
+
+    def check(self, models: Sequence[LanguageModel], processor: object) -> None:
+        device = models[0].device
+        if device.type != self.device_type:
+            raise ValueError(f"executor 'graph' needs a CUDA device, and the model is on {device}; use 'eager'")
+        if device.type == "cuda" and "reference" in map(backend_of, models):
+            raise ValueError("executor 'graph' needs backend cuda or triton; 'reference' reads values on the host")
+        if processor is not None:
+            raise ValueError("a logits_processor is Python and cannot be in a CUDA graph; use executor='eager'")
 
     def prepare(
         self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
@@ -111,13 +119,13 @@ class GraphExecutor(Executor):
 
     def _prepare(self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int]) -> CapturedRound:
         captured = self._captured.pop(key, None)
-        if captured is None or captured.fingerprint != _fingerprint(captured.round):
+        if captured is None or captured.fingerprint != list(map(memory_of, captured.round.models)):
             captured = None  # frees its memory before more is asked for
             while len(self._captured) >= self._max_captured:
                 self._captured.popitem(last=False)
             round = make()
-            captured = CapturedRound(key, round, _fingerprint(round))
-        captured.round.retire_all()
+            captured = CapturedRound(key, round, list(map(memory_of, round.models)))
+        captured.round.state.leave_out()
         self._reserve(captured, entries, lookaheads)
         self._captured[key] = captured  # complete: what fails half way is not kept
         return captured
@@ -164,45 +172,13 @@ class GraphExecutor(Executor):
 
     def launch(self, lookahead: int) -> None:
         with current_device(self._current.round.state.last):
-            self._pending.append(self._send(self._current.replays[lookahead]))
-
-    def _send(self, replay: Callable[[], RoundResult]) -> PendingRound:
-        return PendingRound(replay, self._output_logits)
-
-    @property
-    def pending(self) -> int:
-        return len(self._pending)
+            self._pending.append(self._sent(self._current.replays[lookahead], self._output_logits))
 
     def collect(self) -> tuple[RoundResult, list[list[int]], float]:
-        result, record, seconds = self._pending.popleft().wait()
+        result, record, seconds = super().collect()
         return replace(result, draft_s=0.0, verify_s=0.0), record, seconds  # a whole round is one call
-
-    def close(self) -> None:
-        self._pending.clear()
-        self._current = None
 
 
 def _replay(graph: torch.cuda.CUDAGraph, result: RoundResult) -> RoundResult:
     graph.replay()
     return result
-
-
-def _fingerprint(round: Round) -> list:
-    """Of the models, what a captured round takes for granted: where weights lie and how, and options of a cache. Their
-    memory is kept, as rounds that wait would read it."""
-    models = [model for model in (round.target, round.draft and round.draft.model) if isinstance(model, MambaLM)]
-    tensors = [tensor for model in models for tensor in weights_of(model)]
-    return [*map(options_of, models), *map(_Memory.of, tensors)]
-
-
-@dataclass
-class _Memory:
-    """Where a tensor lies, and how; keeps that memory."""
-
-    layout: tuple
-    storage: torch.UntypedStorage = field(compare=False)
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> "_Memory":
-        layout = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-        return _Memory(layout, tensor.untyped_storage())

@@ -1,8 +1,8 @@
 """Rounds kernel by kernel."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from ..round import Round, RoundResult
 from .base import Executor
@@ -14,31 +14,23 @@ class EagerExecutor(Executor):
     queue_depth = 0
     captures = False
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._results: deque[tuple[RoundResult, float]] = deque()
-        self._round: Round | None = None
-
     def prepare(
         self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
     ) -> Round:
-        self._results.clear()
-        self._round = make()
-        return self._round
+        self._pending.clear()
+        self._current = make()
+        return self._current
 
     def launch(self, lookahead: int) -> None:
-        began = time.perf_counter()
-        self._results.append((self._round.run(lookahead), began))
+        self._pending.append(_Done(time.perf_counter(), self._current.run(lookahead)))
 
-    @property
-    def pending(self) -> int:
-        return len(self._results)
 
-    def collect(self) -> tuple[RoundResult, list[list[int]], float]:
-        result, began = self._results.popleft()
-        record = result.record.tolist()
-        return result, record, time.perf_counter() - began
+class _Done(NamedTuple):
+    """A round that was run, and when it began."""
 
-    def close(self) -> None:
-        self._results.clear()
-        self._round = None
+    began: float
+    result: RoundResult
+
+    def wait(self) -> tuple[RoundResult, list[list[int]], float]:
+        record = self.result.record.tolist()
+        return self.result, record, time.perf_counter() - self.began

@@ -1,5 +1,6 @@
 """Where the rows of a batch stand between two rounds, and what a round reports."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -64,3 +65,29 @@ class BatchState:
             check(name, tensor, shape, self.last, dtype)
             check_contiguous(name, tensor)
         check_written({name: tensor for name, (tensor, _, _) in expected.items()}, {})
+
+    @classmethod
+    def empty(cls, batch: int, steps: int, device: torch.device | str) -> "BatchState":
+        """All rows are left out. steps: S."""
+        return cls(
+            last=torch.zeros(batch, 2, dtype=torch.int64, device=device),
+            positions=torch.zeros(batch, dtype=torch.int64, device=device),
+            remaining=torch.zeros(batch, dtype=torch.int32, device=device),
+            active=torch.zeros(batch, dtype=torch.bool, device=device),
+            slots=torch.full((steps, batch), -1, dtype=torch.int32, device=device),
+        )
+
+    def admit(self, row: int, text: Sequence[int], remaining: int) -> None:
+        """A row goes on from this text, whose last token is not read yet; the state before it is in slot 0."""
+        device = self.last.device
+        self.last[row] = torch.tensor([0, *text[-2:]][-2:], dtype=torch.int64, device=device)
+        self.positions[row] = len(text)
+        self.remaining[row] = remaining
+        self.slots[:, row] = torch.arange(self.slots.shape[0], dtype=torch.int32, device=device)
+        self.active[row] = True
+
+    def leave_out(self, row: int | None = None) -> None:
+        """From the next round on a row, or all of them, stay as they are."""
+        rows = slice(None) if row is None else row
+        self.active[rows] = False
+        self.slots[:, rows] = -1

@@ -1,4 +1,4 @@
-"""Which drafted tokens stand, and the token after them."""
+"""Which draft tokens stand, and the token after them."""
 
 from typing import NamedTuple
 
@@ -69,31 +69,31 @@ def speculative_accept(
     row_status: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Filters, tests and resamples: each row keeps its drafted tokens up to the first that the target refuses.
+    """Filters, tests and resamples: each row keeps its draft tokens up to the first that the target refuses.
 
     | argument         | shape       | dtype   | notes |
     |------------------|-------------|---------|-------|
     | logits           | (B, K+1, V) | float32 | of the target, after each token of the window |
     | draft_tokens     | (B, K)      | int64   | K may be 0 |
-    | draft_probs      | (B, K, V)   | float32, None | the rows the drafted tokens come from; None: all certain |
+    | draft_probs      | (B, K, V)   | float32, None | the rows the draft tokens come from; None: all certain |
     | sampling         | (B)         | SamplingTensors | of each row; greedy at temperature 0 |
     | rng_keys         | (B, 2)      | int64   | seed and stream of each row |
     | positions        | (B)         | int64   | of the first token that is chosen, counted from the start of its text |
-    | coupled          | bool        |         | how drafted tokens are tested |
+    | coupled          | bool        |         | how draft tokens are tested |
     | prompt_mask      | (B, V)      | bool, None | tokens of each prompt; with penalties needed, like the next |
-    | output_counts    | (B, V)      | int32, None | how often each token was generated, before the drafted ones |
+    | output_counts    | (B, V)      | int32, None | how often each token was generated, before the draft tokens |
     | active           | (B)         | bool, None | rows to decide; the others get 0 and 0 |
     | num_draft_tokens | (B)         | int32, None | at least 0 if active: as if it were the K of its row |
     | is_stop          | (V)         | bool, None | tokens that end a text |
     | row_status       | (B)         | int32, None | **written**: 0 where a row is decided, else why it cannot be |
     | returns          | accepted (B) int32, next token (B) int64 | | |
 
-    Greedy rows and ``coupled``: the target chooses as ``sample_tokens`` would, position by position; a drafted token
+    Greedy rows and ``coupled``: the target chooses as ``sample_tokens`` would, position by position; a draft token
     stands if it is that choice (Gumbel coupling, arXiv 2408.07978). The choices do not depend on the draft.
     Otherwise (Leviathan et al. 2023, algorithm 1): token d stands if u·q(d) < p(d), u uniform in [0, 1); the token
     after the first refused one is drawn from the residual max(p - q, 0), the token after the last from p.
-    Penalties at position j see the text and the drafted tokens before it, which count as generated. What lies behind a
-    refused token is never looked at, nor what lies behind a drafted stop token: if that stands, 0 comes after it.
+    Penalties at position j see the text and the draft tokens before it, which count as generated. What lies behind a
+    refused token is never looked at, nor what lies behind a stop token of the draft: if that stands, 0 comes after it.
 
     With ``row_status`` the call does not wait for the device and raises nothing for logits and probabilities: of such a
     row ``accepted`` is the position, the next token is 0, and ``ops.sampling.raise_for(row_status, accepted)`` raises

@@ -10,7 +10,8 @@ from . import SpeculativeAcceptArgs
 def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = args.logits
     batch, tokens, vocabulary = logits.shape
-    accepted, row_status = (logits.new_empty(batch, dtype=torch.int32) for _ in range(2))
+    accepted = logits.new_empty(batch, dtype=torch.int32)
+    row_status = torch.empty_like(accepted)
     next_token = logits.new_empty(batch, dtype=torch.int64)
     kernels, where = compiled(logits)
     kernels.speculative_accept(

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from ..models.detokenizer import UNFINISHED, Detokenizer
-from ..models.tokenizer import as_tokenizer
+from .detokenizer import UNFINISHED, Detokenizer
+from .tokenizer import as_tokenizer
 
 CONTEXT = 128  # tokens of a prompt, of which the last few are needed
 

@@ -1,0 +1,76 @@
+"""A model at work on the rows of a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from .language_model import MambaLM, ModelCache
+
+# One layer's recurrent state after some token, and the convolution's inputs before the next (see ``MambaCache``).
+LayerState = tuple[torch.Tensor, ...]
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What is asked of a model; ``MambaLM`` documents each."""
+
+    vocab_size: int
+    eos_token_id: int | tuple[int, ...] | None
+    device: torch.device
+
+    def new_cache(self, batch: int, slots: int) -> list: ...
+    def prefill(self, tokens: list[int], cache: list, row: int) -> None: ...
+    def verify(
+        self,
+        tokens: torch.Tensor,
+        cache: list,
+        start_slot: torch.Tensor,
+        write_slot: int = 0,
+        left_padding: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+
+@dataclass
+class RowState:
+    """What a model has in mind after it has read ``tokens``, the first of a row's text."""
+
+    tokens: list[int]
+    layers: list[LayerState]
+
+
+class ModelRunner:
+    """A model, which stays as it is meanwhile, and its cache for rows that come and go.
+
+    layers: the cache. captured: its steps are captured from outside, so they are not recorded.
+    """
+
+    def __init__(self, model: LanguageModel, batch: int, slots: int, *, captured: bool = False) -> None:
+        self.model = model
+        self.layers = model.new_cache(batch, slots)
+        if isinstance(self.layers, ModelCache):
+            self.layers.watches_model = False
+            self.layers = list(self.layers) if captured else self.layers
+        self._used: set[int] = set()  # rows that had a text
+
+    def prefill(self, row: int, tokens: Sequence[int], state: RowState | None = None) -> None:
+        """Brings slot 0 of a row to the state after ``tokens``, of which ``state`` has read some."""
+        done = 0
+        if state is not None:
+            done = len(state.tokens)
+            for layer, saved in zip(self.layers, state.layers, strict=True):
+                layer.restore(row, saved)
+        elif row in self._used:
+            for layer in self.layers:
+                layer.row(row).reset()
+        self._used.add(row)
+        self.model.prefill(tokens[done:], self.layers, row)
+
+    def snapshot(self, row: int, slot: int, tokens: list[int]) -> RowState:
+        """A copy of the state in a row's slot, which is that after ``tokens``."""
+        return RowState(tokens, [layer.snapshot(row, slot) for layer in self.layers])
+
+    def reserve(self, entries: int) -> bool:
+        """Makes memory for texts of so many tokens. Whether anything moved."""
+        return isinstance(self.model, MambaLM) and self.model.reserve(self.layers, entries)
