@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
     }
     wait_for_previous();
     const int64_t start = load_raw(p.start_slot + row);
-    const int64_t nulls = p.left_padding ? load_raw(p.left_padding + row) : 0;
+    const int64_t left_padding = p.left_padding ? load_raw(p.left_padding + row) : 0;
     Group<Act, Channels> tokens[kTokens];
     auto load_tokens = [&](int64_t first) {
 #pragma unroll
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
             Group<Act, Channels> out;
 #pragma unroll
             for (int c = 0; c < Channels; c++) {
-                inputs[Taps - 1].v[c] = t < nulls ? 0.f : widen(tokens[i].v[c]);
+                inputs[Taps - 1].v[c] = t < left_padding ? 0.f : widen(tokens[i].v[c]);
                 float sum = bias.v[c];
 #pragma unroll
                 for (int k = 0; k < Taps; k++)

@@ -46,13 +46,14 @@ class MambaCache:
     from there to each slot (see ``ReplayBuffer``). window: (B, W-1+S, D) float32, the convolution's inputs (see
     ``causal_conv1d_verify``). Slot 0 starts as the zero state; the others hold NaN until they are written.
 
-    settle: called as ``settle(cache, slot)`` on a copy of one row with ``inputs``; makes slot 0 the state of that slot.
+    materialize_state: called as ``materialize_state(cache, slot)`` on a copy of one row with ``inputs``; makes slot 0
+    the state of that slot.
     """
 
     states: torch.Tensor
     window: torch.Tensor
     inputs: ReplayBuffer | None = None
-    settle: "Callable[[MambaCache, int], None] | None" = None
+    materialize_state: "Callable[[MambaCache, int], None] | None" = None
 
     @property
     def slots(self) -> int:
@@ -79,7 +80,7 @@ class MambaCache:
         if self.inputs is None:
             return self.states[row, slot].clone(), window
         copy = self._of_row(lambda tensor: tensor[row : row + 1].clone())
-        self.settle(copy, slot)
+        self.materialize_state(copy, slot)
         return copy.states[0, 0], window
 
     def restore(self, row: int, saved: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -92,7 +93,7 @@ class MambaCache:
 
     def _of_row(self, part: Callable[[torch.Tensor], torch.Tensor]) -> "MambaCache":
         inputs = None if self.inputs is None else ReplayBuffer(*map(part, vars(self.inputs).values()))
-        return MambaCache(part(self.states), part(self.window), inputs, self.settle)
+        return MambaCache(part(self.states), part(self.window), inputs, self.materialize_state)
 
 
 def new_mamba_cache(
@@ -102,7 +103,7 @@ def new_mamba_cache(
     conv: tuple[int, int],
     inputs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     device: torch.device,
-    settle: Callable[[MambaCache, int], None],
+    materialize_state: Callable[[MambaCache, int], None],
 ) -> MambaCache:
     """An empty cache. state: its shape; conv: (channels, width); inputs: shapes of x, dt and B of one token."""
 
@@ -113,7 +114,7 @@ def new_mamba_cache(
     window = poisoned(sizes.batch, width - 1 + sizes.slots, channels)
     states = poisoned(sizes.batch, 1 if replay else sizes.slots, *state, dtype=sizes.dtype)
     kept = ReplayBuffer(*(poisoned(sizes.batch, sizes.slots, *shape) for shape in inputs)) if replay else None
-    cache = MambaCache(states, window, kept, settle if replay else None)
+    cache = MambaCache(states, window, kept, materialize_state if replay else None)
     cache.reset()
     return cache
 
