@@ -17,12 +17,12 @@ constexpr int64_t kSegment = 64;    // tokens that share a pass over the cache: 
 
 // Where each row starts, and the rotation of each of its tokens. In a row that is left out all columns are null.
 struct Window {
-    int64_t *length, *nulls;  // (B)
-    float *cos, *sin;         // (B, T, R)
+    int64_t *length, *left_padding;  // (B)
+    float *cos, *sin;                // (B, T, R)
 };
 
 struct Scratch {
-    Buffer keys, values;        // (kBlock, P rounded up to whole vectors)
+    Buffer keys, values;        // (kBlock, P rounded up to full vectors)
     Buffer queries, sums;       // (queries of a segment, as above)
     Buffer running_max, total;  // (queries): of the scores so far, of the weights so far
     Buffer rotated;             // (P)
@@ -52,10 +52,10 @@ inline void write(const float* in, int64_t dims, Cache* out) {
 // `count` entries as float32, the lanes behind a head's last dimension 0.
 template <typename Cache>
 inline void widen_block(const Cache* in, int64_t count, int64_t dims, float* out) {
-    const int64_t stride = padded(dims), whole = dims / kLanes * kLanes;
+    const int64_t stride = padded(dims), full = dims / kLanes * kLanes;
     for (int64_t e = 0; e < count; e++) {
-        for (int64_t d = 0; d < whole; d += kLanes) store(out + e * stride + d, load(in + e * dims + d));
-        if (whole < dims) store(out + e * stride + whole, load_partial(in + e * dims + whole, dims - whole));
+        for (int64_t d = 0; d < full; d += kLanes) store(out + e * stride + d, load(in + e * dims + d));
+        if (full < dims) store(out + e * stride + full, load_partial(in + e * dims + full, dims - full));
     }
 }
 
@@ -125,9 +125,9 @@ inline void attend(const float* query, const float* keys, const float* values, i
 }
 
 struct Item {
-    int64_t row, head;       // of the cache
-    int64_t length, nulls;   // entries before the window; leading tokens that count as nothing
-    const float *cos, *sin;  // (T, R)
+    int64_t row, head;             // of the cache
+    int64_t length, left_padding;  // entries before the window; leading tokens that count as nothing
+    const float *cos, *sin;        // (T, R)
 };
 
 // Tokens [first, last) of the window; their keys and values have been written.
@@ -153,7 +153,7 @@ void segment(const AttentionParams& p, const Item& item, const Cache* keys, cons
         running_max[i] = -HUGE_VALF;
         total[i] = 0.f;
     }
-    const int64_t begin = item.length - item.nulls;  // token t is at position begin + t
+    const int64_t begin = item.length - item.left_padding;  // token t is at position begin + t
     for (int64_t block = 0; block < begin + last; block += kBlock) {
         const int64_t present = min(kBlock, begin + last - block);
         widen_block(keys + block * p.dims, present, p.dims, key_block);
@@ -180,35 +180,35 @@ void head(const AttentionParams& p, const Item& item) {
     Cache* values = static_cast<Cache*>(p.values) + item.row * p.values_batch_stride + item.head * p.values_head_stride;
 
     float* rotated = scratch.rotated.reserve<float>(p.dims);
-    for (int64_t t = item.nulls; t < p.tokens; t++) {
+    for (int64_t t = item.left_padding; t < p.tokens; t++) {
         const float* k = p.k + item.row * p.k_batch_stride + t * p.k_token_stride + item.head * p.dims;
         const float* v = p.v + item.row * p.v_batch_stride + t * p.v_token_stride + item.head * p.dims;
-        const int64_t entry = item.length - item.nulls + t;
+        const int64_t entry = item.length - item.left_padding + t;
         rotate(k, item.cos + t * p.pairs, item.sin + t * p.pairs, p.pairs, p.dims, rotated);
         write(rotated, p.dims, keys + entry * p.dims);
         write(v, p.dims, values + entry * p.dims);
     }
-    for (int64_t t = 0; t < item.nulls; t++) {
+    for (int64_t t = 0; t < item.left_padding; t++) {
         float* y = p.y + ((item.row * p.tokens + t) * p.heads + item.head * group) * p.dims;
         for (int64_t d = 0; d < group * p.dims; d++) y[d] = 0.f;
     }
-    for (int64_t first = item.nulls; first < p.tokens; first += kSegment)
+    for (int64_t first = item.left_padding; first < p.tokens; first += kSegment)
         segment<Cache>(p, item, keys, values, first, min(first + kSegment, p.tokens), scratch);
 }
 
 // Everything that is read from `lengths`, before any of it is written; sines and cosines serve all heads.
 Window prepare(const AttentionParams& p) {
-    thread_local Buffer length, nulls, cos, sin;
+    thread_local Buffer length, left_padding, cos, sin;
     const int64_t angles = p.batch * p.tokens * p.pairs;
-    const Window w{length.reserve<int64_t>(p.batch), nulls.reserve<int64_t>(p.batch), cos.reserve<float>(angles),
+    const Window w{length.reserve<int64_t>(p.batch), left_padding.reserve<int64_t>(p.batch), cos.reserve<float>(angles),
                    sin.reserve<float>(angles)};
     for (int64_t b = 0; b < p.batch; b++) {
         const bool left_out = p.start_slot[b] < 0;
         w.length[b] = left_out ? 0 : p.lengths[b * p.slots + p.start_slot[b]];
         const int64_t count = left_out ? p.tokens : p.left_padding ? p.left_padding[b] : 0;
-        w.nulls[b] = count > 0 ? min(count, p.tokens) : 0;
-        for (int64_t t = w.nulls[b]; t < p.tokens; t++) {
-            const float position = static_cast<float>(w.length[b] + t - w.nulls[b]);
+        w.left_padding[b] = count > 0 ? min(count, p.tokens) : 0;
+        for (int64_t t = w.left_padding[b]; t < p.tokens; t++) {
+            const float position = static_cast<float>(w.length[b] + t - w.left_padding[b]);
             for (int64_t i = 0; i < p.pairs; i++) {
                 const float angle = position * p.inv_freq[i];
                 w.cos[(b * p.tokens + t) * p.pairs + i] = std::cos(angle);
@@ -223,7 +223,7 @@ void write_lengths(const AttentionParams& p, const Window& w) {
     for (int64_t b = 0; b < p.batch; b++) {
         if (p.start_slot[b] < 0) continue;
         for (int64_t t = p.final_state_only ? p.tokens - 1 : 0; t < p.tokens; t++) {
-            const int64_t slot = p.final_state_only ? 0 : p.write_slot + t, taken = t + 1 - w.nulls[b];
+            const int64_t slot = p.final_state_only ? 0 : p.write_slot + t, taken = t + 1 - w.left_padding[b];
             p.lengths[b * p.slots + slot] = static_cast<int32_t>(w.length[b] + (taken > 0 ? taken : 0));
         }
     }
@@ -238,7 +238,7 @@ void run(const AttentionParams& p, int threads) {
     parallel_for(items, 1, work, threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             const int64_t b = i / p.kv_heads, angles = b * p.tokens * p.pairs;
-            head<Cache>(p, {b, i % p.kv_heads, w.length[b], w.nulls[b], w.cos + angles, w.sin + angles});
+            head<Cache>(p, {b, i % p.kv_heads, w.length[b], w.left_padding[b], w.cos + angles, w.sin + angles});
         }
     });
     write_lengths(p, w);

@@ -58,8 +58,8 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// 2^a for whole numbers a in [-126, 127]; infinity for 128.
-inline Vec exp2_whole(Vec a) {
+// 2^a for integers a in [-126, 127]; infinity for 128.
+inline Vec exp2_integral(Vec a) {
     __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
 }
@@ -127,11 +127,11 @@ inline Vec round(Vec a) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(a.lo, mode), _mm256_round_ps(a.hi, mode)};
 }
-inline __m256 exp2_whole(__m256 a) {
+inline __m256 exp2_integral(__m256 a) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
 }
-inline Vec exp2_whole(Vec a) { return {exp2_whole(a.lo), exp2_whole(a.hi)}; }
+inline Vec exp2_integral(Vec a) { return {exp2_integral(a.lo), exp2_integral(a.hi)}; }
 inline float sum(Vec a) {
     __m256 half = _mm256_add_ps(a.lo, a.hi);
     __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -248,7 +248,7 @@ inline Vec round(Vec a) {
     Vec magic = broadcast(0x1.8p23f);
     return sub(add(a, magic), magic);
 }
-inline Vec exp2_whole(Vec a) { SM_LANEWISE((Quad)((__builtin_convertvector(a.q[i], QuadInt) + 127) << 23)); }
+inline Vec exp2_integral(Vec a) { SM_LANEWISE((Quad)((__builtin_convertvector(a.q[i], QuadInt) + 127) << 23)); }
 inline float sum(Vec a) {
     Quad quarter = (a.q[0] + a.q[2]) + (a.q[1] + a.q[3]);
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);

@@ -19,7 +19,7 @@ inline Vec exp(Vec x) {
     p = fma(p, r, broadcast(0.5f));
     p = fma(p, r, broadcast(1.f));
     p = fma(p, r, broadcast(1.f));
-    return mul(p, exp2_whole(n));
+    return mul(p, exp2_integral(n));
 }
 
 // x / (1 + exp(-x))

@@ -60,10 +60,10 @@ inline void accumulate(const SkinnyLinearParams& p, const float* x, const scalar
 // M rows of x times `tiles` · R rows of W, a block of features at a time.
 template <typename scalar_t, int M, int R>
 inline void group(const SkinnyLinearParams& p, int64_t m0, int64_t n0, int tiles) {
-    const int64_t whole = p.in_features / kLanes * kLanes, rest = p.in_features - whole;
-    constexpr int64_t most = kBlockBytes / (M * static_cast<int64_t>(sizeof(float)));
-    const int64_t blocks = divide_up(whole, most);
-    const int64_t block = blocks > 1 ? divide_up(whole, blocks * kLanes) * kLanes : whole;
+    const int64_t full = p.in_features / kLanes * kLanes, rest = p.in_features - full;
+    constexpr int64_t max_block = kBlockBytes / (M * static_cast<int64_t>(sizeof(float)));
+    const int64_t blocks = divide_up(full, max_block);
+    const int64_t block = blocks > 1 ? divide_up(full, blocks * kLanes) * kLanes : full;
     const float* x = p.x + m0 * p.x_row_stride;
     const scalar_t* weight = static_cast<const scalar_t*>(p.weight) + n0 * p.weight_row_stride;
     const int64_t tile_stride = R * p.weight_row_stride;
@@ -71,24 +71,24 @@ inline void group(const SkinnyLinearParams& p, int64_t m0, int64_t n0, int tiles
     for (int t = 0; t < tiles; t++)
         for (int r = 0; r < R; r++)
             for (int m = 0; m < M; m++) sums[t][r][m] = zero();
-    for (int64_t k = 0; k < whole; k += block) {
-        const int64_t count = min(block, whole - k);
+    for (int64_t k = 0; k < full; k += block) {
+        const int64_t count = min(block, full - k);
         for (int t = 0; t < tiles; t++) {
             const scalar_t* here = weight + t * tile_stride + k;
-            const scalar_t* next = t + 1 < tiles       ? here + tile_stride
-                                   : k + block < whole ? weight + k + block
-                                                       : weight + tiles * tile_stride;
+            const scalar_t* next = t + 1 < tiles      ? here + tile_stride
+                                   : k + block < full ? weight + k + block
+                                                      : weight + tiles * tile_stride;
             accumulate<scalar_t, M, R>(p, x + k, here, next, count, sums[t]);
         }
     }
     const bool scaled = p.y_scale != 1;
     Vec input[M];
-    for (int m = 0; m < M; m++) input[m] = rest ? load_partial(x + m * p.x_row_stride + whole, rest) : zero();
+    for (int m = 0; m < M; m++) input[m] = rest ? load_partial(x + m * p.x_row_stride + full, rest) : zero();
     for (int t = 0; t < tiles; t++)
         for (int r = 0; r < R; r++) {
             const int64_t n = t * R + r;
             if (rest) {
-                Vec w = load_partial(weight + n * p.weight_row_stride + whole, rest);
+                Vec w = load_partial(weight + n * p.weight_row_stride + full, rest);
                 for (int m = 0; m < M; m++) sums[t][r][m] = fma(w, input[m], sums[t][r][m]);
             }
             for (int m = 0; m < M; m++) {

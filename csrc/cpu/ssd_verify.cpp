@@ -13,7 +13,7 @@ constexpr int kPiece = kVectors * kLanes;
 
 struct Block {
     int64_t row, head, channel, count;  // up to sixteen channels of one head
-    int64_t fed;                        // old inputs that lead to the start state
+    int64_t replayed;                   // old inputs that lead to the start state
 };
 
 // Steps [first, first + count) of a head's sequence, with states [n, n + size): first the old inputs, then the new
@@ -22,7 +22,7 @@ struct Segment {
     int64_t row = -1, head, first, n;
     int64_t count, old, size;                         // the first `old` steps are old inputs
     alignas(64) float dt[kSegment], decay[kSegment];  // Δ and exp(Δ A)
-    const float *B[kSegment], *C[kSegment];           // whole vectors
+    const float *B[kSegment], *C[kSegment];           // full vectors
     alignas(64) float padded_b[kSegment][kPiece], padded_c[kSegment][kPiece];
     alignas(64) float dt_x[kSegment][kLanes], y[kSegment][kLanes];  // by channel of a block
 };
@@ -34,31 +34,31 @@ inline Vec step_size(const SsdParams& p, Vec dt, Vec bias) {
     return max(broadcast(p.dt_min), min(broadcast(p.dt_max), softplus(add(dt, bias))));
 }
 
-inline bool is_null(const SsdParams& p, int64_t row, int64_t token) {
+inline bool is_padding(const SsdParams& p, int64_t row, int64_t token) {
     return p.left_padding && token < p.left_padding[row];
 }
 
 // Where x of a step lies, from the block's first channel on.
 inline const float* x_of(const SsdParams& p, const Block& b, int64_t step) {
     const int64_t channel = group_of(p, b.head, p.x_heads) * p.head_size + b.channel;
-    if (step < b.fed) return p.input_x + (b.row * p.input_slots + step) * p.x_heads * p.head_size + channel;
-    return p.x + b.row * p.x_batch_stride + (step - b.fed) * p.x_token_stride + channel;
+    if (step < b.replayed) return p.input_x + (b.row * p.input_slots + step) * p.x_heads * p.head_size + channel;
+    return p.x + b.row * p.x_batch_stride + (step - b.replayed) * p.x_token_stride + channel;
 }
 
-// `count` numbers as whole vectors: where they lie, or, if the last vector would not be full, in `room` with zeros.
-const float* whole_vectors(const float* from, int64_t count, float* room) {
+// `count` numbers as full vectors: where they lie, or, if the last vector would not be full, in `padded` with zeros.
+const float* full_vectors(const float* from, int64_t count, float* padded) {
     if (count % kLanes == 0) return from;
-    for (int64_t n = 0; n < count; n += kLanes) store(room + n, load_n(from + n, min(kLanes, count - n)));
-    return room;
+    for (int64_t n = 0; n < count; n += kLanes) store(padded + n, load_n(from + n, min(kLanes, count - n)));
+    return padded;
 }
 
 // What is the same for all channels of a head. Lanes run over steps for Δ, which every lane computes alike.
 void fill(const SsdParams& p, const Block& b, int64_t first, int64_t n, Segment& s) {
     s.row = b.row, s.head = b.head, s.first = first, s.n = n;
-    s.count = min(kSegment, b.fed + p.tokens - first);
-    s.old = first < b.fed ? min(s.count, b.fed - first) : 0;
+    s.count = min(kSegment, b.replayed + p.tokens - first);
+    s.old = first < b.replayed ? min(s.count, b.replayed - first) : 0;
     s.size = min(kPiece, p.state_size - n);
-    const int64_t first_input = b.row * p.input_slots + first, first_token = first - b.fed;
+    const int64_t first_input = b.row * p.input_slots + first, first_token = first - b.replayed;
 
     float raw[kSegment] = {};
     const float* dt = p.dt + b.row * p.dt_batch_stride + b.head;
@@ -66,7 +66,7 @@ void fill(const SsdParams& p, const Block& b, int64_t first, int64_t n, Segment&
     store(s.dt, step_size(p, load(raw), broadcast(p.dt_bias[b.head])));
     for (int64_t i = 0; i < s.old; i++) s.dt[i] = p.input_dt[(first_input + i) * p.heads + b.head];
     for (int64_t i = s.old; i < s.count; i++) {
-        if (is_null(p, b.row, first_token + i)) s.dt[i] = 0;
+        if (is_padding(p, b.row, first_token + i)) s.dt[i] = 0;
     }
     store(s.decay, exp(mul(load(s.dt), broadcast(p.A[b.head]))));
 
@@ -75,22 +75,22 @@ void fill(const SsdParams& p, const Block& b, int64_t first, int64_t n, Segment&
     for (int64_t i = 0; i < s.count; i++) {
         if (i < s.old) {
             const float* B = p.input_B + (first_input + i) * p.b_groups * p.state_size;
-            s.B[i] = whole_vectors(B + b_offset, s.size, s.padded_b[i]);
+            s.B[i] = full_vectors(B + b_offset, s.size, s.padded_b[i]);
         } else {
             const float* B = p.B + b.row * p.B_batch_stride + (first_token + i) * p.B_token_stride;
             const float* C = p.C + b.row * p.C_batch_stride + (first_token + i) * p.C_token_stride;
-            s.B[i] = whole_vectors(B + b_offset, s.size, s.padded_b[i]);
-            s.C[i] = whole_vectors(C + c_offset, s.size, s.padded_c[i]);
+            s.B[i] = full_vectors(B + b_offset, s.size, s.padded_b[i]);
+            s.C[i] = full_vectors(C + c_offset, s.size, s.padded_c[i]);
         }
     }
 }
 
 // Where the state after a step goes; null where nobody will start from it.
 template <typename State>
-inline State* checkpoint(const SsdParams& p, const Block& b, int64_t step) {
+inline State* slot_after(const SsdParams& p, const Block& b, int64_t step) {
     State* states = static_cast<State*>(p.states) + b.row * p.states_batch_stride;
-    if (p.final_state_only) return step + 1 == b.fed + p.tokens ? states : nullptr;
-    if (p.input_dt) return step + 1 == b.fed && p.write_slot == 0 ? states : nullptr;
+    if (p.final_state_only) return step + 1 == b.replayed + p.tokens ? states : nullptr;
+    if (p.input_dt) return step + 1 == b.replayed && p.write_slot == 0 ? states : nullptr;
     return states + (p.write_slot + step) * p.states_slot_stride;
 }
 
@@ -115,10 +115,10 @@ void scan(const SsdParams& p, const Block& b, Segment& s, float (*carry)[kPiece]
         store(s.y[i], zero());
     }
     State* out[kSegment];
-    for (int64_t i = 0; i < s.count; i++) out[i] = checkpoint<State>(p, b, s.first + i);
+    for (int64_t i = 0; i < s.count; i++) out[i] = slot_after<State>(p, b, s.first + i);
     const State* start = static_cast<const State*>(p.states) + b.row * p.states_batch_stride;
     if (!p.input_dt) start += p.start_slot[b.row] * p.states_slot_stride;
-    const bool last = s.first + s.count == b.fed + p.tokens;
+    const bool last = s.first + s.count == b.replayed + p.tokens;
     const int64_t tail = s.size - (V - 1) * kLanes;
 
     int64_t offset = (b.head * p.head_size + b.channel) * p.state_size + s.n;
@@ -162,7 +162,7 @@ void add_to_y(const SsdParams& p, const Block& b, const Segment& s) {
     const int64_t channel = b.head * p.head_size + b.channel;
     const Vec skip = p.d_per_channel ? load_n(p.D + channel, b.count) : broadcast(p.D[b.head]);
     for (int64_t i = s.old; i < s.count; i++) {
-        const int64_t token = s.first + i - b.fed;
+        const int64_t token = s.first + i - b.replayed;
         float* y = p.y + (b.row * p.tokens + token) * p.heads * p.head_size + channel;
         Vec before = s.n == 0 ? mul(skip, load_n(x_of(p, b, s.first + i), b.count)) : load_n(y, b.count);
         Vec out = add(before, load(s.y[i]));
@@ -182,7 +182,7 @@ void channel_block(const SsdParams& p, const Block& b, Segment& s) {
     }
     alignas(64) float carry[kLanes][kPiece];
     for (int64_t n = 0; n < p.state_size; n += kPiece) {
-        for (int64_t first = 0; first < b.fed + p.tokens; first += kSegment) {
+        for (int64_t first = 0; first < b.replayed + p.tokens; first += kSegment) {
             // Mostly it is still there from the head's block before.
             if (s.row != b.row || s.head != b.head || s.first != first || s.n != n) fill(p, b, first, n, s);
             scan_piece<State>(p, b, s, carry);
@@ -196,7 +196,7 @@ void remember(const SsdParams& p, int64_t row, int64_t token) {
     if (p.start_slot[row] < 0 || (p.final_state_only && token > 0)) return;
     const int64_t input = row * p.input_slots + p.write_slot + token;
     const float* dt = p.dt + row * p.dt_batch_stride + token * p.dt_token_stride;
-    const bool nothing = p.final_state_only || is_null(p, row, token);
+    const bool nothing = p.final_state_only || is_padding(p, row, token);
     for (int64_t h = 0; h < p.heads; h += kLanes) {
         const int64_t count = min(kLanes, p.heads - h);
         Vec step = nothing ? zero() : step_size(p, load_n(dt + h, count), load_n(p.dt_bias + h, count));
@@ -218,8 +218,9 @@ void run(const SsdParams& p, int threads) {
         Segment s;
         for (int64_t i = first; i < last; i++) {
             const int64_t row = i / blocks / p.heads, head = i / blocks % p.heads, channel = i % blocks * kLanes;
-            const int64_t fed = p.input_dt ? p.start_slot[row] + 1 : 0;
-            channel_block<State>(p, {row, head, channel, min(kLanes, p.head_size - channel), fed}, s);
+            const int64_t inputs = p.write_slot == 0 ? p.start_slot[row] + 1 : p.write_slot;
+            const int64_t replayed = p.input_dt ? inputs : 0;
+            channel_block<State>(p, {row, head, channel, min(kLanes, p.head_size - channel), replayed}, s);
         }
     });
     if (!p.input_dt) return;

@@ -46,7 +46,7 @@ struct Scratch {
 };
 
 // All columns of a row that is left out.
-__device__ __forceinline__ int64_t left_padding(const AttentionParams& p, int64_t row) {
+__device__ __forceinline__ int64_t limited_padding(const AttentionParams& p, int64_t row) {
     if (load_raw(p.start_slot + row) < 0) return p.tokens;
     const int64_t count = p.left_padding ? load_raw(p.left_padding + row) : 0;
     return count < 0 ? 0 : count < p.tokens ? count : p.tokens;
@@ -80,11 +80,11 @@ __device__ __forceinline__ void rotate(const AttentionParams& p, const Act* in, 
 template <typename Act, typename Cache>
 __global__ void __launch_bounds__(kHeadThreads) prepare(AttentionParams p, Scratch s) {
     wait_for_previous();
-    const int64_t t = blockIdx.x, head = blockIdx.y, row = blockIdx.z, nulls = left_padding(p, row);
+    const int64_t t = blockIdx.x, head = blockIdx.y, row = blockIdx.z, left_padding = limited_padding(p, row);
     const int64_t start = load_raw(p.start_slot + row);
-    const int64_t begin = (start < 0 ? 0 : load_raw(p.lengths + row * p.slots + start)) - nulls;
+    const int64_t begin = (start < 0 ? 0 : load_raw(p.lengths + row * p.slots + start)) - left_padding;
     if (t == 0 && head == 0 && threadIdx.x == 0) store_raw(s.begin + row, static_cast<int32_t>(begin));
-    if (t < nulls) return;
+    if (t < left_padding) return;
     const float position = static_cast<float>(begin + t);
     if (head < p.heads) {
         const Act* q = reinterpret_cast<const Act*>(p.q) + row * p.q_batch_stride + t * p.q_token_stride;
@@ -230,14 +230,14 @@ __global__ void __launch_bounds__(kThreads, 2) attend(AttentionParams p, Scratch
 template <typename Act>
 __global__ void __launch_bounds__(kHeadThreads) combine(AttentionParams p, Scratch s, int64_t token) {
     wait_for_previous();
-    const int64_t head = blockIdx.x, t = token + blockIdx.y, row = blockIdx.z, nulls = left_padding(p, row);
-    const int64_t length = load_raw(s.begin + row) + (t < nulls ? nulls : t + 1);
+    const int64_t head = blockIdx.x, t = token + blockIdx.y, row = blockIdx.z, left_padding = limited_padding(p, row);
+    const int64_t length = load_raw(s.begin + row) + (t < left_padding ? left_padding : t + 1);
     const bool kept = load_raw(p.start_slot + row) >= 0 && (!p.final_state_only || t + 1 == p.tokens);
     if (head == 0 && threadIdx.x == 0 && kept) {
         const int64_t slot = p.final_state_only ? 0 : p.write_slot + t;
         store_raw(p.lengths + row * p.slots + slot, static_cast<int32_t>(length));
     }
-    const int64_t chunks = t < nulls ? 0 : (length + kChunk - 1) / kChunk;
+    const int64_t chunks = t < left_padding ? 0 : (length + kChunk - 1) / kChunk;
     const int64_t splits = chunks < kSplits ? chunks : kSplits;
     const float* softmax = s.softmax + s.result(p, row, t - token, head) * 4;
     const float* sums = s.sums + s.result(p, row, t - token, head) * p.dims;
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kHeadThreads) combine(AttentionParams p, Scrat
             total = fmaf(load(softmax + 4 * c + 1), scale, total);
             sum = fmaf(load(sums + c * p.dims + d), scale, sum);
         }
-        store(y + d, t < nulls ? 0.f : sum / total);
+        store(y + d, t < left_padding ? 0.f : sum / total);
     }
 }
 

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
     }
     wait_for_previous();
     const int64_t start = load_raw(p.start_slot + row);
-    const int64_t nulls = p.left_padding ? load_raw(p.left_padding + row) : 0;
+    const int64_t left_padding = p.left_padding ? load_raw(p.left_padding + row) : 0;
     using Tokens = Group<Act, Channels>;
     Tokens tokens[kTokens], input_gates[Gated ? kTokens : 1], output_gates[Gated ? kTokens : 1];
     const bool gates_input = Gated && p.input_gate, gates_output = Gated && p.output_gate;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) convolve(CausalConv1dParams p) {
             for (int c = 0; c < Channels; c++) {
                 float input = widen(tokens[i].v[c]);
                 if (gates_input) input *= widen(input_gates[i].v[c]);
-                inputs[Taps - 1].v[c] = t < nulls ? 0.f : input;
+                inputs[Taps - 1].v[c] = t < left_padding ? 0.f : input;
                 float sum = bias.v[c];
 #pragma unroll
                 for (int k = 0; k < Taps; k++)

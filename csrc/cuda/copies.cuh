@@ -1,4 +1,4 @@
-// Copies into the memory of a block that go on while its threads work.
+// cp.async pipeline: copies into shared memory that go on while the threads of a block work.
 #pragma once
 
 #include "device.cuh"

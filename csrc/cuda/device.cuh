@@ -253,23 +253,23 @@ __device__ __forceinline__ void wait_for_weights(bool are_constant) {
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
-// x between `least` and `most`; a NaN stays one.
-__device__ __forceinline__ float clamped(float x, float least, float most) {
+// x between `lo` and `hi`; a NaN stays one.
+__device__ __forceinline__ float clamped(float x, float lo, float hi) {
 #if defined(SM_HOST_SHIM)
-    return x < least ? least : x > most ? most : x;
+    return x < lo ? lo : x > hi ? hi : x;
 #else
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(least));
-    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(most));
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(lo));
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(hi));
     return x;
 #endif
 }
 
 // 2 to the power of x, to one unit in the last place, where ex2.approx can be off by more; exactly 1 at 0; 0 below
-// -126.5, infinity from 127.5 on. A polynomial of least relative error on [-1/2, 1/2], times a whole power.
+// -126.5, infinity from 127.5 on. A polynomial of least relative error on [-1/2, 1/2], times an integral power.
 __device__ __forceinline__ float power_of_2(float x) {
-    constexpr float kToWhole = 0x1.8p+23f;  // adding it rounds to a whole number, in the lowest bits
+    constexpr float kToInteger = 0x1.8p+23f;  // adding it rounds to an integer, in the lowest bits
     x = clamped(x, -127.f, 128.f);
-    const float shifted = x + kToWhole, rest = x - (shifted - kToWhole);
+    const float shifted = x + kToInteger, rest = x - (shifted - kToInteger);
     float sum = 0x1.41fbbcp-13f;
     sum = fmaf(sum, rest, 0x1.5f3e54p-10f);
     sum = fmaf(sum, rest, 0x1.3b2d4cp-7f);
@@ -279,7 +279,7 @@ __device__ __forceinline__ float power_of_2(float x) {
     sum = fmaf(sum, rest, 1.f);
     uint32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits << 23) + 0x3f800000u;  // 2 to the whole power; 0 for -127, infinity for 128
+    bits = (bits << 23) + 0x3f800000u;  // 2 to the integral power; 0 for -127, infinity for 128
     float power;
     memcpy(&power, &bits, sizeof power);
     return sum * power;

@@ -15,13 +15,13 @@ constexpr int kBytesAhead = 80 * 1024;              // of W, that are on their w
 constexpr int kKSteps[] = {1, 2, 3, 5, 8, 10, 16};  // of a warp: for those there are kernels
 constexpr int kMaxTileBytes = 128 * 1024;           // of a tile, beside which blocks of other kernels find memory
 
-// With so many, the turns that have all their features.
+// The most steps below `turns` that a kernel has.
 constexpr int full_steps(int turns) {
-    int whole = 0;
+    int steps = 0;
     for (int fewer : kKSteps) {
-        if (fewer < turns) whole = fewer;
+        if (fewer < turns) steps = fewer;
     }
-    return whole;
+    return steps;
 }
 
 // The rows of W that a block takes: some blocks one more. In tiles of so many.
@@ -166,9 +166,9 @@ bool launch_few_rows(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaSt
     using S = Stream<Weight, KSteps, MmaRows>;
     const int n = static_cast<int>(p.out_features), blocks = std::min(multiprocessors(), n);
     if (blocks == 0) return true;
-    const int most = (n + blocks - 1) / blocks, tiles = (most + kMmaN * MmaRows - 1) / (kMmaN * MmaRows);
+    const int max_rows = (n + blocks - 1) / blocks, tiles = (max_rows + kMmaN * MmaRows - 1) / (kMmaN * MmaRows);
     if (S::bytes(tiles) > max_shared_memory()) return false;
-    const RowPartition partition{n / blocks, n % blocks, (most + tiles - 1) / tiles};
+    const RowPartition partition{n / blocks, n % blocks, (max_rows + tiles - 1) / tiles};
     launch_with_memory(multiply_few_rows<Act, Weight, KSteps, MmaRows>, dim3(static_cast<unsigned>(blocks)),
                        dim3(kWarps * kWarp), S::bytes(tiles), stream, p, m0, x_rows, partition);
     return true;

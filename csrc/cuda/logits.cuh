@@ -174,18 +174,18 @@ __global__ void __launch_bounds__(kReduceThreads, 4) reduce_logits(SpeculativeAc
     uint64_t max = ~uint64_t{0};
 #pragma unroll
     for (int q = 0; q < kQuads; q++) {
-        uint32_t least = ~0u;
+        uint32_t min_key = ~0u;
         int token = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint32_t key = sort_key(quads[q].v[i]);
-            if (i < count_of(q) && key < least) least = key, token = first_of(q) + i;
+            if (i < count_of(q) && key < min_key) min_key = key, token = first_of(q) + i;
         }
-        max = Min{}(max, packed(least, token));
+        max = Min{}(max, packed(min_key, token));
         if (p.target_probs)
             store4(p.target_probs + row * p.target_probs_batch_stride + first_of(q), Float4{}, count_of(q));
-        least = warp_reduce<kGroup / 4>(least, Min{});
-        if (lane % (kGroup / 4) == 0 && count_of(q) > 0) store_raw(position.keys + first_of(q) / kGroup, least);
+        min_key = warp_reduce<kGroup / 4>(min_key, Min{});
+        if (lane % (kGroup / 4) == 0 && count_of(q) > 0) store_raw(position.keys + first_of(q) / kGroup, min_key);
     }
     max = warp_reduce<kWarp>(max, Min{});
     if (lane == 0) store_raw(position.max + span, max);

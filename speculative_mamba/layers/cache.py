@@ -86,13 +86,14 @@ class MambaCache:
     from there to each slot (see ``ReplayBuffer``). window: (B, W-1+S, D) float32, the convolution's inputs (see
     ``causal_conv1d_verify``). Slot 0 starts as the zero state; the others are not read before they are written.
 
-    settle: called as ``settle(cache, slot)`` on a copy of one row with ``inputs``; makes slot 0 the state of that slot.
+    materialize_state: called as ``materialize_state(cache, slot)`` on a copy of one row with ``inputs``; makes slot 0
+    the state of that slot.
     """
 
     states: torch.Tensor
     window: torch.Tensor
     inputs: ReplayBuffer | None = None
-    settle: "Callable[[MambaCache, int], None] | None" = None
+    materialize_state: "Callable[[MambaCache, int], None] | None" = None
 
     @property
     def slots(self) -> int:
@@ -122,7 +123,7 @@ class MambaCache:
         if self.inputs is None:
             return self.states[row, slot].clone(), *self.conv.snapshot(row, slot)
         copy = self._of_row(lambda tensor: tensor[row : row + 1].clone())
-        self.settle(copy, slot)
+        self.materialize_state(copy, slot)
         return copy.states[0, 0], *self.conv.snapshot(row, slot)
 
     def restore(self, row: int, saved: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -135,7 +136,7 @@ class MambaCache:
 
     def _of_row(self, part: Callable[[torch.Tensor], torch.Tensor]) -> "MambaCache":
         inputs = None if self.inputs is None else ReplayBuffer(*map(part, vars(self.inputs).values()))
-        return MambaCache(part(self.states), part(self.window), inputs, self.settle)
+        return MambaCache(part(self.states), part(self.window), inputs, self.materialize_state)
 
 
 def new_mamba_cache(
@@ -145,7 +146,7 @@ def new_mamba_cache(
     conv: tuple[int, int],
     inputs: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     device: torch.device,
-    settle: Callable[[MambaCache, int], None],
+    materialize_state: Callable[[MambaCache, int], None],
 ) -> MambaCache:
     """An empty cache. state: its shape; conv: (channels, width); inputs: shapes of x, dt and B of one token."""
 
@@ -155,7 +156,7 @@ def new_mamba_cache(
     window = new_conv_cache(sizes, *conv, device).window
     states = memory(sizes.batch, 1 if replay else sizes.slots, *state, dtype=sizes.dtype)
     kept = ReplayBuffer(*(memory(sizes.batch, sizes.slots, *shape) for shape in inputs)) if replay else None
-    cache = MambaCache(states, window, kept, settle if replay else None)
+    cache = MambaCache(states, window, kept, materialize_state if replay else None)
     cache.reset()
     return cache
 

@@ -8,8 +8,8 @@ import torch
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
 from .mamba1 import REPLAY_IS_FASTER
+from .materialize_state import MaterializeScanState
 from .model_ops import causal_conv1d_verify, selective_scan_verify, skinny_linear
-from .settle import SettleScan
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class GroupedMamba1Mixer:
     def new_cache(self, sizes: CacheSizes) -> MambaCache:
         channels, state_size = self.A.shape
         conv, inputs = (channels, self.conv_weight.shape[1]), ((channels,), (channels,), (self._groups, state_size))
-        settle = SettleScan(self.A, self._groups, self.backend)
+        materialize = MaterializeScanState(self.A, self._groups, self.backend)
         replay = sizes.replay(REPLAY_IS_FASTER)
-        return new_mamba_cache(sizes, replay, (channels, state_size), conv, inputs, self.A.device, settle)
+        return new_mamba_cache(sizes, replay, (channels, state_size), conv, inputs, self.A.device, materialize)
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:
         """hidden (B·T, d) → (B·T, d), activations; writes the cache."""

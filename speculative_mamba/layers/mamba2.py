@@ -8,8 +8,8 @@ import torch
 
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
+from .materialize_state import MaterializeSsdState
 from .model_ops import causal_conv1d_verify, rms_norm, skinny_linear, ssd_verify
-from .settle import SettleSsd
 
 # On two cores replay takes a half to a third of the time at any batch, and a fifth of the memory
 # (python -m benchmarks.checkpoints).
@@ -53,9 +53,9 @@ class Mamba2Mixer:
     def new_cache(self, sizes: CacheSizes) -> MambaCache:
         x, B = (self.conv_heads[0], self.head_dim), (self.conv_heads[1], self.state_size)
         state = (len(self.A), self.head_dim, self.state_size)
-        settle = SettleSsd(self.A, x, B, self.backend)
+        materialize = MaterializeSsdState(self.A, x, B, self.backend)
         conv, inputs = tuple(self.conv_weight.shape), (x, (len(self.A),), B)
-        return new_mamba_cache(sizes, sizes.replay(REPLAY_IS_FASTER), state, conv, inputs, self.A.device, settle)
+        return new_mamba_cache(sizes, sizes.replay(REPLAY_IS_FASTER), state, conv, inputs, self.A.device, materialize)
 
     def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:
         """hidden (B·T, d) → (B·T, d), activations; writes the cache."""

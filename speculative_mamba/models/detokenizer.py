@@ -37,17 +37,17 @@ class Detokenizer:
         if run := self._run_length(tokens):
             earlier = self._run if run == len(tokens) else []
             joined = [*earlier, *tokens[-run:]]
-            whole = self._is_text(joined)
-            if whole is None:
+            is_text = self._is_text(joined)
+            if is_text is None:
                 spoilt = earlier if self._is_text(earlier) is None else joined
                 self._set_context(tokens[:-run] or self._context, spoilt)
-                return self._settle(keep=0)
-            if whole and run >= MAX_RUN and self._context:
+                return self._take_text(keep=0)
+            if is_text and run >= MAX_RUN and self._context:
                 self._set_context(self._context)
-                return self._settle(keep=0)
+                return self._take_text(keep=0)
         elif not (self._before + self.pending).endswith(UNFINISHED):
             self._set_context(tokens if self._decode(tokens) else self._context + self._run + tokens)
-            return self._settle(keep=0)
+            return self._take_text(keep=0)
         elif len(tokens) > 1:
             # Where the last token adds what it is on its own, it does not complete what was unfinished before it.
             unfinished = self._before.endswith(UNFINISHED)
@@ -55,11 +55,11 @@ class Detokenizer:
             if alone and self.pending == before + alone:
                 if unfinished:
                     self._set_context(tokens[:-1])
-                return self._settle(keep=1)
+                return self._take_text(keep=1)
         return ""
 
-    def _settle(self, keep: int) -> str:
-        """Settles all pending tokens but for the last ``keep``."""
+    def _take_text(self, keep: int) -> str:
+        """The text of all pending tokens but the last ``keep``, which stay pending."""
         kept = self._tokens[len(self._tokens) - keep :]
         left = self._text_of(kept) if kept else ""
         text = self.pending[: len(self.pending) - len(left)]

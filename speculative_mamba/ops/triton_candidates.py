@@ -83,7 +83,7 @@ def _total(row, vocabulary, peak, temperature):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _list(
-    logits, adjusted, penalties, bias, sampling, maxima, status, peaks, leasts, totals, counts, ids, keys, weights,
+    logits, adjusted, penalties, bias, sampling, maxima, status, peaks, min_keys, totals, counts, ids, keys, weights,
     tokens, vocabulary,
 ):  # fmt: skip
     """With top-k all tokens from the k-th of the groups' greatest keys on; else all but tokens so light that together
@@ -129,7 +129,7 @@ def _list(
                 tl.store(keys + at, sort_key(x), mask=lists)
                 tl.store(weights + at, weight, mask=lists)
                 count += tl.sum(lists.to(tl.int32), 0)
-        tl.store(leasts + position, least)
+        tl.store(min_keys + position, least)
         tl.store(totals + position, total)
         tl.store(counts + position, count)
 
@@ -140,7 +140,7 @@ class Candidates:
 
     status: torch.Tensor  # (B, T) int32: 0, or why no token can be chosen; then the rest is undefined
     peaks: torch.Tensor  # (B, T): the greatest logit
-    leasts: torch.Tensor  # (B, T) uint32: the least key that a candidate may have
+    min_keys: torch.Tensor  # (B, T) uint32: the least key that a candidate may have
     totals: torch.Tensor  # (B, T) float64: the sum of all weights, where top-p sees the whole vocabulary
     counts: torch.Tensor  # (B, T) int32
     ids: torch.Tensor  # (B, T, V) int32

@@ -82,7 +82,7 @@ def test_a_window_that_just_fits_and_one_that_does_not(family, prompt, assert_sl
 def test_inputs_give_the_states_of_states(family, prompt, kind, seed, state_dtype):
     """Whole runs with rejections: what both models go on from in every step, their text and logits.
 
-    Catches: one input too few; a saved state settled up to another slot; "replay" taken for "snapshots".
+    Catches: one input too few; a saved state materialized for another slot; "replay" taken for "snapshots".
     """
     prompts, runs = [prompt(length) for length in (1, 2, 21)], []
     for mode in ("snapshots", "replay"):

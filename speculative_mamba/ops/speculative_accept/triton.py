@@ -42,7 +42,7 @@ def _residual(token, p, draft_probs, row, drafted):
 
 @triton.jit(do_not_specialize=["tokens", "coupled", "purpose", "draft_stride"])
 def _decide(
-    logits, adjusted, penalties, bias, sampling, status, peaks, leasts, totals, counts, ids, keys, weights,
+    logits, adjusted, penalties, bias, sampling, status, peaks, min_keys, totals, counts, ids, keys, weights,
     draft_tokens, draft_probs, rng_keys, positions, active, num_draft_tokens, is_stop, target_probs, choices, rejected,
     tokens, vocabulary, coupled, purpose, draft_stride,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _decide(
         ids, keys, weights = ids + at * vocabulary, keys + at * vocabulary, weights + at * vocabulary
         count = tl.load(counts + at)
         least, last, scale = threshold(
-            ids, keys, weights, count, tl.load(leasts + at), tl.load(totals + at), top_k, nucleus, floor
+            ids, keys, weights, count, tl.load(min_keys + at), tl.load(totals + at), top_k, nucleus, floor
         )  # fmt: skip
         if target_probs is not None:
             for start in range(0, vocabulary, BLOCK):

@@ -33,7 +33,7 @@ def ssd_verify(args: SsdVerifyArgs) -> torch.Tensor:
             continue
         state = states[b, 0 if inputs else start_slot[b]].to(x.dtype, copy=True)
         if inputs:
-            for j in range(int(start_slot[b]) + 1):
+            for j in range(write_slot or int(start_slot[b]) + 1):
                 state = next_state(state, inputs.x[b, j], inputs.dt[b, j], inputs.B[b, j])
             if write_slot == 0:
                 states[b, 0] = state

@@ -64,8 +64,8 @@ void announce_states(const Params& p, int64_t size) {
             const int64_t offset = row * p.states_batch_stride + number * p.states_slot_stride;
             announce(static_cast<char*>(p.states) + element * offset, 1, 0, 1, 0, size, use, element);
         };
-        const bool settles = p.input_dt && (p.final_state_only || p.write_slot == 0);
-        slot(p.input_dt ? 0 : p.start_slot[row], settles ? Use::write : Use::read);
+        const bool materializes = p.input_dt && (p.final_state_only || p.write_slot == 0);
+        slot(p.input_dt ? 0 : p.start_slot[row], materializes ? Use::write : Use::read);
         if (p.final_state_only) slot(0, Use::write);
         if (!p.final_state_only && !p.input_dt)
             for (int64_t t = 0; t < p.tokens; t++) slot(p.write_slot + t, Use::write);
