@@ -345,8 +345,8 @@ class MambaLM:
                 pass
         if step is not None:  # it and others of this model hold memory that may be in use nowhere else
             cache.steps = {other: steps for other, steps in cache.steps.items() if other[0] != id(self)}
-        nulls = None if window.left_padding is None else window.left_padding.clone()
-        own = Window(window.start_slot.clone(), window.write_slot, nulls)
+        padding = None if window.left_padding is None else window.left_padding.clone()
+        own = Window(window.start_slot.clone(), window.write_slot, padding)
         hidden, recording = self._embed(tokens), Recording(self.norm_weight)
         kind = *key[1:], self.backend, self.rollback, *map(type, self.mixers)
         weights = (part for part in parts if isinstance(part, torch.Tensor | Int8Weight))

@@ -171,7 +171,7 @@ def check_follows(start_slot: torch.Tensor, write_slot: int) -> None:
         )
 
 
-def check_null_columns(left_padding: torch.Tensor | None, batch: int, x: torch.Tensor) -> None:
+def check_left_padding(left_padding: torch.Tensor | None, batch: int, x: torch.Tensor) -> None:
     if left_padding is not None:
         check("left_padding", left_padding, (batch,), x, torch.int32)
 

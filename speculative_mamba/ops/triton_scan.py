@@ -54,7 +54,7 @@ def _scan(
     rate = tl.load(A + h_at, exists, 0.0) if A_PER_STATE else tl.load(A + head, in_row, 0.0)[:, None]
     skip = tl.load(D + (channel if D_PER_CHANNEL else head), in_row, 0.0)
     bias = tl.load(dt_bias + head, in_row, 0.0)
-    nulls = 0 if left_padding is None else tl.load(left_padding + row)
+    padding = 0 if left_padding is None else tl.load(left_padding + row)
     start = tl.load(start_slot + row).to(tl.int64)
     y += row * tokens * channels
     if start < 0:
@@ -88,7 +88,7 @@ def _scan(
     for t in range(tokens):
         fed = widen(tl.load(x_row + x_at, in_row, 0.0))
         step = _step_size(tl.load(dt_row + head, in_row, 0.0), bias, dt_limit)
-        step = tl.where(t < nulls, 0.0, step)
+        step = tl.where(t < padding, 0.0, step)
         h = _after(h, rate, step, fed, widen(tl.load(b_row + b_at, exists, 0.0)), exists, dtype)
         total = tl.fma(skip, fed, row_sums(h * widen(tl.load(c_row + c_at, exists, 0.0))))
         if z is not None:

@@ -247,7 +247,7 @@ ops = {
     "spare": st.integers(0, 4),
     "write": st.integers(0, 4),
     "starts": st.lists(st.integers(0, 30), min_size=4, max_size=4),
-    "nulls": st.one_of(st.none(), st.lists(st.integers(0, 3), min_size=4, max_size=4)),
+    "left": st.one_of(st.none(), st.lists(st.integers(0, 3), min_size=4, max_size=4)),
     "padding": st.integers(0, 5),
     "batch_step": st.integers(1, 3),
     "threads": st.integers(1, 2),
@@ -255,32 +255,32 @@ ops = {
 }
 
 
-def slots_and_nulls(batch, count, spare, write, starts, nulls):
+def slots_and_paddings(batch, count, spare, write, starts, left):
     """Rows with left padding begin with them, so they start from slot 0, which the caller makes zero."""
     write = min(write, spare)
     slots = count + spare
-    nulls = None if nulls is None else torch.tensor([min(n, count) for n in nulls[:batch]], dtype=torch.int32)
+    left = None if left is None else torch.tensor([min(n, count) for n in left[:batch]], dtype=torch.int32)
     start = torch.tensor([s % slots for s in starts[:batch]], dtype=torch.int32)
-    return slots, write, start, nulls
+    return slots, write, start, left
 
 
-def step_by_step(call, batch, count, write, start, nulls):
+def step_by_step(call, batch, count, write, start, left):
     """One call per token: token t reads the slot of token t-1 and writes the next."""
     outputs = []
     for t in range(count):
         first = start if t == 0 else torch.full((batch,), write + t - 1, dtype=torch.int32)
-        null = None if nulls is None else (nulls > t).int()
-        outputs.append(call(slice(t, t + 1), first, write + t, null))
+        of_token = None if left is None else (left > t).int()
+        outputs.append(call(slice(t, t + 1), first, write + t, of_token))
     return torch.cat(outputs, 1)
 
 
 @examples(100)
 @given(state_size=st.integers(1, 20), gate=st.booleans(), **ops)
 def test_any_scan_is_its_single_steps(
-    with_threads, state_size, gate, batch, count, channels, spare, write, starts, nulls, padding, batch_step, threads,
+    with_threads, state_size, gate, batch, count, channels, spare, write, starts, left, padding, batch_step, threads,
     seed,
 ):  # fmt: skip
-    slots, write, start, nulls = slots_and_nulls(batch, count, spare, write, starts, nulls)
+    slots, write, start, left = slots_and_paddings(batch, count, spare, write, starts, left)
     x, dt, z = (strided(seed + i, (batch, count, channels), padding, batch_step) for i in range(3))
     B, C = (strided(seed + i, (batch, count, state_size), padding, batch_step) for i in (3, 4))
     A = -strided(seed + 5, (channels, state_size), 0, 1).abs()
@@ -289,14 +289,14 @@ def test_any_scan_is_its_single_steps(
     held = strided(seed + 8, (batch, slots, 1 + padding, channels, state_size), 0, batch_step)[:, :, 0]
     stepped = held.clone() if padding % 2 else held.clone().transpose(0, 1).contiguous().transpose(0, 1)
 
-    def call(states, at, first, write, null):
+    def call(states, at, first, write, of_token):
         return selective_scan_verify(
             x[:, at], dt[:, at], A, B[:, at], C[:, at], D, z[:, at] if gate else None, bias, states, first, write,
-            left_padding=null, backend="cpu",
+            left_padding=of_token, backend="cpu",
         )  # fmt: skip
 
-    together = with_threads(threads, lambda: call(held, slice(None), start, write, nulls))
-    single = step_by_step(functools.partial(call, stepped), batch, count, write, start, nulls)
+    together = with_threads(threads, lambda: call(held, slice(None), start, write, left))
+    single = step_by_step(functools.partial(call, stepped), batch, count, write, start, left)
     assert_bitwise_equal(together, single, "y")
     assert_bitwise_equal(held, stepped, "snapshots")
     assert not together.isnan().any()
@@ -305,10 +305,10 @@ def test_any_scan_is_its_single_steps(
 @examples(100)
 @given(width=st.integers(2, 8), dtype=st.sampled_from(list(WEIGHTS)), with_bias=st.booleans(), **ops)
 def test_any_convolution_is_its_single_steps(
-    with_threads, width, dtype, with_bias, batch, count, channels, spare, write, starts, nulls, padding, batch_step,
+    with_threads, width, dtype, with_bias, batch, count, channels, spare, write, starts, left, padding, batch_step,
     threads, seed,
 ):  # fmt: skip
-    slots, write, start, nulls = slots_and_nulls(batch, count, spare, write, starts, nulls)
+    slots, write, start, left = slots_and_paddings(batch, count, spare, write, starts, left)
     x = strided(seed, (batch, count, channels), padding, batch_step)
     weight = strided(seed + 1, (channels, width), padding, 1).to(WEIGHTS[dtype])
     bias = strided(seed + 2, (1, channels), 0, 1)[0] if with_bias else None
@@ -318,12 +318,12 @@ def test_any_convolution_is_its_single_steps(
     stepped = torch.full((batch, width - 1 + count + 1, channels), torch.nan)
     stepped[:, 1:width] = torch.stack(history)
 
-    def call(window, at, first, write, null):
-        return causal_conv1d_verify(x[:, at], weight, bias, window, first, write, left_padding=null, backend="cpu")
+    def call(window, at, first, write, of_token):
+        return causal_conv1d_verify(x[:, at], weight, bias, window, first, write, left_padding=of_token, backend="cpu")
 
-    together = with_threads(threads, lambda: call(held, slice(None), start, write, nulls))
+    together = with_threads(threads, lambda: call(held, slice(None), start, write, left))
     first = torch.zeros(batch, dtype=torch.int32)
-    single = step_by_step(functools.partial(call, stepped), batch, count, 1, first, nulls)
+    single = step_by_step(functools.partial(call, stepped), batch, count, 1, first, left)
     assert_bitwise_equal(together, single, "y")
     rows = slice(width - 1 + write, width - 1 + write + count)
     assert_bitwise_equal(held[:, rows].clone(), stepped[:, width : width + count].clone(), "the window's inputs")

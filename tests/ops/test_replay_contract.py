@@ -44,7 +44,7 @@ class Twins:
         y = self.op.run(slots | tokens, **other)
         assert_bitwise_equal(self.op.run(self.replay | tokens, **other), y, "y")
 
-        count, nulls = y.shape[1], other.get("left_padding")
+        count, left_paddings = y.shape[1], other.get("left_padding")
         if other.get("final_state_only"):
             before, expected["dt"][:, 0] = slots["states"][:, 0], 0
         else:
@@ -52,9 +52,9 @@ class Twins:
             for name in ("x", "B"):
                 expected[name][:, written] = tokens[name].reshape(expected[name][:, written].shape)
             expected["dt"][:, written] = inputs.dt[:, written]
-            null = torch.zeros(len(y), 1) if nulls is None else nulls[:, None]
-            null = (torch.arange(count) < null)[..., None].expand_as(inputs.dt[:, written])
-            assert_bitwise_equal(inputs.dt[:, written] == 0, null, "inputs that count as nothing")
+            left = torch.zeros(len(y), 1) if left_paddings is None else left_paddings[:, None]
+            left = (torch.arange(count) < left)[..., None].expand_as(inputs.dt[:, written])
+            assert_bitwise_equal(inputs.dt[:, written] == 0, left, "inputs that count as nothing")
         assert_bitwise_equal(kept[:, 0], before, "the kept state")
         for name, part in expected.items():
             assert_bitwise_equal(getattr(inputs, name), part, f"inputs.{name}")
@@ -122,11 +122,11 @@ def test_left_padding_is_replayed_as_nothing(op: Op, dtype: torch.dtype, final_s
     twins = Twins(op, {"dtype": dtype})
     for states in (twins.slots["states"], twins.replay["states"]):
         states[0, 0] = torch.where(states[0, 0] < 0, -0.0, states[0, 0])
-    window, nulls = twins.window(0), [2, 0, 5]
-    for b, null in enumerate(nulls):
+    window, left_paddings = twins.window(0), [2, 0, 5]
+    for b, left in enumerate(left_paddings):
         for name in ("x", "dt", "B"):
-            window[name][b, :null] = math.nan
-    left_padding = torch.tensor(nulls, dtype=torch.int32)
+            window[name][b, :left] = math.nan
+    left_padding = torch.tensor(left_paddings, dtype=torch.int32)
     twins.call(window, backend, left_padding=left_padding, final_state_only=final_state_only)
     twins.accept([0, 0, 0] if final_state_only else [4, 2, 3])
     for round_ in (1, 2):

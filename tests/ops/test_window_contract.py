@@ -149,28 +149,28 @@ def test_left_padding_leaves_no_trace(op: Op, dtype: torch.dtype, backend: str) 
 
     Catches: one column too many or too few, Δ = 0 that turns -0 into +0, padding that takes a position.
     """
-    arguments, nulls = op.make({"dtype": dtype} | getattr(op, "GATED", {}), start=1), [0, 5, 2]
+    arguments, left_paddings = op.make({"dtype": dtype} | getattr(op, "GATED", {}), start=1), [0, 5, 2]
     for name, state in op.slot(arguments).items():
         if name == "history":
             state.zero_()
         elif name == "state":
             state[1:] = torch.where(state[1:] < 0, -0.0, state[1:])
         op.put(arguments, op.slot(arguments) | {name: state})
-    for b, null in enumerate(nulls):
+    for b, left in enumerate(left_paddings):
         for name in op.per_token:
-            arguments[name][b, :null] = math.nan
+            arguments[name][b, :left] = math.nan
     alone = op.copy(arguments)
-    rows = [op.cut(alone, slice(null, None), slice(b, b + 1)) for b, null in enumerate(nulls)]
+    rows = [op.cut(alone, slice(left, None), slice(b, b + 1)) for b, left in enumerate(left_paddings)]
     wanted = [op.steps(row, backend) if op.num_tokens(row) else (None, []) for row in rows]
     for other in ({}, {"write_slot": 2}, {"final_state_only": True}):
         given = op.copy(arguments)
-        y = op.run(given, backend, left_padding=torch.tensor(nulls, dtype=torch.int32), **other)
-        for b, (null, (y_alone, states)) in enumerate(zip(nulls, wanted, strict=True)):
+        y = op.run(given, backend, left_padding=torch.tensor(left_paddings, dtype=torch.int32), **other)
+        for b, (left, (y_alone, states)) in enumerate(zip(left_paddings, wanted, strict=True)):
             if states:
-                assert_bitwise_equal(y[b : b + 1, null:], y_alone, f"y of row {b}")
+                assert_bitwise_equal(y[b : b + 1, left:], y_alone, f"y of row {b}")
             if op is ATTENTION:  # which says so
-                assert_bitwise_equal(y[b, :null], torch.zeros_like(y[b, :null]), f"y of padding, row {b}")
-            states = [op.slot(rows[b])] * null + states
+                assert_bitwise_equal(y[b, :left], torch.zeros_like(y[b, :left]), f"y of padding, row {b}")
+            states = [op.slot(rows[b])] * left + states
             if "final_state_only" in other:
                 states = states[-1:]
             for t, state in enumerate(states, other.get("write_slot", 0)):

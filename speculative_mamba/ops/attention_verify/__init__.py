@@ -10,7 +10,7 @@ from ..checks import (
     check,
     check_activations,
     check_contiguous,
-    check_null_columns,
+    check_left_padding,
     check_slots,
     check_written,
 )
@@ -106,7 +106,7 @@ def attention_verify(
             raise ValueError(f"inv_freq must be (R) with 2R <= {dims}, got {tuple(inv_freq.shape)}")
         check("inv_freq", inv_freq, inv_freq.shape, q)
     check_slots(q[:, :, 0], slots, start_slot, write_slot, final_state_only)
-    check_null_columns(left_padding, batch, q)
+    check_left_padding(left_padding, batch, q)
     read = {"q": q, "k": k, "v": v, "start_slot": start_slot, "inv_freq": inv_freq, "left_padding": left_padding}
     check_written({"keys": keys, "values": values, "lengths": lengths}, read)
     if q.device.type == "cpu":
@@ -121,8 +121,8 @@ def attention_verify(
 def _check_room(
     tokens: int, capacity: int, lengths: torch.Tensor, start_slot: torch.Tensor, left_padding: torch.Tensor | None
 ) -> None:
-    nulls = [0] * len(lengths) if left_padding is None else left_padding.tolist()
-    for row, slot, null in zip(lengths.tolist(), start_slot.tolist(), nulls, strict=True):
-        new = tokens - min(max(null, 0), tokens)
+    padding = [0] * len(lengths) if left_padding is None else left_padding.tolist()
+    for row, slot, left in zip(lengths.tolist(), start_slot.tolist(), padding, strict=True):
+        new = tokens - min(max(left, 0), tokens)
         if slot >= 0 and not 0 <= row[slot] <= capacity - new:
             raise ValueError(f"{new} tokens after {row[slot]} do not fit into a cache of {capacity} entries")

@@ -24,10 +24,10 @@ def _window(lengths, start_slot, left_padding, b, tokens, slots):
     """Entries before the window, and its left padding: all of them in a row that is left out."""
     slot = tl.load(start_slot + b)
     start = tl.load(lengths + b * slots + slot, mask=slot >= 0, other=0)
-    nulls = tokens * 0
+    padding = tokens * 0
     if left_padding is not None:
-        nulls = tl.minimum(tl.maximum(tl.load(left_padding + b), 0), tokens)
-    return start, tl.where(slot >= 0, nulls, tokens)
+        padding = tl.minimum(tl.maximum(tl.load(left_padding + b), 0), tokens)
+    return start, tl.where(slot >= 0, padding, tokens)
 
 
 @triton.jit(do_not_specialize=VARIES)
@@ -41,9 +41,9 @@ def _write(
     i = tl.program_id(0) % tiles * QUERIES + tl.arange(0, QUERIES)
     t, head = i // kv_heads, i % kv_heads
     d = tl.arange(0, BLOCK)[None, :]
-    start, nulls = _window(lengths, start_slot, left_padding, b, tokens, slots)
-    exists = ((t >= nulls) & (t < tokens))[:, None] & (d < dims)
-    position = start + t - nulls
+    start, padding = _window(lengths, start_slot, left_padding, b, tokens, slots)
+    exists = ((t >= padding) & (t < tokens))[:, None] & (d < dims)
+    position = start + t - padding
     key = rotated(k[0] + b * k[1] + t.to(tl.int64) * k[2] + head * dims, exists, position, inv_freq, pairs, BLOCK)
     value = tl.load(v[0] + b * v[1] + (t.to(tl.int64) * v[2] + head * dims)[:, None] + d, mask=exists)
     entry = position.to(tl.int64) * dims
@@ -65,10 +65,10 @@ def _attend(
     kv_head = tl.program_id(0) // tiles % kv_heads
     i = tl.program_id(0) % tiles * QUERIES
     t, head = (i + tl.arange(0, QUERIES)) // group, kv_head * group + (i + tl.arange(0, QUERIES)) % group
-    start, nulls = _window(lengths, start_slot, left_padding, b, tokens, slots)
-    begin = start - nulls  # token t is at position begin + t
-    first, last = tl.maximum(i // group, nulls), tl.minimum(tl.cdiv(i + QUERIES, group), tokens)  # tokens of the tile
-    attends = (t >= nulls) & (t < tokens)
+    start, padding = _window(lengths, start_slot, left_padding, b, tokens, slots)
+    begin = start - padding  # token t is at position begin + t
+    first, last = tl.maximum(i // group, padding), tl.minimum(tl.cdiv(i + QUERIES, group), tokens)  # tokens of the tile
+    attends = (t >= padding) & (t < tokens)
 
     d = tl.arange(0, BLOCK)
     at = q[0] + b * q[1] + t.to(tl.int64) * q[2] + head * dims
@@ -111,12 +111,12 @@ def _advance(lengths, start_slot, left_padding, tokens, slots, write_slot, final
     b = tl.program_id(0).to(tl.int64)
     if tl.load(start_slot + b) < 0:
         return
-    start, nulls = _window(lengths, start_slot, left_padding, b, tokens, slots)
+    start, padding = _window(lengths, start_slot, left_padding, b, tokens, slots)
     if final_state_only != 0:
-        tl.store(lengths + b * slots, start + tokens - nulls)
+        tl.store(lengths + b * slots, start + tokens - padding)
     else:
         for t in range(0, tokens):
-            tl.store(lengths + b * slots + write_slot + t, start + tl.maximum(t + 1 - nulls, 0))
+            tl.store(lengths + b * slots + write_slot + t, start + tl.maximum(t + 1 - padding, 0))
 
 
 def attention_verify(args: AttentionVerifyArgs) -> torch.Tensor:

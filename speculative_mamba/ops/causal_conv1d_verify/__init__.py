@@ -11,7 +11,7 @@ from ..checks import (
     WEIGHT_DTYPES,
     check,
     check_activations,
-    check_null_columns,
+    check_left_padding,
     check_slots,
     check_written,
 )
@@ -114,7 +114,7 @@ def causal_conv1d_verify(
         check("output_gate", output_gate, (batch, x.shape[1], channels), x, x.dtype)
     check("window", window, (batch, window.shape[1], channels), x)
     check_slots(x, slots, start_slot, write_slot, final_state_only)
-    check_null_columns(left_padding, batch, x)
+    check_left_padding(left_padding, batch, x)
     read = {
         "x": x, "weight": weight, "bias": bias, "start_slot": start_slot, "input_gate": input_gate,
         "output_gate": output_gate, "left_padding": left_padding,

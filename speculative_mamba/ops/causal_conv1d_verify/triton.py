@@ -30,7 +30,7 @@ def _convolve(
             tl.store(y + channel, tl.zeros((BLOCK,), y.dtype.element_ty), exists)
             y += channels
         return
-    nulls = 0 if left_padding is None else tl.load(left_padding + row)
+    padding = 0 if left_padding is None else tl.load(left_padding + row)
     first = tl.zeros((BLOCK,), tl.float32) if bias is None else tl.load(bias + channel, exists, 0.0)
     window_row, row_stride = window[0] + row * window[1], tl.cast(window[2], tl.int64)
 
@@ -49,7 +49,7 @@ def _convolve(
         current = widen(tl.load(x_row + source, exists, 0.0))
         if input_gate is not None:
             current *= widen(tl.load(input_gate[0] + row * input_gate[1] + t * input_gate[2] + source, exists, 0.0))
-        current = tl.where(t < nulls, 0.0, current)
+        current = tl.where(t < padding, 0.0, current)
         if final_state_only == 0:
             tl.store(kept + channel, current, exists)
         inputs += (current,)

@@ -13,7 +13,7 @@ from ..checks import (
     check_contiguous,
     check_follows,
     check_inputs,
-    check_null_columns,
+    check_left_padding,
     check_slots,
     check_written,
 )
@@ -130,7 +130,7 @@ def ssd_verify(
     check_slots(dt, slots, start_slot, write_slot, final_state_only)
     if inputs is not None:
         check_follows(start_slot, write_slot)
-    check_null_columns(left_padding, batch, x)
+    check_left_padding(left_padding, batch, x)
     read = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "start_slot": start_slot}
     check_written({"states": states, **replay_tensors(inputs)}, read | {"left_padding": left_padding})
     args = SsdVerifyArgs(

@@ -78,13 +78,13 @@ void announce_entries(const AttentionParams& p, void* base, int64_t batch_stride
     for (int64_t row = 0; row < p.batch; row++) {
         if (p.start_slot[row] < 0) continue;
         const int64_t length = p.lengths[row * p.slots + p.start_slot[row]];
-        const int64_t nulls = p.left_padding ? std::min<int64_t>(p.left_padding[row], p.tokens) : 0;
+        const int64_t left_padding = p.left_padding ? std::min<int64_t>(p.left_padding[row], p.tokens) : 0;
         auto entries = [&](int64_t first, int64_t count, Use use) {
             char* at = static_cast<char*>(base) + element * (row * batch_stride + first * p.dims);
             announce(at, 1, 0, p.kv_heads, head_stride, count * p.dims, use, element);
         };
         entries(0, length, Use::read);
-        entries(length, p.tokens - nulls, Use::write);
+        entries(length, p.tokens - left_padding, Use::write);
     }
 }
 
