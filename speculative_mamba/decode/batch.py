@@ -58,7 +58,8 @@ class Batch:
     ) -> None:
         self.rows: list[Row | None] = [None] * size
         self.stop_token_ids = frozenset(stop_token_ids)
-        self._stop_strings, self._tokenizer, self._output_logits = tuple(stop_strings), tokenizer, output_logits
+        self.output_logits = output_logits
+        self._stop_strings, self._tokenizer = tuple(stop_strings), tokenizer
         self._launched = self._committed = 0  # rounds
         self.round: Round | None = None
 
@@ -161,7 +162,7 @@ class Batch:
         if stopped:
             del tokens[end:]
         row.tokens += tokens
-        if self._output_logits:
+        if self.output_logits:
             row.logits += result.logits[index, : len(tokens)].clone()
         if result.lookahead:
             row.draft_at = len(tokens) - 1, len(row.tokens)

@@ -127,8 +127,8 @@ def generate(
         try:
             loop = DecodeLoop(
                 target, draft if max(chooser.all) else None, batch, executor, chooser, [its for its, _ in params],
-                coupled=acceptance == "coupled", processor=logits_processor, output_logits=output_logits,
-                on_token=on_token, prompt_length=max(map(len, prompts)), max_new_tokens=max_new_tokens,
+                coupled=acceptance == "coupled", processor=logits_processor, on_token=on_token,
+                prompt_length=max(map(len, prompts)), max_new_tokens=max_new_tokens,
             )  # fmt: skip
             for row, (prompt, (its, rng_key)) in enumerate(zip(prompts, params, strict=True)):
                 states = (cache.target_states[row], cache.draft_states[row]) if cache is not None else (None, None)

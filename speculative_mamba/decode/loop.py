@@ -36,7 +36,6 @@ class DecodeLoop:
         *,
         coupled: bool = False,
         processor: LogitsProcessor | None = None,
-        output_logits: bool = False,
         on_token: Callable[[int, int], None] | None = None,
         prompt_length: int = 0,
         max_new_tokens: int = 0,
@@ -60,7 +59,7 @@ class DecodeLoop:
         drafted = () if draft is None else draft.identity()
         key = (IdentityKey(target), *drafted, len(batch.rows), lookahead.all, bias_capacity(params or ()), coupled)
         entries = prompt_length + min(max_new_tokens, AHEAD) + self._window
-        batch.bind(executor.prepare(key, make, entries, lookahead.all, output_logits))
+        batch.bind(executor.prepare(key, make, entries, lookahead.all, batch.output_logits))
         self._draft = batch.round.draft
         self.stats.setup_s = time.perf_counter() - began
 

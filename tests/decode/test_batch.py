@@ -65,7 +65,7 @@ def serve(target, draft, requests, rows, executor, lookahead=3, coupled=True, st
     draft = draft and as_draft(draft, target, batch.texts, executor.captures)
     clients, now = Clients(requests), 0
     with torch.no_grad(), executor:
-        loop = sm.DecodeLoop(target, draft, batch, executor, chooser, coupled=coupled, output_logits=True)
+        loop = sm.DecodeLoop(target, draft, batch, executor, chooser, coupled=coupled)
         while clients.visit(loop, now):
             loop.step()
             now += 1
