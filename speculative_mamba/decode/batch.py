@@ -93,7 +93,8 @@ class Batch:
         Raises:
             ValueError: the row is still generating, or there is nothing to generate.
         """
-        if index in self.generating() or max_new_tokens < 1:
+        before = self.rows[index]
+        if (before is not None and before.finish_reason is None) or max_new_tokens < 1:
             raise ValueError(f"row {index} is still generating, or has no token to generate ({max_new_tokens})")
         stream = TextStream(self._tokenizer, self._stop_strings, prompt) if self._stop_strings else None
         row = Row(list(prompt), len(prompt) + max_new_tokens, self._launched, stream)
