@@ -21,7 +21,7 @@ SHORT = ["--prompt", PROMPT, "--n_tokens_to_generate", "12"]
 STATS = {
     "prompt_tokens", "tokens", "rounds", "row_rounds", "drafted", "tested", "accepted", "tested_per_position",
     "accepted_per_position", "draft_dropped_at", "setup_s", "prefill_s", "decode_s", "draft_s", "verify_s",
-    "acceptance_rate", "tokens_per_round", "tokens_per_s",
+    "acceptance_rate", "tokens_per_round", "tokens_per_s", "peak_bytes",
 }  # fmt: skip
 
 

@@ -154,6 +154,7 @@ class DecodeLoop:
             if cache is not None:
                 self._save(cache, prompts)
         finally:
+            self.stats.measure_memory(self.batch.round.state.last.device)
             self.batch.round = None  # what is on the device is freed at once, not when cycles are looked for
             self._executor.close()
 

@@ -1,6 +1,12 @@
 """What a run did and what it cost."""
 
+import resource
+import sys
 from dataclasses import asdict, dataclass, field
+
+import torch
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 @dataclass
@@ -15,7 +21,8 @@ class GenerationStats:
     prompts; decode_s everything after, of which draft_s and verify_s are the models' calls (0 with executor "graph",
     where a whole round is one call).
     draft_dropped_at: with lookahead "auto", after how many rounds the draft was given up because it did not pay; None:
-    never.
+    never. peak_bytes: the most memory that the process ever had, weights that were read from their file included; on a
+    GPU the most that PyTorch had allocated there (``torch.cuda.reset_peak_memory_stats`` starts anew).
     """
 
     prompt_tokens: int = 0
@@ -33,6 +40,7 @@ class GenerationStats:
     draft_s: float = 0.0
     verify_s: float = 0.0
     draft_dropped_at: int | None = None
+    peak_bytes: int = 0
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -61,6 +69,12 @@ class GenerationStats:
         for position in range(tested):
             self.tested_per_position[position] += 1
             self.accepted_per_position[position] += position < accepted
+
+    def measure_memory(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(device)
+        else:
+            self.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
     def as_dict(self) -> dict:
         """All of the above, ready for JSON."""

@@ -22,7 +22,7 @@ from speculative_mamba.testing.scripted import CapturableScript, ScriptedDraft, 
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 LENGTHS = (1, 2, 9, 66)
-TIMES = ("setup_s", "prefill_s", "decode_s", "draft_s", "verify_s")
+COSTS = ("setup_s", "prefill_s", "decode_s", "draft_s", "verify_s", "peak_bytes")
 FILTERED = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 3}
 SAMPLING = {
     "greedy": {},
@@ -39,7 +39,7 @@ def executor() -> RecordingExecutor:
 
 def outcome(result: sm.GenerationResult) -> tuple:
     """All but times and logits."""
-    stats = {name: value for name, value in dataclasses.asdict(result.stats).items() if name not in TIMES}
+    stats = {name: value for name, value in dataclasses.asdict(result.stats).items() if name not in COSTS}
     return [text.tolist() for text in result.sequences], result.finish_reasons, stats
 
 

@@ -1,6 +1,7 @@
 """Guarantee 5: end-of-text tokens, stop strings and budgets cut inside a block, and everything ends there."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,6 +276,18 @@ def test_times(pair, prompt):
     stats = sm.generate(models.target, [prompt(200)], draft=models.drafts["near"], max_new_tokens=10).stats
     assert stats.prefill_s > 0 and stats.draft_s > 0 and stats.verify_s > 0
     assert stats.draft_s + stats.verify_s <= stats.decode_s
+
+
+def test_peak_memory():
+    """Of the process, as the kernel counts it.
+
+    Catches: kilobytes taken for bytes."""
+
+    def peak():
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+    before, measured = peak(), sm.generate(ring(), [[0]], max_new_tokens=1).stats.peak_bytes
+    assert before - 2**20 <= measured <= peak() + 2**20  # the kernel counts in steps
 
 
 def test_what_on_token_raises_reaches_the_caller(pair, prompt):
