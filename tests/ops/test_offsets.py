@@ -58,6 +58,7 @@ def test_offsets_beyond_32_bits(op: Op, backend: str, memory: torch.Tensor) -> N
 
 
 def test_a_weight_beyond_32_bits(kernels: str, memory: torch.Tensor) -> None:
-    arguments = LINEAR.make()
+    """Of which the last row is the first of a tile of any kernel. Catches: a tile's offset of 32 bits."""
+    arguments = LINEAR.make({"out_features": 129})
     far = arguments | spread({"weight": arguments["weight"]}, memory)
     assert_bitwise_equal(LINEAR.run(far, kernels), LINEAR.run(arguments, kernels), "y")

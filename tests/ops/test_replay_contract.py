@@ -73,7 +73,8 @@ class Twins:
 
 
 def test_rounds_equal_those_with_a_state_per_slot(row: Row, backend: str) -> None:
-    """Catches: one input too few, a kept state that is not replaced, inputs written before all have read them."""
+    """Catches: one input too few, a kept state that is not replaced or not rounded, inputs written before all have read
+    them."""
     twins = Twins(row.op, row.change)
     tokens = twins.op.num_tokens(twins.slots)
     for round_, count in enumerate([tokens, 1, max(1, tokens - 3), tokens]):

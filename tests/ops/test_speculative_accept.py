@@ -374,6 +374,7 @@ def stopping(params: SamplingParams, coupled: bool) -> tuple[dict, torch.Tensor,
 @every_filter
 @pytest.mark.parametrize("coupled", [False, True])
 def test_nothing_is_decided_behind_a_stop_token(params: SamplingParams, coupled: bool, backend: str) -> None:
+    """Catches: a stop token that is looked for one position too late."""
     arguments, accepted, next_token = stopping(params, coupled)
     stops_at = arguments["is_stop"][arguments["draft_tokens"]].int().argmax(1)  # the place of each row's first
     behind = accepted > stops_at

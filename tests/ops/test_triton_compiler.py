@@ -36,7 +36,7 @@ def test_every_kernel_is_compiled() -> None:
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen]:
     """A process without the interpreter, which imports torch once for all ops."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(OPS.parents[1])}
     command = [sys.executable, triton_launches.__file__, *map(str, ARCHITECTURES)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 1, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:

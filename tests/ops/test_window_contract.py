@@ -2,6 +2,7 @@
 concern them. Memory that must not be read holds NaN; what must not be written is compared.
 """
 
+import functools
 import math
 from collections import defaultdict
 
@@ -25,18 +26,25 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert_bitwise_equal(actual[name], expected[name], f"{name} {where}")
 
 
+@functools.lru_cache(maxsize=8)  # the kernels of a row follow each other
+def specified(row: Row, seed: int) -> tuple:
+    """Arguments; the specification's results in float32 and in float64, and the arguments after each."""
+    arguments = row.make(seed)
+    single = row.op.copy(arguments)
+    return arguments, row.op.results(single, "reference"), single, *row.op.exact(row.op.copy(arguments))
+
+
 @of_all
 def test_error_is_within_twice_that_of_pytorch(row: Row, kernels: str) -> None:
     """Of results, and of what the slots hold; the largest of several draws, as the largest of one is mostly luck.
 
-    Catches: a term left out, a lane or a feature too many, a wrong group.
+    Catches: a term left out, a lane or a feature too many, a wrong group, the scale of another row of the weight.
     """
     op, found = row.op, defaultdict(lambda: ([], [], []))
     for seed in range(8 if kernels == "cpu" else 1):  # where a draw costs little
-        arguments = row.make(seed)
-        exact, exactly = op.exact(op.copy(arguments))
-        single, actual = op.copy(arguments), op.copy(arguments)
-        wanted, results = op.results(single, "reference"), op.results(actual, kernels)
+        arguments, wanted, single, exact, exactly = specified(row, seed)
+        actual = op.copy(arguments)
+        results = op.results(actual, kernels)
         draws = {name: (results[name], wanted[name], exact[name]) for name in exact}
         for t in range(op.num_tokens(arguments) if op.written else 0):
             slots = [op.slot(each, t) for each in (actual, single, exactly)]
@@ -53,7 +61,8 @@ def test_error_is_within_twice_that_of_pytorch(row: Row, kernels: str) -> None:
 
 @of_windows
 def test_one_call_equals_one_token_at_a_time(row: Row, backend: str) -> None:
-    """Catches: an order of summation that depends on T, a slot left out, no rounding between the tokens of a call."""
+    """Catches: an order of summation that depends on T, a slot left out, no rounding between the tokens of a call, a
+    barrier left out."""
     op, arguments = row.op, row.make()
     y_steps, states = op.steps(arguments, backend)
     y = op.run(arguments, backend)
@@ -82,7 +91,8 @@ def memory(tensor: torch.Tensor) -> torch.Tensor:
 
 @of_all
 def test_nothing_but_the_window_is_written(op: Op, backend: str) -> None:
-    """Wherever it starts and goes. Catches: a history read after it was overwritten, tokens beyond the window."""
+    """Wherever it starts and goes. Catches: a history read after it was overwritten, one that is written whatever the
+    write slot is, tokens beyond the window."""
     for start, write_slot in ((0, 0), (4, 0), (7, 0), (1, 2), (0, 2), (7, 3)) if op.written else ((None, None),):
         arguments = op.make(start=start or 0)
         tensors = {name: part for name, part in arguments.items() if torch.is_tensor(part)}
@@ -147,7 +157,8 @@ def test_calls_of_one_round_continue_from_the_slot_before(op: Op, lengths: list[
 def test_left_padding_leaves_no_trace(op: Op, dtype: torch.dtype, backend: str) -> None:
     """An empty history, or any state, stays as it was to the last bit: also zeros below 0, whatever is in the tokens.
 
-    Catches: one column too many or too few, Δ = 0 that turns -0 into +0, padding that takes a position.
+    Catches: one column too many or too few, Δ = 0 that turns -0 into +0, padding that takes a position or makes a row
+    shorter, y of a padding that is set for one head of a group.
     """
     arguments, left_paddings = op.make({"dtype": dtype} | getattr(op, "GATED", {}), start=1), [0, 5, 2]
     for name, state in op.slot(arguments).items():
@@ -182,7 +193,8 @@ def test_left_padding_leaves_no_trace(op: Op, dtype: torch.dtype, backend: str) 
 @dtypes
 @of_windows
 def test_prefill_equals_verify_wherever_it_is_cut(op: Op, dtype: torch.dtype, rows: int, backend: str) -> None:
-    """From any slot; slot 0 alone is written. Catches: a state that is rounded only where a slot is written."""
+    """From any slot; slot 0 alone is written. Catches: a state that is rounded only where a slot is written, a
+    history that is left one row too early."""
     change = {"tokens": 70, "dtype": dtype, "capacity": 115, "slots": 3}
     change |= {"batch": 1, "lengths": (40,)} if rows == 1 else {}
     before = op.make(change, start=2)
@@ -223,7 +235,8 @@ def test_instruction_sets_with_fused_multiply_add_agree(op: Op, fused_isas: list
 @dtypes
 @of_all
 def test_nan_reaches_exactly_what_depends_on_it(op: Op, dtype: torch.dtype, backend: str) -> None:
-    """Catches: max(x, 0) of a NaN, a NaN that is rounded to infinity, the group or the row of another."""
+    """Catches: max(x, 0) of a NaN, a NaN that is rounded to infinity, the group or the row of another, a feature behind
+    the last."""
     for name, place, reached in op.nan:
         change = op.nan_change | ({"dtype": dtype} if "dtype" in op.base else {})
         change |= getattr(op, "GATED", {}) if name.endswith("gate") else {}
