@@ -277,8 +277,8 @@ __global__ void __launch_bounds__(kThreads, Scan::min_blocks(Lanes, Replays)) sc
             const float sum = sums_of_lanes<Lanes>(sums, lane);
             const float own_x = group_value(x, group), own_z = group_value(z, group);
             const int token = token_of(group ? kOwn - 1 : 0), t = first + token;
-            // Another lane's token.
-            if (!exists || t >= tokens || lane >= kLoaded || token / kGroup != group / kGroup) return;
+            const bool is_own = lane < kLoaded && (kPairs == Lanes || token / kGroup == group / kGroup);
+            if (!exists || t >= tokens || !is_own) return;
             store(at.y + t * channels + own_channel, result(sum, skip, own_x, at.z, own_z));
             if (!Scan::kOwnDt || !Replays || p.final_state_only) return;
             store(at.kept_x + (p.write_slot + t) * at.x_size, own_x);

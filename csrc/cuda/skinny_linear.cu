@@ -1,4 +1,4 @@
-// Three kernels. Two on tensor cores, where x and W have the same 16 bits or W has 8, and rows of W are made of whole,
+// Three kernels. Two on tensor cores, where x and W have the same 16 bits or W has 8, and rows of W are made of full,
 // aligned groups of 16 bytes: a block takes tiles of W's rows, and its warps partition the features. For few rows of x
 // see linear_few_rows.cuh. By fused multiply-adds otherwise: a warp takes a row of W.
 //
@@ -245,8 +245,9 @@ Tiling best_tiling(const SkinnyLinearParams& p, int x_rows, int min_rows) {
 
 template <typename Act, typename Weight, typename TileConfig>
 void launch_tiles(const SkinnyLinearParams& p, int64_t m0, int x_rows, const Tiling& t, cudaStream_t stream) {
-    const unsigned tiles = blocks_for(p.out_features, t.tile_rows), most = static_cast<unsigned>(multiprocessors());
-    launch_with_memory(multiply_on_tensor_cores<Act, Weight, TileConfig>, dim3(std::min(tiles, most)),
+    const unsigned tiles = blocks_for(p.out_features, t.tile_rows),
+                   max_blocks = static_cast<unsigned>(multiprocessors());
+    launch_with_memory(multiply_on_tensor_cores<Act, Weight, TileConfig>, dim3(std::min(tiles, max_blocks)),
                        dim3(kWarps * kWarp), t.bytes, stream, p, m0, x_rows, t.tile_rows, t.stages);
 }
 
@@ -344,8 +345,8 @@ void run(const SkinnyLinearParams& p, cudaStream_t stream) {
     if constexpr (sizeof(Act) == 2 && (std::is_same<Act, Weight>::value || sizeof(Weight) == 1)) {
         const int64_t stride = p.weight_row_stride * static_cast<int64_t>(sizeof(Weight));
         const bool aligned = reinterpret_cast<uintptr_t>(p.weight) % kLaneBytes == 0 && stride % kLaneBytes == 0;
-        const bool whole = p.in_features % (kLaneBytes / static_cast<int>(sizeof(Weight))) == 0;
-        if (aligned && whole) return on_tensor_cores<Act, Weight>(p, stream);
+        const bool in_groups = p.in_features % (kLaneBytes / static_cast<int>(sizeof(Weight))) == 0;
+        if (aligned && in_groups) return on_tensor_cores<Act, Weight>(p, stream);
     }
     by_multiply_adds<Act, Weight>(p, stream);
 }
