@@ -1,4 +1,5 @@
-"""The Mamba-1 mixer (Gu and Dao 2023, arXiv 2312.00752), also with Falcon-Mamba's norms (arXiv 2410.05355)."""
+"""The Mamba-1 mixer (Gu and Dao 2023, arXiv 2312.00752), also with norms of dt, B and C: Jamba's (arXiv 2403.19887) and
+Falcon-Mamba's (arXiv 2410.05355)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +21,8 @@ class Mamba1Mixer:
     only the four ``*_proj`` may be int8.
 
     in_proj (2D, d), conv_weight (D, W), conv_bias (D) or None, x_proj (R+2N, D), dt_proj (D, R), dt_bias (D), A (D, N),
-    D (D), out_proj (d, D); in_bias (2D) and out_bias (d) or None. norm_eps: dt, B and C are normalised before use.
+    D (D), out_proj (d, D); in_bias (2D) and out_bias (d) or None. norms: weights of RMS norms of
+    dt (R), B (N) and C (N), or None.
     """
 
     in_proj: torch.Tensor | Int8Weight
@@ -34,7 +36,8 @@ class Mamba1Mixer:
     out_proj: torch.Tensor | Int8Weight
     in_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
-    norm_eps: float | None = None
+    norms: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    norm_eps: float = 1e-6
     backend: str = "auto"
 
     stateful: ClassVar[bool] = True
@@ -42,8 +45,6 @@ class Mamba1Mixer:
     def __post_init__(self) -> None:
         # Stored with the channels of a tap side by side, which is how the kernel reads them.
         object.__setattr__(self, "conv_weight", self.conv_weight.t().contiguous().t())
-        if self.norm_eps is not None:  # those norms have no weights
-            object.__setattr__(self, "_ones", self.A.new_ones(self.x_proj.shape[0]))
 
     def new_cache(self, sizes: CacheSizes) -> MambaCache:
         channels, state_size = self.A.shape
@@ -64,10 +65,10 @@ class Mamba1Mixer:
         )  # fmt: skip
         projected = skinny_linear(x.view(-1, channels), self.x_proj, backend=self.backend)
         parts = projected.split([rank, state_size, state_size], 1)
-        if self.norm_eps is not None:
+        if self.norms is not None:
             parts = [
-                rms_norm(part, self._ones[: part.shape[1]], eps=self.norm_eps, backend=self.backend)[0]
-                for part in parts
+                rms_norm(part, weight, eps=self.norm_eps, backend=self.backend)[0]
+                for part, weight in zip(parts, self.norms, strict=True)
             ]
         dt, B, C = parts
         dt = skinny_linear(dt, self.dt_proj, backend=self.backend)

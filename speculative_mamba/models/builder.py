@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -108,9 +108,19 @@ class _Builder:
             D=s.float32(p + "D", c.d_inner),
             out_proj=s.matrix(p + "out_proj.weight", self.d_model, c.d_inner),
             out_bias=self._bias(c.bias, p + "out_proj.bias", self.d_model),
-            norm_eps=c.norm_eps,
             backend=self.backend,
+            **self._mamba1_norms(p, c),
         )
+
+    def _mamba1_norms(self, p: str, c: Mamba1Config) -> dict[str, Any]:
+        if c.norm_eps is None:
+            return {}
+        sizes = {"dt_layernorm": c.dt_rank, "b_layernorm": c.d_state, "c_layernorm": c.d_state}
+        if c.weighted_norms:
+            norms = tuple(self.source.weight(f"{p}{name}.weight", size) for name, size in sizes.items())
+        else:
+            norms = tuple(torch.ones(size, dtype=torch.float32, device=self.source.device) for size in sizes.values())
+        return {"norms": norms, "norm_eps": c.norm_eps}
 
     def grouped_mamba1(self, p: str, c: GroupedMamba1Config) -> GroupedMamba1Mixer:
         s, d = self.source, self.d_model

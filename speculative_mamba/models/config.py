@@ -7,7 +7,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Mamba1Config:
-    """A Mamba-1 mixer. dt_rank is the rank of the dt projection; norm_eps: Falcon-Mamba's RMS norms of dt, B and C."""
+    """A Mamba-1 mixer. dt_rank is the rank of the dt projection; norm_eps: RMS norms of dt, B and C, whose weights are
+    stored (Jamba) or one (Falcon-Mamba)."""
 
     d_inner: int
     dt_rank: int
@@ -16,6 +17,7 @@ class Mamba1Config:
     conv_bias: bool = True
     bias: bool = False
     norm_eps: float | None = None
+    weighted_norms: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
     """A tiny untied model of one of ``ARCHITECTURES``; seeds differ in some of its options."""
     d, odd = 24, seed % 2 == 1
     mamba1 = tiny_config(n_layer=1).blocks[0]
+    normed = tiny_config(n_layer=1, norm_eps=1e-6, weighted_norms=odd, bias=odd).blocks[0]
     mamba2 = mamba2_block(6, 8, 9, groups=2, norm=not odd, D_has_head_dim=odd, bias=odd)
     rotary = tuple(rotary_frequencies(10000.0, 6).tolist())
     attention = AttentionConfig(4, 2, 10, rotary, bias=odd, out_bias=odd)
@@ -77,7 +78,7 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
     mlp, squared = MlpConfig(37, bias=odd), MlpConfig(30, bias=odd, activation="relu2", gated=odd)
     blocks = {
         "mamba1": (mamba1, mamba1),
-        "falcon-mamba": (tiny_config(n_layer=1, norm_eps=1e-6, bias=odd).blocks[0],) * 2,
+        "falcon-mamba": (normed, normed),  # odd: Jamba's
         "mamba2": (mamba2, mamba2),
         "llama": (attention, mlp, attention, mlp),
         "mamba2attn": (mamba2, convolved, mamba2, *((mlp,) if odd else ())),

@@ -78,8 +78,8 @@ def _mamba1(m: Mamba1Mixer, h: torch.Tensor) -> torch.Tensor:
     x, z = _linear(h, m.in_proj, m.in_bias).chunk(2, -1)
     x = F.silu(_conv(x, m.conv_weight, m.conv_bias))
     parts = _linear(x, m.x_proj).split([R, N, N], -1)
-    if m.norm_eps is not None:
-        parts = [_norm(part, 1.0, m.norm_eps) for part in parts]
+    if m.norms is not None:
+        parts = [_norm(part, weight, m.norm_eps) for part, weight in zip(parts, m.norms, strict=True)]
     dt, B, C = parts
     y = _scan(x, _linear(dt, m.dt_proj), B[:, None], C[:, None], m)
     return _linear(y * F.silu(z), m.out_proj, m.out_bias)

@@ -145,6 +145,14 @@ def nemotron_h_hf(folder: Path, seed: int, written: dict[str, Any] | None = None
     return oracle
 
 
+def jamba_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    sizes = {
+        "num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "intermediate_size": 37, "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_d_state": 5,
+    }  # fmt: skip
+    return _of_transformers(folder, "JambaConfig", "JambaForCausalLM", seed, sizes | config)
+
+
 def mamba2_state_spaces(folder: Path, seed: int, **config: Any) -> Oracle:
     ssm = {"layer": "Mamba2", "d_state": 9, "headdim": 8, **config.pop("ssm_cfg", {})}
     settings = {
@@ -278,6 +286,7 @@ FORMATS: dict[str, Callable[..., Oracle]] = {
     "granite-hybrid-hf": granite_hybrid_hf,
     "lfm2-hf": lfm2_hf,
     "nemotron-h-hf": nemotron_h_hf,
+    "jamba-hf": jamba_hf,
     "mamba2-state-spaces": mamba2_state_spaces,
     "mamba2attn-state-spaces": mamba2attn_state_spaces,
     "mamba-in-llama": mamba_in_llama,

@@ -110,18 +110,21 @@ def of_llama(
     blocks: tuple,
     *mixers: str,
     mlp: str = "mlp.",
+    mlp_norm: str = "post_attention_layernorm",
+    norm: str = "norm",
     renamed: Mapping[str, str] | None = None,
     **other: Any,
 ) -> tuple[ModelConfig, Names]:
     """A model whose layers are two blocks each, a mixer and an MLP. mixers: what stands before the names of each
-    layer's mixer, or one for all; mlp: before those of its MLP. renamed: of ``Names``. other: of ``ModelConfig``."""
+    layer's mixer, or one for all; mlp: before those of its MLP. mlp_norm, norm: names of the MLP's
+    norm and of the last one. renamed: of ``Names``. other: of ``ModelConfig``."""
     layers = len(blocks) // 2
     mixers = mixers if len(mixers) == layers else mixers * layers
     names = []
     for i, mixer in enumerate(mixers):
         prefix = f"model.layers.{i}."
         names.append((f"{prefix}input_layernorm.weight", f"{prefix}{mixer}"))
-        names.append((f"{prefix}post_attention_layernorm.weight", f"{prefix}{mlp}"))
+        names.append((f"{prefix}{mlp_norm}.weight", f"{prefix}{mlp}"))
     model = ModelConfig(
         d_model=required(config, "hidden_size"),
         vocab_size=required(config, "vocab_size"),
@@ -132,7 +135,7 @@ def of_llama(
         **other,
     )
     return model, Names(
-        ("model.embed_tokens.weight",), "model.norm.weight", "lm_head.weight", tuple(names), renamed or {}
+        ("model.embed_tokens.weight",), f"model.{norm}.weight", "lm_head.weight", tuple(names), renamed or {}
     )
 
 
