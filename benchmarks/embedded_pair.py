@@ -38,8 +38,8 @@ def bits_per_byte(model: sm.MambaLM, text: bytes) -> float:
     for begin in range(0, len(ids) - 1, CHUNK):
         inputs = ids[begin : min(begin + CHUNK, len(ids) - 1)]
         logits = model.verify(inputs[None], cache, start)[0]
-        following = ids[begin + 1 : begin + 1 + len(inputs)]
-        nats -= torch.log_softmax(logits.double(), -1).gather(1, following[:, None]).sum().item()
+        next_tokens = ids[begin + 1 : begin + 1 + len(inputs)]
+        nats -= torch.log_softmax(logits.double(), -1).gather(1, next_tokens[:, None]).sum().item()
         start[:] = len(inputs) - 1
     return nats / (len(ids) - 1) / math.log(2)
 

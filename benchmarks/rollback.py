@@ -91,8 +91,8 @@ def bench(report: Report, shape: str, batch: int, tokens: int) -> None:
     functions = {}
     for mode in MODES:
         copies = math.ceil(min(BEYOND_CACHES, MOST_BYTES / 2) / sizes[mode])
-        following = rotate([layer.cache(mode) for _ in range(min(copies, 32))])
-        functions[mode] = lambda following=following: layer.scan(following(), start)
+        next_cache = rotate([layer.cache(mode) for _ in range(min(copies, 32))])
+        functions[mode] = lambda next_cache=next_cache: layer.scan(next_cache(), start)
     times = interleaved_medians(functions, rounds=9)
     for mode in MODES:
         rate = moved[mode] / times[mode] / 1e9

@@ -184,12 +184,12 @@ def test_every_draft_is_right(filters) -> None:
 
 
 def test_pytorch_refuses_what_the_target_lacks() -> None:
-    """Token 1 stands, as the draft was less sure of it, 4 does not; the law of another position would leave nothing."""
+    """Token 1 stands, as the draft was less sure of it, 4 does not; the probs of another position would leave none."""
     logits = torch.full((1, 3, 5), -torch.inf)
     logits[0, 0, 1] = logits[0, 1, 2] = logits[0, 2, 3] = 0
-    laws = torch.zeros(1, 2, 5)
-    laws[0, 0, 2] = laws[0, 1, 4] = 1
-    accepted, token = updates.accept(logits, torch.tensor([[1, 4]]), laws, FILTERS["no filter"])
+    probs = torch.zeros(1, 2, 5)
+    probs[0, 0, 2] = probs[0, 1, 4] = 1
+    accepted, token = updates.accept(logits, torch.tensor([[1, 4]]), probs, FILTERS["no filter"])
     assert (accepted.tolist(), token.tolist()) == ([1], [2])
 
 

@@ -220,7 +220,7 @@ def test_a_comparison_goes_on_until_its_spread_is_known(ratios, pairs, monkeypat
 
 
 def test_compare_of_sampled_text(run):
-    """Rejection sampling keeps the law, not the text, so equality is not claimed."""
+    """Rejection sampling keeps the distribution, not the text, so equality is not claimed."""
     _, out, err = run(*SHORT, "--compare", "--json", "--temperature", "1")
     assert json.loads(out)["compare"]["tokens_equal"] is None and "equal in distribution" in err
 

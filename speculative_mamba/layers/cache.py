@@ -211,7 +211,7 @@ class AttentionCache:
         return AttentionCache(*(tensor[index : index + 1] for tensor in self.tensors()))
 
     def grow(self, capacity: int) -> None:
-        """Makes room for ``capacity`` entries a row; the tensors are then others."""
+        """Enlarges it to ``capacity`` entries a row; the tensors are then others."""
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
@@ -238,7 +238,7 @@ class AttentionCache:
 
 
 def grown_capacity(entries: int) -> int:
-    """A capacity that leaves room, so that a growing text is copied seldom."""
+    """A capacity beyond what is needed, so that a growing text is copied seldom."""
     return -(-max(2 * entries, 1) // CAPACITY_STEP) * CAPACITY_STEP
 
 

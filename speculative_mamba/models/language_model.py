@@ -269,7 +269,7 @@ class MambaLM:
 
     @staticmethod
     def reserve(cache: list[LayerCache], entries: int) -> bool:
-        """Makes room for texts of so many tokens in every attention layer. Whether anything moved."""
+        """Makes memory for texts of so many tokens in every attention layer. Whether anything moved."""
         grown = [layer for layer in cache if isinstance(layer, AttentionCache) and layer.capacity < entries]
         for layer in grown:
             layer.grow(grown_capacity(entries))
@@ -278,7 +278,7 @@ class MambaLM:
         return bool(grown)
 
     def _ensure_capacity(self, cache: list[LayerCache], tokens: int) -> None:
-        """Makes room for so many more tokens. Lengths are read only where their bound says that it may be needed."""
+        """Makes memory for so many more tokens. Lengths are read only where their bound says that it may be needed."""
         for layer in cache:
             if isinstance(layer, AttentionCache) and layer.may_overflow(tokens):
                 self.reserve(cache, layer.at_most)

@@ -180,7 +180,7 @@ def test_numbers_of_different_tokens_are_uncorrelated(distance: int) -> None:
 
 
 def test_drawn_tokens_of_neighbouring_rows_and_positions_are_independent(kernels: str) -> None:
-    """Pairs of tokens of a flat law of four, by chi-square on the sixteen pairs."""
+    """Pairs of tokens of four tokens of equal probability, by chi-square on the sixteen pairs."""
     rows = 16_000
     logits = torch.zeros(1, 4).expand(rows, 4)
     streams, zeros = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)

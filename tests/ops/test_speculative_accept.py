@@ -94,10 +94,10 @@ def choices(arguments: dict, backend: str) -> torch.Tensor:
     return torch.stack([choice(arguments, backend, at) for at in range(arguments["logits"].shape[1])], 1)
 
 
-def p_value(tokens: torch.Tensor, law: torch.Tensor) -> float:
-    """How likely tokens at least this far from the law are; 0 if one was drawn that cannot be."""
-    expected = law.double() * len(tokens)
-    observed, possible = torch.bincount(tokens, minlength=len(law)), expected > 0
+def p_value(tokens: torch.Tensor, probs: torch.Tensor) -> float:
+    """How likely tokens at least this far from the probabilities are; 0 if one was drawn that cannot be."""
+    expected = probs.double() * len(tokens)
+    observed, possible = torch.bincount(tokens, minlength=len(probs)), expected > 0
     if observed[~possible].any():
         return 0.0
     statistic = ((observed - expected) ** 2 / expected)[possible].sum()

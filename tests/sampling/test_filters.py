@@ -1,4 +1,4 @@
-"""What the loop makes of its filters: greedy limits, refused values, and logits there is no law for."""
+"""What the loop makes of its filters: greedy limits, refused values, and logits that give no probabilities."""
 
 import itertools
 from fractions import Fraction
@@ -88,7 +88,7 @@ def test_nan_from_the_target_names_the_row(make_table, temperature, acceptance) 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("acceptance", ACCEPTANCES)
 def test_nan_behind_a_refused_token_concerns_nobody(make_table, temperature, acceptance) -> None:
-    """The target's logits are NaN only after token 4, which its law excludes and a draft proposes all the same."""
+    """The target's logits are NaN only after token 4, which its filters exclude and a draft proposes all the same."""
     table = make_table(0)
     table[:, 4] = 0
     draft = ScriptedDraft([[4] * 20] * 2, 6, lambda row, position: True)

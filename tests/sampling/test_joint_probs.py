@@ -111,7 +111,7 @@ def test_joint_probs(measure, filters, draft, lookahead, acceptance) -> None:
     value, drawn = measure(filters, draft, lookahead, acceptance)
     assert value > THRESHOLD, f"p-value {value:.2e}"
     if draft == "equal":
-        assert drawn.accepted == drawn.tested, "a draft with the target's law is always right"
+        assert drawn.accepted == drawn.tested, "a draft with the target's probabilities is always right"
     if draft == "disjoint":
         assert drawn.accepted == 0
     if draft == "ngram":
@@ -207,7 +207,7 @@ def rejection(
         draft_probs = probs_of_draft(draft_probs)
         rows, lookahead = drafted.shape
         u = torch.rand(rows, lookahead, generator=generator, dtype=torch.float64)
-        of_draft, of_target = (law.gather(2, drafted[..., None])[..., 0] for law in (draft_probs, p[:, :-1]))
+        of_draft, of_target = (probs.gather(2, drafted[..., None])[..., 0] for probs in (draft_probs, p[:, :-1]))
         accepted = stands(u, of_draft, of_target).int().cumprod(1).sum(1)
         last = torch.arange(rows), accepted
         q = torch.cat([draft_probs, torch.zeros_like(p[:, :1])], 1)[last]
@@ -226,7 +226,7 @@ def coupled(purpose: Purpose = Purpose.TOKEN, redraws: bool = False) -> Callable
         logits, drafted, draft_probs, sampling, keys, positions, *, prompt_mask, output_counts, **options
     ) -> tuple:
         (rows, lookahead), still = drafted.shape, torch.ones(len(drafted), dtype=torch.bool)
-        accepted, following = torch.zeros(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.int64)
+        accepted, next_token = torch.zeros(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.int64)
         p = target_probs(logits, drafted, sampling, prompt_mask, output_counts, lambda drafted, at: drafted[:, :at])
         natural = tensors(SamplingParams(temperature=1.0), rows, p.shape[-1])
         for at in range(lookahead + 1):
@@ -234,10 +234,10 @@ def coupled(purpose: Purpose = Purpose.TOKEN, redraws: bool = False) -> Callable
             agrees = choice == drafted[:, at] if at < lookahead else torch.zeros_like(still)
             if redraws and at < lookahead:
                 choice = torch.multinomial(p[:, at], 1, generator=generator)[:, 0]
-            following[still & ~agrees] = choice[still & ~agrees]
+            next_token[still & ~agrees] = choice[still & ~agrees]
             still &= agrees
             accepted += still
-        return accepted, following
+        return accepted, next_token
 
     return accept
 
@@ -251,9 +251,9 @@ BROKEN = {  # an acceptor, and the filters, draft, lookahead, acceptance that sh
     "residual is |p - q|": (lambda: rejection(residual=lambda p, q: (p - q).abs()), "plain", "other", 2, "rejection"),
     "keeps everything": (lambda: rejection(keeps_everything, lambda p, q: p), "plain", "other", 2, "rejection"),
     "keeps what q exceeds": (lambda: rejection(lambda u, q, p: u * p < q), "plain", "other", 2, "rejection"),
-    "law of another token": (lambda: rejection(probs_of_draft=lambda probs: probs.roll(1, -1)), "plain", "other", 2,
+    "probs of another token": (lambda: rejection(probs_of_draft=lambda probs: probs.roll(1, -1)), "plain", "other", 2,
                              "rejection"),
-    "law of another position": (lambda: rejection(probs_of_draft=lambda probs: probs.roll(1, 1)), "plain", "other", 2,
+    "probs of another position": (lambda: rejection(probs_of_draft=lambda probs: probs.roll(1, 1)), "plain", "other", 2,
                                 "rejection"),
     "penalty forgets drafted tokens": (lambda: rejection(window=lambda drafted, at: drafted[:, :0]), "penalty",
                                        "equal", 3, "rejection"),
@@ -275,7 +275,7 @@ def test_the_stand_ins_are_right_when_not_broken(measure, monkeypatch, filters, 
 
 
 def test_draft_probs_from_before_the_filters_are_caught(measure, monkeypatch) -> None:
-    """The draft draws from its filtered law, but hands over the unfiltered one."""
+    """The draft draws from its filtered probabilities, but hands over the unfiltered one."""
 
     def unfiltered(logits, *args, probs=None, **options) -> torch.Tensor:
         tokens = sample_tokens(logits, *args, probs=probs, **options)
@@ -288,7 +288,7 @@ def test_draft_probs_from_before_the_filters_are_caught(measure, monkeypatch) ->
 
 
 def test_other_noise_in_the_target_is_caught(draw, deviation, monkeypatch) -> None:
-    """The law stays right, but text and acceptance rate do not."""
+    """The probabilities stay right, but text and acceptance rate do not."""
     expected = draw("plain", None, 1, "coupled").tokens
     monkeypatch.setattr(sampling, "speculative_accept", coupled())
     assert torch.equal(draw("plain", "other", 2, "coupled").tokens, expected)

@@ -65,7 +65,7 @@ def test_rejection_in_a_batch_equals_the_row_alone(text) -> None:
 
 @pytest.mark.parametrize("draft", ["equal", "other"])
 def test_seeds_are_uncorrelated(text, draft) -> None:
-    """Rows of one seed agree with those of the next no more often than two draws of the same law do."""
+    """Rows of one seed agree with those of the next no more often than two draws of the same distribution do."""
     prompts = [[0]] * 3000
     first, second = (torch.tensor(text(seed, draft, "coupled", prompts, tokens=1))[:, 1] for seed in (0, 1))
     shares = torch.bincount(torch.cat([first, second]), minlength=6).double() / 6000
