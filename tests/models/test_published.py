@@ -113,6 +113,23 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("jamba-hf", {"mamba_proj_bias": True}),
     ("jamba-hf", {"rms_norm_eps": 0.1}),
     ("jamba-hf", {"tie_word_embeddings": True}),
+    ("bamba-hf", {"attn_layer_indices": [0, 2], "intermediate_size": 20}),
+    ("bamba-hf", {"attn_layer_indices": None}),
+    ("bamba-hf", {"head_dim": 12}),
+    ("bamba-hf", {"num_key_value_heads": 3}),
+    ("bamba-hf", {"attention_bias": True}),
+    ("bamba-hf", {"mlp_bias": True}),
+    ("bamba-hf", {"older_fields": True, "rope_parameters": {**ROPE, "rope_theta": 50.0}}),
+    ("bamba-hf", {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}),
+    ("bamba-hf", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "partial_rotary_factor": 0.25}}),
+    ("bamba-hf", {"mamba_n_groups": 2}),
+    ("bamba-hf", {"mamba_n_heads": 3, "mamba_d_head": 16, "mamba_d_state": 16}),
+    ("bamba-hf", {"mamba_expand": 3}),
+    ("bamba-hf", {"mamba_d_conv": 2, "mamba_conv_bias": False}),
+    ("bamba-hf", {"mamba_proj_bias": True}),
+    ("bamba-hf", {"time_step_limit": (0.2, 0.9)}),
+    ("bamba-hf", {"rms_norm_eps": 0.1}),
+    ("bamba-hf", {"tie_word_embeddings": True}),
     ("mamba2-state-spaces", {"ssm_cfg": {"ngroups": 2}}),
     ("mamba2-state-spaces", {"ssm_cfg": {"D_has_hdim": True}}),
     ("mamba2-state-spaces", {"ssm_cfg": {"rmsnorm": False}}),
@@ -223,7 +240,7 @@ def test_older_fields_of_nemotron_h(written: dict[str, Any], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("lookahead", "rollback"), [(1, "snapshots"), (4, "replay")])
-@pytest.mark.parametrize("name", ["granite-hybrid-hf", "lfm2-hf", "nemotron-h-hf", "jamba-hf"])
+@pytest.mark.parametrize("name", ["granite-hybrid-hf", "lfm2-hf", "nemotron-h-hf", "jamba-hf", "bamba-hf"])
 def test_a_hybrid_with_any_draft_is_itself(name: str, lookahead: int, rollback: str, tmp_path: Path) -> None:
     """A model without Mamba, prompt lookup, and the model itself: greedy bits, and the text of one seed."""
     models = {}
@@ -391,6 +408,18 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
     ),
     ("jamba-hf", CONFIG, {"num_experts": None}, "mixture of experts"),
     ("jamba-hf", CONFIG, {"num_experts": 2, "expert_layer_offset": 2}, "expert_layer_offset"),
+    *(
+        ("bamba-hf", CONFIG, {key: value}, key)
+        for key, value in {
+            "hidden_act": "gelu", "attn_layer_indices": [3], "partial_rotary_factor": 0.25, "attn_rotary_emb": 8,
+            "mamba_n_heads": 5, "mamba_d_head": 7, "mamba_n_groups": 4, "time_step_limit": [1, 0], "mlp_bias": 1,
+        }.items()
+    ),
+    ("bamba-hf", CONFIG, {"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+    *(
+        ("bamba-hf", CONFIG, {"rope_parameters": {"partial_rotary_factor": factor}}, "partial_rotary_factor")
+        for factor in (0.4, 1.5, 0, "half")
+    ),
     ("mamba2-hf", CONFIG, {"hidden_act": "gelu"}, "hidden_act"),
     ("mamba2-hf", CONFIG, {"n_groups": 4}, "n_groups"),
     ("mamba2-hf", CONFIG, {"head_dim": 7}, "head_dim"),
@@ -430,7 +459,7 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
         ("llama-hf", CONFIG, {"model_type": kind, "architectures": [name]}, kind)
         for kind, name in {
             "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel",
-            "bamba": "BambaForCausalLM", "granitemoe": "GraniteMoeForCausalLM", "rwkv": "RwkvForCausalLM",
+            "granitemoe": "GraniteMoeForCausalLM", "rwkv": "RwkvForCausalLM",
             "zamba2": "Zamba2ForCausalLM",
         }.items()
     ),
