@@ -168,6 +168,17 @@ def bamba_hf(folder: Path, seed: int, older_fields: bool = False, **config: Any)
     return oracle
 
 
+def falcon_h1_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    sizes = {
+        "num_hidden_layers": 2, "intermediate_size": 37, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_d_state": 10, "mamba_chunk_size": 8, "embedding_multiplier": 3.0,
+        "lm_head_multiplier": 0.3, "mlp_multipliers": [0.8, 0.6], "key_multiplier": 1.3, "attention_in_multiplier": 0.9,
+        "attention_out_multiplier": 0.7, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.6,
+        "ssm_multipliers": [0.7, 0.8, 1.3, 1.4, 0.9],
+    }  # fmt: skip
+    return _of_transformers(folder, "FalconH1Config", "FalconH1ForCausalLM", seed, sizes | config)
+
+
 def mamba2_state_spaces(folder: Path, seed: int, **config: Any) -> Oracle:
     ssm = {"layer": "Mamba2", "d_state": 9, "headdim": 8, **config.pop("ssm_cfg", {})}
     settings = {
@@ -303,6 +314,7 @@ FORMATS: dict[str, Callable[..., Oracle]] = {
     "nemotron-h-hf": nemotron_h_hf,
     "jamba-hf": jamba_hf,
     "bamba-hf": bamba_hf,
+    "falcon-h1-hf": falcon_h1_hf,
     "mamba2-state-spaces": mamba2_state_spaces,
     "mamba2attn-state-spaces": mamba2attn_state_spaces,
     "mamba-in-llama": mamba_in_llama,

@@ -130,6 +130,37 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("bamba-hf", {"time_step_limit": (0.2, 0.9)}),
     ("bamba-hf", {"rms_norm_eps": 0.1}),
     ("bamba-hf", {"tie_word_embeddings": True}),
+    *(
+        ("falcon-h1-hf", {key: value})
+        for key, value in {
+            "embedding_multiplier": 1.0,
+            "lm_head_multiplier": 1.0,
+            "mlp_multipliers": [1.5, 0.9],
+            "key_multiplier": 0.4,
+            "attention_in_multiplier": 1.0,
+            "attention_out_multiplier": 1.0,
+            "ssm_in_multiplier": 1.0,
+            "ssm_out_multiplier": 1.0,
+            "ssm_multipliers": None,
+            "mlp_bias": True,
+            "projectors_bias": True,
+            "mamba_proj_bias": True,
+            "head_dim": 10,
+            "num_key_value_heads": 4,
+            "mamba_n_groups": 2,
+            "time_step_limit": (0.2, 0.9),
+            "rms_norm_eps": 0.1,
+            "tie_word_embeddings": True,
+            "intermediate_size": 20,
+            "rope_parameters": {**ROPE, "rope_theta": 1e11},
+        }.items()
+    ),
+    ("falcon-h1-hf", {"mamba_d_ssm": None, "mamba_expand": 3}),
+    ("falcon-h1-hf", {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16}),
+    ("falcon-h1-hf", {"mamba_rms_norm": True, "mamba_n_groups": 2}),
+    ("falcon-h1-hf", {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 2}),
+    ("falcon-h1-hf", {"mamba_d_conv": 2, "mamba_conv_bias": False}),
+    ("falcon-h1-hf", {"attention_bias": True, "attention_in_multiplier": 1.0}),
     ("mamba2-state-spaces", {"ssm_cfg": {"ngroups": 2}}),
     ("mamba2-state-spaces", {"ssm_cfg": {"D_has_hdim": True}}),
     ("mamba2-state-spaces", {"ssm_cfg": {"rmsnorm": False}}),
@@ -240,7 +271,9 @@ def test_older_fields_of_nemotron_h(written: dict[str, Any], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("lookahead", "rollback"), [(1, "snapshots"), (4, "replay")])
-@pytest.mark.parametrize("name", ["granite-hybrid-hf", "lfm2-hf", "nemotron-h-hf", "jamba-hf", "bamba-hf"])
+@pytest.mark.parametrize(
+    "name", ["granite-hybrid-hf", "lfm2-hf", "nemotron-h-hf", "jamba-hf", "bamba-hf", "falcon-h1-hf"]
+)
 def test_a_hybrid_with_any_draft_is_itself(name: str, lookahead: int, rollback: str, tmp_path: Path) -> None:
     """A model without Mamba, prompt lookup, and the model itself: greedy bits, and the text of one seed."""
     models = {}

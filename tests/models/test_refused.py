@@ -95,6 +95,14 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
         ("bamba-hf", CONFIG, {"rope_parameters": {"partial_rotary_factor": factor}}, "partial_rotary_factor")
         for factor in (0.4, 1.5, 0, "half")
     ),
+    *(
+        ("falcon-h1-hf", CONFIG, {key: value}, key)
+        for key, value in {
+            "hidden_act": "gelu", "key_multiplier": 0, "lm_head_multiplier": -1, "ssm_in_multiplier": math.nan,
+            "mlp_multipliers": [1.0], "ssm_multipliers": [1, 1, 1, 1, "1"], "mamba_d_ssm": 96, "mamba_d_head": 7,
+            "mamba_rms_norm": "no", "mamba_norm_before_gate": 1, "attention_bias": True, "mamba_n_groups": 4,
+        }.items()
+    ),
     ("mamba2-hf", CONFIG, {"hidden_act": "gelu"}, "hidden_act"),
     ("mamba2-hf", CONFIG, {"n_groups": 4}, "n_groups"),
     ("mamba2-hf", CONFIG, {"head_dim": 7}, "head_dim"),

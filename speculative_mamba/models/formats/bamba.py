@@ -37,9 +37,11 @@ def _bamba(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     return of_llama(config, blocks, *("self_attn." if i in attending else "mamba." for i in range(layers)), **NAMES)
 
 
-def bamba_mamba2(config: dict[str, Any]) -> Mamba2Config:
-    """Granite's hybrids have the same fields."""
-    inner = expanded(config, required(config, "hidden_size"), key="mamba_expand")
+def bamba_mamba2(config: dict[str, Any], inner: int | None = None, **other: Any) -> Mamba2Config:
+    """Granite's hybrids and Falcon-H1 have the same fields. inner: d_inner, where ``mamba_d_ssm`` is read and not
+    ``mamba_expand``. other: of ``Mamba2Config``."""
+    stated = "mamba_expand * hidden_size" if inner is None else "mamba_d_ssm"
+    inner = expanded(config, required(config, "hidden_size"), key="mamba_expand") if inner is None else inner
     heads, groups = required(config, "mamba_n_heads", 128), required(config, "mamba_n_groups", 1)
     divides(heads, inner, "mamba_n_heads")
     if config.get("mamba_d_head", "auto") == "auto":
@@ -47,10 +49,7 @@ def bamba_mamba2(config: dict[str, Any]) -> Mamba2Config:
     else:
         head_dim = required(config, "mamba_d_head", most=MAX_HEAD_SIZE)
     if heads * head_dim != inner:
-        raise ValueError(
-            f"config.json gives mamba_n_heads * mamba_d_head = {heads * head_dim}, but mamba_expand * hidden_size = "
-            f"{inner}"
-        )
+        raise ValueError(f"config.json gives mamba_n_heads * mamba_d_head = {heads * head_dim}, but {stated} = {inner}")
     return Mamba2Config(
         n_heads=heads,
         head_dim=head_dim,
@@ -64,6 +63,7 @@ def bamba_mamba2(config: dict[str, Any]) -> Mamba2Config:
         norm_groups=groups,
         norm_eps=epsilon(config, "rms_norm_eps", 1e-6),
         dt_limit=dt_limit(config, "time_step_limit"),
+        **other,
     )
 
 

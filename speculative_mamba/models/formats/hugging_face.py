@@ -108,7 +108,7 @@ def _llama(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
 def of_llama(
     config: dict[str, Any],
     blocks: tuple,
-    *mixers: str,
+    *mixers: str | tuple[str, ...],
     mlp: str = "mlp.",
     mlp_norm: str = "post_attention_layernorm",
     norm: str = "norm",
@@ -116,14 +116,15 @@ def of_llama(
     **other: Any,
 ) -> tuple[ModelConfig, Names]:
     """A model whose layers are two blocks each, a mixer and an MLP. mixers: what stands before the names of each
-    layer's mixer, or one for all; mlp: before those of its MLP. mlp_norm, norm: names of the MLP's
+    layer's mixer (of each of several), or one for all; mlp: before those of its MLP. mlp_norm, norm: names of the MLP's
     norm and of the last one. renamed: of ``Names``. other: of ``ModelConfig``."""
     layers = len(blocks) // 2
     mixers = mixers if len(mixers) == layers else mixers * layers
     names = []
     for i, mixer in enumerate(mixers):
         prefix = f"model.layers.{i}."
-        names.append((f"{prefix}input_layernorm.weight", f"{prefix}{mixer}"))
+        parallel = (mixer,) if isinstance(mixer, str) else mixer
+        names.append((f"{prefix}input_layernorm.weight", *(f"{prefix}{name}" for name in parallel)))
         names.append((f"{prefix}{mlp_norm}.weight", f"{prefix}{mlp}"))
     model = ModelConfig(
         d_model=required(config, "hidden_size"),
