@@ -21,12 +21,12 @@ Summands = list[tuple[torch.Tensor, float]]
 
 @dataclass(frozen=True)
 class Block:
-    """norm_weight (d); mixers, which read the same normed input; multiplier: how often each of their outputs counts."""
+    """norm_weight (d); mixers, which read the same normed input; multipliers: how often the output of each counts."""
 
     norm_weight: torch.Tensor
     mixers: tuple[Mixer, ...]
+    multipliers: tuple[float, ...]
     eps: float
-    multiplier: float = 1.0
     backend: str = "auto"
 
     def __call__(
@@ -41,7 +41,7 @@ class Block:
         mixers."""
         normed, residual = add_and_norm(summands, residual, self.norm_weight, self.eps, self.backend)
         outputs = [mixer(normed, batch, next(caches) if mixer.stateful else None, window) for mixer in self.mixers]
-        return [(output, self.multiplier) for output in outputs], residual
+        return list(zip(outputs, self.multipliers, strict=True)), residual
 
 
 def add_and_norm(

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from ..ops import mlp_activation
 from ..ops.int8 import Int8Weight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
 from .materialize_state import MaterializeSsdState
@@ -20,13 +21,16 @@ REPLAY_IS_FASTER = True
 class Mamba2Mixer:
     """Weights of one mixer of H heads of P channels, and how they are shared: X heads of x, G and F groups of B and C.
 
-    in_proj (HP + XP + GN + FN + H, d): z, x, B, C, dt; in_bias or None; conv_weight (D, W) and conv_bias (D) or None
-    for x, B and C side by side; A, dt_bias (H), D (H) or (H, P) float32; norm_weight (HP), or None: y is gated in the
-    scan; out_proj (d, HP); out_bias or None. heads: (X, G, F). conv_heads: (X, G) after the convolution; where they are
-    more than heads, x and B are repeated before it, and D counts the copies.
+    projections: one matrix (HP + XP + GN + FN + H, d) of z, x, B, C, dt, or three, of z, of x, B and C, and of dt; as
+    many biases, each float32 or None, and multipliers of what comes before them. conv_weight (D, W) and conv_bias (D)
+    or None for x, B and C side by side; A, dt_bias (H), D (H) or (H, P) float32; norm_weight (HP), or None: y is gated
+    in the scan; gate_first: z gates what is normed, or else what was; out_proj (d, HP); out_bias or None. heads:
+    (X, G, F). conv_heads: (X, G) after the convolution; where they are more than heads, x and B are repeated before it,
+    and D counts the copies.
     """
 
-    in_proj: torch.Tensor | Int8Weight
+    projections: tuple[torch.Tensor | Int8Weight, ...]
+    biases: tuple[torch.Tensor | None, ...]
     conv_weight: torch.Tensor
     conv_bias: torch.Tensor | None
     A: torch.Tensor
@@ -38,8 +42,9 @@ class Mamba2Mixer:
     state_size: int
     heads: tuple[int, int, int]
     conv_heads: tuple[int, int]
-    in_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
+    multipliers: tuple[float, ...] = (1.0,)
+    gate_first: bool = True
     norm_groups: int = 1
     norm_eps: float = 1e-5
     dt_limit: tuple[float, float] = (0.0, math.inf)
@@ -60,25 +65,31 @@ class Mamba2Mixer:
     def __call__(self, hidden: torch.Tensor, batch: int, cache: MambaCache, window: Window) -> torch.Tensor:
         """hidden (B·T, d) → (B·T, d), activations; writes the cache."""
         inner, N = len(self.A) * self.head_dim, self.state_size
-        projected = skinny_linear(hidden, self.in_proj, self.in_bias, backend=self.backend)
-        z, xBC, dt = projected.unflatten(0, (batch, -1)).split(
-            [inner, projected.shape[1] - inner - len(self.A), len(self.A)], -1
-        )
+        parts = [
+            skinny_linear(hidden, weight, bias, y_scale=multiplier, backend=self.backend).unflatten(0, (batch, -1))
+            for weight, bias, multiplier in zip(self.projections, self.biases, self.multipliers, strict=True)
+        ]
+        if len(parts) == 1:
+            parts = parts[0].split([inner, parts[0].shape[-1] - inner - len(self.A), len(self.A)], -1)
+        z, xBC, dt = parts
         x, B, C = self._convolved(xBC, cache, window)
-        gated_by_norm = self.norm_weight is not None
+        normed = self.norm_weight is not None
         y = ssd_verify(
             x.unflatten(-1, (-1, self.head_dim)), dt, self.A, B.unflatten(-1, (-1, N)), C.unflatten(-1, (-1, N)),
             self.D, self.dt_bias, cache.states, window.start_slot, window.write_slot,
-            z=None if gated_by_norm else z.unflatten(-1, (-1, self.head_dim)), dt_limit=self.dt_limit,
+            z=None if normed else z.unflatten(-1, (-1, self.head_dim)), dt_limit=self.dt_limit,
             inputs=cache.inputs, left_padding=window.left_padding, final_state_only=window.final_state_only,
             backend=self.backend,
         )  # fmt: skip
         y = y.view(-1, inner)
-        if gated_by_norm:
-            gate = projected[:, :inner]
+        if normed:
+            z = z.flatten(0, 1)
             y, _ = rms_norm(
-                y, self.norm_weight, gate=gate, groups=self.norm_groups, eps=self.norm_eps, backend=self.backend
-            )
+                y, self.norm_weight, gate=z if self.gate_first else None, groups=self.norm_groups, eps=self.norm_eps,
+                backend=self.backend,
+            )  # fmt: skip
+            if not self.gate_first:
+                y = mlp_activation(z, y, backend=self.backend)
         return skinny_linear(y, self.out_proj, self.out_bias, backend=self.backend)
 
     def _convolved(self, xBC: torch.Tensor, cache: MambaCache, window: Window) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ from .model_ops import skinny_linear
 @dataclass(frozen=True)
 class Mlp:
     """gate_proj (I, d), or None: not gated; up_proj (I, d), down_proj (d, I); their biases float32 or None. activation:
-    of ``ops.mlp_activation``. It carries nothing between tokens."""
+    of ``ops.mlp_activation``. gate_multiplier: of gate_proj's sums. It carries nothing between tokens."""
 
     gate_proj: torch.Tensor | Int8Weight | None
     up_proj: torch.Tensor | Int8Weight
@@ -23,6 +23,7 @@ class Mlp:
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
     activation: str = "silu"
+    gate_multiplier: float = 1.0
     backend: str = "auto"
 
     stateful: ClassVar[bool] = False
@@ -35,6 +36,9 @@ class Mlp:
         up = skinny_linear(hidden, self.up_proj, self.up_bias, backend=self.backend)
         factors = (up,)
         if self.gate_proj is not None:
-            factors = skinny_linear(hidden, self.gate_proj, self.gate_bias, backend=self.backend), up
+            gate = skinny_linear(
+                hidden, self.gate_proj, self.gate_bias, y_scale=self.gate_multiplier, backend=self.backend
+            )
+            factors = gate, up
         y = mlp_activation(*factors, activation=self.activation, backend=self.backend)
         return skinny_linear(y, self.down_proj, self.down_bias, backend=self.backend)

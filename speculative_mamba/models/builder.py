@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -65,10 +66,12 @@ def build(config: ModelConfig, names: Names, source: Source, backend: str) -> Ma
                 norm_weight=source.weight(norm, config.d_model),
                 mixers=tuple(map(builder.mixer, prefixes, mixers)),
                 eps=config.eps,
-                multiplier=config.residual_multiplier,
+                multipliers=multipliers,
                 backend=backend,
             )
-            for (norm, *prefixes), mixers in zip(names.blocks, config.mixers, strict=True)
+            for (norm, *prefixes), mixers, multipliers in zip(
+                names.blocks, config.mixers, config.multipliers, strict=True
+            )
         ],
         norm_weight=source.weight(names.norm, config.d_model),
         head=embedding if tied else source.matrix(names.head, *table, rows=rows),
@@ -160,20 +163,24 @@ class _Builder:
     def mamba2(self, p: str, c: Mamba2Config) -> Mamba2Mixer:
         s, heads = self.source, (c.x_heads, c.b_groups, c.c_groups)
         conv_heads = (c.n_heads, c.n_heads) if c.repeat_before_conv else heads[:2]
-        projected = 2 * c.d_inner - (c.n_heads - c.x_heads) * c.head_dim + (c.b_groups + c.c_groups) * c.d_state
-        convolved = conv_heads[0] * c.head_dim + (conv_heads[1] + c.c_groups) * c.d_state
+        channels = conv_heads[0] * c.head_dim, conv_heads[1] * c.d_state, c.c_groups * c.d_state
+        convolved, multipliers = sum(channels), c.multipliers[1:4]
+        conv_weight = s.weight(p + "conv1d.weight", convolved, 1, c.d_conv)[:, 0]
+        if multipliers != (1.0, 1.0, 1.0):  # in float32, since a multiplier is no power of two
+            parts = zip(multipliers, conv_weight.float().split(channels), strict=True)
+            conv_weight = torch.cat([multiplier * part for multiplier, part in parts])
         D = s.float32(p + "D", c.d_inner if c.D_has_head_dim else c.n_heads)
         return Mamba2Mixer(
-            in_proj=s.matrix(p + "in_proj.weight", projected + c.n_heads, self.d_model),
-            in_bias=self._bias(c.bias, p + "in_proj.bias", projected + c.n_heads),
-            conv_weight=s.weight(p + "conv1d.weight", convolved, 1, c.d_conv)[:, 0],
+            **self._mamba2_projections(p, c),
+            conv_weight=conv_weight,
             conv_bias=self._bias(c.conv_bias, p + "conv1d.bias", convolved),
             A=-torch.exp(s.float32(p + "A_log", c.n_heads)),
             D=D.view(c.n_heads, -1) if c.D_has_head_dim else D,
             dt_bias=s.float32(p + "dt_bias", c.n_heads),
             norm_weight=s.weight(p + "norm.weight", c.d_inner) if c.norm else None,
             out_proj=s.matrix(p + "out_proj.weight", self.d_model, c.d_inner),
-            out_bias=self._bias(c.bias, p + "out_proj.bias", self.d_model),
+            out_bias=self._bias(c.bias if c.out_bias is None else c.out_bias, p + "out_proj.bias", self.d_model),
+            gate_first=c.gate_first,
             head_dim=c.head_dim,
             state_size=c.d_state,
             heads=heads,
@@ -183,6 +190,22 @@ class _Builder:
             dt_limit=c.dt_limit,
             backend=self.backend,
         )
+
+    def _mamba2_projections(self, p: str, c: Mamba2Config) -> dict[str, Any]:
+        """One, or where z and dt have multipliers of their own that of z, of x, B and C, and of dt."""
+        name, convolved = p + "in_proj.weight", c.x_heads * c.head_dim + (c.b_groups + c.c_groups) * c.d_state
+        sizes, multipliers = (c.d_inner, convolved, c.n_heads), (c.multipliers[0], 1.0, c.multipliers[4])
+        shape = sum(sizes), self.d_model
+        bias = self._bias(c.bias, p + "in_proj.bias", shape[0])
+        if multipliers == (1.0, 1.0, 1.0):
+            projections, biases, multipliers = (self.source.matrix(name, *shape),), (bias,), (1.0,)
+        else:
+            rows = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+            projections = tuple(self.source.matrix(name, *shape, rows=part) for part in rows)
+            parts = (None,) * 3 if bias is None else bias.split(sizes)
+            biases = tuple(map(_times, multipliers, parts))
+        multipliers = tuple(c.in_multiplier * multiplier for multiplier in multipliers)
+        return {"projections": projections, "biases": biases, "multipliers": multipliers}
 
     def short_conv(self, p: str, c: ShortConvConfig) -> ShortConv:
         s, conv = self.source, self._named(p, "conv1d")
@@ -246,10 +269,11 @@ class _Builder:
             gate_proj=second if merged == "up_gate_proj" else first,
             up_proj=first if merged == "up_gate_proj" else second,
             down_proj=s.matrix(f"{down}.weight", d, c.d_inner),
-            gate_bias=self._bias(c.bias and c.gated, f"{gate}.bias", c.d_inner),
+            gate_bias=_times(c.gate_multiplier, self._bias(c.bias and c.gated, f"{gate}.bias", c.d_inner)),
             up_bias=self._bias(c.bias, f"{up}.bias", c.d_inner),
             down_bias=self._bias(c.bias, f"{down}.bias", d),
             activation=c.activation,
+            gate_multiplier=c.gate_multiplier,
             backend=self.backend,
         )
 
@@ -258,6 +282,10 @@ class _Builder:
 
     def _bias(self, present: bool, name: str, size: int) -> torch.Tensor | None:
         return self.source.float32(name, size) if present else None
+
+
+def _times(multiplier: float, bias: torch.Tensor | None) -> torch.Tensor | None:
+    return bias if bias is None or multiplier == 1 else multiplier * bias
 
 
 def _repeated(tensor: torch.Tensor, copies: int, block: int) -> torch.Tensor:

@@ -38,8 +38,10 @@ class GroupedMamba1Config:
 class Mamba2Config:
     """A Mamba-2 mixer of n_heads heads of head_dim channels. x_heads heads of x, and groups of B and C, serve them all.
 
-    norm: gated RMS norm in norm_groups parts; without it y is gated inside the scan. repeat_before_conv: x and B are
-    repeated for all heads first (The Mamba in the Llama), so that the convolution treats each copy by itself.
+    norm: gated RMS norm in norm_groups parts; without it y is gated inside the scan. gate_first: what is gated is
+    normed, or else what is normed is gated. repeat_before_conv: x and B are repeated for all heads first (The Mamba in
+    the Llama), so that the convolution treats each copy by itself. in_multiplier: of the input; multipliers: of the
+    projected z, x, B, C and dt (Falcon-H1). out_bias None: as bias.
     """
 
     n_heads: int
@@ -51,12 +53,16 @@ class Mamba2Config:
     d_conv: int = 4
     conv_bias: bool = True
     bias: bool = False
+    out_bias: bool | None = None
     norm: bool = True
+    gate_first: bool = True
     norm_groups: int = 1
     norm_eps: float = 1e-5
     dt_limit: tuple[float, float] = (0.0, math.inf)
     D_has_head_dim: bool = False
     repeat_before_conv: bool = False
+    in_multiplier: float = 1.0
+    multipliers: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
 
     @property
     def d_inner(self) -> int:
@@ -90,12 +96,13 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class MlpConfig:
-    """An MLP. activation: "silu" or "relu2", of the gate, or of all where it is not gated."""
+    """An MLP. activation: "silu" or "relu2", of gate_multiplier times the gate, or of all where it is not gated."""
 
     d_inner: int
     bias: bool = False
     activation: str = "silu"
     gated: bool = True
+    gate_multiplier: float = 1.0
 
 
 MixerConfig = Mamba1Config | GroupedMamba1Config | Mamba2Config | ShortConvConfig | AttentionConfig | MlpConfig
@@ -107,8 +114,9 @@ class ModelConfig:
     """A language model of pre-norm residual blocks; an MLP is a block of its own.
 
     vocab_size: token ids are below it. padded_vocab_size: rows of the stored embedding and head, where there are more;
-    they are never read. Embeddings and the outputs of mixers count as often as their multipliers say; logits are
-    divided by logits_scaling.
+    they are never read. Embeddings and the outputs of mixers count as often as their multipliers say, an output as
+    residual_multiplier and its own of mixer_multipliers, one for each mixer of each block; logits are divided by
+    logits_scaling.
     """
 
     d_model: int
@@ -120,12 +128,19 @@ class ModelConfig:
     padded_vocab_size: int | None = None
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
+    mixer_multipliers: tuple[tuple[float, ...], ...] | None = None
     logits_scaling: float = 1.0
 
     @property
     def mixers(self) -> tuple[tuple[MixerConfig, ...], ...]:
         """Those of each block."""
         return tuple(block if isinstance(block, tuple) else (block,) for block in self.blocks)
+
+    @property
+    def multipliers(self) -> tuple[tuple[float, ...], ...]:
+        """How often the output of each mixer of each block counts."""
+        own = self.mixer_multipliers or tuple((1.0,) * len(mixers) for mixers in self.mixers)
+        return tuple(tuple(self.residual_multiplier * multiplier for multiplier in block) for block in own)
 
     @property
     def stored_vocab_size(self) -> int:

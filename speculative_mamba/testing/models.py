@@ -75,7 +75,9 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
     granite = mamba2_block(6, 8, 9, groups=1 + odd)
     unturned = AttentionConfig(4, 2, 6, () if odd else rotary[:3], scale=0.21)
     short = ShortConvConfig(40 if odd else 24, d_conv=3 + odd, bias=odd)
-    mlp, squared = MlpConfig(37, bias=odd), MlpConfig(30, bias=odd, activation="relu2", gated=odd)
+    mlp, squared = MlpConfig(37, bias=odd), MlpConfig(30, bias=odd, activation="relu2", gated=odd, gate_multiplier=0.6)
+    factors = (0.6, 1.3, 0.8, 1.4, 0.7)
+    falcon = mamba2_block(6, 8, 9, groups=2, gate_first=odd, bias=odd, in_multiplier=1.2, multipliers=factors)
     blocks = {
         "mamba1": (mamba1, mamba1),
         "falcon-mamba": (normed, normed),  # odd: Jamba's
@@ -86,11 +88,13 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
         "mamba2-in-llama": (in_llama, mlp, attention, mlp),
         "granite-hybrid": (granite, mlp, unturned, mlp),
         "lfm2": (short, mlp, AttentionConfig(4, 2, 6, rotary, norm_eps=1e-3), mlp),
-        "parallel": ((mamba2, attention), mlp, (attention, mamba1, mlp), squared),
+        "parallel": ((falcon, attention), mlp, (attention, mamba1, mlp), squared),
     }
-    multipliers = {"embedding_multiplier": 3.0, "residual_multiplier": 0.35, "logits_scaling": 0.7}
-    multipliers = multipliers if kind == "granite-hybrid" else {}
-    return ModelConfig(d, 61, blocks[kind], tie_embeddings=False, **multipliers)
+    multipliers = {
+        "granite-hybrid": {"embedding_multiplier": 3.0, "residual_multiplier": 0.35, "logits_scaling": 0.7},
+        "parallel": {"mixer_multipliers": ((0.7, 1.2), (1.1,), (0.9, 1.2, 0.8), (1.3,))},
+    }
+    return ModelConfig(d, 61, blocks[kind], tie_embeddings=False, **multipliers.get(kind, {}))
 
 
 def as_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Int8Weight:
@@ -111,6 +115,7 @@ class _RandomTensors:
 
     def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | Int8Weight:
         scale = {"embedding": 1.0, "head": 0.3}.get(name, shape[1] ** -0.5)
+        shape = shape if rows is None else (rows.stop - rows.start, shape[1])
         return as_dtype(self._normal(shape, scale), self.dtype)
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:

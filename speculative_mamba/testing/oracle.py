@@ -29,7 +29,8 @@ def full_forward(model: MambaLM, tokens: list[int], dtype: torch.dtype = torch.f
     h = h * c.embedding_multiplier
     for block in model.blocks:
         normed = _norm(h, block.norm_weight, block.eps)
-        h = h + c.residual_multiplier * sum(_MIXERS[type(mixer)](mixer, normed) for mixer in block.mixers)
+        for multiplier, mixer in zip(block.multipliers, block.mixers, strict=True):
+            h = h + multiplier * _MIXERS[type(mixer)](mixer, normed)
     return _norm(h, model.norm_weight, c.eps) @ dense(model.head, dtype).T / c.logits_scaling
 
 
@@ -98,7 +99,9 @@ def _grouped_mamba1(m: GroupedMamba1Mixer, h: torch.Tensor) -> torch.Tensor:
 def _mamba2(m: Mamba2Mixer, h: torch.Tensor) -> torch.Tensor:
     H, P, N = len(m.A), m.head_dim, m.state_size
     X, G, C_groups = m.heads
-    z, x, B, C, dt = _linear(h, m.in_proj, m.in_bias).split([H * P, X * P, G * N, C_groups * N, H], -1)
+    projections = zip(m.multipliers, m.projections, m.biases, strict=True)
+    projected = torch.cat([_linear(multiplier * h, weight, bias) for multiplier, weight, bias in projections], -1)
+    z, x, B, C, dt = projected.split([H * P, X * P, G * N, C_groups * N, H], -1)
     x, B = _repeat(x, m.conv_heads[0] // X, P), _repeat(B, m.conv_heads[1] // G, N)
     xBC = F.silu(_conv(torch.cat([x, B, C], -1), m.conv_weight, m.conv_bias))
     x, B, C = xBC.split([m.conv_heads[0] * P, m.conv_heads[1] * N, C_groups * N], -1)
@@ -110,9 +113,13 @@ def _mamba2(m: Mamba2Mixer, h: torch.Tensor) -> torch.Tensor:
         state = torch.exp(dt[t] * m.A)[:, None, None] * state
         state = state + (dt[t, :, None] * x[t])[..., None] * B[t, :, None]
         y.append((state * C[t, :, None]).sum(-1) + m.D.to(h.dtype).view(H, -1) * x[t])
-    y = torch.stack(y).flatten(1) * F.silu(z)
+    y = torch.stack(y).flatten(1)
+    if m.gate_first:
+        y = y * F.silu(z)
     if m.norm_weight is not None:
         y = _norm(y.unflatten(-1, (m.norm_groups, -1)), 1.0, m.norm_eps).flatten(1) * m.norm_weight.to(h.dtype)
+    if not m.gate_first:
+        y = y * F.silu(z)
     return _linear(y, m.out_proj, m.out_bias)
 
 
@@ -149,7 +156,7 @@ def _rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 def _mlp(m: Mlp, h: torch.Tensor) -> torch.Tensor:
     act = {"silu": F.silu, "relu2": lambda x: torch.relu(x) ** 2}[m.activation]
     up = _linear(h, m.up_proj, m.up_bias)
-    y = act(up) if m.gate_proj is None else act(_linear(h, m.gate_proj, m.gate_bias)) * up
+    y = act(up) if m.gate_proj is None else act(_linear(m.gate_multiplier * h, m.gate_proj, m.gate_bias)) * up
     return _linear(y, m.down_proj, m.down_bias)
 
 

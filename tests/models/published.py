@@ -86,13 +86,17 @@ def llama_hf(folder: Path, seed: int, older_fields: bool = False, **config: Any)
     sizes = {"intermediate_size": 37, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     oracle = _of_transformers(folder, "LlamaConfig", "LlamaForCausalLM", seed, sizes | config)
     if older_fields:
-        path = folder / "config.json"
-        written = json.loads(path.read_text())
-        rotary = written.pop("rope_parameters")
-        written["rope_theta"], kind = rotary.pop("rope_theta"), rotary["rope_type"]
-        written["rope_scaling"] = None if kind == "default" else {**rotary, "type": kind}
-        path.write_text(json.dumps(written))
+        _with_older_rotary_fields(folder)
     return oracle
+
+
+def _with_older_rotary_fields(folder: Path, **other: Any) -> None:
+    path = folder / "config.json"
+    written = json.loads(path.read_text())
+    rotary = written.pop("rope_parameters")
+    written["rope_theta"], kind = rotary.pop("rope_theta"), rotary["rope_type"]
+    written["rope_scaling"] = None if kind == "default" else {**rotary, "type": kind}
+    path.write_text(json.dumps(written | other))
 
 
 def granite_hf(folder: Path, seed: int, **config: Any) -> Oracle:
@@ -151,6 +155,28 @@ def jamba_hf(folder: Path, seed: int, **config: Any) -> Oracle:
         "intermediate_size": 37, "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_d_state": 5,
     }  # fmt: skip
     return _of_transformers(folder, "JambaConfig", "JambaForCausalLM", seed, sizes | config)
+
+
+def bamba_hf(folder: Path, seed: int, older_fields: bool = False, **config: Any) -> Oracle:
+    sizes = {
+        "attn_layer_indices": [1], "intermediate_size": 37, "num_attention_heads": 3, "num_key_value_heads": 1,
+        "mamba_n_heads": 6, "mamba_d_state": 10, "mamba_chunk_size": 8,
+    }  # fmt: skip
+    oracle = _of_transformers(folder, "BambaConfig", "BambaForCausalLM", seed, sizes | config)
+    if older_fields:
+        _with_older_rotary_fields(folder, attn_rotary_emb=4)
+    return oracle
+
+
+def falcon_h1_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    sizes = {
+        "num_hidden_layers": 2, "intermediate_size": 37, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_d_state": 10, "mamba_chunk_size": 8, "embedding_multiplier": 3.0,
+        "lm_head_multiplier": 0.3, "mlp_multipliers": [0.8, 0.6], "key_multiplier": 1.3, "attention_in_multiplier": 0.9,
+        "attention_out_multiplier": 0.7, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.6,
+        "ssm_multipliers": [0.7, 0.8, 1.3, 1.4, 0.9],
+    }  # fmt: skip
+    return _of_transformers(folder, "FalconH1Config", "FalconH1ForCausalLM", seed, sizes | config)
 
 
 def mamba2_state_spaces(folder: Path, seed: int, **config: Any) -> Oracle:
@@ -287,6 +313,8 @@ FORMATS: dict[str, Callable[..., Oracle]] = {
     "lfm2-hf": lfm2_hf,
     "nemotron-h-hf": nemotron_h_hf,
     "jamba-hf": jamba_hf,
+    "bamba-hf": bamba_hf,
+    "falcon-h1-hf": falcon_h1_hf,
     "mamba2-state-spaces": mamba2_state_spaces,
     "mamba2attn-state-spaces": mamba2attn_state_spaces,
     "mamba-in-llama": mamba_in_llama,

@@ -11,7 +11,9 @@ from test_published import IDS, logits
 
 import speculative_mamba as sm
 
-names = pytest.mark.parametrize("name", ["llama-hf", "granite-hf", "granite-hybrid-hf", "lfm2-hf", "jamba-hf"])
+names = pytest.mark.parametrize(
+    "name", ["llama-hf", "granite-hf", "granite-hybrid-hf", "lfm2-hf", "jamba-hf", "bamba-hf", "falcon-h1-hf"]
+)
 all_names = pytest.mark.parametrize("name", [*names.args[1], "nemotron-h-hf"])
 WEIGHTS = "model.safetensors"
 

@@ -56,6 +56,14 @@ def number(config: dict[str, Any], key: str, default: float | None = None, *, mo
     return float(value)
 
 
+def numbers(config: dict[str, Any], key: str, count: int) -> tuple[float, ...]:
+    """A list of so many positive numbers, or ones."""
+    values = _value(config, key, [1.0] * count)
+    if not isinstance(values, list) or len(values) != count:
+        refuse(key, values, f"a list of {count} numbers")
+    return tuple(number({key: value}, key) for value in values)
+
+
 def epsilon(config: dict[str, Any], key: str, default: float) -> float:
     """What a norm adds to a mean square."""
     return number(config, key, default, most=1.0)

@@ -2,16 +2,10 @@
 
 from typing import Any
 
-from ..config import Mamba2Config, MlpConfig, ModelConfig
+from ..config import MlpConfig, ModelConfig
+from .bamba import bamba_mamba2
 from .fields import (
-    MAX_HEAD_SIZE,
     MAX_LAYERS,
-    conv_width,
-    divides,
-    dt_limit,
-    epsilon,
-    expanded,
-    flag,
     layer_types,
     number,
     refuse_other,
@@ -44,7 +38,7 @@ def _hybrid(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     rotates = config.get("position_embedding_type") == "rope"
     scale = number(config, "attention_multiplier", 1.0)
     mixers = {
-        "mamba": _mamba2(config) if "mamba" in kinds else None,
+        "mamba": bamba_mamba2(config) if "mamba" in kinds else None,
         "self_attn": llama_attention(config, scale=scale, rotates=rotates) if "self_attn" in kinds else None,
     }
     mlp = MlpConfig(required(config, "shared_intermediate_size", 1024))
@@ -56,35 +50,6 @@ def _hybrid(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
 
 def _multipliers(config: dict[str, Any]) -> dict[str, float]:
     return {key: number(config, key, 1.0) for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling")}
-
-
-def _mamba2(config: dict[str, Any]) -> Mamba2Config:
-    inner = expanded(config, required(config, "hidden_size"), key="mamba_expand")
-    heads, groups = required(config, "mamba_n_heads", 128), required(config, "mamba_n_groups", 1)
-    divides(heads, inner, "mamba_n_heads")
-    if config.get("mamba_d_head", "auto") == "auto":
-        head_dim = inner // heads
-    else:
-        head_dim = required(config, "mamba_d_head", most=MAX_HEAD_SIZE)
-    if heads * head_dim != inner:
-        raise ValueError(
-            f"config.json gives mamba_n_heads * mamba_d_head = {heads * head_dim}, but mamba_expand * hidden_size = "
-            f"{inner}"
-        )
-    return Mamba2Config(
-        n_heads=heads,
-        head_dim=head_dim,
-        d_state=required(config, "mamba_d_state", 256, most=MAX_HEAD_SIZE),
-        x_heads=heads,
-        b_groups=divides(groups, heads, "mamba_n_groups"),
-        c_groups=groups,
-        d_conv=conv_width(config, "mamba_d_conv", 4),
-        conv_bias=flag(config, "mamba_conv_bias", True),
-        bias=flag(config, "mamba_proj_bias", False),
-        norm_groups=groups,
-        norm_eps=epsilon(config, "rms_norm_eps", 1e-6),
-        dt_limit=dt_limit(config, "time_step_limit"),
-    )
 
 
 MODEL_TYPES: ModelTypes = {

@@ -108,7 +108,7 @@ def _llama(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
 def of_llama(
     config: dict[str, Any],
     blocks: tuple,
-    *mixers: str,
+    *mixers: str | tuple[str, ...],
     mlp: str = "mlp.",
     mlp_norm: str = "post_attention_layernorm",
     norm: str = "norm",
@@ -116,14 +116,15 @@ def of_llama(
     **other: Any,
 ) -> tuple[ModelConfig, Names]:
     """A model whose layers are two blocks each, a mixer and an MLP. mixers: what stands before the names of each
-    layer's mixer, or one for all; mlp: before those of its MLP. mlp_norm, norm: names of the MLP's
+    layer's mixer (of each of several), or one for all; mlp: before those of its MLP. mlp_norm, norm: names of the MLP's
     norm and of the last one. renamed: of ``Names``. other: of ``ModelConfig``."""
     layers = len(blocks) // 2
     mixers = mixers if len(mixers) == layers else mixers * layers
     names = []
     for i, mixer in enumerate(mixers):
         prefix = f"model.layers.{i}."
-        names.append((f"{prefix}input_layernorm.weight", f"{prefix}{mixer}"))
+        parallel = (mixer,) if isinstance(mixer, str) else mixer
+        names.append((f"{prefix}input_layernorm.weight", *(f"{prefix}{name}" for name in parallel)))
         names.append((f"{prefix}{mlp_norm}.weight", f"{prefix}{mlp}"))
     model = ModelConfig(
         d_model=required(config, "hidden_size"),
@@ -139,8 +140,11 @@ def of_llama(
     )
 
 
-def llama_attention(config: dict[str, Any], *, rotates: bool = True, **other: Any) -> AttentionConfig:
-    """other: of ``AttentionConfig``."""
+def llama_attention(
+    config: dict[str, Any], *, rotates: bool = True, rotated: float | None = None, **other: Any
+) -> AttentionConfig:
+    """rotated: the part of each head that is, where rope_parameters does not say; None: all, and another is refused.
+    other: of ``AttentionConfig``."""
     heads = required(config, "num_attention_heads")
     if config.get("head_dim") is None:
         divides(heads, required(config, "hidden_size"), "num_attention_heads")
@@ -150,7 +154,7 @@ def llama_attention(config: dict[str, Any], *, rotates: bool = True, **other: An
         n_heads=heads,
         n_kv_heads=divides(required(config, "num_key_value_heads", heads), heads, "num_key_value_heads"),
         head_dim=head_dim,
-        inv_freq=tuple(_rotary(config, head_dim).tolist()) if rotates else (),
+        inv_freq=tuple(_rotary(config, head_dim, rotated).tolist()) if rotates else (),
         bias=bias,
         out_bias=bias,
         **other,
@@ -166,17 +170,22 @@ def llama_mlp(config: dict[str, Any]) -> MlpConfig:
     )
 
 
-def _rotary(config: dict[str, Any], head_dim: int) -> torch.Tensor:
-    """Rotary frequencies (head_dim / 2), scaled as ``rope_parameters``, or before it ``rope_scaling``, says."""
+def _rotary(config: dict[str, Any], head_dim: int, rotated: float | None) -> torch.Tensor:
+    """Rotary frequencies (half of what is rotated), as ``rope_parameters``, or before it ``rope_scaling``, says."""
     scaling = object_of(config, "rope_parameters") or object_of(config, "rope_scaling")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(
             f"config.json has rope_type = {shown(kind)}; only 'default', 'linear' and 'llama3' are supported"
         )
-    refuse_other(scaling | config, "partial_rotary_factor", 1.0)
-    divides(2, head_dim, "head_dim")
-    frequencies = rotary_frequencies(number(scaling, "rope_theta", number(config, "rope_theta", 10000.0)), head_dim)
+    if rotated is None:
+        refuse_other(scaling | config, "partial_rotary_factor", 1.0)
+        dims, what = head_dim, "head_dim"
+    else:
+        what = "partial_rotary_factor"
+        dims = int(head_dim * number(scaling, what, rotated, most=1.0))
+    divides(2, dims, what)
+    frequencies = rotary_frequencies(number(scaling, "rope_theta", number(config, "rope_theta", 10000.0)), dims)
     if kind == "linear":
         return frequencies / number(scaling, "factor")
     if kind == "llama3":

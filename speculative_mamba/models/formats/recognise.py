@@ -4,15 +4,16 @@ from typing import Any
 
 from ...ops.values import shown
 from ..config import ModelConfig
-from . import granite, hugging_face, jamba, lfm2, nemotron_h
+from . import bamba, falcon_h1, granite, hugging_face, jamba, lfm2, nemotron_h
 from .in_llama import from_mamba_in_llama
 from .names import Names
 from .state_spaces import from_state_spaces
 
-_FAMILIES = (hugging_face, granite, lfm2, nemotron_h, jamba)
+_FAMILIES = (hugging_face, granite, lfm2, nemotron_h, jamba, bamba, falcon_h1)
 MODEL_TYPES = {name: parser for family in _FAMILIES for name, parser in family.MODEL_TYPES.items()}
 SUPPORTED = (
-    "Mamba, Mamba-2, Falcon-Mamba, Llama, Granite, Granite-4.0-H, LFM2, Nemotron-H, Jamba, mamba2attn, MambaInLlama"
+    "Mamba, Mamba-2, Falcon-Mamba, Llama, Granite, Granite-4.0-H, LFM2, Nemotron-H, Jamba, Bamba, Falcon-H1, "
+    "mamba2attn, MambaInLlama"
 )
 
 
