@@ -24,7 +24,7 @@ _HOMES = {
         "SamplingParams",
         "generate",
     ),
-    "models": ("MambaLM", "ModelConfig", "encode_continuation", "load_model", "load_pair"),
+    "models": ("MambaLM", "ModelConfig", "RowState", "encode_continuation", "load_model", "load_pair"),
 }
 
 __all__ = sorted(name for names in _HOMES.values() for name in names)

@@ -17,7 +17,8 @@ class GenerationCache:
     from before it; then the next call computes the difference again. A state knows the tokens that it has read: a text
     that was changed or cut within them is refused.
 
-    Models are known by their weights and not kept alive, so a cache can be pickled and used where they are loaded.
+    Models are known by their weights and not kept alive, so a cache can be pickled and used where they are loaded. A
+    stateful draft without a model is known by its class, its vocabulary size and the tensors among its attributes.
 
     Costs, per row, one state per layer of target and draft, and one copy of it per call.
     """
@@ -35,7 +36,7 @@ class GenerationCache:
 
     @property
     def draft(self) -> object:
-        """The model of ``draft_states``, while somebody else holds it."""
+        """The model of ``draft_states``, or the draft that made them without one, while somebody else holds it."""
         return self._draft and self._draft.model()
 
     def copy(self) -> "GenerationCache":
@@ -55,7 +56,7 @@ class GenerationCache:
     def open(self, prompts: Sequence[list[int]], target: object, draft: object) -> None:
         """Takes over a batch of prompts, each of which must begin with its row's text.
 
-        draft: the model whose states are kept, or None.
+        draft: the model whose states are kept, or a draft without one; None keeps those of the last.
 
         Raises:
             ValueError: the cache belongs to another model, another number of rows or another text.

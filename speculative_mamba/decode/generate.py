@@ -116,7 +116,8 @@ def generate(
     drafting = None if draft is None else draft.model
     executor.check([target] if drafting is None else [target, drafting], logits_processor)
     if cache is not None:
-        cache.open(prompts, target, drafting if draft is not None and draft.stateful else None)
+        known_by = draft if drafting is None else drafting
+        cache.open(prompts, target, known_by if draft is not None and draft.stateful else None)
     if max_new_tokens == 0:
         stats, nothing = GenerationStats(prompt_tokens=sum(map(len, prompts))), [[] for _ in prompts]
         return _result(target, prompts, ["length"] * len(prompts), stats, nothing if output_logits else None, cache)

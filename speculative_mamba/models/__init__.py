@@ -3,6 +3,7 @@
 from .checkpoint import load_model, load_pair
 from .config import ModelConfig
 from .language_model import MambaLM
+from .runner import RowState
 from .tokenizer import encode_continuation
 
-__all__ = ["MambaLM", "ModelConfig", "encode_continuation", "load_model", "load_pair"]
+__all__ = ["MambaLM", "ModelConfig", "RowState", "encode_continuation", "load_model", "load_pair"]

@@ -270,6 +270,45 @@ def test_a_draft_of_another_kind_starts_anew(pair, prompt, whole, assert_states_
     assert lists(result) == lists(expected)
 
 
+class Summing(sm.Draft):
+    """Its state is the sum of what it has read; it proposes the last token again."""
+
+    stateful = True
+
+    def __init__(self):
+        self.vocab_size, self.went_on = 61, []
+
+    def allocate(self, batch, lookahead, sampler, *, captured):
+        return self
+
+    def prefill(self, row, text, state=None):
+        assert state is None or int(state.layers[0][0]) == sum(state.tokens)
+        self.went_on.append(state is not None)
+
+    def propose(self, state, lookahead):
+        return sm.Proposal(state.last[:, 1:].repeat(1, lookahead))
+
+    def snapshot(self, row, slot, text):
+        return sm.RowState(text[:-2], [(torch.tensor(sum(text[:-2])),)])
+
+
+class SummingToo(Summing):
+    """Its states are nobody else's either."""
+
+
+def test_a_draft_without_a_model_goes_on_from_its_own_states_alone(pair, prompt, whole):
+    """Catches: states of a model, or of another class, handed to a draft that has none; and the other way round."""
+    models, expected = pair(), whole("greedy", 12)
+    cache, prompts, mine = sm.GenerationCache(), [prompt(length) for length in LENGTHS], Summing()
+    for draft in (models.drafts["near"], mine, mine, SummingToo(), models.drafts["near"], mine):
+        result = sm.generate(models.target, prompts, draft=draft, max_new_tokens=2, cache=cache, **OPTIONS)
+        prompts = cache.sequences
+        if isinstance(draft, SummingToo):
+            assert draft.went_on == [False] * len(LENGTHS)
+    assert lists(result) == lists(expected)
+    assert mine.went_on == [went_on for went_on in (False, True, False) for _ in LENGTHS]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -50,7 +50,7 @@ class Draft(ABC):
 
     @abstractmethod
     def prefill(self, row: int, text: list[int], state: RowState | None = None) -> None:
-        """A row, whatever it held before, goes on from this text, of which ``state`` has read some."""
+        """A row, whatever it held before, goes on in slot 0 from this text, of which ``state`` has read some."""
 
     def ready(self) -> None:  # noqa: B027 - most have nothing to do
         """All rows that have come since the last round are prefilled."""
@@ -60,7 +60,10 @@ class Draft(ABC):
         """Up to ``lookahead`` tokens a row behind its text, of which ``state`` tells the end."""
 
     def snapshot(self, row: int, slot: int, text: list[int]) -> RowState | None:
-        """A copy of what it has in mind of a text that ended in this slot when it was last asked."""
+        """A copy of what it has in mind of a text that ended in this slot when it was last asked.
+
+        slot: as ``state.slots[0]`` tells it where the row goes on; 0 after ``prefill``.
+        """
         return None
 
     def reserve(self, entries: int) -> bool:

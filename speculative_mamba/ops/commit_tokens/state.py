@@ -33,7 +33,7 @@ class FinishReason(IntEnum):
 class BatchState:
     """Contiguous tensors on the rows' device. Within rounds ``commit_tokens`` alone writes them.
 
-    last: (B, 2) int64, the last two tokens of each text.
+    last: (B, 2) int64, the last two tokens of each text; 0 before the only one.
     positions: (B) int64, the length of each text, which is the position of its next token.
     remaining: (B) int32, tokens that may still come.
     active: (B) bool, rows that are generating.
