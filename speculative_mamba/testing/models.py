@@ -136,7 +136,7 @@ class _RandomTensors:
     def _normal(self, shape: tuple[int, ...], scale: float) -> torch.Tensor:
         offset = int(torch.randint(0, 1 << 16, (), generator=self.generator, device="cpu"))
         count = math.prod(shape)
-        values = (self.pool.roll(offset) * scale).to(self.rest_dtype)
+        values = (self.pool.roll(offset)[:count] * scale).to(self.rest_dtype)
         return values.repeat(-(-count // len(values)))[:count].view(shape)
 
     def _uniform(self, shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
