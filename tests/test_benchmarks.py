@@ -1,10 +1,10 @@
-"""Benchmarks say on stderr what they are doing, before each part that takes time."""
+"""Benchmarks run, and say on stderr what they are doing, before each part that takes time."""
 
 import sys
 
 import pytest
 
-from benchmarks import ngram, ops, report
+from benchmarks import decode, drift, ngram, ops, report, rollback, sweep
 from speculative_mamba.testing.models import tiny_config
 
 
@@ -15,7 +15,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(report, "read_bandwidth_gb_per_s", lambda: 10.0)
 
     def run(module, *arguments):
-        monkeypatch.setattr(module, "published_config", lambda name: config)
+        monkeypatch.setattr(module, "published_config", lambda name: config, raising=False)
         monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
         module.main()
 
@@ -41,3 +41,21 @@ def test_ops_say_what_they_do_before_each_timing(monkeypatch, capsys):
     ops.bench_accept(None, vocabulary=50, lookahead=2)
     lines = [line for line in capsys.readouterr().err.splitlines() if "timing" in line]
     assert [line.split()[2].rstrip(",") for line in lines] == rows
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (decode, ("--models", "130m", "--draft", "130m", "--tokens", "4", "--repeats", "1")),
+        (sweep, ("--tokens", "4", "--repeats", "1")),
+        (rollback, ("--shapes", "130m", "--batches", "1")),
+        (drift, ("--tokens", "8")),
+        (drift, ("--tokens", "8", "--weights")),
+    ],
+    ids=lambda value: value.__name__ if hasattr(value, "__name__") else " ".join(value),
+)
+def test_a_benchmark_runs(quick, module, arguments, capsys):
+    """Catches: a wrapper of ``Recording.run`` that lacks an option of it."""
+    quick(module, *arguments)
+    out, _ = capsys.readouterr()
+    assert out.strip()
