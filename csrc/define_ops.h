@@ -201,19 +201,19 @@ class Filler {
 
     void fill(int64_t& member, const Field& field) {
         if (field.source == Field::value) {
-            member = whole(value_of(field));
+            member = integral(value_of(field));
         } else if (field.source == Field::bytes) {
-            if (!tensor_.is_none()) member = whole(get(tensor_, of_tensor().nbytes));
+            if (!tensor_.is_none()) member = integral(get(tensor_, of_tensor().nbytes));
             if (member < needed_)
                 throw std::invalid_argument(std::string(field.name) + " is " + std::to_string(member) +
                                             ", but the kernel needs " + std::to_string(needed_));
         } else if (!tensor_.is_none()) {
             if (!strides_) strides_ = call(tensor_, of_tensor().stride);
-            member = whole(checked(PySequence_GetItem(strides_.ptr(), field.dimension)));
+            member = integral(checked(PySequence_GetItem(strides_.ptr(), field.dimension)));
         }
     }
 
-    void fill(int& member, const Field& field) { member = static_cast<int>(whole(value_of(field))); }
+    void fill(int& member, const Field& field) { member = static_cast<int>(integral(value_of(field))); }
 
     void fill(DType& member, const Field& field) {
         if (field.source == Field::dtype && tensor_.is_none()) return;
@@ -232,7 +232,7 @@ class Filler {
         member = static_cast<float>(number);
     }
 
-    static int64_t whole(const py::object& number) {
+    static int64_t integral(const py::object& number) {
         const int64_t value = PyLong_AsLongLong(number.ptr());
         if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
         return value;

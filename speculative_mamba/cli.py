@@ -63,13 +63,13 @@ def _value(parse: Callable[[str], object], what: str) -> Callable[[str], object]
     return read
 
 
-def _integer(least: int, limit: int) -> Callable[[str], object]:
+def _integer(lo: int, limit: int) -> Callable[[str], object]:
     def parse(value: str) -> int:
-        if not least <= int(value) <= limit:
+        if not lo <= int(value) <= limit:
             raise ValueError
         return int(value)
 
-    return _value(parse, f"a whole number from {least} to {limit}")
+    return _value(parse, f"a whole number from {lo} to {limit}")
 
 
 _WHOLE, _NUMBER = _value(int, "a whole number"), _value(float, "a number")

@@ -111,18 +111,18 @@ class Commit(Work):
     """commit_tokens of windows whose drafted tokens were all accepted."""
 
     def __init__(self, vocabulary: int, batch: int, tokens: int, device: torch.device) -> None:
-        def whole(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        def integers(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         lookahead, i32 = tokens - 1, torch.int32
         self.window = [
-            whole(7, batch, lookahead), whole(lookahead, batch, dtype=i32), whole(9, batch), whole(0, batch, dtype=i32),
-            whole(0, lookahead, batch, dtype=i32), whole(lookahead, batch, dtype=i32),
-            whole(0, vocabulary, dtype=torch.bool),
+            integers(7, batch, lookahead), integers(lookahead, batch, dtype=i32), integers(9, batch),
+            integers(0, batch, dtype=i32), integers(0, lookahead, batch, dtype=i32),
+            integers(lookahead, batch, dtype=i32), integers(0, vocabulary, dtype=torch.bool),
         ]  # fmt: skip
         self.state = BatchState(
-            whole(1, batch, 2), whole(100, batch), whole(1 << 30, batch, dtype=i32),
-            whole(1, batch, dtype=torch.bool), whole(0, tokens, batch, dtype=i32),
+            integers(1, batch, 2), integers(100, batch), integers(1 << 30, batch, dtype=i32),
+            integers(1, batch, dtype=torch.bool), integers(0, tokens, batch, dtype=i32),
         )  # fmt: skip
         per_row = nbytes(*self.window[:-1], *vars(self.state).values()) + batch * tokens  # and who is a stop token
         self.moved = per_row + batch * 8 * (tokens + Record.TOKENS)

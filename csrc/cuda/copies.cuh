@@ -12,7 +12,7 @@ namespace speculative_mamba::cuda {
 #define SM_LAUNCHED_MEMORY(name) extern __shared__ __align__(16) char name[]
 #endif
 
-// Begins to copy the first `bytes` of 16 into the block's memory; the others become zero. Constants are thought to be
+// Begins to copy the first `bytes` of 16 into shared memory; the others become zero. Constants are thought to be
 // read once and bypass the nearest cache. Nobody may touch either side until the thread has waited for the copy.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes, From source = From::memory) {
 #if defined(SM_HOST_SHIM)

@@ -323,7 +323,7 @@ __device__ __forceinline__ float sums_of_lanes(float (&values)[Values], int lane
     return values[0];
 }
 
-// The greatest that is not NaN.
+// The maximum, NaN left out.
 template <int Lanes>
 __device__ __forceinline__ float warp_reduce_max(float value) {
 #pragma unroll

@@ -29,7 +29,7 @@ struct RowPartition {
     int rows, blocks_with_more, tile_rows;
 };
 
-// Where things lie in a block's memory: twice the warps' sums, then W, in places for as many tiles of 8·MmaRows rows as
+// Where things lie in shared memory: twice the warps' sums, then W, in places for as many tiles of 8·MmaRows rows as
 // make enough bytes on their way. When a turn has been read, the same turn of a later tile takes its place.
 template <typename Weight, int KSteps, int MmaRows>
 struct Stream {

@@ -21,7 +21,7 @@ struct TileConfig {
     static constexpr int kMmaColumns = MmaColumns, kMmaRows = MmaRows, kProducts = Products, kDepth = Depth;
 };
 
-// Where things lie in a block's memory: the rings of its warps, then twice the warps' sums for eight rows of x.
+// Where things lie in shared memory: the rings of its warps, then twice the warps' sums for eight rows of x.
 struct Layout {
     int w_piece, w_bytes, x_piece, stage_bytes, stages, sums_at, sums_stride, sums_size;
 

@@ -38,14 +38,14 @@ class Corpus:
 
 
 @torch.no_grad()
-def bits_per_byte(model: ByteMamba, text: Tensor, length: int = 2048, most: int = 1 << 30) -> float:
-    """Mean bits per byte over windows of ``length`` bytes spread over ``text`` (size) uint8, ``most`` bytes at most.
+def bits_per_byte(model: ByteMamba, text: Tensor, length: int = 2048, limit: int = 1 << 30) -> float:
+    """Mean bits per byte over windows of ``length`` bytes spread over ``text`` (size) uint8, ``limit`` bytes at most.
 
     Every window starts from an empty state and its first byte is not counted.
     """
     count = len(text) // length
     windows = text[: count * length].view(count, length)
-    windows = windows[:: max(1, -(-count * length // most))].long()
+    windows = windows[:: max(1, -(-count * length // limit))].long()
     total = 0.0
     for part in windows.split(8):
         predicted = model(part)[:, :-1].flatten(0, 1)

@@ -95,7 +95,7 @@ def train(
         losses.append(loss.item() / math.log(2))
         steps, spent = steps + 1, time.monotonic() - started
         if spent - logged > LOG_EVERY:
-            bits = bits_per_byte(model, held_out, most=1 << 16)
+            bits = bits_per_byte(model, held_out, limit=1 << 16)
             mean = sum(losses) / len(losses)
             print(f"{name}: {spent / 60:.1f} of {minutes:.1f} minutes, step {steps}, loss {mean:.3f} bits", end=", ")
             print(f"held-out novel {bits:.3f} bits per byte", flush=True)

@@ -8,11 +8,11 @@ AUTO_LOOKAHEADS = (0, 1, 2, 3, 4, 5, 7, 10)
 AUTO_AT_MOST = AUTO_LOOKAHEADS[-1]
 
 
-def as_lookahead(lookahead: int | str, most: int) -> "AdaptiveLookahead | FixedLookahead":
-    """What chooses K for ``generate``: a number or "auto", at most ``most``."""
+def as_lookahead(lookahead: int | str, limit: int) -> "AdaptiveLookahead | FixedLookahead":
+    """What chooses K for ``generate``: a number or "auto", at most ``limit``."""
     if lookahead != "auto":
-        return FixedLookahead(min(int(lookahead), most))
-    allowed = [k for k in AUTO_LOOKAHEADS if k <= most]
+        return FixedLookahead(min(int(lookahead), limit))
+    allowed = [k for k in AUTO_LOOKAHEADS if k <= limit]
     return AdaptiveLookahead(allowed) if len(allowed) > 1 else FixedLookahead(0)
 
 
@@ -21,8 +21,8 @@ class FixedLookahead:
 
     dropped = False
 
-    def __init__(self, most: int) -> None:
-        self.all = (most,)
+    def __init__(self, lookahead: int) -> None:
+        self.all = (lookahead,)
 
     def next(self) -> int:
         return self.all[0]

@@ -1,8 +1,8 @@
 """From candidates to probabilities and from probabilities to a token, in Triton and without sorting.
 
 Candidates are, in the order of ids, tokens, the sort keys of their logits and their weights: at least all tokens that
-top-k, top-p and min-p keep. A radix search finds the threshold: the least key that is kept and, of its equals, the last
-id. Sums are float64, and one program adds all of them.
+top-k, top-p and min-p keep. A radix search finds the threshold: the smallest key that is kept and, of its equals, the
+last id. Sums are float64, and one program adds all of them.
 """
 
 import triton
@@ -80,25 +80,25 @@ def weight_of(x, peak, temperature):
 
 
 @triton.jit
-def kept(token, key, weight, least, last, floor):
+def kept(token, key, weight, min_key, last, floor):
     """The weight, or 0 for tokens that are filtered."""
-    return tl.where(((key > least) | ((key == least) & (token <= last))) & (weight >= floor), weight, 0.0)
+    return tl.where(((key > min_key) | ((key == min_key) & (token <= last))) & (weight >= floor), weight, 0.0)
 
 
 @triton.jit
-def listed(ids, keys, weights, start, count, least, last, floor):
+def listed(ids, keys, weights, start, count, min_key, last, floor):
     """A block of candidates: tokens and their weights."""
     at = start + tl.arange(0, BLOCK)
     exists = at < count
     token, key = tl.load(ids + at, mask=exists, other=0), tl.load(keys + at, mask=exists, other=0)
-    return token, kept(token, key, tl.load(weights + at, mask=exists, other=0.0), least, last, floor)
+    return token, kept(token, key, tl.load(weights + at, mask=exists, other=0.0), min_key, last, floor)
 
 
 @triton.jit
-def _total(ids, keys, weights, count, least, last, floor):
+def _total(ids, keys, weights, count, min_key, last, floor):
     sums = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
-        _, weight = listed(ids, keys, weights, start, count, least, last, floor)
+        _, weight = listed(ids, keys, weights, start, count, min_key, last, floor)
         sums += weight.to(tl.float64)
     return tl.sum(row_sums(tl.reshape(sums, (1, BLOCK))), 0)
 
@@ -136,36 +136,36 @@ def search(keys, weights, count, target):
 
 @triton.jit
 def _fewest(ids, keys, weights, count, target):
-    """(least, last) of the fewest entries that reach ``target``, the greatest first, of equals the lowest id."""
-    least, before, exactly = search(keys, weights, count, target)
+    """(min_key, last) of the fewest entries that reach ``target``, the greatest first, of equals the lowest id."""
+    min_key, before, exactly = search(keys, weights, count, target)
     last = tl.full((), EVERY_ID, tl.int32)
     if exactly == 0:
         last = tl.full((), -1, tl.int32)
         for start in range(0, count, BLOCK):
             key, mass = _masses(keys, weights, start, count)
             token = tl.load(ids + start + tl.arange(0, BLOCK), mask=mass > 0, other=-1)
-            mass = tl.where(key == least, mass, 0.0)
+            mass = tl.where(key == min_key, mass, 0.0)
             needed = (mass > 0) & (before + tl.cumsum(mass, 0) - mass < target)
             last = tl.maximum(last, tl.max(tl.where(needed, token, -1), 0))
             before += tl.sum(mass, 0)
-    return least, last
+    return min_key, last
 
 
 @triton.jit
-def threshold(ids, keys, weights, count, least, total, top_k, nucleus, floor):
-    """(least, last, scale): probabilities are weights of kept tokens · scale.
+def threshold(ids, keys, weights, count, min_key, total, top_k, nucleus, floor):
+    """(min_key, last, scale): probabilities are weights of kept tokens · scale.
 
-    The candidates are all tokens from the key ``least`` on, ``total`` is the sum over the vocabulary, needed without
+    The candidates are all tokens from the key ``min_key`` on, ``total`` is the sum over the vocabulary, needed without
     top-k only.
     """
     last = tl.full((), EVERY_ID, tl.int32)
     if (top_k > 0) & (top_k < count):
-        least, last = _fewest(ids, keys, None, count, top_k.to(tl.float64))
+        min_key, last = _fewest(ids, keys, None, count, top_k.to(tl.float64))
     if nucleus < 1:
         if top_k > 0:
-            total = _total(ids, keys, weights, count, least, last, 0.0)
-        least, last = _fewest(ids, keys, weights, count, nucleus * total)
-    return least, last, tl.div_rn(1.0, _total(ids, keys, weights, count, least, last, floor).to(tl.float32))
+            total = _total(ids, keys, weights, count, min_key, last, 0.0)
+        min_key, last = _fewest(ids, keys, weights, count, nucleus * total)
+    return min_key, last, tl.div_rn(1.0, _total(ids, keys, weights, count, min_key, last, floor).to(tl.float32))
 
 
 @triton.jit

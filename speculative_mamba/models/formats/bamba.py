@@ -27,7 +27,7 @@ def _bamba(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     config = {"rms_norm_eps": 1e-5} | config
     refuse_other(config, "hidden_act", "silu")
     refuse_other(config, "partial_rotary_factor", _ROTATED)
-    layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
+    layers = required(config, "num_hidden_layers", limit=MAX_LAYERS)
     attending = indices(config, "attn_layer_indices", layers)
     attention = llama_attention(config, rotated=_ROTATED) if attending else None
     if attention is not None:
@@ -47,13 +47,13 @@ def bamba_mamba2(config: dict[str, Any], inner: int | None = None, **other: Any)
     if config.get("mamba_d_head", "auto") == "auto":
         head_dim = inner // heads
     else:
-        head_dim = required(config, "mamba_d_head", most=MAX_HEAD_SIZE)
+        head_dim = required(config, "mamba_d_head", limit=MAX_HEAD_SIZE)
     if heads * head_dim != inner:
         raise ValueError(f"config.json gives mamba_n_heads * mamba_d_head = {heads * head_dim}, but {stated} = {inner}")
     return Mamba2Config(
         n_heads=heads,
         head_dim=head_dim,
-        d_state=required(config, "mamba_d_state", 256, most=MAX_HEAD_SIZE),
+        d_state=required(config, "mamba_d_state", 256, limit=MAX_HEAD_SIZE),
         x_heads=heads,
         b_groups=divides(groups, heads, "mamba_n_groups"),
         c_groups=groups,

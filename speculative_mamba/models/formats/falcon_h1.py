@@ -15,7 +15,7 @@ from .names import Names
 def _falcon_h1(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     config = {"rms_norm_eps": 1e-5} | config
     refuse_other(config, "hidden_act", "silu")
-    layers, multiplier = required(config, "num_hidden_layers", most=MAX_LAYERS), partial(number, config, default=1.0)
+    layers, multiplier = required(config, "num_hidden_layers", limit=MAX_LAYERS), partial(number, config, default=1.0)
     gate, down = numbers(config, "mlp_multipliers", 2)
     mlp = replace(llama_mlp(config), gate_multiplier=gate)
     outputs = (

@@ -29,13 +29,13 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def required(config: dict[str, Any], key: str, default: Any = None, *, least: int = 1, most: int = MAX_SIZE) -> int:
-    """A whole number from ``least`` to ``most``."""
+def required(config: dict[str, Any], key: str, default: Any = None, *, lo: int = 1, limit: int = MAX_SIZE) -> int:
+    """A whole number from ``lo`` to ``limit``."""
     value = _value(config, key, default)
     if not is_integer(value):
-        refuse(key, value, "a positive whole number" if least == 1 else "a whole number")
-    if not least <= value <= most:
-        refuse(key, value, f"a whole number from {least} to {most}")
+        refuse(key, value, "a positive whole number" if lo == 1 else "a whole number")
+    if not lo <= value <= limit:
+        refuse(key, value, f"a whole number from {lo} to {limit}")
     return value
 
 
@@ -46,13 +46,13 @@ def flag(config: dict[str, Any], key: str, default: bool) -> bool:
     return value
 
 
-def number(config: dict[str, Any], key: str, default: float | None = None, *, most: float = _NUMBERS[1]) -> float:
+def number(config: dict[str, Any], key: str, default: float | None = None, *, limit: float = _NUMBERS[1]) -> float:
     """A positive number."""
     value = _value(config, key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         refuse(key, value, "a positive number")
-    if not _NUMBERS[0] <= value <= most:
-        refuse(key, value, f"a number from {_NUMBERS[0]:g} to {most:g}")
+    if not _NUMBERS[0] <= value <= limit:
+        refuse(key, value, f"a number from {_NUMBERS[0]:g} to {limit:g}")
     return float(value)
 
 
@@ -66,7 +66,7 @@ def numbers(config: dict[str, Any], key: str, count: int) -> tuple[float, ...]:
 
 def epsilon(config: dict[str, Any], key: str, default: float) -> float:
     """What a norm adds to a mean square."""
-    return number(config, key, default, most=1.0)
+    return number(config, key, default, limit=1.0)
 
 
 def expanded(config: dict[str, Any], d_model: int, default: float = 2, *, key: str = "expand") -> int:
@@ -79,7 +79,7 @@ def expanded(config: dict[str, Any], d_model: int, default: float = 2, *, key: s
 
 def conv_width(config: dict[str, Any], key: str, default: int | None = None) -> int:
     """Taps of a convolution."""
-    return required(config, key, default, least=2, most=MAX_CONV_WIDTH)
+    return required(config, key, default, lo=2, limit=MAX_CONV_WIDTH)
 
 
 def dt_rank(config: dict[str, Any], key: str, d_model: int) -> int:
@@ -118,7 +118,7 @@ def indices(config: dict[str, Any], key: str, below: int) -> frozenset[int]:
 
 def layer_types(config: dict[str, Any], known: Collection[str], default: str, *keys: str) -> list[str]:
     """A kind for every layer, under the first of the keys that is there."""
-    layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
+    layers = required(config, "num_hidden_layers", limit=MAX_LAYERS)
     key = next((key for key in keys if config.get(key) is not None), None)
     if key is None:
         return [default] * layers

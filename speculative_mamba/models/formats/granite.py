@@ -18,7 +18,7 @@ _KINDS = {"mamba": "mamba", "linear_attention": "mamba", "attention": "self_attn
 
 
 def _granite(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
-    layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
+    layers = required(config, "num_hidden_layers", limit=MAX_LAYERS)
     attention = llama_attention(config, scale=number(config, "attention_multiplier", 1.0))
     return of_llama(config, (attention, llama_mlp(config)) * layers, "self_attn.", **_multipliers(config))
 

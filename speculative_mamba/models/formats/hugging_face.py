@@ -44,7 +44,7 @@ def _mamba1(config: dict[str, Any], **other: Any) -> tuple[ModelConfig, Names]:
     mixer = Mamba1Config(
         d_inner=required(config, "intermediate_size", expanded(config, d_model)),
         dt_rank=dt_rank(config, "time_step_rank", d_model),
-        d_state=required(config, "state_size", 16, most=MAX_HEAD_SIZE),
+        d_state=required(config, "state_size", 16, limit=MAX_HEAD_SIZE),
         d_conv=conv_width(config, "conv_kernel", 4),
         conv_bias=flag(config, "use_conv_bias", True),
         bias=flag(config, "use_bias", False),
@@ -61,14 +61,14 @@ def _mamba2(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     refuse_other(config, "hidden_act", "silu")
     refuse_other(config, "rms_norm", True)
     groups, heads = required(config, "n_groups", 8), required(config, "num_heads", 128)
-    head_dim = required(config, "head_dim", 64, most=MAX_HEAD_SIZE)
+    head_dim = required(config, "head_dim", 64, limit=MAX_HEAD_SIZE)
     inner, stated = heads * head_dim, expanded(config, required(config, "hidden_size"))
     if inner != stated:
         raise ValueError(f"config.json gives num_heads * head_dim = {inner}, but expand * hidden_size = {stated}")
     mixer = Mamba2Config(
         n_heads=heads,
         head_dim=head_dim,
-        d_state=required(config, "state_size", 128, most=MAX_HEAD_SIZE),
+        d_state=required(config, "state_size", 128, limit=MAX_HEAD_SIZE),
         x_heads=heads,
         b_groups=divides(groups, heads, "n_groups"),
         c_groups=groups,
@@ -83,7 +83,7 @@ def _mamba2(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
 
 
 def _layers(config: dict[str, Any]) -> int:
-    return required(config, "num_hidden_layers", most=MAX_LAYERS)
+    return required(config, "num_hidden_layers", limit=MAX_LAYERS)
 
 
 def of_backbone(
@@ -148,7 +148,7 @@ def llama_attention(
     heads = required(config, "num_attention_heads")
     if config.get("head_dim") is None:
         divides(heads, required(config, "hidden_size"), "num_attention_heads")
-    head_dim = required(config, "head_dim", required(config, "hidden_size") // heads, most=MAX_HEAD_SIZE)
+    head_dim = required(config, "head_dim", required(config, "hidden_size") // heads, limit=MAX_HEAD_SIZE)
     bias = flag(config, "attention_bias", False)
     return AttentionConfig(
         n_heads=heads,
@@ -183,7 +183,7 @@ def _rotary(config: dict[str, Any], head_dim: int, rotated: float | None) -> tor
         dims, what = head_dim, "head_dim"
     else:
         what = "partial_rotary_factor"
-        dims = int(head_dim * number(scaling, what, rotated, most=1.0))
+        dims = int(head_dim * number(scaling, what, rotated, limit=1.0))
     divides(2, dims, what)
     frequencies = rotary_frequencies(number(scaling, "rope_theta", number(config, "rope_theta", 10000.0)), dims)
     if kind == "linear":

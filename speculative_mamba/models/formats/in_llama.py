@@ -43,7 +43,7 @@ def from_mamba_in_llama(config: dict[str, Any], mamba: dict[str, Any]) -> tuple[
     except ValueError as error:
         raise ValueError(str(error).replace("config.json", "mamba_config.json", 1)) from None
     for key, here, there in (
-        ("n_layer", layers, required(config, "num_hidden_layers", most=MAX_LAYERS)),
+        ("n_layer", layers, required(config, "num_hidden_layers", limit=MAX_LAYERS)),
         ("d_model", mamba["d_model"], required(config, "hidden_size")),
         ("rms_norm_eps", eps, epsilon(config, "rms_norm_eps", 1e-6)),
     ):
@@ -57,7 +57,7 @@ def from_mamba_in_llama(config: dict[str, Any], mamba: dict[str, Any]) -> tuple[
 def _mamba_side(mamba: dict[str, Any]) -> tuple[int, frozenset[int], tuple[BlockConfig, ...]]:
     """How many layers there are, which of them attend, and the blocks of one that does not."""
     refuse_other(mamba, "hidden_act", "silu")
-    layers = required(mamba, "n_layer", most=MAX_LAYERS)
+    layers = required(mamba, "n_layer", limit=MAX_LAYERS)
     mlp = MlpConfig(required(mamba, "intermediate_size"))
     return layers, indices(mamba, "attn_layers", layers), (_mixer(mamba, object_of(mamba, "ssm_cfg")), mlp)
 
@@ -75,7 +75,7 @@ def _mixer(mamba: dict[str, Any], ssm: dict[str, Any]) -> GroupedMamba1Config | 
             d_inner=inner,
             d_xb=d_xb,
             dt_rank=dt_rank(ssm, "dt_rank", d_model),
-            d_state=divides(required(ssm, "d_state", 16, most=MAX_HEAD_SIZE), d_xb, "d_state"),
+            d_state=divides(required(ssm, "d_state", 16, limit=MAX_HEAD_SIZE), d_xb, "d_state"),
             d_conv=conv_width(ssm, "d_conv", 4),
             conv_bias=flag(ssm, "conv_bias", True),
             repeat_before_conv=flag(ssm, "repeat_kv_before_conv", True),
@@ -84,7 +84,7 @@ def _mixer(mamba: dict[str, Any], ssm: dict[str, Any]) -> GroupedMamba1Config | 
     refuse_unknown(ssm, "ssm_cfg", _INITIAL + known + "chunk_size repeat_kv_before_conv")
     refuse_other(ssm, "norm_before_gate", False)
     refuse_other(ssm, "d_ssm", None, inner)
-    heads, head_dim = required(ssm, "ngroups"), required(ssm, "d_state", 128, most=MAX_HEAD_SIZE)
+    heads, head_dim = required(ssm, "ngroups"), required(ssm, "d_state", 128, limit=MAX_HEAD_SIZE)
     if heads * head_dim != inner:
         raise ValueError(f"config.json gives ngroups * d_state = {heads * head_dim}, but d_inner = {inner}")
     shared = d_xb // divides(head_dim, d_xb, "d_state")

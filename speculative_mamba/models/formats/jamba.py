@@ -21,7 +21,7 @@ NAMES = {"mlp": "feed_forward.", "mlp_norm": "pre_ff_layernorm", "norm": "final_
 
 
 def _jamba(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
-    layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
+    layers = required(config, "num_hidden_layers", limit=MAX_LAYERS)
     if required(config, "num_experts", 16) > 1 and _every(config, "expert_layer", 2, 1, layers):
         raise ValueError(
             "config.json describes a mixture of experts (num_experts is above 1), which is not supported; the dense "
@@ -40,7 +40,7 @@ def _jamba(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
 def _every(config: dict[str, Any], kind: str, period: int, offset: int, layers: int) -> range:
     """Layers of a kind: one in each period."""
     period = required(config, f"{kind}_period", period)
-    return range(required(config, f"{kind}_offset", offset, least=0, most=period - 1), layers, period)
+    return range(required(config, f"{kind}_offset", offset, lo=0, limit=period - 1), layers, period)
 
 
 def _mamba1(config: dict[str, Any]) -> Mamba1Config:
@@ -48,7 +48,7 @@ def _mamba1(config: dict[str, Any]) -> Mamba1Config:
     return Mamba1Config(
         d_inner=expanded(config, d_model, key="mamba_expand"),
         dt_rank=dt_rank(config, "mamba_dt_rank", d_model),
-        d_state=required(config, "mamba_d_state", 16, most=MAX_HEAD_SIZE),
+        d_state=required(config, "mamba_d_state", 16, limit=MAX_HEAD_SIZE),
         d_conv=conv_width(config, "mamba_d_conv", 4),
         conv_bias=flag(config, "mamba_conv_bias", True),
         bias=flag(config, "mamba_proj_bias", False),

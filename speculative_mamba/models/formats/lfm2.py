@@ -55,7 +55,7 @@ def _lfm2(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
 def _kinds(config: dict[str, Any]) -> list[str]:
     """Of each layer. Older configs number those that attend, and without a list all of them do."""
     if config.get("layer_types") is None and config.get("full_attn_idxs") is not None:
-        layers = required(config, "num_hidden_layers", most=MAX_LAYERS)
+        layers = required(config, "num_hidden_layers", limit=MAX_LAYERS)
         attending = indices(config, "full_attn_idxs", layers)
         return ["full_attention" if i in attending else "conv" for i in range(layers)]
     return layer_types(config, _PREFIXES, "full_attention", "layer_types")

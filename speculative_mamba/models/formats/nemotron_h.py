@@ -66,8 +66,8 @@ def _mamba2(config: dict[str, Any]) -> Mamba2Config:
     heads, groups = required(config, "mamba_num_heads", 128), required(config, "n_groups", 8)
     return Mamba2Config(
         n_heads=heads,
-        head_dim=required(config, "mamba_head_dim", 64, most=MAX_HEAD_SIZE),
-        d_state=required(config, "ssm_state_size", 128, most=MAX_HEAD_SIZE),
+        head_dim=required(config, "mamba_head_dim", 64, limit=MAX_HEAD_SIZE),
+        d_state=required(config, "ssm_state_size", 128, limit=MAX_HEAD_SIZE),
         x_heads=heads,
         b_groups=divides(groups, heads, "n_groups"),
         c_groups=groups,
@@ -82,7 +82,7 @@ def _mamba2(config: dict[str, Any]) -> Mamba2Config:
 
 def _attention(config: dict[str, Any]) -> MixerConfig:
     refuse_other(config, "sliding_window", None)
-    head_dim = required(config, "head_dim", 128, most=MAX_HEAD_SIZE)
+    head_dim = required(config, "head_dim", 128, limit=MAX_HEAD_SIZE)
     return llama_attention(config | {"head_dim": head_dim, "attention_bias": False}, rotates=False)
 
 

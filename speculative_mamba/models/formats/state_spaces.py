@@ -31,7 +31,7 @@ _MLP_MULTIPLE = 128
 
 def from_state_spaces(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     refuse_other(config, "rms_norm", True)
-    d_model, layers = required(config, "d_model"), required(config, "n_layer", most=MAX_LAYERS)
+    d_model, layers = required(config, "d_model"), required(config, "n_layer", limit=MAX_LAYERS)
     ssm, multiple = object_of(config, "ssm_cfg"), required(config, "pad_vocab_size_multiple", 8)
     mixers = {"Mamba1": _mamba1, "Mamba2": _mamba2}
     layer = ssm.get("layer", "Mamba1")
@@ -41,7 +41,7 @@ def from_state_spaces(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
         )
     mixer, attending = mixers[layer](ssm, d_model), indices(config, "attn_layer_idx", layers)
     attention = _attention(object_of(config, "attn_cfg"), d_model) if attending else None
-    inner = required(config, "d_intermediate", 0, least=0)
+    inner = required(config, "d_intermediate", 0, lo=0)
     mlp = MlpConfig(_padded(inner, _MLP_MULTIPLE)) if inner else None
     blocks: list[BlockConfig] = []
     names = []
@@ -75,7 +75,7 @@ def _mamba1(ssm: dict[str, Any], d_model: int) -> Mamba1Config:
     return Mamba1Config(
         d_inner=expanded(ssm, d_model),
         dt_rank=dt_rank(ssm, "dt_rank", d_model),
-        d_state=required(ssm, "d_state", 16, most=MAX_HEAD_SIZE),
+        d_state=required(ssm, "d_state", 16, limit=MAX_HEAD_SIZE),
         d_conv=conv_width(ssm, "d_conv", 4),
         conv_bias=flag(ssm, "conv_bias", True),
         bias=flag(ssm, "bias", False),
@@ -89,14 +89,14 @@ def _mamba2(ssm: dict[str, Any], d_model: int) -> Mamba2Config:
         _INITIAL + "d_state d_conv expand headdim d_ssm ngroups D_has_hdim rmsnorm norm_before_gate dt_limit bias "
         "conv_bias chunk_size",
     )
-    inner, head_dim = expanded(ssm, d_model), required(ssm, "headdim", 64, most=MAX_HEAD_SIZE)
+    inner, head_dim = expanded(ssm, d_model), required(ssm, "headdim", 64, limit=MAX_HEAD_SIZE)
     refuse_other(ssm, "norm_before_gate", False)
     refuse_other(ssm, "d_ssm", None, inner)
     heads, groups = inner // divides(head_dim, inner, "headdim"), required(ssm, "ngroups", 1)
     return Mamba2Config(
         n_heads=heads,
         head_dim=head_dim,
-        d_state=required(ssm, "d_state", 128, most=MAX_HEAD_SIZE),
+        d_state=required(ssm, "d_state", 128, limit=MAX_HEAD_SIZE),
         x_heads=heads,
         b_groups=divides(groups, heads, "ngroups"),
         c_groups=groups,
@@ -120,10 +120,10 @@ def _attention(attn: dict[str, Any], d_model: int) -> AttentionConfig:
         )
     refuse_other(attn, "mlp_dim", 0)
     refuse_other(attn, "rotary_emb_interleaved", False)
-    heads, rotated = required(attn, "num_heads"), required(attn, "rotary_emb_dim", 0, least=0)
+    heads, rotated = required(attn, "num_heads"), required(attn, "rotary_emb_dim", 0, lo=0)
     if attn.get("head_dim") is None:
         divides(heads, d_model, "num_heads")
-    head_dim = required(attn, "head_dim", d_model // heads, most=MAX_HEAD_SIZE)
+    head_dim = required(attn, "head_dim", d_model // heads, limit=MAX_HEAD_SIZE)
     frequencies = ()
     if rotated:
         divides(2, rotated, "rotary_emb_dim")
@@ -138,5 +138,5 @@ def _attention(attn: dict[str, Any], d_model: int) -> AttentionConfig:
         scale=None if attn.get("softmax_scale") is None else number(attn, "softmax_scale"),
         bias=flag(attn, "qkv_proj_bias", True),
         out_bias=flag(attn, "out_proj_bias", True),
-        d_conv=conv_width(attn, "d_conv") if required(attn, "d_conv", 0, least=0) else 0,
+        d_conv=conv_width(attn, "d_conv") if required(attn, "d_conv", 0, lo=0) else 0,
     )

@@ -1,8 +1,8 @@
 """One launch writes the window's keys and values, the next attends, the last writes the lengths.
 
-A program attends with a tile of queries of one kv head. Blocks of entries start at fixed positions. A block that all of
-the tile's tokens see whole is taken by all of them at once; one that ends among them by one token after the other, so
-that a query meets its own entries only. Either way a query's sums are made by the same instructions.
+A program attends with a tile of queries of one kv head. Blocks of entries start at fixed positions. A block that all
+tokens of the tile see in full is taken by all of them at once; one that ends among them by one token after the other,
+so that a query meets its own entries only. Either way a query's sums are made by the same instructions.
 """
 
 import torch
@@ -78,12 +78,12 @@ def _attend(
     d = tl.reshape(d, (PARTS, PART))[:, None, :]
     keys = keys[0] + b * keys[1] + kv_head.to(tl.int64) * keys[2] + d
     values = values[0] + b * values[1] + kv_head.to(tl.int64) * values[2] + d
-    greatest = tl.full((QUERIES,), -float("inf"), tl.float32)
+    running_max = tl.full((QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((PARTS, QUERIES, PART), tl.float32)
     for block in range(0, tl.where(first < last, begin + last, 0), ENTRIES):
-        whole = block + ENTRIES <= begin + first + 1
-        for token in range(first, tl.where(whole, first + 1, last)):
+        visible = block + ENTRIES <= begin + first + 1
+        for token in range(first, tl.where(visible, first + 1, last)):
             entry = block + tl.arange(0, ENTRIES)
             seen = entry <= begin + token
             place = entry.to(tl.int64)[None, :, None] * dims
@@ -92,14 +92,14 @@ def _attend(
             value = widen(tl.load(values + place, mask=there, other=0.0))
             scores = lane_sums(tl.dot(query, tl.permute(key, (0, 2, 1)), input_precision="ieee"))
             scores = tl.where(seen[None, :], scores, -float("inf"))
-            most = tl.maximum(greatest, tl.max(scores, 1))
-            weights = exp(scores - most[:, None])
-            rescale = exp(greatest - most)
+            new_max = tl.maximum(running_max, tl.max(scores, 1))
+            weights = exp(scores - new_max[:, None])
+            rescale = exp(running_max - new_max)
             added = tl.dot(tl.broadcast_to(weights[None], (PARTS, QUERIES, ENTRIES)), value, input_precision="ieee")
-            turn = attends & (whole | (t == token))
+            turn = attends & (visible | (t == token))
             total = tl.where(turn, tl.fma(total, rescale, row_sums(weights)), total)
             sums = tl.where(turn[None, :, None], tl.fma(sums, rescale[None, :, None], added), sums)
-            greatest = tl.where(turn, most, greatest)
+            running_max = tl.where(turn, new_max, running_max)
     total = tl.where(attends, total, 1.0)[None, :, None]
     at = y + ((b * tokens + t) * heads + head)[None, :, None] * dims + d
     tl.store(at, narrow(tl.div_rn(sums, total), y.dtype.element_ty), mask=(t < tokens)[None, :, None] & (d < dims))

@@ -73,7 +73,7 @@ def _decide(
         peak = tl.load(peaks + at)
         ids, keys, weights = ids + at * vocabulary, keys + at * vocabulary, weights + at * vocabulary
         count = tl.load(counts + at)
-        least, last, scale = threshold(
+        min_key, last, scale = threshold(
             ids, keys, weights, count, tl.load(min_keys + at), tl.load(totals + at), top_k, nucleus, floor
         )  # fmt: skip
         if target_probs is not None:
@@ -81,7 +81,7 @@ def _decide(
                 token = start + tl.arange(0, BLOCK)
                 exists = token < vocabulary
                 x = tl.load(row + token, mask=exists, other=-INFINITE)
-                weight = kept(token, sort_key(x), weight_of(x, peak, temperature), least, last, floor)
+                weight = kept(token, sort_key(x), weight_of(x, peak, temperature), min_key, last, floor)
                 tl.store(target_probs[0] + b * target_probs[1] + token, weight * scale, mask=exists)
         seed, stream = tl.load(rng_keys + 2 * b), tl.load(rng_keys + 2 * b + 1)
         position = tl.load(positions + b) + t
@@ -94,7 +94,7 @@ def _decide(
         replaces = False  # by the residual
         if chooses == 0:
             x = tl.load(row + drafted)
-            of_target = kept(drafted, sort_key(x), weight_of(x, peak, temperature), least, last, floor) * scale
+            of_target = kept(drafted, sort_key(x), weight_of(x, peak, temperature), min_key, last, floor) * scale
             of_draft = tl.full((), 1.0, tl.float32)
             if draft_probs is not None:
                 of_draft = tl.load(draft_probs[0] + q_row + drafted)
@@ -104,7 +104,7 @@ def _decide(
                 if rejects:
                     sums = tl.zeros((BLOCK,), tl.float64)
                     for start in range(0, count, BLOCK):
-                        token, p = listed(ids, keys, weights, start, count, least, last, floor)
+                        token, p = listed(ids, keys, weights, start, count, min_key, last, floor)
                         sums += _residual(token, p * scale, draft_probs, q_row, drafted).to(tl.float64)
                     total = tl.sum(sums, 0)
                     replaces = (total > 0) & (total < INFINITE)
@@ -117,7 +117,7 @@ def _decide(
         if rejects & (found == 0):
             best = tl.full((), LATEST, tl.float64)
             for start in range(0, count, BLOCK):
-                token, p = listed(ids, keys, weights, start, count, least, last, floor)
+                token, p = listed(ids, keys, weights, start, count, min_key, last, floor)
                 p *= scale
                 if replaces:
                     p = _residual(token, p, draft_probs, q_row, drafted)

@@ -126,7 +126,7 @@ struct Machine {
     std::unordered_map<uintptr_t, Cell> cells;
     std::vector<std::unordered_map<uintptr_t, Cell>> ended, ended_before;  // launches of this call, of the last
     std::vector<BlockMemory*> block_memory;                                // that the running block has asked for
-    std::vector<uint64_t> launched;  // further memory of a block, whose size the launch states
+    std::vector<uint64_t> launched;  // dynamic shared memory of a block, whose size the launch states
     BlockMemory launched_cells{0, 0, 4};
     std::unordered_set<uintptr_t> arriving;  // memory that copies go to, by the address of sixteen bytes
     std::mt19937 random{1};
