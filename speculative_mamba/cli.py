@@ -1,6 +1,7 @@
 """The command line: text to stdout, everything else to stderr."""
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -23,13 +24,14 @@ from .info import describe
 from .models import MambaLM, load_model, load_pair
 from .models.language_model import ROLLBACKS
 from .models.text import TextStream
-from .models.tokenizer import added_around, encode
+from .models.tokenizer import added_around, encode, text_tokenizer
 from .ops.sampling_params import GREEDY_BELOW
 from .ops.threads import available_cpus, num_threads, set_num_threads
 from .streams import FAILURE, PROGRAM, OutputError, check_output, exit_code, one_line, say, signs_of_life, write
 
 PROMPT = '"You are very kind," said'
 MAX_THREADS = 1024
+_SAMPLING = tuple(field for field in dataclasses.fields(SamplingParams) if field.name != "logit_bias")  # are options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,6 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
     option("K", type=_LOOKAHEAD, default=4, help="tokens drafted per round, 1 to 15, or auto")
     option("model_target", default="builtin:target", metavar="MODEL", help="folder, hub id or builtin:target")
     option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
+    option("revision", help="branch, tag or commit of a hub id (default: the newest)", default=argparse.SUPPRESS)
+    option("revision_draft", help="the same for the draft", default=argparse.SUPPRESS)
+    option("chat", action="store_true", help="the prompt is a user's message, written by the model's chat template")
+    option("system", type=_TEXT, metavar="TEXT", help="system message before it", default=argparse.SUPPRESS)
     option(
         "draft", choices=("model", *NAMED_DRAFTS, "none"), default=argparse.SUPPRESS,
         help="who drafts: model_draft, or the text so far without a model; none is plain decoding (default: model, but "
@@ -135,6 +141,10 @@ def build_parser() -> argparse.ArgumentParser:
     option("repetition_penalty", type=_NUMBER, default=1.0, help="above 1, tokens of the text become less likely")
     option("presence_penalty", type=_NUMBER, default=0.0, help="-2 to 2: off the logits of tokens generated before")
     option("frequency_penalty", type=_NUMBER, default=0.0, help="-2 to 2: the same for each time they were generated")
+    option(
+        "default_sampling", action="store_true",
+        help="take what the model's generation_config.json recommends, but for options that are given",
+    )  # fmt: skip
     option("acceptance", choices=ACCEPTANCES, default="rejection", help="coupled: the text of plain sampling, exactly")
     option("seed", type=_WHOLE, default=0, help="seed for sampling")
     option("stop", type=_stop, action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
@@ -231,9 +241,11 @@ _IDLE = (
     _Idle(("top_p", "min_p", "seed"), lambda o, s: s.greedy, "greedy decoding draws nothing"),
     _Idle(("acceptance",), lambda o, s: s.greedy, "greedy text needs no choice of test"),
     _Idle(("acceptance",), lambda o, s: not s.greedy and o.draft == "none", "without a draft nothing is tested"),
-    _Idle(("temperature",), lambda o, s: o.top_k == 1 and s.temperature > GREEDY_BELOW, "top_k 1 is greedy"),
-    _Idle(("model_draft",), lambda o, s: o.draft != "model", "another --draft was asked for"),
+    _Idle(("temperature",), lambda o, s: s.top_k == 1 and s.temperature > GREEDY_BELOW, "top_k 1 is greedy"),
+    _Idle(("model_draft", "revision_draft"), lambda o, s: o.draft != "model", "another --draft was asked for"),
     _Idle(("K",), lambda o, s: o.draft == "none", "without a draft nothing is drafted"),
+    _Idle(("system",), lambda o, s: not o.chat, "without --chat there are no messages"),
+    _Idle(("no_special_tokens",), lambda o, s: o.chat, "a chat template writes its own"),
     _Idle(("stream",), lambda o, s: o.json, "--json prints all at the end"),
 )
 
@@ -249,31 +261,40 @@ def _notices(options: argparse.Namespace, given: set[str], sampling: SamplingPar
 
 
 def _run(options: argparse.Namespace, given: set[str]) -> int:
-    sampling = SamplingParams(
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty, presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty, seed=options.seed,
-    )  # fmt: skip
+    sampling = SamplingParams(**{field.name: getattr(options, field.name) for field in _SAMPLING})
     set_num_threads(getattr(options, "threads", num_threads()))
     common = {
         "dtype": getattr(options, "dtype", None), "state_dtype": options.state_dtype,
         "rollback": options.rollback, "device": options.device, "backend": options.backend,
-        "mmap": not options.no_mmap,
+        "mmap": not options.no_mmap, "revision": getattr(options, "revision", None),
     }  # fmt: skip
     draft = options.draft if options.draft in NAMED_DRAFTS else None
     if options.draft == "model":
         with signs_of_life(lambda: f"loading {options.model_target} and {options.model_draft}"):
-            target, draft = load_pair(options.model_target, options.model_draft, **common)
+            revision_draft = getattr(options, "revision_draft", None)
+            target, draft = load_pair(
+                options.model_target, options.model_draft, revision_draft=revision_draft, **common
+            )
     else:
         with signs_of_life(lambda: f"loading {options.model_target}"):
             target = load_model(options.model_target, **common)
+    notices = []
+    if options.default_sampling:
+        sampling = target.default_sampling
+        notices.append(_about_default(sampling))
+        own = {field.name: getattr(options, field.name) for field in _SAMPLING if field.name in given}
+        sampling = dataclasses.replace(sampling, **own)
     check_models(target, draft)
     check_generation(
         target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
         acceptance=options.acceptance,
     )  # fmt: skip
     executor = GraphExecutor() if options.cg and target.device.type == "cuda" else "eager"
-    prompt, about_prompt = _encode(target, options.prompt, not options.no_special_tokens)
+    if options.chat:
+        prompt = target.chat_prompt(_messages(options))
+    else:
+        prompt, about_prompt = _encode(target, options.prompt, not options.no_special_tokens)
+        notices += about_prompt
     if options.cg and executor == "eager":
         say(f"--cg: no CUDA graphs on device {target.device.type}; the text is the same without")
     cores = available_cpus()
@@ -290,14 +311,15 @@ def _run(options: argparse.Namespace, given: set[str]) -> int:
     show = write if options.stream and not options.json else None
     skip = not options.no_skip_special_tokens
     output = _Output(TextStream(target.tokenizer, options.stop, prompt, skip_special_tokens=skip), show)
+    shown_prompt = "" if options.chat else options.prompt
     if show:
-        show(options.prompt)
+        show(shown_prompt)
     result, comparison, code = None, None, 0
     try:
         with signs_of_life(lambda: output.progress(len(prompt), options.n_tokens_to_generate)):
             result = once(draft, output)
         _report(target, draft, result)
-        for notice in (*about_prompt, *_notices(options, given, sampling)):
+        for notice in (*notices, *_notices(options, given, sampling)):
             say(notice)
         if options.compare:
             comparison = _compare(once, draft, result, sampling.greedy or options.acceptance == "coupled")
@@ -312,18 +334,27 @@ def _run(options: argparse.Namespace, given: set[str]) -> int:
             report["compare"] = comparison
         write(json.dumps(report) + "\n")
     else:
-        write("\n" if show else f"{options.prompt}{output.text}\n")
+        write("\n" if show else f"{shown_prompt}{output.text}\n")
     return code
+
+
+def _messages(options: argparse.Namespace) -> list[dict[str, str]]:
+    """The conversation of ``--chat``."""
+    messages = [{"role": "user", "content": options.prompt}]
+    return [{"role": "system", "content": options.system}, *messages] if hasattr(options, "system") else messages
+
+
+def _about_default(sampling: SamplingParams) -> str:
+    stated = {field.name: getattr(sampling, field.name) for field in _SAMPLING}
+    stated = [f"{field.name} {stated[field.name]:g}" for field in _SAMPLING if stated[field.name] != field.default]
+    if not stated:
+        return "--default_sampling has no effect: the model recommends none (generation_config.json)"
+    return f"--default_sampling: {', '.join(stated)}"
 
 
 def _encode(target: MambaLM, prompt: str, special_tokens: bool) -> tuple[list[int], list[str]]:
     """The prompt's token ids, and what a user should know about them."""
-    tokenizer = target.tokenizer
-    if tokenizer is None:
-        raise ValueError(
-            f"{target.name} has no tokenizer; put tokenizer.json into its folder (state-spaces models use that of "
-            "EleutherAI/gpt-neox-20b), or pass token ids from Python"
-        )
+    tokenizer = text_tokenizer(target)
     ids = encode(tokenizer, prompt, special_tokens)
     if not ids:
         raise ValueError("the prompt is empty; give at least one character")

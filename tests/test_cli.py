@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -327,12 +328,37 @@ def test_version(capsys):
         (["--model_target", "./absent"], "does not exist"),
         (["--model_draft", "./absent"], "does not exist"),
         (["--model_target", "builtin:other"], "builtin:other"),
+        (["--chat"], "no chat template"),
+        (["--system", "caf\udce9"], "UTF-8"),
+        (["--revision", "main"], "only a hub id"),
+        (["--revision_draft", "v1"], "only a hub id"),
+        (["--revision-draft", "v1", "--revision", ""], "revision must be"),
     ],
     ids=" ".join,
 )
 def test_bad_input_is_one_line_and_exit_2(run, arguments, word):
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and word in err
+
+
+def test_revisions_of_hub_ids(run, monkeypatch):
+    """Each model's own for all but the weights, which are then of that commit, whatever the name means by now.
+
+    Catches: weights of the newest commit beside the config of another; the target's revision for the draft.
+    """
+    asked = []
+
+    def snapshot_download(repository, *, revision, allow_patterns):
+        asked.append((repository, revision))
+        return Path(sm.__file__).parent / "models" / "builtin" / repository.split("/")[1]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    models = ["--model_target", "me/target", "--model_draft", "me/draft"]
+    assert run(*SHORT, *models, "--revision", "v1.0", "--revision-draft", "main")[:2] == (0, generated() + "\n")
+    assert asked == [("me/target", "v1.0"), ("me/draft", "main"), ("me/target", "target"), ("me/draft", "draft")]
+    asked.clear()
+    assert run(*SHORT, *models, "--draft", "none", "--revision", "v1.0")[0] == 0
+    assert asked == [("me/target", "v1.0"), ("me/target", "target")]
 
 
 SAMPLING = ["--temperature", "0.9"]
@@ -348,6 +374,8 @@ SAMPLING = ["--temperature", "0.9"]
         ([*SAMPLING, "--draft", "none", "--acceptance", "coupled"], ["--acceptance"]),
         (["--draft", "ngram", "--model_draft", "./absent"], ["--model_draft"]),
         (["--draft", "none", "--model_draft", "./absent", "--K", "3"], ["--model_draft", "--K"]),
+        (["--draft", "ngram", "--revision_draft", "v1"], ["--revision_draft"]),
+        (["--default_sampling"], ["--default_sampling"]),
         (["--json", "--stream"], ["--stream"]),
         (["--no_special_tokens"], ["--no_special_tokens"]),
         ([*SAMPLING, "--top_k", "50", "--seed", "5", "--acceptance", "coupled", "--K", "3"], []),

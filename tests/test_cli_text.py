@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+import speculative_mamba as sm
+from speculative_mamba import cli
 from speculative_mamba.testing.text import byte_fallback_tokenizer, byte_level_tokenizer, write_chain
 
 
@@ -63,3 +65,93 @@ def test_special_tokens_of_the_prompt(run, llama_like):
 def test_a_target_alone_drafts_from_its_text(run, llama_like):
     code, _, err = run("--model_target", llama_like, "--prompt", "Hello")
     assert code == 0 and sum("--draft ngram" in line for line in err.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A checkpoint with ChatML's tokens and template, which answers "b" and ends."""
+    tokenizer = byte_level_tokenizer(["<|im_start|>", "<|im_end|>"])
+    end = tokenizer.token_to_id("<|im_end|>")
+    folder = write_chain(tmp_path_factory.mktemp("models") / "chatty", tokenizer, ["t", "b", end], eos=end)
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' and m.content == '' %}{{ raise_exception('who\\nare you?') }}"
+        "{% endif %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 40, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    return str(folder)
+
+
+@pytest.mark.parametrize("extra", [[], ["--stream"]], ids=["whole", "stream"])
+def test_an_answer_alone_is_printed(run, chatty, extra):
+    code, out, _ = run("--model_target", chatty, "--chat", "--prompt", "Hi", *extra)
+    assert (code, out) == (0, "b\n")
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        (["--prompt", "Hi"], "<|im_start|>user Hi<|im_end|><|im_start|>assistant"),
+        (["--prompt", ""], "<|im_start|>user <|im_end|><|im_start|>assistant"),
+        (
+            ["--prompt", "Hi", "--system", "Be kind."],
+            "<|im_start|>system Be kind.<|im_end|><|im_start|>user Hi<|im_end|><|im_start|>assistant",
+        ),
+    ],
+)
+def test_the_messages_of_a_chat(run, chatty, extra, text):
+    code, out, err = run("--model_target", chatty, "--chat", "--json", *extra)
+    assert code == 0 and "has no effect" not in err
+    tokenizer = sm.load_model(chatty).tokenizer
+    assert json.loads(out)["prompt_tokens"] == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_chat_that_the_template_refuses_is_one_line(run, chatty, llama_like):
+    code, out, err = run("--model_target", chatty, "--chat", "--system", "")
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and "refuses the messages: who are you?" in err
+    code, out, err = run("--model_target", llama_like, "--chat")
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and "has no chat template" in err
+
+
+@pytest.mark.parametrize(
+    ("extra", "idle"),
+    [(["--system", "Be kind."], "--system"), (["--chat", "--no_special_tokens"], "--no_special_tokens")],
+)
+def test_options_of_a_chat_that_do_nothing(run, chatty, extra, idle):
+    code, _, err = run("--model_target", chatty, "--prompt", "Hi", *extra)
+    assert code == 0 and [line.split()[1] for line in err.splitlines() if "has no effect: " in line] == [idle]
+
+
+@pytest.mark.parametrize(
+    ("extra", "chosen"),
+    [
+        ([], {}),
+        (["--default_sampling"], {"temperature": 0.6, "top_k": 40, "repetition_penalty": 1.05}),
+        (
+            ["--default-sampling", "--top_k", "0", "--seed", "3", "--repetition_penalty", "1"],
+            {"temperature": 0.6, "seed": 3},
+        ),
+        (["--default_sampling", "--temperature", "0"], {"top_k": 40, "repetition_penalty": 1.05}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_sampling_that_a_model_recommends(run, chatty, monkeypatch, extra, chosen):
+    """On request alone; options that are given win."""
+    asked = []
+
+    def generate(*arguments, **options):
+        asked.append(options["sampling"])
+        return sm.generate(*arguments, **options)
+
+    monkeypatch.setattr(cli, "generate", generate)
+    code, _, err = run("--model_target", chatty, "--prompt", "Hi", "--n_tokens_to_generate", "2", *extra)
+    assert code == 0 and asked == [sm.SamplingParams(**chosen)] and "has no effect" not in err
+    said = "--default_sampling: temperature 0.6, top_k 40, repetition_penalty 1.05"
+    assert sum(line.endswith(said) for line in err.splitlines()) == bool(extra)
+
+
+def test_a_model_that_recommends_no_sampling(run, llama_like):
+    code, out, err = run("--model_target", llama_like, "--prompt", "Hello", "--default_sampling")
+    assert (code, out) == (0, "Hello world\n\n") and "--default_sampling has no effect" in err

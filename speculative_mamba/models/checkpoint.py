@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from ..ops import backend as backends
 from ..ops.values import shown
 from .builder import build
+from .chat import read_chat_template
 from .config import ModelConfig
 from .folders import GENERATION_CONFIG, download, fetch_weights, find_folder, read_configs
 from .formats import Names, parse_config
@@ -33,6 +34,7 @@ def load_model(
     device: str | torch.device = "cpu",
     backend: str = "auto",
     mmap: bool = True,
+    revision: str | None = None,
 ) -> MambaLM:
     """Loads a language model: Mamba-1, Mamba-2, Falcon-Mamba, Llama, or a hybrid of Mamba and attention.
 
@@ -60,24 +62,32 @@ def load_model(
         mmap: False copies the weights into memory. A mapped file must stay as it is: one that is written over or cut
             short is noticed when the model is next called, but not within a call, where a cut ends the process (bus
             error). Deleting it, or renaming another file over it, does no harm.
+        revision: of a hub id, the branch, tag or commit to take; None is the newest commit.
 
     Raises:
         ValueError: anything in the list above is missing, broken, unknown, or does not fit the rest. Names, shapes and
             dtypes of all tensors are checked before any weights are read.
     """
     options = _Options.of(dtype, state_dtype, rollback, device, backend, mmap)
-    return _Checkpoint.open(source).load(options)
+    return _Checkpoint.open(source, revision).load(options)
 
 
-def load_pair(target: str | Path, draft: str | Path, **options: object) -> tuple[MambaLM, MambaLM]:
+def load_pair(
+    target: str | Path,
+    draft: str | Path,
+    *,
+    revision: str | None = None,
+    revision_draft: str | None = None,
+    **options: object,
+) -> tuple[MambaLM, MambaLM]:
     """A target and its draft, as ``load_model`` loads each; their vocabularies are compared before any weights are
-    downloaded or read.
+    downloaded or read. ``revision`` is the target's, ``revision_draft`` the draft's.
 
     Raises:
         ValueError: as ``load_model``, or the draft's tokens are not the target's.
     """
     parsed = _Options.of(**options)
-    pair = _Checkpoint.open(target), _Checkpoint.open(draft)
+    pair = _Checkpoint.open(target, revision), _Checkpoint.open(draft, revision_draft)
     check_same_vocabulary(*(checkpoint.vocabulary for checkpoint in pair))
     return pair[0].load(parsed), pair[1].load(parsed)
 
@@ -126,10 +136,11 @@ class _Checkpoint:
     vocabulary: Vocabulary
     tokenizer: Tokenizer | None
     falls_back: bool  # to the tokenizer of gpt-neox-20b
+    generation_config: dict
 
     @staticmethod
-    def open(source: str | Path) -> "_Checkpoint":
-        folder, is_hub = find_folder(source)
+    def open(source: str | Path, revision: str | None) -> "_Checkpoint":
+        folder, is_hub = find_folder(source, revision)
         config, mamba_config, generation_config = read_configs(folder)
         try:
             config = with_eos_token_ids(config, generation_config, GENERATION_CONFIG)
@@ -147,7 +158,9 @@ class _Checkpoint:
         parsed = dataclasses.replace(parsed, vocab_size=vocabulary.size, padded_vocab_size=padded)
         # State-spaces checkpoints come without the tokenizer they were trained with, gpt-neox-20b's.
         falls_back = "model_type" not in config or (is_hub and config["model_type"] == "mamba")
-        return _Checkpoint(str(source), folder, is_hub, parsed, names, vocabulary, tokenizer, falls_back)
+        return _Checkpoint(
+            str(source), folder, is_hub, parsed, names, vocabulary, tokenizer, falls_back, generation_config
+        )
 
     def load(self, options: _Options) -> MambaLM:
         folder = self.folder
@@ -166,6 +179,8 @@ class _Checkpoint:
         model.vocabulary = self.vocabulary
         model.forbid(self.vocabulary.unused)
         model.load_tokenizer = partial(load_tokenizer, folder, self.falls_back, download)
+        model.load_chat_template = partial(read_chat_template, folder)
+        model.generation_config = self.generation_config
         if self.tokenizer is not None:
             model.tokenizer = self.tokenizer
         return model

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ..ops.values import shown
+from .chat import CHAT_TEMPLATE, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 from .files import read_json
 from .weights import check_unpickling
 
@@ -16,16 +17,20 @@ _TEXT_FILES = [
     MAMBA_CONFIG,
     _ADAPTER_CONFIG,
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    CHAT_TEMPLATE,
 ]
 
 
-def find_folder(source: object) -> tuple[Path, bool]:
+def find_folder(source: object, revision: object = None) -> tuple[Path, bool]:
     """The folder of a model, and whether it is a hub id, of which everything but the weights is downloaded.
 
     Raises:
-        ValueError: there is no such model, or ``source`` is something else.
+        ValueError: there is no such model, or ``source`` is something else; or a folder has a ``revision``.
     """
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise ValueError(f"revision must be a branch, a tag or a commit, got {shown(revision)}")
     if not isinstance(source, str | Path) or not str(source):
         got = shown(source) if isinstance(source, str | Path) else type(source).__name__
         how = "; save it with save_pretrained and give the folder" if hasattr(source, "save_pretrained") else ""
@@ -35,10 +40,12 @@ def find_folder(source: object) -> tuple[Path, bool]:
         name = source.removeprefix("builtin:")
         if name not in BUILTIN:
             raise ValueError(f"unknown embedded model '{source}'; choose from: builtin:target, builtin:draft")
+        _refuse_revision(revision, source)
         return Path(__file__).parent / "builtin" / name, False
     try:
         path = Path(source).expanduser()
         if path.is_dir():
+            _refuse_revision(revision, f"folder {source}")
             _refuse_adapters(path)
             return path, False
         is_file = path.exists()
@@ -48,7 +55,7 @@ def find_folder(source: object) -> tuple[Path, bool]:
         raise ValueError(f"{source} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise ValueError(f"folder {shown(source)} does not exist, and it is no hub id (owner/name)")
-    folder = download(source, _TEXT_FILES)
+    folder = download(source, _TEXT_FILES, revision)
     _refuse_adapters(folder)
     return folder, True
 
@@ -66,16 +73,18 @@ def fetch_weights(repository: str, folder: Path) -> None:
 
 
 def download(repository: str, patterns: list[str], revision: str | None = None) -> Path:
-    """The folder of a commit (the newest, unless one is named) of a hub id, with its files of these patterns."""
+    """The folder of a commit of a hub id, with its files of these patterns. revision: a branch, a tag or a commit; None
+    is the newest commit."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
+        it = "it" if revision is None else f"its revision {shown(revision)}"
         raise ValueError(
-            f"no folder {repository} here, and the hub does not give it ({type(error).__name__}: {reason}); check the "
-            f"name and the network, or download it elsewhere and give the path of the folder"
+            f"no folder {repository} here, and the hub does not give {it} ({type(error).__name__}: {reason}); "
+            "check the name and the network, or download it elsewhere and give the path of the folder"
         ) from None
 
 
@@ -87,6 +96,11 @@ def read_configs(folder: Path) -> tuple[dict, dict | None, dict]:
         read_json(mamba) if mamba.is_file() else None,
         read_json(generation) if generation.is_file() else {},
     )
+
+
+def _refuse_revision(revision: str | None, source: str) -> None:
+    if revision is not None:
+        raise ValueError(f"only a hub id has revisions, but revision {shown(revision)} was asked of {source}")
 
 
 def _refuse_adapters(folder: Path) -> None:

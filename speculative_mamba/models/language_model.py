@@ -2,7 +2,7 @@
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,8 +15,12 @@ from ..layers.model_ops import skinny_linear
 from ..ops.checks import check_follows, check_start_slot, token_ids
 from ..ops.int8 import Int8Weight
 from ..ops.recording import Recording, ResultPool, StaleRecordingError, next_stage
+from ..ops.sampling_params import SamplingParams
+from .chat import ChatTemplate
 from .config import ModelConfig
 from .files import MappedFile
+from .sampling_defaults import default_sampling
+from .tokenizer import encode, text_tokenizer
 from .vocabulary import Vocabulary
 
 PREFILL_CHUNK = 64
@@ -72,7 +76,7 @@ def _are_same(objects: list[object], others: list[object]) -> bool:
     return len(objects) == len(others) and all(map(operator.is_, objects, others))
 
 
-def _no_tokenizer() -> None:
+def _nothing() -> None:
     return None
 
 
@@ -84,6 +88,7 @@ class MambaLM:
     ``load_tokenizer`` is called when text is first needed; token ids need none. ``state_dtype`` (float32, bfloat16,
     float16) is that of the recurrent state and of cached keys and values; ``rollback`` ("auto", "snapshots", "replay")
     as in ``load_model``. vocabulary: what the ids mean, as far as it is known. files: those in which weights lie.
+    ``load_chat_template`` is called when a conversation is first written. generation_config: the file's content.
 
     A pickled or deeply copied model holds its weights itself.
     """
@@ -94,13 +99,15 @@ class MambaLM:
     norm_weight: torch.Tensor
     head: torch.Tensor | Int8Weight
     name: str = "model"
-    load_tokenizer: Callable[[], Tokenizer | None] = _no_tokenizer
+    load_tokenizer: Callable[[], Tokenizer | None] = _nothing
     backend: str = "auto"
     state_dtype: torch.dtype = torch.float32
     rollback: str = "auto"
     head_bias: torch.Tensor | None = None
     vocabulary: Vocabulary | None = None
     files: tuple[MappedFile, ...] = ()
+    load_chat_template: Callable[[], ChatTemplate | None] = _nothing
+    generation_config: Mapping[str, object] = field(default_factory=dict)
     _recorded: set[tuple] = field(default_factory=set, init=False, compare=False)  # kinds of steps
 
     def __post_init__(self) -> None:
@@ -145,6 +152,47 @@ class MambaLM:
             ValueError: its file is broken, or it would have to be downloaded and cannot be.
         """
         return self.load_tokenizer()
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template, or None if there is none.
+
+        Raises:
+            ValueError: its file is broken.
+        """
+        return self.load_chat_template()
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True, **variables: object
+    ) -> list[int]:
+        """Token ids of a conversation, written as the model's chat template has it.
+
+        Args:
+            messages: dicts with ``role`` and ``content``, as transformers and OpenAI have them. Special tokens in a
+                content are read as such.
+            add_generation_prompt: end with what begins an answer.
+            variables: others that the template knows, such as ``tools`` or ``enable_thinking``.
+
+        Raises:
+            ValueError: the model has no chat template or no tokenizer; messages or variables are of the wrong kind; the
+                template refuses them, or is broken.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                f"{self.name} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
+                "put one into its folder, or give it plain text"
+            )
+        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return encode(text_tokenizer(self), text, special_tokens=False)
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What the model's ``generation_config.json`` recommends, as far as it states it; greedy without ``do_sample``.
+
+        Raises:
+            ValueError: a value there is out of range, or calls for another way to generate.
+        """
+        return default_sampling(self.generation_config)
 
     @property
     def device(self) -> torch.device:

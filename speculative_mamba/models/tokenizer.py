@@ -55,6 +55,21 @@ def tokenizer_of(model: object) -> Tokenizer | None:
     return None if tokenizer is None else as_tokenizer(tokenizer)
 
 
+def text_tokenizer(model: object) -> Tokenizer:
+    """The tokenizer of a model that is given text.
+
+    Raises:
+        ValueError: it has none, or its file is broken or out of reach.
+    """
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        raise ValueError(
+            f"{model.name} has no tokenizer; put tokenizer.json into its folder (state-spaces models use that of "
+            f"{DEFAULT_TOKENIZER}), or pass token ids from Python"
+        )
+    return tokenizer
+
+
 def as_tokenizer(tokenizer: object) -> Tokenizer:
     """The ``tokenizers.Tokenizer`` in what a caller has: that itself, or a fast tokenizer of transformers.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from .chat import TOKENIZER_CONFIG
 from .files import read_json
 
 
@@ -61,7 +62,7 @@ def known_vocabulary(model: object) -> Vocabulary:
 def read_tokens(folder: Path, tokenizer: Tokenizer) -> dict[int, str]:
     """The tokens of a tokenizer by id, with those that ``tokenizer_config.json`` adds to it."""
     tokens = {token: text for text, token in tokenizer.get_vocab(with_added_tokens=True).items()}
-    path = folder / "tokenizer_config.json"
+    path = folder / TOKENIZER_CONFIG
     added = read_json(path).get("added_tokens_decoder") if path.is_file() else None
     for token, entry in (added if isinstance(added, dict) else {}).items():
         if token.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str):

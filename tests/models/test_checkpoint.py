@@ -1,6 +1,7 @@
 """Checkpoints of both public formats give the logits and the text that transformers gives."""
 
 import copy
+import hashlib
 import json
 import os
 import pickle
@@ -370,29 +371,62 @@ def test_peak_memory(tmp_path, layout):
         assert peak <= 1.2 * weights + 300e6, f"{dtype}: peak {peak / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights"
 
 
+@pytest.mark.parametrize(
+    ("source", "revision", "word"),
+    [
+        ("builtin:target", "main", "only a hub id has revisions"), ("folder", "main", "only a hub id has revisions"),
+        ("someone/tiny-mamba", "", "revision must be"), ("someone/tiny-mamba", 3, "revision must be"),
+    ],
+)  # fmt: skip
+def test_revisions_that_cannot_be(source, revision, word, tmp_path):
+    for load in (sm.load_model, lambda source, revision: sm.load_pair(source, "./absent", revision=revision)):
+        with pytest.raises(ValueError, match=word):
+            load(tmp_path if source == "folder" else source, revision=revision)
+
+
 def test_hub_id_from_the_cache_without_a_network(checkpoint, tmp_path):
-    """The hub's own folder layout under HF_HOME; huggingface_hub reads the environment when imported."""
-    written = checkpoint("safetensors")
-    snapshot = tmp_path / "hub" / "models--someone--tiny-mamba" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
-    for file in written.folder.iterdir():
-        (snapshot / file.name).symlink_to(file)
-    program = """
+    """The hub's own layout under HF_HOME, blobs and links to them; huggingface_hub reads the environment when imported.
+
+    Catches: a revision that is not passed on.
+    """
+    hub = tmp_path / "hub" / "models--someone--tiny-mamba"
+    for folder in ("blobs", "refs"):
+        (hub / folder).mkdir(parents=True)
+    folders = {"main": checkpoint("safetensors").folder, "v1": checkpoint("sharded", seed=1).folder}
+    commits = {name: str(number) * 40 for number, name in enumerate(folders)}
+    for name, commit in commits.items():
+        (hub / "refs" / name).write_text(commit)
+        (hub / "snapshots" / commit).mkdir(parents=True)
+        for file in folders[name].iterdir():
+            blob = hashlib.sha256(file.read_bytes()).hexdigest()
+            (hub / "blobs" / blob).write_bytes(file.read_bytes())
+            (hub / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{blob}")
+    program = f"""
 import speculative_mamba as sm
-model = sm.load_model("someone/tiny-mamba")
-print(model.name, sm.generate(model, [[1, 2, 3]], max_new_tokens=5).sequences[0].tolist())
-try:
-    sm.load_model("someone/absent")
-except ValueError as error:
-    print(error)
+def show(*source, **options):
+    try:
+        model = sm.load_model(*source, **options)
+        print(model.name, sm.generate(model, [[1, 2, 3]], max_new_tokens=5).sequences[0].tolist())
+    except ValueError as error:
+        print(error)
+show("someone/tiny-mamba")
+show("someone/tiny-mamba", revision="v1")
+show("someone/tiny-mamba", revision="{commits["v1"]}")
+show("{hub / "snapshots" / commits["v1"]}")
+show("someone/tiny-mamba", revision="v2")
+show("someone/absent")
 """
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_HUB_CACHE", None)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    expected = sm.generate(sm.load_model(written.folder), [[1, 2, 3]], max_new_tokens=5).sequences[0].tolist()
-    assert lines[0] == f"someone/tiny-mamba {expected}"
-    assert len(lines) == 2 and "someone/absent" in lines[1] and "folder" in lines[1], "one line that says what to do"
+    main, v1 = (
+        sm.generate(sm.load_model(folder), [[1, 2, 3]], max_new_tokens=5).sequences[0].tolist()
+        for folder in folders.values()
+    )
+    assert main != v1
+    assert lines[:3] == [f"someone/tiny-mamba {main}", f"someone/tiny-mamba {v1}", f"someone/tiny-mamba {v1}"]
+    assert lines[3].endswith(f"{commits['v1']} {v1}") and len(lines) == 6
+    assert "someone/tiny-mamba" in lines[4] and "revision 'v2'" in lines[4]
+    assert "someone/absent" in lines[5] and "folder" in lines[5], "one line that says what to do"
