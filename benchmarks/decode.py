@@ -1,29 +1,30 @@
 """Times whole runs: plain decoding against speculation, on the shapes of published models and on the embedded pair.
 
-python -m benchmarks.decode [--models 130m 370m] [--draft 130m] [--tokens 48] [--json FILE]
+python -m benchmarks.decode [--models 130m 370m] [--draft 130m] [--rates 0.7 0.8] [--tokens 48] [--json FILE]
 
 Weights of the published shapes are random bf16, the draft's tokens are scripted to be right at a stated rate, and for
-every drafted token a real model of at most 1/20 of the target's bytes runs (a Mamba, for a hybrid a Llama), or the one
-that --draft names, so that its cost is in the figure. "hybrid" is half of the layers of Llama 3 8B, three of four with
-Mamba-2 instead of attention. The clock covers decoding of one row after prefill. share_state is the part of the time of
-plain decoding, its steps not recorded, that is spent in the ops that carry state; share_outside_kernels the part that
-is not spent in kernels at all: Python, allocation, sampling, recording the first step. Text is checked to equal
-plain decoding before any time is printed.
+every drafted token a real model runs, so that its cost is in the figure: the one that --draft names, or the small model
+that is published with the same tokens, or one of at most 1/20 of the target's bytes (a Mamba, for a hybrid a Llama).
+"hybrid" is half of the layers of Llama 3 8B, three of four with Mamba-2 instead of attention. The clock covers decoding
+of one row after prefill. share_state is the part of the time of plain decoding, its steps not recorded, that is spent
+in the ops that carry state; share_outside_kernels the part that is not spent in kernels at all: Python, allocation,
+sampling, recording the first step. Text is checked to equal plain decoding before any time is printed.
 """
 
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 import speculative_mamba as sm
 from speculative_mamba.cli import PROMPT
 from speculative_mamba.decode import ModelDrafter
-from speculative_mamba.layers import attention, mamba1, mamba2
+from speculative_mamba.layers import attention, mamba1, mamba1_grouped, mamba2, short_conv
 from speculative_mamba.models.config import AttentionConfig, MlpConfig, ModelConfig, mamba1_config
 from speculative_mamba.ops.recording import Recording
+from speculative_mamba.testing.hybrids import DRAFTS, HYBRIDS
 from speculative_mamba.testing.models import MAMBA2_SHAPES, SHAPES, published_config, random_model
 from speculative_mamba.testing.scripted import CapturableScript, agree_at_rate
 
@@ -32,13 +33,15 @@ from .report import Report, number, parser, progress, share
 RATES = (0.6, 0.7, 0.8, 0.9)
 LOOKAHEAD = 4
 PROMPT_TOKENS = 32
-ALL_SHAPES = (*SHAPES, *MAMBA2_SHAPES, "hybrid")
+ALL_SHAPES = (*SHAPES, *MAMBA2_SHAPES, *HYBRIDS, "hybrid")
 DEFAULT_SHAPES = (*SHAPES, "mamba2-130m", "mamba2-370m", "mamba2-2.7b", "hybrid")
-STATEFUL = {
-    mamba1: ("causal_conv1d_verify", "selective_scan_verify"),
-    mamba2: ("causal_conv1d_verify", "ssd_verify"),
-    attention: ("attention_verify",),
-}
+# Where each op that carries state is called from.
+STATEFUL = [
+    (module, name)
+    for module in (attention, mamba1, mamba1_grouped, mamba2, short_conv)
+    for name in vars(module)
+    if name.endswith("_verify")
+]
 
 
 def draft_config(target: sm.MambaLM) -> ModelConfig:
@@ -47,7 +50,7 @@ def draft_config(target: sm.MambaLM) -> ModelConfig:
     width = 16
     while 2 * (vocabulary * (width + 16) + 2 * 16 * (width + 16) ** 2) <= budget:
         width += 16
-    if not any(isinstance(block, AttentionConfig) for block in target.config.blocks):
+    if not any(isinstance(mixer, AttentionConfig) for mixers in target.config.mixers for mixer in mixers):
         return mamba1_config(width, 2, vocabulary)
     layer = AttentionConfig(width // 16, width // 16, 16, (1.0, 0.1)), MlpConfig(4 * width)
     return ModelConfig(width, vocabulary, layer * 2)
@@ -58,7 +61,7 @@ def stateful_ops_timed(target: sm.MambaLM) -> Iterator[list[float]]:
     """Collects the seconds of every call of an op that carries state; steps are not recorded meanwhile."""
     spent: list[float] = []
     target.new_cache = lambda *sizes: list(type(target).new_cache(target, *sizes))
-    originals = {(module, name): getattr(module, name) for module, names in STATEFUL.items() for name in names}
+    originals = {(module, name): getattr(module, name) for module, name in STATEFUL}
 
     def timed(function):
         def call(*args, **kwargs):
@@ -107,8 +110,11 @@ def share_outside_kernels(target: sm.MambaLM, prompt: list, settings: dict) -> f
     return 1 - statistics.median(spent) / statistics.median(seconds)
 
 
-def bench_shape(report: Report, name: str, draft_name: str | None, tokens: int, repeats: int) -> None:
-    progress(f"drawing the weights of mamba-{name} and its draft")
+def bench_shape(
+    report: Report, name: str, draft_name: str | None, rates: Iterable[float], tokens: int, repeats: int
+) -> None:
+    progress(f"drawing the weights of {name} and its draft")
+    draft_name = draft_name or DRAFTS.get(name)
     target = random_model(published_config(name), dtype=torch.bfloat16)
     config = draft_config(target) if draft_name is None else published_config(draft_name)
     cost = random_model(config, dtype=torch.bfloat16, seed=1)
@@ -124,13 +130,13 @@ def bench_shape(report: Report, name: str, draft_name: str | None, tokens: int, 
     state_share = sum(spent) / plain.stats.decode_s
     outside = share_outside_kernels(target, prompt, settings)
 
-    runs: dict[float | None, list[sm.GenerationStats]] = {rate: [] for rate in (None, *RATES)}
+    runs: dict[float | None, list[sm.GenerationStats]] = {rate: [] for rate in (None, *rates)}
     for repeat in range(repeats):
-        progress(f"mamba-{name}: plain and with every draft, {repeat + 1} of {repeats}")
+        progress(f"{name}: plain and with every draft, {repeat + 1} of {repeats}")
         plain = sm.generate(target, prompt, **settings)
         runs[None].append(plain.stats)
         text = plain.sequences[0].tolist()
-        for rate in RATES:
+        for rate in rates:
             draft = CapturableScript([text], target.vocab_size, agree_at_rate(rate, repeat), cost=ModelDrafter(cost))
             result = sm.generate(target, prompt, draft=draft, **settings)
             if result.sequences[0].tolist() != text:
@@ -194,8 +200,9 @@ def main() -> None:
         "--models", nargs="*", default=DEFAULT_SHAPES, choices=ALL_SHAPES, help="whose shapes to run"
     )
     arguments.add_argument(
-        "--draft", choices=ALL_SHAPES, help="shape of the draft, instead of 1/20 of the target's bytes"
+        "--draft", choices=ALL_SHAPES, help="shape of the draft, instead of the published one or 1/20 of the bytes"
     )
+    arguments.add_argument("--rates", type=float, nargs="*", default=RATES, help="how often scripted tokens are right")
     arguments.add_argument("--tokens", type=int, default=48, help="tokens per run")
     arguments.add_argument("--repeats", type=int, default=3, help="interleaved runs of each case; medians are shown")
     options = arguments.parse_args()
@@ -208,7 +215,7 @@ def main() -> None:
     )  # fmt: skip
     bench_embedded(report, 256)
     for name in options.models:
-        bench_shape(report, name, options.draft, options.tokens, options.repeats)
+        bench_shape(report, name, options.draft, options.rates, options.tokens, options.repeats)
     report.write(options.json)
 
 

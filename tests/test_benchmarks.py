@@ -1,11 +1,28 @@
 """Benchmarks run, and say on stderr what they are doing, before each part that takes time."""
 
+import math
 import sys
 
 import pytest
+import torch
 
 from benchmarks import decode, drift, ngram, ops, report, rollback, sweep
-from speculative_mamba.testing.models import tiny_config
+from speculative_mamba.models.builder import build
+from speculative_mamba.models.config import AttentionConfig
+from speculative_mamba.models.formats import parse_config
+from speculative_mamba.testing.hybrids import HYBRIDS
+from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture, tiny_config
+
+# As published; of jamba-3b only 3.03 billion.
+PARAMETERS = {
+    "granite-4.0-h-350m": 340_332_224,
+    "granite-4.0-h-micro": 3_191_396_096,
+    "lfm2-350m": 354_483_968,
+    "lfm2-2.6b": 2_569_272_320,
+    "nemotron-nano-9b-v2": 8_888_227_328,
+    "jamba-3b": 3_029_337_472,
+    "falcon-h1-1.5b": 1_554_863_488,
+}
 
 
 @pytest.fixture
@@ -47,6 +64,7 @@ def test_ops_say_what_they_do_before_each_timing(monkeypatch, capsys):
     ("module", "arguments"),
     [
         (decode, ("--models", "130m", "--draft", "130m", "--tokens", "4", "--repeats", "1")),
+        (decode, ("--models", "lfm2-2.6b", "--rates", "0.7", "--tokens", "4", "--repeats", "1")),
         (sweep, ("--tokens", "4", "--repeats", "1")),
         (rollback, ("--shapes", "130m", "--batches", "1")),
         (drift, ("--tokens", "8")),
@@ -59,3 +77,46 @@ def test_a_benchmark_runs(quick, module, arguments, capsys):
     quick(module, *arguments)
     out, _ = capsys.readouterr()
     assert out.strip()
+
+
+class CountedTensors:
+    """Tensors of the right shapes without memory, and how many numbers they would hold."""
+
+    device = torch.device("meta")
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor:
+        shape = shape if rows is None else (rows.stop - rows.start, *shape[1:])
+        self.count += math.prod(shape)
+        return torch.empty(shape, device=self.device)
+
+    weight = float32 = matrix
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_published_hybrid_has_as_many_parameters_as_its_model(name):
+    """Catches: an attention layer too many, a gated norm that is missing."""
+    source = CountedTensors()
+    build(*parse_config(HYBRIDS[name]), source, "reference")
+    assert source.count == PARAMETERS[name]
+
+
+def test_the_draft_of_a_hybrid_attends():
+    """Catches: blocks of several mixers that are not looked into."""
+    config = decode.draft_config(random_model(tiny_architecture("parallel"), backend="reference"))
+    assert any(isinstance(block, AttentionConfig) for block in config.blocks)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_ops_that_carry_state_are_timed(kind):
+    """Catches: ``short_conv`` or ``mamba1_grouped`` left out of ``STATEFUL``."""
+    model = random_model(tiny_architecture(kind), backend="reference")
+    with decode.stateful_ops_timed(model) as spent:
+        cache = model.new_cache(1, 1)
+        model.verify(torch.zeros(1, 1, dtype=torch.long), cache, torch.zeros(1, dtype=torch.int32))
+    assert len(spent) >= sum(mixer.stateful for mixer in model.mixers)

@@ -14,11 +14,12 @@ from ..models.config import (
     ShortConvConfig,
     mamba1_config,
 )
-from ..models.formats import Names
+from ..models.formats import Names, parse_config
 from ..models.formats.fields import rotary_frequencies
 from ..models.language_model import MambaLM
 from ..ops import backend as backends
 from ..ops.int8 import Int8Weight, quantised
+from .hybrids import HYBRIDS
 
 # Published Mamba-1 shapes: (d_model, n_layer); vocabulary 50,280, d_state 16, d_conv 4.
 SHAPES = {"130m": (768, 24), "370m": (1024, 48), "790m": (1536, 48), "1.4b": (2048, 48), "2.8b": (2560, 64)}
@@ -33,8 +34,10 @@ ARCHITECTURES = (
 
 
 def published_config(name: str) -> ModelConfig:
-    """A published shape: of ``SHAPES``, of ``MAMBA2_SHAPES``, or "hybrid", half of the layers of the paper's hybrid of
-    Llama 3 8B, in which Mamba-2 layers stand for three of four attention layers."""
+    """A published shape: of ``SHAPES``, of ``MAMBA2_SHAPES``, of ``HYBRIDS``, or "hybrid", half of the layers of the
+    paper's hybrid of Llama 3 8B, in which Mamba-2 layers stand for three of four attention layers."""
+    if name in HYBRIDS:
+        return parse_config(HYBRIDS[name])[0]
     if name == "hybrid":
         return hybrid_config(16, 4)
     if name in MAMBA2_SHAPES:
