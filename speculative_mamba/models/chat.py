@@ -20,6 +20,7 @@ CHAT_TEMPLATE, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+_REASON = 400  # characters of somebody else's error that a message repeats
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -132,7 +133,8 @@ def _plain(value: object, name: str) -> object:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if len(text) <= _REASON else f"{text[:_REASON]}…"
 
 
 class _RefusalError(TemplateError):

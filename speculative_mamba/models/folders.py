@@ -44,13 +44,13 @@ def find_folder(source: object, revision: object = None) -> tuple[Path, bool]:
         return Path(__file__).parent / "builtin" / name, False
     try:
         path = Path(source).expanduser()
-        if path.is_dir():
-            _refuse_revision(revision, f"folder {source}")
-            _refuse_adapters(path)
-            return path, False
-        is_file = path.exists()
+        is_folder, is_file = path.is_dir(), path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, ~ of a user who does not exist
         raise ValueError(f"{shown(source)} is no name of a folder: {error}") from None
+    if is_folder:
+        _refuse_revision(revision, f"folder {source}")
+        _refuse_adapters(path)
+        return path, False
     if is_file:
         raise ValueError(f"{source} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):

@@ -377,8 +377,8 @@ class MambaLM:
             parts = self._parts(cache)
         else:
             parts = step.model
-        slots = cache[0].slots if cache else 0
-        check_start_slot(window.start_slot, slots, tokens.shape[0], self.norm_weight)
+        if cache:  # a model of MLPs alone has no state
+            check_start_slot(window.start_slot, cache[0].slots, tokens.shape[0], self.norm_weight)
         if window.write_slot and any(isinstance(layer, MambaCache) and layer.inputs is not None for layer in cache):
             check_follows(window.start_slot, window.write_slot)
         if step is not None and (step.model is parts or _are_same(step.model, parts)):

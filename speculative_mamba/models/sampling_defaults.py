@@ -11,7 +11,10 @@ _DRAWN = ("temperature", "top_k", "top_p", "min_p")
 _UNSUPPORTED = {
     "num_beams": 1, "penalty_alpha": 0, "guidance_scale": 1, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0,
     "top_h": None, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "bad_words_ids": None,
-    "sequence_bias": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "sequence_bias": None, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "exponential_decay_length_penalty": None, "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0, "force_words_ids": None, "constraints": None, "watermarking_config": None,
+    "dola_layers": None, "stop_strings": None,
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def folder(blank, tmp_path):
 def refusal(model, messages=TURNS, **variables):
     with pytest.raises(ValueError) as error:
         model.chat_prompt(messages, **variables)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     return str(error.value)
 
 
@@ -136,6 +136,7 @@ def test_no_template_is_one_line(blank):
     [
         ("{{ raise_exception('no\nsystem role') }}", "refuses the messages: no system role"),
         ("{{ raise_exception(5) }}", "refuses the messages: 5"),
+        ("{{ raise_exception('no ' * 9999) }}", "refuses the messages: no no no"),
         ("{{ messages.__class__.__mro__ }}", "SecurityError"),
         ("{{ raise_exception.__globals__['os'].system('true') }}", "SecurityError"),
         ("{{ ''.__class__.__base__.__subclasses__() }}", "SecurityError"),

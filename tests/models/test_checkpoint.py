@@ -374,7 +374,7 @@ def test_peak_memory(tmp_path, layout):
 @pytest.mark.parametrize(
     ("source", "revision", "word"),
     [
-        ("builtin:target", "main", "only a hub id has revisions"), ("folder", "main", "only a hub id has revisions"),
+        ("builtin:target", "main", "^only a hub id has revisions"), ("folder", "main", "^only a hub id has revisions"),
         ("someone/tiny-mamba", "", "revision must be"), ("someone/tiny-mamba", 3, "revision must be"),
     ],
 )  # fmt: skip

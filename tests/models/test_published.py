@@ -297,6 +297,22 @@ def test_a_hybrid_with_any_draft_is_itself(name: str, lookahead: int, rollback: 
         assert torch.equal(result.sequences[0], sampled.sequences[0])
 
 
+@pytest.mark.parametrize("rollback", ["snapshots", "replay"])
+def test_a_model_without_any_state(rollback: str, tmp_path: Path) -> None:
+    """A pattern of MLPs alone: parity, in a batch with a draft, and with a cache."""
+    oracle = FORMATS["nemotron-h-hf"](tmp_path, 3, layers_block_type=["mlp"] * 2, num_hidden_layers=2)
+    target = sm.load_model(tmp_path, rollback=rollback)
+    exact = oracle(IDS)
+    torch.testing.assert_close(logits(target), exact, rtol=0, atol=2e-5 * exact.abs().max().item())
+    prompts, options = [IDS, IDS[:1]], {"stop_token_ids": ()}
+    plain = [sm.generate(target, [ids], max_new_tokens=16, **options).sequences[0].tolist() for ids in prompts]
+    cache = sm.GenerationCache()
+    for draft, tokens in (("ngram", 7), (target, 9)):
+        result = sm.generate(target, prompts, draft=draft, max_new_tokens=tokens, cache=cache, **options)
+        prompts = [row.tolist() for row in result.sequences]
+    assert prompts == plain
+
+
 def test_every_format_has_a_row_in_the_documentation() -> None:
     """Named by the tests of this file that back it."""
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")

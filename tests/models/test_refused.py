@@ -52,6 +52,10 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
         }.items()
     ),
     ("lfm2-hf", CONFIG, {"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+    *(
+        (name, CONFIG, {"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "'full_attention'")
+        for name in ("lfm2-hf", "llama-hf", "falcon-h1-hf")
+    ),
     ("lfm2-hf", CONFIG, {"layer_types": None, "full_attn_idxs": [3]}, "full_attn_idxs"),
     ("lfm2-hf", CONFIG, {"block_ffn_dim_multiplier": 1e9}, "intermediate_size"),
     ("lfm2-hf", CONFIG, {"model_type": "lfm2_moe", "architectures": ["Lfm2MoeForCausalLM"]}, "lfm2_moe"),

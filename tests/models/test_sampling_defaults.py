@@ -35,6 +35,9 @@ def test_what_is_stated(content, expected):
         ({"do_sample": True, "top_k": 1.5}, "top_k"), ({"do_sample": True, "min_p": math.nan}, "min_p"),
         ({"repetition_penalty": -1}, "repetition_penalty"), ({"do_sample": "yes"}, "do_sample"),
         ({"num_beams": 4}, "num_beams"),
+        ({"stop_strings": ["."]}, "stop_strings"), ({"forced_eos_token_id": 2}, "forced_eos_token_id"),
+        ({"exponential_decay_length_penalty": [9, 1.1]}, "exponential_decay_length_penalty"),
+        ({"watermarking_config": {"bias": 2.0}}, "watermarking_config"),
         ({"suppress_tokens": [3]}, "suppress_tokens"), ({"do_sample": True, "typical_p": 0.9}, "typical_p"),
     ],
 )  # fmt: skip

@@ -173,6 +173,9 @@ def llama_mlp(config: dict[str, Any]) -> MlpConfig:
 def _rotary(config: dict[str, Any], head_dim: int, rotated: float | None) -> torch.Tensor:
     """Rotary frequencies (half of what is rotated), as ``rope_parameters``, or before it ``rope_scaling``, says."""
     scaling = object_of(config, "rope_parameters") or object_of(config, "rope_scaling")
+    own = next((key for key, value in scaling.items() if isinstance(value, dict)), None)
+    if own is not None:
+        raise ValueError(f"config.json has rope_parameters for {shown(own)} alone; only the same for all is supported")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(
