@@ -22,6 +22,7 @@ CHAT_TEMPLATE, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = (
 )
 _REASON = 400  # characters of somebody else's error that a message repeats
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MORE_TOKENS = ("extra_special_tokens", "model_specific_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,16 @@ def _by_name(found: object, origin: Path) -> dict[str, str]:
 
 
 def _special_tokens(settings: Mapping[str, object], folder: Path) -> dict[str, str]:
+    """By name: the usual ones, others called ``…_token``, and those that are in an object of their own."""
+    named = {name: entry for name, entry in settings.items() if name.endswith("_token")}
+    for key in _MORE_TOKENS:
+        named |= settings[key] if isinstance(settings.get(key), dict) else {}
     tokens = {}
-    for name in _SPECIAL_TOKENS:
-        entry = settings.get(name)
+    for name, entry in named.items():
         token = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(token, str):
             tokens[name] = token
-        elif entry is not None:
+        elif entry is not None and name in _SPECIAL_TOKENS:
             raise ValueError(f"{folder}: {name} of the tokenizer must be a text, got {shown(entry)}")
     return tokens
 

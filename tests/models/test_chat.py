@@ -119,6 +119,22 @@ def test_special_tokens_in_a_file_of_their_own(folder, settings):
     assert read_chat_template(path).render(TURNS) == text == ("<s></s>" if settings else "[INST]</s><s>")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_token": "<image>", "add_bos_token": True},
+        {"extra_special_tokens": {"image_token": {"content": "<image>", "__type": "AddedToken"}, "boi": "<boi>"}},
+        {"model_specific_special_tokens": {"boi": "<boi>"}}, {"extra_special_tokens": ["<image>"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_special_tokens_of_other_names(folder, settings):
+    transformers = pytest.importorskip("transformers")
+    path = folder("{{ image_token }}|{{ boi }}|{{ bos_token }}", **settings)
+    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    assert read_chat_template(path).render(TURNS) == oracle.apply_chat_template(TURNS, tokenize=False)
+
+
 def test_a_model_with_its_template_is_copied(folder):
     model = sm.load_model(folder(CHATML))
     ids = model.chat_prompt(TURNS)
