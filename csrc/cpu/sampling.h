@@ -140,8 +140,9 @@ inline Extremes extremes(const float* x, int64_t size) {
 }
 
 // The first token of the largest logit.
-inline int64_t first_of(const float* x, float value) {
+inline int64_t first_of(const float* x, int64_t size, float value) {
     int64_t i = 0;
+    while (i + kLanes <= size && !any_equal(load(x + i), broadcast(value))) i += kLanes;
     while (x[i] != value) i++;
     return i;
 }
@@ -286,7 +287,7 @@ inline RowStatus make_probs(const float* x, int64_t vocabulary, const RowSamplin
     if (e.has_nan) return RowStatus::nan_logits;
     if (e.max == -__builtin_inff()) return RowStatus::no_token;
     if (row.greedy()) {
-        s.ids[0] = static_cast<int32_t>(first_of(x, e.max)), s.weights[0] = 1.f;
+        s.ids[0] = static_cast<int32_t>(first_of(x, vocabulary, e.max)), s.weights[0] = 1.f;
         probs = {s.ids, s.weights, 1, 1.f};
         return RowStatus::ok;
     }

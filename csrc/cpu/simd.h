@@ -57,6 +57,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
+inline bool any_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ) != 0; }
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // 2^a for integers a in [-126, 127]; infinity for 128.
 inline Vec exp2_integral(Vec a) {
@@ -121,6 +122,10 @@ inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 inline bool any_greater(Vec a, Vec b) {
     __m256 lo = _mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), hi = _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ);
+    return _mm256_movemask_ps(_mm256_or_ps(lo, hi)) != 0;
+}
+inline bool any_equal(Vec a, Vec b) {
+    __m256 lo = _mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ), hi = _mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ);
     return _mm256_movemask_ps(_mm256_or_ps(lo, hi)) != 0;
 }
 inline Vec round(Vec a) {
@@ -241,6 +246,10 @@ inline Vec max(Vec a, Vec b) { SM_LANEWISE(select(a.q[i] > b.q[i], a.q[i], b.q[i
 inline Vec min(Vec a, Vec b) { SM_LANEWISE(select(a.q[i] < b.q[i], a.q[i], b.q[i])); }
 inline bool any_greater(Vec a, Vec b) {
     QuadInt any = (a.q[0] > b.q[0]) | (a.q[1] > b.q[1]) | (a.q[2] > b.q[2]) | (a.q[3] > b.q[3]);
+    return (any[0] | any[1] | any[2] | any[3]) != 0;
+}
+inline bool any_equal(Vec a, Vec b) {
+    QuadInt any = (a.q[0] == b.q[0]) | (a.q[1] == b.q[1]) | (a.q[2] == b.q[2]) | (a.q[3] == b.q[3]);
     return (any[0] | any[1] | any[2] | any[3]) != 0;
 }
 // Adding 1.5·2^23 leaves no bits for a fraction; right for |a| < 2^22.
