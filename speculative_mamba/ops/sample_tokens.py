@@ -12,12 +12,17 @@ from .checks import (
     check_tokens,
     check_written,
 )
+from .library import operator
 from .noise import Purpose
 from .sampling import raise_for
 from .sampling_tensors import SamplingTensors
 from .speculative_accept import SpeculativeAcceptArgs
 
 
+@operator(
+    writes=("probs", "row_status"),
+    returns=lambda logits, **_: logits.new_empty(logits.shape[0], dtype=torch.int64),
+)
 def sample_tokens(
     logits: torch.Tensor,
     sampling: SamplingTensors,

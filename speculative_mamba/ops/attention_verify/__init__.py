@@ -14,6 +14,7 @@ from ..checks import (
     check_slots,
     check_written,
 )
+from ..library import operator
 
 
 class AttentionVerifyArgs(NamedTuple):
@@ -33,6 +34,7 @@ class AttentionVerifyArgs(NamedTuple):
     final_state_only: bool
 
 
+@operator(writes=("keys", "values", "lengths"), returns=lambda q, **_: q.new_empty(q.shape))
 def attention_verify(
     q: torch.Tensor,
     k: torch.Tensor,

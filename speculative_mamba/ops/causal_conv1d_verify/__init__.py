@@ -15,6 +15,7 @@ from ..checks import (
     check_slots,
     check_written,
 )
+from ..library import operator
 
 
 class CausalConv1dVerifyArgs(NamedTuple):
@@ -36,6 +37,7 @@ class CausalConv1dVerifyArgs(NamedTuple):
     constant_weights: bool
 
 
+@operator(writes=("window",), returns=lambda x, weight, **_: x.new_empty(*x.shape[:2], weight.shape[0]))
 def causal_conv1d_verify(
     x: torch.Tensor,
     weight: torch.Tensor,

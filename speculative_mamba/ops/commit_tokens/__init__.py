@@ -7,6 +7,7 @@ import torch
 
 from ..backend import run
 from ..checks import check, check_contiguous, check_tokens, check_written
+from ..library import operator
 from .state import BatchState, FinishReason, Record
 
 __all__ = ["BatchState", "FinishReason", "Record", "commit_tokens"]
@@ -27,6 +28,12 @@ class CommitTokensArgs(NamedTuple):
     text: torch.Tensor | None
 
 
+def _result(draft_tokens: torch.Tensor, **_: object) -> torch.Tensor:
+    batch, lookahead = draft_tokens.shape
+    return draft_tokens.new_empty(batch, lookahead + 1 + int(Record.TOKENS))
+
+
+@operator(writes=("state", "output_counts", "text"), returns=_result)
 def commit_tokens(
     draft_tokens: torch.Tensor,
     accepted: torch.Tensor,

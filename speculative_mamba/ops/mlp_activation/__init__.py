@@ -6,6 +6,7 @@ import torch
 
 from ..backend import run
 from ..checks import check, check_activations
+from ..library import operator
 
 ACTIVATIONS = ("silu", "relu2")  # kernels know them by their place
 
@@ -18,6 +19,7 @@ class MlpActivationArgs(NamedTuple):
     activation: int
 
 
+@operator(returns=lambda gate, **_: gate.new_empty(gate.shape))
 def mlp_activation(
     gate: torch.Tensor, up: torch.Tensor | None = None, *, activation: str = "silu", backend: str = "auto"
 ) -> torch.Tensor:

@@ -16,6 +16,7 @@ from ..checks import (
     check_slots,
     check_written,
 )
+from ..library import operator
 from ..replay import ReplayBuffer, replay_tensors
 from ..ssd_verify import SsdVerifyArgs
 
@@ -51,6 +52,7 @@ class SelectiveScanVerifyArgs(NamedTuple):
         )  # fmt: skip
 
 
+@operator(writes=("states", "inputs"), returns=lambda x, **_: x.new_empty(x.shape))
 def selective_scan_verify(
     x: torch.Tensor,
     dt: torch.Tensor,

@@ -7,6 +7,7 @@ import torch
 from ..backend import run
 from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous
 from ..int8 import Int8Weight
+from ..library import operator
 
 
 class SkinnyLinearArgs(NamedTuple):
@@ -20,6 +21,14 @@ class SkinnyLinearArgs(NamedTuple):
     constant_weights: bool
 
 
+def _result(
+    x: torch.Tensor, weight: torch.Tensor | None, weight_values: torch.Tensor | None, out_dtype: torch.dtype | None, **_
+) -> torch.Tensor:
+    matrix = weight_values if weight is None else weight
+    return x.new_empty(x.shape[0], matrix.shape[0], dtype=out_dtype or x.dtype)
+
+
+@operator(returns=_result)
 def skinny_linear(
     x: torch.Tensor,
     weight: torch.Tensor | Int8Weight,

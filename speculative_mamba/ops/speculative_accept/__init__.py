@@ -16,6 +16,7 @@ from ..checks import (
     check_tokens,
     check_written,
 )
+from ..library import operator
 from ..noise import Purpose
 from ..sampling import raise_for
 from ..sampling_tensors import SamplingTensors
@@ -52,6 +53,12 @@ class SpeculativeAcceptArgs(NamedTuple):
         return self.draft_tokens
 
 
+def _results(logits: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = logits.shape[0]
+    return logits.new_empty(batch, dtype=torch.int32), logits.new_empty(batch, dtype=torch.int64)
+
+
+@operator(writes=("row_status",), returns=_results)
 def speculative_accept(
     logits: torch.Tensor,
     draft_tokens: torch.Tensor,

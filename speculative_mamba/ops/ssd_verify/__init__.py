@@ -17,6 +17,7 @@ from ..checks import (
     check_slots,
     check_written,
 )
+from ..library import operator
 from ..replay import ReplayBuffer, replay_tensors
 
 
@@ -41,6 +42,7 @@ class SsdVerifyArgs(NamedTuple):
     constant_weights: bool
 
 
+@operator(writes=("states", "inputs"), returns=lambda x, **_: x.new_empty(x.shape))
 def ssd_verify(
     x: torch.Tensor,
     dt: torch.Tensor,

@@ -1,0 +1,148 @@
+"""The ops as PyTorch operators, ``torch.ops.speculative_mamba.<op>``, for ``torch.compile`` and ``torch.export``.
+
+An operator takes tensors and plain values: an argument that holds several is taken apart, so that ``inputs.x`` is the
+operator's ``inputs_x``. Direct calls of an op pass the operators by.
+"""
+
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import get_args, get_type_hints
+
+import torch
+
+from .noise import Purpose
+
+_LIBRARY = torch.library.Library("speculative_mamba", "DEF")
+_SCHEMA = {
+    torch.Tensor: "Tensor", bool: "bool", int: "int", float: "float", str: "str", Purpose: "int",
+    torch.dtype: "ScalarType", tuple[float, float]: "float[]", tuple[torch.Tensor, torch.Tensor]: "(Tensor, Tensor)",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """An argument of an operator. It is that of the op, or where there is a holder one of its fields."""
+
+    argument: str
+    schema: str
+    optional: bool
+    holder: type | None = None
+    field: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.argument}_{self.field}" if self.holder else self.argument
+
+    def of(self, value: object) -> object:
+        """What the operator gets where the op got ``value``."""
+        if self.holder:
+            value = getattr(value, self.field) if isinstance(value, self.holder) else None
+        elif dataclasses.is_dataclass(value):
+            return None
+        return list(value) if isinstance(value, tuple) else value
+
+
+def _options(hint: object) -> tuple:
+    return get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _parts(argument: str, hint: object) -> Iterator[_Part]:
+    options = _options(hint)
+    optional = len(options) > 1
+    for option in options:
+        if option in _SCHEMA:
+            yield _Part(argument, _SCHEMA[option], optional)
+        elif dataclasses.is_dataclass(option):
+            for field, its in get_type_hints(option).items():
+                kind, *others = _options(its)
+                yield _Part(argument, _SCHEMA[kind], optional or bool(others), option, field)
+
+
+class _Operator:
+    """An op's operator. writes, returns: as ``operator`` says."""
+
+    def __init__(self, op: Callable, writes: Collection[str], returns: Callable) -> None:
+        hints = get_type_hints(op)
+        self._op = op
+        self._defaults = {
+            name: None if its.default is inspect.Parameter.empty else its.default
+            for name, its in inspect.signature(op).parameters.items()
+        }
+        self._parts = [part for name in self._defaults for part in _parts(name, hints[name])]
+        written = iter("abcdefghijklmnopqrstuvwxyz")
+        arguments = []
+        for part in self._parts:
+            schema = part.schema
+            if part.argument in writes:
+                schema += f"({next(written)}!)"
+            arguments.append(f"{schema}{'?' if part.optional else ''} {part.name}")
+        name = op.__name__
+        _LIBRARY.define(f"{name}({', '.join(arguments)}) -> {_SCHEMA[hints['return']]}")
+        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, self._refuse_gradients, "Autograd")
+        torch.library.register_fake(
+            f"{_LIBRARY.ns}::{name}", lambda *values: returns(**self._named(values)), lib=_LIBRARY
+        )
+        self._operator = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """As the op is called."""
+        return self._operator(*self.arguments(*args, **kwargs))
+
+    def arguments(self, *args: object, **kwargs: object) -> list[object]:
+        """Those of the operator for a call of the op."""
+        if unknown := [name for name in kwargs if name not in self._defaults]:
+            raise TypeError(f"{self._op.__name__} takes no argument {unknown[0]}")
+        given = self._defaults | dict(zip(self._defaults, args, strict=False)) | kwargs
+        return [part.of(given[part.argument]) for part in self._parts]
+
+    def _named(self, values: Sequence[object]) -> dict[str, object]:
+        return {part.name: value for part, value in zip(self._parts, values, strict=True)}
+
+    def _run(self, *values: object) -> object:
+        arguments: dict[str, object] = {}
+        held: dict[tuple[str, type], dict[str, object]] = {}
+        for part, value in zip(self._parts, values, strict=True):
+            if part.holder:
+                held.setdefault((part.argument, part.holder), {})[part.field] = value
+            else:
+                arguments[part.argument] = tuple(value) if isinstance(value, list) else value
+        for (argument, holder), its in held.items():
+            if any(value is not None for value in its.values()):
+                arguments[argument] = holder(**its)
+            else:
+                arguments.setdefault(argument, None)
+        return self._op(**arguments)
+
+    def _refuse_gradients(self, *values: object) -> object:
+        if torch.is_grad_enabled():
+            for name, value in self._named(values).items():
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    raise ValueError(
+                        f"{name} requires grad, which {self._op.__name__} cannot give; use torch.no_grad()"
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._operator(*values)
+
+
+def operator(*, writes: Collection[str] = (), returns: Callable[..., object]) -> Callable[[Callable], Callable]:
+    """Registers an op's operator, which a compiler that traces the op finds in its place.
+
+    writes: names of arguments that a call writes. returns: from the operator's arguments, by name, to tensors of the
+    shape and dtype of its results.
+    """
+
+    def registered(op: Callable) -> Callable:
+        its = _Operator(op, writes, returns)
+
+        @functools.wraps(op)
+        def call(*args: object, **kwargs: object) -> object:
+            return its(*args, **kwargs) if torch.compiler.is_compiling() else op(*args, **kwargs)
+
+        call.operator = its
+        return call
+
+    return registered
