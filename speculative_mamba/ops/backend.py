@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -170,10 +170,13 @@ class _Recorder(threading.local):
 recorder = _Recorder()
 
 
-def _refuse_gradients(op: str, args: tuple, prefix: str = "") -> None:
-    names = args._fields if isinstance(args, tuple) else vars(args)
-    for name in names:
-        value = getattr(args, name)
+def refuse_gradients(op: str, args: Mapping[str, object], prefix: str = "") -> None:
+    """Raises:
+    ValueError: an argument, or what it holds, requires grad, where gradients are enabled.
+    """
+    if not torch.is_grad_enabled():
+        return
+    for name, value in args.items():
         if isinstance(value, torch.Tensor):
             if value.requires_grad:
                 raise ValueError(
@@ -181,7 +184,7 @@ def _refuse_gradients(op: str, args: tuple, prefix: str = "") -> None:
                     'use torch.no_grad() or backend="reference"'
                 )
         elif hasattr(value, "__dict__"):
-            _refuse_gradients(op, value, f"{name}.")
+            refuse_gradients(op, vars(value), f"{name}.")
 
 
 def run(op: str, backend: str, args: tuple) -> object:
@@ -196,7 +199,7 @@ def run(op: str, backend: str, args: tuple) -> object:
     name = resolve(backend, first.device.type)
     implementation = _implementation(op, name)
     if name != "reference" and torch.is_grad_enabled():
-        _refuse_gradients(op, args)
+        refuse_gradients(op, args._asdict())
     if not first.is_cuda:
         return implementation(args)
     with current_device(first):

@@ -8,11 +8,12 @@ import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import get_args, get_type_hints
 
 import torch
 
+from .backend import refuse_gradients
 from .noise import Purpose
 
 _LIBRARY = torch.library.Library("speculative_mamba", "DEF")
@@ -66,7 +67,7 @@ class _Operator:
 
     def __init__(self, op: Callable, writes: Collection[str], returns: Callable) -> None:
         hints = get_type_hints(op)
-        self._op = op
+        self._op, self._returns = op, returns
         self._defaults = {
             name: None if its.default is inspect.Parameter.empty else its.default
             for name, its in inspect.signature(op).parameters.items()
@@ -82,10 +83,7 @@ class _Operator:
         name = op.__name__
         _LIBRARY.define(f"{name}({', '.join(arguments)}) -> {_SCHEMA[hints['return']]}")
         _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
-        _LIBRARY.impl(name, self._refuse_gradients, "Autograd")
-        torch.library.register_fake(
-            f"{_LIBRARY.ns}::{name}", lambda *values: returns(**self._named(values)), lib=_LIBRARY
-        )
+        torch.library.register_fake(f"{_LIBRARY.ns}::{name}", self._run_fake, lib=_LIBRARY)
         self._operator = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -98,9 +96,6 @@ class _Operator:
             raise TypeError(f"{self._op.__name__} takes no argument {unknown[0]}")
         given = self._defaults | dict(zip(self._defaults, args, strict=False)) | kwargs
         return [part.of(given[part.argument]) for part in self._parts]
-
-    def _named(self, values: Sequence[object]) -> dict[str, object]:
-        return {part.name: value for part, value in zip(self._parts, values, strict=True)}
 
     def _run(self, *values: object) -> object:
         arguments: dict[str, object] = {}
@@ -117,15 +112,10 @@ class _Operator:
                 arguments.setdefault(argument, None)
         return self._op(**arguments)
 
-    def _refuse_gradients(self, *values: object) -> object:
-        if torch.is_grad_enabled():
-            for name, value in self._named(values).items():
-                if isinstance(value, torch.Tensor) and value.requires_grad:
-                    raise ValueError(
-                        f"{name} requires grad, which {self._op.__name__} cannot give; use torch.no_grad()"
-                    )
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._operator(*values)
+    def _run_fake(self, *values: object) -> object:
+        named = {part.name: value for part, value in zip(self._parts, values, strict=True)}
+        refuse_gradients(self._op.__name__, named)
+        return self._returns(**named)
 
 
 def operator(*, writes: Collection[str] = (), returns: Callable[..., object]) -> Callable[[Callable], Callable]:

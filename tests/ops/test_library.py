@@ -167,7 +167,11 @@ def test_exported() -> None:
 
 def test_gradients_are_refused() -> None:
     weight = normal(N, D).requires_grad_()
-    with pytest.raises(ValueError, match=r"^weight requires grad, which skinny_linear cannot give; use torch.no_grad"):
-        torch.ops.speculative_mamba.skinny_linear(*ops.skinny_linear.operator.arguments(normal(T, D), weight))
+    arguments = ops.skinny_linear.operator.arguments(normal(T, D), weight)
+    with pytest.raises(ValueError, match=r"^weight requires grad, which the kernels of skinny_linear cannot give"):
+        torch.ops.speculative_mamba.skinny_linear(*arguments)
     with torch.no_grad():
-        torch.ops.speculative_mamba.skinny_linear(*ops.skinny_linear.operator.arguments(normal(T, D), weight))
+        torch.ops.speculative_mamba.skinny_linear(*arguments)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="weight requires grad, which the kernels of skinny_linear cannot give"):
+        torch.compile(ops.skinny_linear, fullgraph=True, backend="aot_eager")(normal(T, D), weight)
