@@ -5,7 +5,7 @@ import json
 import pytest
 
 import speculative_mamba as sm
-from speculative_mamba import cli
+from speculative_mamba.cli import generate as command
 from speculative_mamba.testing.text import byte_fallback_tokenizer, byte_level_tokenizer, write_chain
 
 
@@ -145,7 +145,7 @@ def test_the_sampling_that_a_model_recommends(run, chatty, monkeypatch, extra, c
         asked.append(options["sampling"])
         return sm.generate(*arguments, **options)
 
-    monkeypatch.setattr(cli, "generate", generate)
+    monkeypatch.setattr(command, "generate", generate)
     code, _, err = run("--model_target", chatty, "--prompt", "Hi", "--n_tokens_to_generate", "2", *extra)
     assert code == 0 and asked == [sm.SamplingParams(**chosen)] and "has no effect" not in err
     said = "--default_sampling: temperature 0.6, top_k 40, repetition_penalty 1.05"
