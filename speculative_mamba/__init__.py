@@ -9,6 +9,7 @@ _HOMES = {
     "decode": (
         "Batch",
         "BatchState",
+        "CommittedToken",
         "DecodeLoop",
         "Draft",
         "Drafter",

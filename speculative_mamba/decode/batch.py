@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -14,6 +15,14 @@ from ..ops.sampling import ROW_STATUS_TEXTS
 from .round import Round, RoundResult
 from .sampling import SamplingParams
 from .stats import GenerationStats
+
+
+class CommittedToken(NamedTuple):
+    """A token that became text of a row. drafted: it came from the draft, and the target accepted it."""
+
+    row: int
+    token: int
+    drafted: bool
 
 
 @dataclass
@@ -123,8 +132,8 @@ class Batch:
         """Whether rounds are queued, or were when all broke off: slots may hold the state of another text by now."""
         return self._launched - self._committed > besides
 
-    def commit(self, result: RoundResult, record: list[list[int]], stats: GenerationStats) -> list[tuple[int, int]]:
-        """Appends to each row what it gained in the oldest queued round, up to a stop. Row and token, in order.
+    def commit(self, result: RoundResult, record: list[list[int]], stats: GenerationStats) -> list[CommittedToken]:
+        """Appends to each row what it gained in the oldest queued round, up to a stop. All of that, in order.
 
         Raises:
             ValueError: a row is broken.
@@ -136,8 +145,9 @@ class Batch:
         for index in taking_part:
             columns = record[index]
             tokens = self._commit_row(index, columns, result)
-            stats.count(columns[Record.NUM_DRAFT_TOKENS], columns[Record.ACCEPTED], len(tokens))
-            fresh += [(index, token) for token in tokens]
+            accepted = columns[Record.ACCEPTED]
+            stats.count(columns[Record.NUM_DRAFT_TOKENS], accepted, len(tokens))
+            fresh += [CommittedToken(index, token, at < accepted) for at, token in enumerate(tokens)]
         self._committed += 1
         return fresh
 

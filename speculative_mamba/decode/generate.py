@@ -9,7 +9,7 @@ from ..models.prompts import read_prompts
 from ..models.runner import LanguageModel
 from ..models.tokenizer import tokenizer_of
 from ..ops.sampling_params import of_rows
-from .batch import Batch
+from .batch import Batch, CommittedToken
 from .cache import GenerationCache
 from .drafts import Draft, Drafter, NgramDrafter, as_draft
 from .executors import Executor, as_executor
@@ -47,6 +47,7 @@ def generate(
     stop_token_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
     on_token: Callable[[int, int], None] | None = None,
+    on_commit: Callable[[list[CommittedToken]], None] | None = None,
     output_logits: bool = False,
     logits_processor: LogitsProcessor | None = None,
     cache: GenerationCache | None = None,
@@ -79,6 +80,7 @@ def generate(
         stop_token_ids: a row ends with the first of these tokens; None means the model's end-of-text token.
         stop_strings: a row ends with the token that completes one; needs ``target.tokenizer``. Only new text counts.
         on_token: called as ``on_token(row, token)`` for every committed token, in order.
+        on_commit: called once a round with all tokens that it committed; each says whether it came from the draft.
         output_logits: also return the logits.
         logits_processor: called as ``logits_processor(row, tokens, logits)`` for one position at a time, with the text
             before it and its logits (V), which it may change or replace and must return; -inf forbids a token. Penalty
@@ -106,7 +108,7 @@ def generate(
     check_generation(
         target, len(prompts), lookahead=lookahead, max_new_tokens=max_new_tokens, sampling=sampling,
         acceptance=acceptance, stop_strings=stop_strings, stop_token_ids=stop_token_ids, on_token=on_token,
-        logits_processor=logits_processor, cache=cache,
+        on_commit=on_commit, logits_processor=logits_processor, cache=cache,
     )  # fmt: skip
     max_new_tokens = int(max_new_tokens)
     tokenizer = tokenizer_of(target) if stop_strings else None
@@ -123,12 +125,19 @@ def generate(
         return _result(target, prompts, ["length"] * len(prompts), stats, nothing if output_logits else None, cache)
     chooser = as_lookahead(lookahead, 0 if draft is None else max_new_tokens - 1)
     params = of_rows(sampling, len(prompts))
+
+    def tell(committed: list[CommittedToken]) -> None:
+        if on_commit is not None:
+            on_commit(committed)
+        for row, token, _ in committed if on_token is not None else ():
+            on_token(row, token)
+
     loop = None
     with executor:
         try:
             loop = DecodeLoop(
                 target, draft if max(chooser.all) else None, batch, executor, chooser, [its for its, _ in params],
-                coupled=acceptance == "coupled", processor=logits_processor, on_token=on_token,
+                coupled=acceptance == "coupled", processor=logits_processor, on_commit=tell,
                 prompt_length=max(map(len, prompts)), max_new_tokens=max_new_tokens,
             )  # fmt: skip
             for row, (prompt, (its, rng_key)) in enumerate(zip(prompts, params, strict=True)):

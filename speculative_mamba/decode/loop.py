@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from ..models.identity import IdentityKey, backend_of
 from ..models.runner import LanguageModel
 from ..ops.commit_tokens import BatchState, Record
-from .batch import Batch
+from .batch import Batch, CommittedToken
 from .cache import GenerationCache
 from .drafts import Draft
 from .executors import Executor
@@ -36,12 +36,12 @@ class DecodeLoop:
         *,
         coupled: bool = False,
         processor: LogitsProcessor | None = None,
-        on_token: Callable[[int, int], None] | None = None,
+        on_commit: Callable[[list[CommittedToken]], None] | None = None,
         prompt_length: int = 0,
         max_new_tokens: int = 0,
     ) -> None:
         began = time.perf_counter()
-        self.batch, self._executor, self._lookahead, self._on_token = batch, executor, lookahead, on_token
+        self.batch, self._executor, self._lookahead, self._on_commit = batch, executor, lookahead, on_commit
         self._window = max(lookahead.all) + 1
         self._skipped = False  # whether the draft was left out of the last round
         counts = [0] * (self._window - 1)
@@ -138,12 +138,11 @@ class DecodeLoop:
         stats.draft_s += result.draft_s
         stats.verify_s += result.verify_s
         # Rows beside whose tokens none counts are as good as refused ones.
-        grown = {index for index, _ in fresh} if result.proposed else ()
+        grown = {token.row for token in fresh} if result.proposed else ()
         unmatched = sum([record[index][Record.NUM_DRAFT_TOKENS] == 0 for index in grown])
         self._lookahead.observe(result.proposed, stats.tested - tested + unmatched, stats.accepted - accepted, seconds)
-        if self._on_token is not None:
-            for index, token in fresh:
-                self._on_token(index, token)
+        if fresh and self._on_commit is not None:
+            self._on_commit(fresh)
 
     def close(self, cache: GenerationCache | None = None, prompts: Sequence[list[int]] = ()) -> None:
         """No more rounds; the batch keeps its texts. They and their states go into the cache, if there is one.
