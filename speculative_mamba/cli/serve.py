@@ -82,7 +82,7 @@ def run(arguments: list[str]) -> int:
             listener.listen(1024)
             _announce(listener, served, api_key)
             with contextlib.suppress(KeyboardInterrupt):
-                openai_api.run_server(app, listener)
+                openai_api.http_server(app).run(sockets=[listener])
         finally:
             engine.close(drain=False)  # whoever waited for a text has got it, or has left
     return 0

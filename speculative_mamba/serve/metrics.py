@@ -67,6 +67,6 @@ class _EngineCollector(Collector):
         finished = CounterMetricFamily(
             _PREFIX + "requests", "Texts that have ended, by reason.", labels=["finish_reason"]
         )
-        for reason, count in sorted(stats.finish_reasons.items()):
+        for reason, count in sorted(stats.requests.items()):
             finished.add_metric([reason], count)
         yield finished

@@ -76,16 +76,14 @@ def create_app(
     return app
 
 
-def run_server(app: ASGIApp, listener: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT: then nothing new is taken, and what is under way is answered.
-
-    Raises:
-        KeyboardInterrupt: all is answered; it was such a signal.
-    """
-    config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False
+def http_server(app: ASGIApp) -> uvicorn.Server:
+    """Its ``run(sockets=[…])`` serves until SIGTERM or SIGINT: then nothing new is taken, and what is under way is
+    answered. The signal is raised again at the end."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False
+        )
     )
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 class _Api:
