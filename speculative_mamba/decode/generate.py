@@ -7,13 +7,14 @@ import torch
 
 from ..models.prompts import read_prompts
 from ..models.runner import LanguageModel
+from ..models.text import TextStream
 from ..models.tokenizer import tokenizer_of
 from ..ops.sampling_params import of_rows
 from .batch import Batch, CommittedToken
 from .cache import GenerationCache
 from .drafts import Draft, Drafter, NgramDrafter, as_draft
 from .executors import Executor, as_executor
-from .inputs import check_generation, check_models
+from .inputs import check_generation, check_models, end_of_text
 from .lookahead import as_lookahead
 from .loop import DecodeLoop
 from .sampling import LogitsProcessor, SamplingParams
@@ -102,9 +103,7 @@ def generate(
     goes_on = isinstance(cache, GenerationCache) and bool(cache.sequences)
     prompts = read_prompts(prompt_ids, attention_mask, target, may_be_padded=not goes_on)
     sampling = SamplingParams() if sampling is None else sampling
-    if stop_token_ids is None:
-        eos = target.eos_token_id if isinstance(target.eos_token_id, tuple) else (target.eos_token_id,)
-        stop_token_ids = [token for token in eos if token is not None and token < target.vocab_size]
+    stop_token_ids = end_of_text(target) if stop_token_ids is None else stop_token_ids
     check_generation(
         target, len(prompts), lookahead=lookahead, max_new_tokens=max_new_tokens, sampling=sampling,
         acceptance=acceptance, stop_strings=stop_strings, stop_token_ids=stop_token_ids, on_token=on_token,
@@ -112,7 +111,7 @@ def generate(
     )  # fmt: skip
     max_new_tokens = int(max_new_tokens)
     tokenizer = tokenizer_of(target) if stop_strings else None
-    batch = Batch(len(prompts), stop_token_ids, stop_strings, tokenizer, output_logits)
+    batch = Batch(len(prompts))
     executor = as_executor(executor)
     draft = None if draft is None else as_draft(draft, target, batch.texts, executor.captures)
     drafting = None if draft is None else draft.model
@@ -142,7 +141,11 @@ def generate(
             )  # fmt: skip
             for row, (prompt, (its, rng_key)) in enumerate(zip(prompts, params, strict=True)):
                 states = (cache.target_states[row], cache.draft_states[row]) if cache is not None else (None, None)
-                loop.admit(row, prompt, its, max_new_tokens, rng_key=rng_key, states=states)
+                stream = TextStream(tokenizer, stop_strings, prompt) if stop_strings else None
+                loop.admit(
+                    row, prompt, its, max_new_tokens, rng_key=rng_key, states=states, stop_token_ids=stop_token_ids,
+                    stream=stream, output_logits=output_logits,
+                )  # fmt: skip
             while batch.generating():
                 loop.step()
         finally:

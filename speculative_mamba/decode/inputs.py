@@ -90,6 +90,12 @@ def check_generation(
         raise ValueError(f"cache must be a GenerationCache, got {type(cache).__name__}")
 
 
+def end_of_text(target: LanguageModel) -> list[int]:
+    """The tokens of a model that end a text, unless the caller names others."""
+    eos = target.eos_token_id if isinstance(target.eos_token_id, tuple) else (target.eos_token_id,)
+    return [token for token in eos if token is not None and token < target.vocab_size]
+
+
 def _all_of(values: object, test: Callable[[object], object]) -> bool:
     """Whether ``values`` is a collection of which every member passes."""
     return isinstance(values, Collection) and not isinstance(values, str) and all(map(test, values))
