@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 import speculative_mamba as sm
-from speculative_mamba.cli import PROMPT
+from speculative_mamba.cli.generate import PROMPT
 from speculative_mamba.decode import ModelDrafter
 from speculative_mamba.layers import attention, mamba1, mamba1_grouped, mamba2, short_conv
 from speculative_mamba.models.config import AttentionConfig, MlpConfig, ModelConfig, mamba1_config

@@ -277,7 +277,7 @@ struct SpeculativeAcceptParams {
     const int32_t* output_counts;     // (B, V): how often each token was generated, before the drafted ones
     const bool* active;               // (B), may be null: rows to decide
     const int32_t* num_draft_tokens;  // (B), may be null: only that many drafted tokens of a row count, at least 0
-    const bool* is_stop;              // (V), may be null: tokens that end a text; nothing is decided behind one
+    const bool* is_stop;              // (B, V), may be null: tokens that end each text; nothing is decided behind one
     float* target_probs;              // (B, V), may be null: with K = 0, what each token was drawn from
     int64_t target_probs_batch_stride;
     int32_t* accepted;    // (B); the position, where the status is not ok
@@ -319,7 +319,7 @@ struct CommitTokensParams {
     const int32_t* row_status;             // (B): a row whose status is not ok gains nothing and ends
     const int32_t* draft_status;           // (K, B), may be null: the same of each draft token
     const int32_t* num_draft_tokens;       // (B), may be null: draft tokens that count, if less than K
-    const bool* is_stop;                   // (V)
+    const bool* is_stop;                   // (B, V)
     int64_t* last;                         // (B, 2): the last two tokens of each text
     int64_t* positions;                    // (B): the length of each text
     int32_t* remaining;                    // (B): tokens that may still come

@@ -13,6 +13,8 @@ def main() -> int:
     streams.handle_signals(streams.leave_at_once)
     try:
         from speculative_mamba import cli
+
+        cli.load(sys.argv[1:])
     except ModuleNotFoundError as error:
         install = f"{sys.executable} -m pip install -c constraints.txt -e ."
         streams.say(f"error: {error.name} is not installed here; install it with: {install}")

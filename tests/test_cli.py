@@ -14,6 +14,8 @@ import torch
 import speculative_mamba as sm
 from speculative_mamba import cli
 from speculative_mamba import compare as compare_module
+from speculative_mamba.cli.generate import PROMPT as DEFAULT_PROMPT
+from speculative_mamba.decode.inputs import ACCEPTANCES
 from speculative_mamba.decode.lookahead import AdaptiveLookahead
 
 PROMPT = "She had not"
@@ -43,7 +45,8 @@ def test_text_on_stdout_the_rest_on_stderr(run):
 
 def test_no_options_at_all(run):
     code, out, err = run()
-    assert code == 0 and out.startswith(cli.PROMPT) and len(out) > len(cli.PROMPT) + 30 and "builtin:draft" in err
+    assert code == 0 and out.startswith(DEFAULT_PROMPT) and len(out) > len(DEFAULT_PROMPT) + 30
+    assert "builtin:draft" in err
 
 
 @pytest.mark.parametrize(
@@ -233,7 +236,7 @@ def test_compare_of_coupled_text(run):
 
 def test_compare_of_greedy_text_under_either_acceptance(run):
     """Greedy decoding leaves nothing to chance: the tokens are equal, whatever the draft is tested by."""
-    for acceptance in cli.ACCEPTANCES:
+    for acceptance in ACCEPTANCES:
         _, out, _ = run(*SHORT, "--compare", "--json", "--acceptance", acceptance)
         assert json.loads(out)["compare"]["tokens_equal"] is True
 
@@ -412,7 +415,8 @@ def start(*arguments, **options):
 
 
 def test_as_script_and_as_module_from_anywhere(tmp_path):
-    for program in ((SCRIPT,), ("-m", "speculative_mamba.run"), ("-m", "speculative_mamba")):
+    modules = ("speculative_mamba.run", "speculative_mamba", "speculative_mamba.cli")
+    for program in ((SCRIPT,), *(("-m", module) for module in modules)):
         process = start(*program, *SHORT, cwd=tmp_path)
         assert process.communicate()[0] == generated() + "\n" and process.returncode == 0
 
@@ -425,19 +429,19 @@ def test_bad_input_of_a_real_process():
 
 def test_reader_of_stdout_that_leaves():
     process = start(SCRIPT, "--stream", "--n_tokens_to_generate", "3000", "--draft", "none")
-    process.stdout.read(len(cli.PROMPT) + 1)
+    process.stdout.read(len(DEFAULT_PROMPT) + 1)
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(60) == 0 and "Traceback" not in err and "BrokenPipe" not in err
 
 
 def test_ctrl_c_without_a_stream(run, monkeypatch):
-    def interrupted(target, prompts, *, on_token, **options):
+    def interrupted(target, prompts, *, on_commit, **options):
         for token in target.tokenizer.encode(" heard").ids:
-            on_token(0, token)
+            on_commit([sm.CommittedToken(0, token, False)])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "generate", interrupted)
+    monkeypatch.setattr(cli.session, "generate", interrupted)
     code, out, err = run(*SHORT)
     assert (code, out) == (130, PROMPT + " heard\n") and len(err.splitlines()) == 1
     code, out, _ = run(*SHORT, "--json")
@@ -449,7 +453,7 @@ def test_a_gpu_without_room_is_one_line(run, monkeypatch):
     def full(*arguments, **options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee also …")
 
-    monkeypatch.setattr(cli, "generate", full)
+    monkeypatch.setattr(cli.session, "generate", full)
     code, _, err = run(*SHORT)
     assert code == 2 and err.splitlines()[-1].startswith("speculative-mamba: error: CUDA out of memory. Tried to")
     assert "--dtype" in err and "See also" not in err
@@ -459,7 +463,7 @@ def test_ctrl_c_while_comparing_keeps_the_text(run, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_compare", interrupted)
+    monkeypatch.setattr(cli.generate, "_compare", interrupted)
     code, out, _ = run(*SHORT, "--compare")
     assert (code, out) == (130, generated() + "\n")
     code, out, _ = run(*SHORT, "--compare", "--json")

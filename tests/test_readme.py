@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import speculative_mamba as sm
-from speculative_mamba import cli
+from speculative_mamba.cli.generate import build_parser
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-KNOWN = {name for action in cli.build_parser()._actions for name in action.option_strings}
+KNOWN = {name for action in build_parser()._actions for name in action.option_strings}
 
 
 def text(document: Path) -> str:
@@ -63,7 +63,7 @@ def test_the_table_of_options_is_complete():
     """Every option of the program is in docs/command-line.md, which names no other."""
     table = text(ROOT / "docs" / "command-line.md").split("| option |")[1].split("\n\n")[0]
     named = set(re.findall(r"--([A-Za-z_]+)", table))
-    assert named == {action.option_strings[0][2:] for action in cli.build_parser()._actions if action.dest != "help"}
+    assert named == {action.option_strings[0][2:] for action in build_parser()._actions if action.dest != "help"}
 
 
 def test_the_commands_parse():

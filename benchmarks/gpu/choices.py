@@ -118,7 +118,7 @@ class Commit(Work):
         self.window = [
             integers(7, batch, lookahead), integers(lookahead, batch, dtype=i32), integers(9, batch),
             integers(0, batch, dtype=i32), integers(0, lookahead, batch, dtype=i32),
-            integers(lookahead, batch, dtype=i32), integers(0, vocabulary, dtype=torch.bool),
+            integers(lookahead, batch, dtype=i32), integers(0, batch, vocabulary, dtype=torch.bool),
         ]  # fmt: skip
         self.state = BatchState(
             integers(1, batch, 2), integers(100, batch), integers(1 << 30, batch, dtype=i32),

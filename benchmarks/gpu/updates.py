@@ -94,7 +94,7 @@ def commit(
     """commit_tokens without a budget; leaves ``state`` alone."""
     at = torch.arange(draft_tokens.shape[1] + 1, device=draft_tokens.device)
     window = torch.where(at < accepted[:, None], F.pad(draft_tokens, (0, 1)), next_token[:, None])
-    stops = is_stop[window] & (at <= accepted[:, None])
+    stops = is_stop.gather(1, window) & (at <= accepted[:, None])
     count = torch.where(stops.any(1), stops.int().argmax(1), accepted) + 1
     last = torch.cat([state.last, window], 1).gather(1, count[:, None] + at[:2])
     slots = torch.where(state.active & ~stops.any(1), count - 1, -1)

@@ -8,10 +8,11 @@ namespace {
 
 // The largest status of the draft tokens that count: none behind a stop token does.
 int64_t draft_status(const CommitTokensParams& p, int64_t b, int64_t num_draft_tokens) {
+    const bool* is_stop = p.is_stop + b * p.vocabulary;
     int32_t status = 0;
     for (int64_t t = 0; p.draft_status && t < num_draft_tokens; t++) {
         status = std::max(status, p.draft_status[t * p.batch + b]);
-        if (p.is_stop[p.draft_tokens[b * p.lookahead + t]]) break;
+        if (is_stop[p.draft_tokens[b * p.lookahead + t]]) break;
     }
     return status;
 }
@@ -26,7 +27,7 @@ FinishReason append(const CommitTokensParams& p, int64_t b, const int64_t* windo
         last[1] = token;
         if (p.output_counts) p.output_counts[b * p.vocabulary + token]++;
         if (p.text && at < p.capacity) p.text[b * p.capacity + at] = token;
-        if (p.is_stop[token]) return FinishReason::eos;
+        if (p.is_stop[b * p.vocabulary + token]) return FinishReason::eos;
     }
     return p.remaining[b] > 0 ? FinishReason::none : FinishReason::length;
 }

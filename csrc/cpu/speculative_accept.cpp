@@ -36,7 +36,7 @@ Outcome decide(const SpeculativeAcceptParams& p, int64_t b) {
     const int64_t* drafted = text + counted;
     const int64_t end = p.num_draft_tokens ? min(p.num_draft_tokens[b], lookahead) : lookahead;
     for (int64_t t = 0; t <= end; t++) {
-        if (t > 0 && p.is_stop && p.is_stop[drafted[t - 1]]) return {RowStatus::ok, t, 0};
+        if (t > 0 && p.is_stop && p.is_stop[b * p.vocabulary + drafted[t - 1]]) return {RowStatus::ok, t, 0};
         const float* logits =
             adjusted(p.logits + b * p.logits_batch_stride + t * p.logits_token_stride, p.vocabulary, row,
                      p.prompt_mask + b * p.vocabulary, p.output_counts + b * p.vocabulary, text, counted + t, s);

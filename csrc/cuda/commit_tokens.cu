@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kRows* kWarp) commit(CommitTokensParams p) {
     int64_t* record = p.record + row * (Record::tokens + lookahead + 1);
     auto min = [](int a, int b) { return a < b ? a : b; };
     auto max = [](int a, int b) { return a > b ? a : b; };
-    auto is_stop = [&](int64_t token) { return load_raw(p.is_stop + token); };
+    auto is_stop = [&](int64_t token) { return load_raw(p.is_stop + row * p.vocabulary + token); };
 
     const bool active = load_raw(p.active + row);
     int num_draft_tokens = active ? lookahead : 0;

@@ -53,7 +53,7 @@ __device__ __forceinline__ const int64_t* drafted_at(const SpeculativeAcceptPara
     return p.draft_tokens + (row + 1) * p.draft_stride - (p.tokens - 1) + t;
 }
 __device__ __forceinline__ bool follows_stop(const SpeculativeAcceptParams& p, int64_t row, int64_t t) {
-    return p.is_stop && t > 0 && load_raw(p.is_stop + load_raw(drafted_at(p, row, t - 1)));
+    return p.is_stop && t > 0 && load_raw(p.is_stop + row * p.vocabulary + load_raw(drafted_at(p, row, t - 1)));
 }
 
 __device__ __forceinline__ int64_t decide_position(const SpeculativeAcceptParams& p, const BlockMemory& memory,

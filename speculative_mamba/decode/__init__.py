@@ -1,7 +1,7 @@
 """Propose, verify, accept, commit: the loop around a target model."""
 
 from ..ops.commit_tokens import BatchState
-from .batch import Batch
+from .batch import Batch, CommittedToken
 from .cache import GenerationCache
 from .drafts import Draft, Drafter, ModelDrafter, NgramDrafter, Proposal
 from .executors import EagerExecutor, GraphExecutor
@@ -13,6 +13,7 @@ from .stats import GenerationStats
 __all__ = [
     "Batch",
     "BatchState",
+    "CommittedToken",
     "DecodeLoop",
     "Draft",
     "Drafter",

@@ -7,13 +7,14 @@ import torch
 
 from ..models.prompts import read_prompts
 from ..models.runner import LanguageModel
+from ..models.text import TextStream
 from ..models.tokenizer import tokenizer_of
 from ..ops.sampling_params import of_rows
-from .batch import Batch
+from .batch import Batch, CommittedToken
 from .cache import GenerationCache
 from .drafts import Draft, Drafter, NgramDrafter, as_draft
 from .executors import Executor, as_executor
-from .inputs import check_generation, check_models
+from .inputs import check_generation, check_models, end_of_text
 from .lookahead import as_lookahead
 from .loop import DecodeLoop
 from .sampling import LogitsProcessor, SamplingParams
@@ -47,6 +48,7 @@ def generate(
     stop_token_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
     on_token: Callable[[int, int], None] | None = None,
+    on_commit: Callable[[list[CommittedToken]], None] | None = None,
     output_logits: bool = False,
     logits_processor: LogitsProcessor | None = None,
     cache: GenerationCache | None = None,
@@ -79,6 +81,7 @@ def generate(
         stop_token_ids: a row ends with the first of these tokens; None means the model's end-of-text token.
         stop_strings: a row ends with the token that completes one; needs ``target.tokenizer``. Only new text counts.
         on_token: called as ``on_token(row, token)`` for every committed token, in order.
+        on_commit: called once a round with all tokens that it committed; each says whether it came from the draft.
         output_logits: also return the logits.
         logits_processor: called as ``logits_processor(row, tokens, logits)`` for one position at a time, with the text
             before it and its logits (V), which it may change or replace and must return; -inf forbids a token. Penalty
@@ -100,17 +103,15 @@ def generate(
     goes_on = isinstance(cache, GenerationCache) and bool(cache.sequences)
     prompts = read_prompts(prompt_ids, attention_mask, target, may_be_padded=not goes_on)
     sampling = SamplingParams() if sampling is None else sampling
-    if stop_token_ids is None:
-        eos = target.eos_token_id if isinstance(target.eos_token_id, tuple) else (target.eos_token_id,)
-        stop_token_ids = [token for token in eos if token is not None and token < target.vocab_size]
+    stop_token_ids = end_of_text(target) if stop_token_ids is None else stop_token_ids
     check_generation(
         target, len(prompts), lookahead=lookahead, max_new_tokens=max_new_tokens, sampling=sampling,
         acceptance=acceptance, stop_strings=stop_strings, stop_token_ids=stop_token_ids, on_token=on_token,
-        logits_processor=logits_processor, cache=cache,
+        on_commit=on_commit, logits_processor=logits_processor, cache=cache,
     )  # fmt: skip
     max_new_tokens = int(max_new_tokens)
     tokenizer = tokenizer_of(target) if stop_strings else None
-    batch = Batch(len(prompts), stop_token_ids, stop_strings, tokenizer, output_logits)
+    batch = Batch(len(prompts))
     executor = as_executor(executor)
     draft = None if draft is None else as_draft(draft, target, batch.texts, executor.captures)
     drafting = None if draft is None else draft.model
@@ -123,17 +124,28 @@ def generate(
         return _result(target, prompts, ["length"] * len(prompts), stats, nothing if output_logits else None, cache)
     chooser = as_lookahead(lookahead, 0 if draft is None else max_new_tokens - 1)
     params = of_rows(sampling, len(prompts))
+
+    def tell(committed: list[CommittedToken]) -> None:
+        if on_commit is not None:
+            on_commit(committed)
+        for row, token, _ in committed if on_token is not None else ():
+            on_token(row, token)
+
     loop = None
     with executor:
         try:
             loop = DecodeLoop(
                 target, draft if max(chooser.all) else None, batch, executor, chooser, [its for its, _ in params],
-                coupled=acceptance == "coupled", processor=logits_processor, on_token=on_token,
+                coupled=acceptance == "coupled", processor=logits_processor, on_commit=tell,
                 prompt_length=max(map(len, prompts)), max_new_tokens=max_new_tokens,
             )  # fmt: skip
             for row, (prompt, (its, rng_key)) in enumerate(zip(prompts, params, strict=True)):
                 states = (cache.target_states[row], cache.draft_states[row]) if cache is not None else (None, None)
-                loop.admit(row, prompt, its, max_new_tokens, rng_key=rng_key, states=states)
+                stream = TextStream(tokenizer, stop_strings, prompt) if stop_strings else None
+                loop.admit(
+                    row, prompt, its, max_new_tokens, rng_key=rng_key, states=states, stop_token_ids=stop_token_ids,
+                    stream=stream, output_logits=output_logits,
+                )  # fmt: skip
             while batch.generating():
                 loop.step()
         finally:

@@ -50,6 +50,7 @@ def check_generation(
     stop_strings: Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
     on_token: object = None,
+    on_commit: object = None,
     logits_processor: object = None,
     cache: object = None,
 ) -> None:
@@ -81,11 +82,18 @@ def check_generation(
             raise ValueError(f"stop_strings must be text, got {stop!r} with half of a surrogate pair")
     if stop_strings and tokenizer_of(target) is None:
         raise ValueError("stop_strings need the target's tokenizer, and it has none; use stop_token_ids instead")
-    for name, callback in (("on_token", on_token), ("logits_processor", logits_processor)):
+    callbacks = {"on_token": on_token, "on_commit": on_commit, "logits_processor": logits_processor}
+    for name, callback in callbacks.items():
         if callback is not None and not callable(callback):
             raise ValueError(f"{name} must be a function, got {type(callback).__name__}")
     if cache is not None and not isinstance(cache, GenerationCache):
         raise ValueError(f"cache must be a GenerationCache, got {type(cache).__name__}")
+
+
+def end_of_text(target: LanguageModel) -> list[int]:
+    """The tokens of a model that end a text, unless the caller names others."""
+    eos = target.eos_token_id if isinstance(target.eos_token_id, tuple) else (target.eos_token_id,)
+    return [token for token in eos if token is not None and token < target.vocab_size]
 
 
 def _all_of(values: object, test: Callable[[object], object]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from ..models.identity import IdentityKey, backend_of
 from ..models.runner import LanguageModel
 from ..ops.commit_tokens import BatchState, Record
-from .batch import Batch
+from .batch import Batch, CommittedToken
 from .cache import GenerationCache
 from .drafts import Draft
 from .executors import Executor
@@ -36,12 +36,12 @@ class DecodeLoop:
         *,
         coupled: bool = False,
         processor: LogitsProcessor | None = None,
-        on_token: Callable[[int, int], None] | None = None,
+        on_commit: Callable[[list[CommittedToken]], None] | None = None,
         prompt_length: int = 0,
         max_new_tokens: int = 0,
     ) -> None:
         began = time.perf_counter()
-        self.batch, self._executor, self._lookahead, self._on_token = batch, executor, lookahead, on_token
+        self.batch, self._executor, self._lookahead, self._on_commit = batch, executor, lookahead, on_commit
         self._window = max(lookahead.all) + 1
         self._skipped = False  # whether the draft was left out of the last round
         counts = [0] * (self._window - 1)
@@ -50,16 +50,16 @@ class DecodeLoop:
         def make() -> Round:
             state = BatchState.empty(len(batch.rows), self._window, target.device)
             sampler = Sampler(
-                params or (), target.vocab_size, state, coupled=coupled,
+                params, target.vocab_size, state, coupled=coupled,
                 every_mix=executor.captures or params is None,
                 backend=backend_of(target), processor=processor, texts=batch if processor else None,
             )  # fmt: skip
             return Round(target, draft, sampler, state, executor.captures)
 
         drafted = () if draft is None else draft.identity()
-        key = (IdentityKey(target), *drafted, len(batch.rows), lookahead.all, bias_capacity(params or ()), coupled)
+        key = (IdentityKey(target), *drafted, len(batch.rows), lookahead.all, bias_capacity(params), coupled)
         entries = prompt_length + min(max_new_tokens, AHEAD) + self._window
-        batch.bind(executor.prepare(key, make, entries, lookahead.all, batch.output_logits))
+        batch.round = executor.prepare(key, make, entries, lookahead.all)
         self._draft = batch.round.draft
         self.stats.setup_s = time.perf_counter() - began
 
@@ -72,6 +72,19 @@ class DecodeLoop:
         self.batch.admit(index, prompt, params, max_new_tokens, **options)
         self.stats.prompt_tokens += len(prompt)
         self.stats.prefill_s += time.perf_counter() - began
+
+    def read(self, tokens: int) -> list[int]:
+        """Goes on with the prompts that are being read, the oldest first, by about so many tokens. Rows that are
+        through, and generate from now on."""
+        began, through = time.perf_counter(), []
+        for index in list(self.batch.reading):
+            while tokens > 0 and index in self.batch.reading:
+                tokens -= self.batch.read(index)
+            if index in self.batch.reading:
+                break
+            through.append(index)
+        self.stats.prefill_s += time.perf_counter() - began
+        return through
 
     def step(self) -> None:
         """Queues a round, and books the oldest if more are pending than should be."""
@@ -96,17 +109,21 @@ class DecodeLoop:
         active = self.batch.generating()
         if not active:
             return
+        rows = [self.batch.rows[index] for index in active]
         if not self._executor.captures:  # what goes beyond every row's budget need not be drafted
-            lookahead = min(lookahead, max([self.batch.rows[index].remaining for index in active]) - 1)
+            drafting = [row.remaining for row in rows if row.use_draft]
+            lookahead = min(lookahead, max(drafting, default=1) - 1)
         self._skipped = not lookahead
         self.batch.launching()
-        self._executor.launch(lookahead)
+        self._executor.launch(lookahead, any(row.output_logits for row in rows))
 
     def _catch_up(self) -> None:
         """The draft reads what came in rounds without it."""
         self._drain()
         for index in self.batch.generating():
             row = self.batch.rows[index]
+            if row.draft_at is None:  # nothing is drafted for it
+                continue
             (slot, length), row.draft_at = row.draft_at, None
             state = self._draft.snapshot(index, slot, row.tokens[:length])
             self._draft.prefill(index, row.tokens, state)
@@ -138,12 +155,11 @@ class DecodeLoop:
         stats.draft_s += result.draft_s
         stats.verify_s += result.verify_s
         # Rows beside whose tokens none counts are as good as refused ones.
-        grown = {index for index, _ in fresh} if result.proposed else ()
+        grown = {token.row for token in fresh} if result.proposed else ()
         unmatched = sum([record[index][Record.NUM_DRAFT_TOKENS] == 0 for index in grown])
         self._lookahead.observe(result.proposed, stats.tested - tested + unmatched, stats.accepted - accepted, seconds)
-        if self._on_token is not None:
-            for index, token in fresh:
-                self._on_token(index, token)
+        if fresh and self._on_commit is not None:
+            self._on_commit(fresh)
 
     def close(self, cache: GenerationCache | None = None, prompts: Sequence[list[int]] = ()) -> None:
         """No more rounds; the batch keeps its texts. They and their states go into the cache, if there is one.

@@ -1,7 +1,7 @@
 """One round of a batch, on the models' device: propose, verify, accept, commit."""
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,7 +48,8 @@ class Round:
         self.sampler, self.state = sampler, state
         self.draft = draft and draft.allocate(batch, steps - 1, sampler, captured=captured)
         self.target = ModelRunner(target, batch, steps, captured=captured)
-        self._is_stop = torch.zeros(target.vocab_size, dtype=torch.bool, device=device)
+        self._is_stop = torch.zeros(batch, target.vocab_size, dtype=torch.bool, device=device)
+        self._max_drafted = torch.zeros(batch, dtype=torch.int32, device=device)
         self._row_status = torch.zeros(batch, dtype=torch.int32, device=device)
         self._no_proposal = Proposal(torch.empty(batch, 0, dtype=torch.int64, device=device))
 
@@ -61,7 +62,8 @@ class Round:
         tokens, window, num_tokens = proposal.tokens, state.last[:, 1:], None
         if tokens.shape[1]:
             window = torch.cat([window, tokens], 1)
-            num_tokens = state.remaining - 1  # the last one of a budget need not be drafted
+            # The last one of a budget need not be drafted.
+            num_tokens = torch.minimum(state.remaining - 1, self._max_drafted)
             if proposal.num_tokens is not None:
                 num_tokens = torch.minimum(num_tokens, proposal.num_tokens)
         logits = target.model.verify(window, target.layers, state.slots[0])
@@ -75,10 +77,15 @@ class Round:
         )  # fmt: skip
         return RoundResult(lookahead, tokens.shape[1], record, logits, proposed - began, verified - proposed)
 
-    def stop_at(self, token_ids: Collection[int]) -> None:
-        """From the next round on these tokens end rows."""
-        self._is_stop.zero_()
-        self._is_stop[torch.tensor(sorted(token_ids), dtype=torch.int64, device=self._is_stop.device)] = True
+    def admit(
+        self, row: int, text: Sequence[int], remaining: int, stop_token_ids: Collection[int], use_draft: bool
+    ) -> None:
+        """From the next round on a row goes on from this text, as ``BatchState.admit`` has it."""
+        stops = torch.tensor(sorted(stop_token_ids), dtype=torch.int64, device=self._is_stop.device)
+        self._is_stop[row] = False
+        self._is_stop[row, stops] = True
+        self._max_drafted[row] = len(self.state.slots) - 1 if use_draft else 0
+        self.state.admit(row, text, remaining)
 
     @contextmanager
     def held(self) -> Iterator[None]:

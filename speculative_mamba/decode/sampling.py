@@ -20,19 +20,21 @@ __all__ = ["LogitsProcessor", "Sampler", "SamplingParams"]
 LogitsProcessor = Callable[[int, list[int], torch.Tensor], torch.Tensor]
 
 _MIN_BIAS_CAPACITY = 16
+MAX_BIASED = 512  # tokens of a row, where nobody says how many
 
 
 class Sampler:
     """Chooses tokens for a batch, the draft's and the target's.
 
-    state: where the rows stand. prompt_mask, (B, V) bool, and output_counts, (B, V) int32: what each text holds, or
-    None without penalties; what commits tokens moves them on. With ``every_mix`` there is memory for whatever ``admit``
-    may ask for later, else for these parameters. texts: those that ``processor`` is told of.
+    params: those of all rows to come; None: any may come. state: where the rows stand. prompt_mask, (B, V) bool, and
+    output_counts, (B, V) int32: what each text holds, or None without penalties; what commits tokens moves them on.
+    With ``every_mix`` there is memory for whatever ``admit`` may ask for later, else for these parameters. texts: those
+    that ``processor`` is told of.
     """
 
     def __init__(
         self,
-        params: Sequence[SamplingParams],
+        params: Sequence[SamplingParams] | None,
         vocab_size: int,
         state: BatchState,
         *,
@@ -44,8 +46,9 @@ class Sampler:
     ) -> None:
         batch, device = len(state.positions), state.positions.device
         self.backend, self.coupled, self._state = backend, coupled, state
-        self.draws = every_mix or not all(its.greedy for its in params)
         self._vocab_size, self._bias_capacity = vocab_size, bias_capacity(params) if every_mix else 0
+        params = params or ()
+        self.draws = every_mix or not all(its.greedy for its in params)
         self._params: list[SamplingParams | None] = [*params, *[SamplingParams()] * (batch - len(params))]
         self.tensors = SamplingTensors.from_params(
             self._params, vocab_size, device, penalties=every_mix, bias_capacity=self._bias_capacity
@@ -149,7 +152,10 @@ class Sampler:
         return processed
 
 
-def bias_capacity(params: Sequence[SamplingParams]) -> int:
-    """Biased tokens of a row that there is memory for, so that few captured rounds serve all calls: a power of two."""
+def bias_capacity(params: Sequence[SamplingParams] | None) -> int:
+    """Biased tokens of a row that there is memory for, so that few captured rounds serve all calls: a power of two.
+    None: any parameters may come."""
+    if params is None:
+        return MAX_BIASED
     longest = max((len(its.logit_bias) for its in params), default=1)
     return max(_MIN_BIAS_CAPACITY, 1 << (longest - 1).bit_length())

@@ -57,8 +57,9 @@ class GenerationStats:
         """tokens / decode_s, prefill not included."""
         return self.tokens / self.decode_s if self.decode_s > 0 else None
 
-    def count(self, drafted: int, agreed: int, committed: int) -> None:
-        """Books one row's round: ``agreed`` of ``drafted`` tokens matched, ``committed`` tokens became text."""
+    def count(self, drafted: int, agreed: int, committed: int) -> tuple[int, int]:
+        """Books one row's round: ``agreed`` of ``drafted`` tokens matched, ``committed`` tokens became text. Tested and
+        accepted ones."""
         accepted = min(agreed, committed)
         tested = min(agreed + 1, drafted, committed)
         self.row_rounds += 1
@@ -69,6 +70,7 @@ class GenerationStats:
         for position in range(tested):
             self.tested_per_position[position] += 1
             self.accepted_per_position[position] += position < accepted
+        return tested, accepted
 
     def measure_memory(self, device: torch.device) -> None:
         if device.type == "cuda":

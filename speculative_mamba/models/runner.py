@@ -56,16 +56,22 @@ class ModelRunner:
 
     def prefill(self, row: int, tokens: Sequence[int], state: RowState | None = None) -> None:
         """Brings slot 0 of a row to the state after ``tokens``, of which ``state`` has read some."""
-        done = 0
+        self.reset(row, state)
+        self.read(row, tokens[0 if state is None else len(state.tokens) :])
+
+    def reset(self, row: int, state: RowState | None = None) -> None:
+        """Puts ``state`` into slot 0 of a row; None: that of an empty text."""
         if state is not None:
-            done = len(state.tokens)
             for layer, saved in zip(self.layers, state.layers, strict=True):
                 layer.restore(row, saved)
         elif row in self._used:
             for layer in self.layers:
                 layer.row(row).reset()
         self._used.add(row)
-        self.model.prefill(tokens[done:], self.layers, row)
+
+    def read(self, row: int, tokens: Sequence[int]) -> None:
+        """Reads more tokens behind the state in slot 0 of a row."""
+        self.model.prefill(tokens, self.layers, row)
 
     def snapshot(self, row: int, slot: int, tokens: list[int]) -> RowState:
         """A copy of the state in a row's slot, which is that after ``tokens``."""

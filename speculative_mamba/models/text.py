@@ -34,7 +34,7 @@ class TextStream:
         *,
         skip_special_tokens: bool = True,
     ) -> None:
-        tokenizer = as_tokenizer(tokenizer)
+        self.tokenizer = tokenizer = as_tokenizer(tokenizer)
         added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
         self._hidden = {token: entry.content for token, entry in added.items() if entry.special}
         self._stop_strings = tuple(stop_strings)

@@ -37,7 +37,8 @@ class Request:
 class Clients:
     """Admits each request to the first row that is free when it has arrived, and keeps what became of it."""
 
-    def __init__(self, requests: list[Request]) -> None:
+    def __init__(self, requests: list[Request], stops: tuple[int, ...]) -> None:
+        self.options = {"stop_token_ids": stops, "output_logits": True}
         self.waiting = sorted(requests, key=lambda request: request.arrives)
         self.running: dict[int, Request] = {}
         self.done: list[tuple[Request, object]] = []
@@ -54,16 +55,16 @@ class Clients:
         for index in set(range(len(batch.rows))) - set(self.running):
             if self.waiting and self.waiting[0].arrives <= now:
                 self.running[index] = request = self.waiting.pop(0)
-                loop.admit(index, request.prompt, request.params, request.max_new_tokens)
+                loop.admit(index, request.prompt, request.params, request.max_new_tokens, **self.options)
         return bool(self.waiting or self.running)
 
 
 def serve(target, draft, requests, rows, executor, lookahead=3, coupled=True, stops=()):
     """Runs all requests in a batch of so many rows."""
-    batch = sm.Batch(rows, stops, output_logits=True)
+    batch = sm.Batch(rows)
     chooser = FixedLookahead(lookahead if draft is not None else 0)
     draft = draft and as_draft(draft, target, batch.texts, executor.captures)
-    clients, now = Clients(requests), 0
+    clients, now = Clients(requests, stops), 0
     with torch.no_grad(), executor:
         loop = sm.DecodeLoop(target, draft, batch, executor, chooser, coupled=coupled)
         while clients.visit(loop, now):

@@ -27,13 +27,18 @@ def chained(start, count, size=40):
 
 def run(model, prompts, agree="all", size=40, **options):
     """Speculation from a scripted draft; the stream and the statistics are checked against the result every time."""
-    log, options = [], {"stop_token_ids": (), **options}
+    log, rounds, options = [], [], {"stop_token_ids": (), **options}
     draft = ScriptedDraft([chained(prompt[0], 60, size) for prompt in prompts], size, AGREE.get(agree, agree))
-    result = sm.generate(model, prompts, draft=draft, on_token=lambda row, token: log.append((row, token)), **options)
+    result = sm.generate(
+        model, prompts, draft=draft, on_token=lambda row, token: log.append((row, token)), on_commit=rounds.append,
+        **options,
+    )  # fmt: skip
     new = [sequence.tolist()[len(prompt) :] for sequence, prompt in zip(result.sequences, prompts, strict=True)]
     for row, tokens in enumerate(new):
         assert [token for r, token in log if r == row] == tokens, "the stream is the text"
-    stats = result.stats
+    stats, committed = result.stats, [token for tokens in rounds for token in tokens]
+    assert [(row, token) for row, token, _ in committed] == log and len(rounds) == stats.rounds
+    assert sum(token.drafted for token in committed) == stats.accepted
     assert stats.tokens == len(log) == sum(map(len, new))
     assert stats.prompt_tokens == sum(map(len, prompts))
     assert stats.accepted <= stats.tested <= stats.drafted
@@ -288,6 +293,25 @@ def test_peak_memory():
 
     before, measured = peak(), sm.generate(ring(), [[0]], max_new_tokens=1).stats.peak_bytes
     assert before - 2**20 <= measured <= peak() + 2**20  # the kernel counts in steps
+
+
+@pytest.mark.parametrize("agree", AGREE)
+def test_which_tokens_came_from_the_draft(agree):
+    """Those that agree, up to the first that does not; never the one after them, nor the last of a budget."""
+    commits, draft = [], ScriptedDraft([chained(0, 60), chained(7, 60)], 40, AGREE[agree])
+    sm.generate(
+        ring(), [[0], [7, 8]], draft=draft, lookahead=3, max_new_tokens=9, stop_token_ids=(), on_commit=commits.append
+    )
+    lengths = [1, 2]
+    for tokens in commits:
+        for row in sorted({token.row for token in tokens}):
+            drafted = [token.drafted for token in tokens if token.row == row]
+            for at, came in enumerate(drafted):
+                position = lengths[row] + at
+                stands = AGREE[agree](row, position) and at < 3 and position < 9 + row
+                assert came == (stands and all(drafted[:at]))
+            lengths[row] += len(drafted)
+    assert lengths == [10, 11]
 
 
 def test_what_on_token_raises_reaches_the_caller(pair, prompt):

@@ -29,8 +29,8 @@ class Rows:
             "draft_status": torch.zeros(lookahead, rows, dtype=torch.int32),
             "num_draft_tokens": number(0, lookahead + 3, rows).int(),
         }  # fmt: skip
-        self.is_stop = torch.zeros(V, dtype=torch.bool)
-        self.is_stop[list(STOPS)] = True
+        self.is_stop = torch.zeros(rows, V, dtype=torch.bool)
+        self.is_stop[:, list(STOPS)] = True
         self.state = {
             "last": number(0, V, rows, 2), "positions": number(1, capacity, rows),
             "remaining": number(1, 10, rows).int(), "active": torch.ones(rows, dtype=torch.bool),
@@ -64,7 +64,9 @@ class Rows:
         chosen = Rows.__new__(Rows)
         chosen.window = {name: part(name, tensor) for name, tensor in self.window.items()}
         chosen.state = {name: part(name, tensor) for name, tensor in self.state.items()}
-        chosen.is_stop, chosen.output_counts, chosen.text = self.is_stop, self.output_counts[rows], self.text[rows]
+        chosen.is_stop, chosen.output_counts, chosen.text = (
+            tensor[rows] for tensor in (self.is_stop, self.output_counts, self.text)
+        )
         return chosen
 
     def copy(self) -> "Rows":
@@ -102,6 +104,9 @@ def every_case(lookahead: int) -> Rows:
                 tokens[-1] = STOPS[0]
         rows.window["draft_tokens"][row], rows.window["next_token"][row] = tokens[:-1], tokens[-1]
         rows.set(row, {0: INACTIVE, 1: BROKEN}.get(row % 7))
+        if row % 5 == 4:  # has no stop tokens, but for one that is an ordinary token in other rows
+            rows.is_stop[row] = False
+            rows.is_stop[row, 1 + row % 9] = True
         if row % 7 in (2, 3):  # of one step, which may not count
             rows.window["draft_status"][row % max(lookahead, 1) : row % max(lookahead, 1) + 1, row] = 1 + row % 5
     return rows
@@ -288,7 +293,7 @@ def test_inputs_are_not_written(backend: str) -> None:
     rows.commit(backend)
     for name, tensor in before.window.items():
         assert_bitwise_equal(rows.window[name], tensor, name)
-    assert rows.is_stop.nonzero()[:, 0].tolist() == list(STOPS)
+    assert_bitwise_equal(rows.is_stop, before.is_stop, "is_stop")
 
 
 def test_no_rows(backend: str) -> None:
@@ -365,7 +370,7 @@ def test_arguments_that_do_not_fit_are_named(name: str, backend: str) -> None:
     )
     refused(rf"{said} must be torch", backend, changed(lambda t: t.to(torch.int16)))
     refused(rf"{said} must have shape", backend, changed(lambda t: t[None]))
-    if name not in ("draft_tokens", "is_stop", "last"):  # which set the sizes
+    if name not in ("draft_tokens", "last"):  # which set the sizes
         rows_at = 1 if name in ("slots", "draft_status") else 0
         refused(rf"{said} must have shape", backend, changed(lambda t: torch.cat([t, t], rows_at)))
     refused(rf"{said} must be contiguous", backend, changed(lambda t: t.repeat_interleave(2, -1)[..., ::2]))
@@ -396,7 +401,7 @@ def of_more_rows(rows: Rows) -> None:
         (change_of("positions", -1, 2), "^state.positions must be from 0 to inf, got"),
         (change_of("remaining", -1, 0), "^state.remaining must be from 0 to inf, got"),
         (of_more_rows, r"^state.last must have shape \(3, 2\), got \(6, 2\)"),
-        (change_of("is_stop", torch.zeros(0, dtype=torch.bool)), r"^is_stop must have shape \(V\), got \(0,\)"),
+        (change_of("is_stop", torch.zeros(3, 0, dtype=torch.bool)), r"^is_stop must have shape \(B, V\), got \(3, 0\)"),
         (
             change_of("slots", torch.zeros(4, 3, dtype=torch.int32)),
             r"^state.slots must have at least 5 steps, got \(4, 3\)",

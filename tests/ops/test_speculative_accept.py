@@ -366,8 +366,8 @@ def stopping(params: SamplingParams, coupled: bool) -> tuple[dict, torch.Tensor,
     arguments = make(params, rows=8 * K) | {"coupled": coupled}
     if coupled:
         arguments["draft_tokens"][::2] = choices(arguments, "reference")[::2, :K]
-    rows, is_stop = torch.arange(8 * K), torch.zeros(V, dtype=torch.bool)
-    is_stop[arguments["draft_tokens"][rows, rows % K]] = True
+    rows, is_stop = torch.arange(8 * K), torch.zeros(8 * K, V, dtype=torch.bool)
+    is_stop[rows, arguments["draft_tokens"][rows, rows % K]] = True
     return arguments | {"is_stop": is_stop}, *speculative_accept(**arguments, backend="reference")
 
 
@@ -376,7 +376,9 @@ def stopping(params: SamplingParams, coupled: bool) -> tuple[dict, torch.Tensor,
 def test_nothing_is_decided_behind_a_stop_token(params: SamplingParams, coupled: bool, backend: str) -> None:
     """Catches: a stop token that is looked for one position too late."""
     arguments, accepted, next_token = stopping(params, coupled)
-    stops_at = arguments["is_stop"][arguments["draft_tokens"]].int().argmax(1)  # the place of each row's first
+    stops_at = (
+        arguments["is_stop"].gather(1, arguments["draft_tokens"]).int().argmax(1)
+    )  # the place of each row's first
     behind = accepted > stops_at
     unread = (torch.arange(K + 1) > stops_at[:, None])[..., None]
     logits = arguments["logits"].masked_fill(unread, torch.nan)

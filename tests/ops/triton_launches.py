@@ -83,7 +83,7 @@ def accepting(params: SamplingParams, tokens: int, everything: bool) -> tuple:
     probs = logits[:, 0] if everything and tokens == 1 else None
     active = seen[:, 0] if everything else None
     sampling = SamplingTensors.from_params([params], 50280)
-    stops = seen[0] if everything else None
+    stops = seen if everything else None
     return logits, drafted, q, sampling, keys, row, False, seen, seen.int(), active, limits, stops, 0, probs
 
 
@@ -92,7 +92,7 @@ def committing(everything: bool) -> tuple:
     seen, status = torch.zeros(1, 50280, dtype=torch.bool), torch.zeros(4, 1, dtype=torch.int32)
     state = BatchState(row.repeat(1, 2), row.clone(), ROW.clone(), seen[:, 0], torch.zeros(5, 1, dtype=torch.int32))
     window = draft_tokens, ROW, row, ROW, *((status, ROW) if everything else (None, None))
-    return *window, seen[0], state, *((seen.int(), draft_tokens) if everything else (None, None))
+    return *window, seen, state, *((seen.int(), draft_tokens) if everything else (None, None))
 
 
 GREEDY = SamplingParams()

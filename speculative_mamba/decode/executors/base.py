@@ -61,9 +61,7 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def prepare(
-        self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
-    ) -> Round:
+    def prepare(self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int]) -> Round:
         """A round, all of whose rows are left out; it may be an earlier one with the same key, and what a call that
         broke off left behind is forgotten. entries: tokens that the longest text may have."""
 
@@ -76,8 +74,8 @@ class Executor(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def launch(self, lookahead: int) -> None:
-        """Queues a round."""
+    def launch(self, lookahead: int, output_logits: bool) -> None:
+        """Queues a round. output_logits: its logits are still there when it is collected."""
 
     @property
     def pending(self) -> int:

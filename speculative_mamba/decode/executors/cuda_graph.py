@@ -101,11 +101,8 @@ class GraphExecutor(Executor):
         if processor is not None:
             raise ValueError("a logits_processor is Python and cannot be in a CUDA graph; use executor='eager'")
 
-    def prepare(
-        self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
-    ) -> Round:
+    def prepare(self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int]) -> Round:
         self._pending.clear()
-        self._output_logits = output_logits
         self._current = self._prepare_or_evict(key, make, entries, lookaheads)
         return self._current.round
 
@@ -170,9 +167,9 @@ class GraphExecutor(Executor):
         captured.graph_bytes += max(0, free - torch.cuda.mem_get_info()[0])
         return functools.partial(_replay, graph, result)
 
-    def launch(self, lookahead: int) -> None:
+    def launch(self, lookahead: int, output_logits: bool) -> None:
         with current_device(self._current.round.state.last):
-            self._pending.append(self._sent(self._current.replays[lookahead], self._output_logits))
+            self._pending.append(self._sent(self._current.replays[lookahead], output_logits))
 
     def collect(self) -> tuple[RoundResult, list[list[int]], float]:
         result, record, seconds = super().collect()

@@ -14,14 +14,12 @@ class EagerExecutor(Executor):
     queue_depth = 0
     captures = False
 
-    def prepare(
-        self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int], output_logits: bool
-    ) -> Round:
+    def prepare(self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int]) -> Round:
         self._pending.clear()
         self._current = make()
         return self._current
 
-    def launch(self, lookahead: int) -> None:
+    def launch(self, lookahead: int, output_logits: bool) -> None:
         self._pending.append(_Done(time.perf_counter(), self._current.run(lookahead)))
 
 

@@ -58,7 +58,7 @@ def commit_tokens(
     | row_status       | (B)      | int32       | of ``speculative_accept``; not 0: the row is broken |
     | draft_status     | (K, B)   | int32, None | of ``sample_tokens`` at each step of the draft; None: all 0 |
     | num_draft_tokens | (B)      | int32, None | that of ``speculative_accept``; None: K |
-    | is_stop          | (V)      | bool        | tokens that end a row |
+    | is_stop          | (B, V)   | bool        | tokens that end each row |
     | state            |          | BatchState  | **written** |
     | output_counts    | (B, V)   | int32, None | **written**: each committed token counts once more |
     | text             | (B, L)   | int64, None | **written**: committed tokens from ``state.positions`` on, below L |
@@ -90,9 +90,9 @@ def commit_tokens(
     """
     if draft_tokens.ndim != 2:
         raise ValueError(f"draft_tokens must have shape (B, K), got {tuple(draft_tokens.shape)}")
-    if is_stop.ndim != 1 or not is_stop.shape[0]:
-        raise ValueError(f"is_stop must have shape (V), got {tuple(is_stop.shape)}")
-    (batch, lookahead), vocabulary = draft_tokens.shape, is_stop.shape[0]
+    if is_stop.ndim != 2 or not is_stop.shape[1]:
+        raise ValueError(f"is_stop must have shape (B, V), got {tuple(is_stop.shape)}")
+    (batch, lookahead), vocabulary = draft_tokens.shape, is_stop.shape[1]
     if text is not None and text.ndim != 2:
         raise ValueError(f"text must have shape (B, L), got {tuple(text.shape)}")
     check_tokens("draft_tokens", draft_tokens, (batch, lookahead), vocabulary, draft_tokens)
@@ -102,7 +102,7 @@ def commit_tokens(
         ("row_status", row_status, (batch,), torch.int32),
         ("draft_status", draft_status, (lookahead, batch), torch.int32),
         ("num_draft_tokens", num_draft_tokens, (batch,), torch.int32),
-        ("is_stop", is_stop, (vocabulary,), torch.bool),
+        ("is_stop", is_stop, (batch, vocabulary), torch.bool),
         ("state.last", state.last, (batch, 2), torch.int64),  # the others fit this one
         ("output_counts", output_counts, (batch, vocabulary), torch.int32),
         ("text", text, (batch, 0 if text is None else text.shape[1]), torch.int64),

@@ -13,7 +13,7 @@ def commit_tokens(args: CommitTokensArgs) -> torch.Tensor:
     kernels, where = compiled(args.draft_tokens)
     state = args.state
     kernels.commit_tokens(
-        args, where, batch=batch, lookahead=lookahead, vocabulary=args.is_stop.shape[0], steps=state.slots.shape[0],
+        args, where, batch=batch, lookahead=lookahead, vocabulary=args.is_stop.shape[1], steps=state.slots.shape[0],
         capacity=0 if args.text is None else args.text.shape[1], last=state.last, positions=state.positions,
         remaining=state.remaining, active=state.active, slots=state.slots, record=record,
     )  # fmt: skip

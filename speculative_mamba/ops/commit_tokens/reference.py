@@ -33,7 +33,7 @@ def _commit(args: CommitTokensArgs, row: int, record: torch.Tensor) -> None:
         state.active[row] = False
         return
     tokens = window[: state.remaining[row]]
-    stops = args.is_stop[tokens].nonzero()
+    stops = args.is_stop[row, tokens].nonzero()
     if len(stops):
         tokens = tokens[: stops[0] + 1]
     count, position = len(tokens), int(state.positions[row])
@@ -41,7 +41,7 @@ def _commit(args: CommitTokensArgs, row: int, record: torch.Tensor) -> None:
     state.positions[row] += count
     state.remaining[row] -= count
     if args.output_counts is not None:
-        args.output_counts[row] += torch.bincount(tokens, minlength=len(args.is_stop)).int()
+        args.output_counts[row] += torch.bincount(tokens, minlength=args.is_stop.shape[1]).int()
     if args.text is not None:
         into = args.text[row, position : position + count]
         into[:] = tokens[: len(into)]
@@ -63,6 +63,6 @@ def _num_draft_tokens(args: CommitTokensArgs, row: int) -> int:
 def _draft_status(args: CommitTokensArgs, row: int) -> int:
     """The largest of the draft tokens that count: none behind a stop token does."""
     tokens = args.draft_tokens[row, : _num_draft_tokens(args, row)]
-    stops = args.is_stop[tokens].nonzero()
+    stops = args.is_stop[row, tokens].nonzero()
     count = int(stops[0]) + 1 if len(stops) else len(tokens)
     return 0 if args.draft_status is None or not count else int(args.draft_status[:count, row].max())

@@ -26,9 +26,10 @@ def _commit(
     if num_draft_tokens is not None:
         drafted = tl.minimum(drafted, tl.where(was_active, tl.load(num_draft_tokens + b), 0))
     token = tl.load(draft_tokens + b * lookahead + at, mask=at < lookahead, other=0)
+    stops = is_stop + b * vocabulary
     broken_draft = 0
     if draft_status is not None:
-        ends = tl.load(is_stop + token, mask=at < drafted, other=0) != 0
+        ends = tl.load(stops + token, mask=at < drafted, other=0) != 0
         counted = tl.min(tl.where(ends, at + 1, drafted), 0)
         broken_draft = tl.max(tl.load(draft_status + at.to(tl.int64) * batch + b, mask=at < counted, other=0), 0)
     stands = tl.where(was_active, tl.load(accepted + b), 0)
@@ -39,7 +40,7 @@ def _commit(
     limit = tl.where(commits, tl.minimum(window, budget), 0)
     token = tl.where(at < stands, token, 0)
     token = tl.where(at == window - 1, tl.load(next_token + b), token)
-    ends = tl.load(is_stop + token, mask=at < limit, other=0) != 0
+    ends = tl.load(stops + token, mask=at < limit, other=0) != 0
     first_stop = tl.min(tl.where(ends, at, limit), 0)
     count = tl.minimum(first_stop + 1, limit)
     reason = tl.where(first_stop < limit, _EOS, tl.where(commits & (count == budget), _LENGTH, 0))
@@ -75,7 +76,7 @@ def commit_tokens(args: CommitTokensArgs) -> torch.Tensor:
         _commit, batch, args.draft_tokens, 1, draft_tokens=args.draft_tokens, accepted=args.accepted,
         next_token=args.next_token, row_status=args.row_status, draft_status=args.draft_status,
         num_draft_tokens=args.num_draft_tokens, is_stop=args.is_stop, **vars(state), output_counts=args.output_counts,
-        text=text, record=record, batch=batch, lookahead=lookahead, vocabulary=len(args.is_stop), steps=steps,
+        text=text, record=record, batch=batch, lookahead=lookahead, vocabulary=args.is_stop.shape[1], steps=steps,
         capacity=0 if text is None else text.shape[1], BLOCK=triton.next_power_of_2(steps),
     )  # fmt: skip
     return record

@@ -91,7 +91,7 @@ def speculative_accept(
     | output_counts    | (B, V)      | int32, None | how often each token was generated, before the draft tokens |
     | active           | (B)         | bool, None | rows to decide; the others get 0 and 0 |
     | num_draft_tokens | (B)         | int32, None | at least 0 if active: as if it were the K of its row |
-    | is_stop          | (V)         | bool, None | tokens that end a text |
+    | is_stop          | (B, V)      | bool, None | tokens that end each text |
     | row_status       | (B)         | int32, None | **written**: 0 where a row is decided, else why it cannot be |
     | returns          | accepted (B) int32, next token (B) int64 | | |
 
@@ -124,7 +124,7 @@ def speculative_accept(
     if draft_probs is not None:
         check("draft_probs", draft_probs, (batch, tokens - 1, vocabulary), logits)
     if is_stop is not None:
-        check("is_stop", is_stop, (vocabulary,), logits, torch.bool)
+        check("is_stop", is_stop, (batch, vocabulary), logits, torch.bool)
         check_contiguous("is_stop", is_stop)
     read = {"logits": logits, "draft_tokens": draft_tokens, "draft_probs": draft_probs, "rng_keys": rng_keys}
     read |= {"positions": positions, "prompt_mask": prompt_mask, "output_counts": output_counts, "active": active}

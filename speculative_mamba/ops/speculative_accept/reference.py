@@ -27,7 +27,7 @@ def _row(args: SpeculativeAcceptArgs, row: int) -> tuple[RowStatus, int, int]:
     end = lookahead if args.num_draft_tokens is None else min(lookahead, int(args.num_draft_tokens[row]))
     greedy = sampling.temperature.item() == 0
     for at in range(end + 1):
-        if at and args.is_stop is not None and args.is_stop[draft_tokens[counted + at - 1]]:
+        if at and args.is_stop is not None and args.is_stop[row, draft_tokens[counted + at - 1]]:
             return RowStatus.OK, at, 0
         prompt_mask, output_counts = args.prompt_mask, args.output_counts
         if sampling.has_penalties:

@@ -65,7 +65,7 @@ def _decide(
     follows_stop = False
     if is_stop is not None:
         previous = tl.load(draft_tokens + first + t - 1, mask=t > 0, other=0)
-        follows_stop = (t > 0) & (tl.load(is_stop + previous) != 0)
+        follows_stop = (t > 0) & (tl.load(is_stop + b * vocabulary + previous) != 0)
         found = tl.where(follows_stop, 0, found)
     if (found == 0) & (follows_stop == 0):
         temperature, top_k, nucleus, floor, greedy = row_sampling(sampling, b, vocabulary)

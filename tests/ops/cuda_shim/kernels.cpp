@@ -195,7 +195,7 @@ void announce_all(const SpeculativeAcceptParams& p) {
     announce_bytes(p.rng_keys, p.batch * 2 * 8);
     announce_bytes(p.positions, p.batch * 8);
     announce(p.num_draft_tokens, p.batch);
-    announce_bytes(p.is_stop, p.vocabulary);
+    announce_bytes(p.is_stop, p.batch * p.vocabulary);
     announce(p.target_probs, p.batch, p.target_probs_batch_stride, 1, 0, p.vocabulary, Use::write);
     announce_bytes(p.scratch, p.scratch_bytes, Use::write);
     announce_bytes(p.next_token, p.batch * 8, Use::write);
@@ -210,7 +210,7 @@ void announce_all(const CommitTokensParams& p) {
     announce(p.row_status, p.batch);
     announce(p.draft_status, p.lookahead * p.batch);
     announce(p.num_draft_tokens, p.batch);
-    announce_bytes(p.is_stop, p.vocabulary);
+    announce_bytes(p.is_stop, p.batch * p.vocabulary);
     announce_bytes(p.last, p.batch * 2 * 8, Use::write);
     announce_bytes(p.positions, p.batch * 8, Use::write);
     announce(p.remaining, p.batch, Use::write);

@@ -1,0 +1,115 @@
+"""Answers in OpenAI's form: whole ones, and the chunks of a stream."""
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+
+from .engine import RequestOutput, TokenOutput
+from .protocol import Call, ServedModel
+
+_FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+_IMPOSSIBLE = -9999.0  # OpenAI's; JSON has no infinity
+
+
+def usage(call: Call, outputs: Sequence[RequestOutput]) -> dict:
+    """Tokens of a call. A prompt counts once, however many texts were made of it."""
+    prompts = outputs[:: call.n]
+    prompt, new = sum(output.prompt_tokens for output in prompts), sum(len(output.tokens) for output in outputs)
+    accepted, tested = (sum(getattr(out, name) for out in outputs) for name in ("accepted_tokens", "draft_tokens"))
+    return {
+        "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": sum(output.cached_tokens for output in prompts)},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted, "rejected_prediction_tokens": tested - accepted,
+        },
+    }  # fmt: skip
+
+
+class Answer:
+    """The answer to one call."""
+
+    def __init__(self, call: Call, served: ServedModel) -> None:
+        self._call, self._token_text = call, served.token_text
+        kind, prefix = ("chat.completion", "chatcmpl") if call.chat else ("text_completion", "cmpl")
+        if call.chat and call.stream:
+            kind = "chat.completion.chunk"
+        self._head = {
+            "id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()),
+            "model": served.name,
+        }  # fmt: skip
+        self._lengths = [len(call.echo(index)) for index in range(len(call.requests))]  # characters sent, per choice
+
+    def body(self, outputs: Sequence[RequestOutput]) -> dict:
+        """All at once. outputs: one per request of the call."""
+        choices = [self._choice(index, output) for index, output in enumerate(outputs)]
+        return {**self._head, "choices": choices, "usage": usage(self._call, outputs)}
+
+    def first_chunks(self) -> Iterator[dict]:
+        """What each choice begins with, before there are tokens."""
+        for index in range(len(self._call.requests)):
+            if self._call.chat:
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+            elif echo := self._call.echo(index):
+                yield self._chunk(index, echo)
+
+    def token_chunk(self, index: int, output: TokenOutput) -> dict:
+        logprobs = self._logprobs([output], self._lengths[index])
+        self._lengths[index] += len(output.text)
+        text = {"content": output.text} if self._call.chat else output.text
+        return self._chunk(index, text, logprobs=logprobs, drafted=output.drafted)
+
+    def last_chunk(self, index: int, output: RequestOutput) -> dict:
+        """The reason why a choice ended, with the text that was held back until then."""
+        rest = output.text[self._lengths[index] - len(self._call.echo(index)) :]
+        text = ({"content": rest} if rest else {}) if self._call.chat else rest
+        return self._chunk(index, text, finish_reason=_FINISH_REASONS[output.finish_reason])
+
+    def usage_chunk(self, outputs: Sequence[RequestOutput]) -> dict:
+        return {**self._head, "choices": [], "usage": usage(self._call, outputs)}
+
+    def _chunk(self, index: int, text: str | dict, **more: object) -> dict:
+        field = "delta" if self._call.chat else "text"
+        choice = {"index": index, field: text, "logprobs": None, "finish_reason": None, **more}
+        no_usage = {"usage": None} if self._call.include_usage else {}
+        return {**self._head, "choices": [choice], **no_usage}
+
+    def _choice(self, index: int, output: RequestOutput) -> dict:
+        echo = self._call.echo(index)
+        text = echo + output.text
+        said = (
+            {"message": {"role": "assistant", "content": text, "refusal": None}} if self._call.chat else {"text": text}
+        )
+        logprobs = self._logprobs(output.outputs, len(echo))
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": _FINISH_REASONS[output.finish_reason]}
+
+    def _logprobs(self, outputs: Sequence[TokenOutput], offset: int) -> dict | None:
+        """offset: characters of the text before these tokens."""
+        if self._call.requests[0].logprobs is None:
+            return None
+        if self._call.chat:
+            return {"content": [self._chat_logprob(output) for output in outputs], "refusal": None}
+        offsets = []
+        for output in outputs:
+            offsets.append(offset)
+            offset += len(output.text)
+        text_of = self._token_text.text_of
+        own = [{text_of(output.token): _finite(output.logprob)} for output in outputs]
+        top = [{text_of(token): _finite(logprob) for token, logprob in output.top_logprobs} for output in outputs]
+        return {
+            "tokens": [text_of(output.token) for output in outputs],
+            "token_logprobs": [_finite(output.logprob) for output in outputs],
+            "top_logprobs": [likeliest | its for likeliest, its in zip(top, own, strict=True)],
+            "text_offset": offsets,
+        }
+
+    def _chat_logprob(self, output: TokenOutput) -> dict:
+        def entry(token: int, logprob: float) -> dict:
+            data = self._token_text.bytes_of(token)
+            return {"token": self._token_text.text_of(token), "bytes": list(data), "logprob": _finite(logprob)}
+
+        top = [entry(token, logprob) for token, logprob in output.top_logprobs]
+        return {**entry(output.token, output.logprob), "top_logprobs": top}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _IMPOSSIBLE)
