@@ -57,7 +57,9 @@ def server_process(*options: str, **environment: str) -> Iterator[tuple[str, sub
 
 
 @contextmanager
-def server_thread(engine: object, served: object, listener: socket.socket | None = None, **settings: object) -> Iterator[str]:
+def server_thread(
+    engine: object, served: object, listener: socket.socket | None = None, **settings: object
+) -> Iterator[str]:
     """The same application in a thread of this process: its address."""
     from speculative_mamba.serve.openai_api import create_app, http_server
 
@@ -105,9 +107,7 @@ def target() -> sm.MambaLM:
     return sm.load_model("builtin:target")
 
 
-def expected(
-    prompt: str | list[int] = PROMPT, tokens: int = 12, stop: tuple[str, ...] = (), **sampling: object
-) -> str:
+def expected(prompt: str | list[int] = PROMPT, tokens: int = 12, stop: tuple[str, ...] = (), **sampling: object) -> str:
     """The text that ``generate`` gives for this request alone, without a draft."""
     ids = target().tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
     params = sm.SamplingParams(**sampling)

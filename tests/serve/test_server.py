@@ -221,7 +221,10 @@ def test_metrics(url):
         assert reply.status == 200 and reply.headers["content-type"].startswith("text/plain; version=0.0.4")
         families = text_string_to_metric_families(reply.body.decode())
         samples = [sample for family in families for sample in family.samples]
-        return {(sample.name.removeprefix("speculative_mamba_"), *sample.labels.values()): sample.value for sample in samples}
+        return {
+            (sample.name.removeprefix("speculative_mamba_"), *sample.labels.values()): sample.value
+            for sample in samples
+        }
 
     before = read()
     complete(url, max_tokens=20)
