@@ -34,6 +34,7 @@ def write_gguf(
     kind: str = "F32",
     *,
     metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
     kind_of: Callable[[str], str | None] = lambda name: None,
     alignment: int | None = None,
 ) -> Path:
@@ -41,7 +42,7 @@ def write_gguf(
 
     kind: the type of matrices; what has one dimension, convolutions and norms is F32. kind_of: the type of a tensor by
     its name in the file, or None for the rule. metadata: more keys and values, such as a tokenizer; a value of None
-    leaves a key out.
+    leaves a key out. tensors: more of them, in F32.
     """
     config = read_json(checkpoint / "config.json")
     family = config["model_type"]
@@ -49,12 +50,13 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     if alignment is not None:
         writer.add_custom_alignment(alignment)
-    prefix, tensors = gguf.MODEL_ARCH_NAMES[architecture], {n: s.tensor for n, s in read_tensors(checkpoint).items()}
+    prefix = gguf.MODEL_ARCH_NAMES[architecture]
     entries = {f"{prefix}.{key}": value for key, value in _METADATA[family](config).items()}
     entries |= {"tokenizer.ggml.model": "none"} | dict(metadata or {})
     for key, value in entries.items():
         _add(writer, key, value)
-    converted = list(_converted(config, architecture, tensors))
+    stored = {name: stored.tensor for name, stored in read_tensors(checkpoint).items()}
+    converted = [*_converted(config, architecture, stored), *(tensors or {}).items()]
     kinds = []
     for name, tensor in converted:
         stays = tensor.ndim == 1 or name.endswith(_ALWAYS_F32) or ".weight" not in name

@@ -170,7 +170,7 @@ class GgufVocabulary:
     def _byte_level(self) -> Tokenizer:
         """Byte-pair encoding of bytes that are written as letters."""
         name = self.values.get("tokenizer.ggml.pre")
-        if name not in _KINDS:
+        if not isinstance(name, str) or name not in _KINDS:
             raise self._broken(f"tokenizer.ggml.pre {shown(name)} is not supported ({', '.join(_KINDS)})")
         kind, merges = _KINDS[name], self._list("merges", str)
         pairs = [(merge[:at], merge[at + 1 :]) for merge in merges if (at := merge.find(" ", 1)) > 0]
