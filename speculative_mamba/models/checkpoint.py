@@ -41,8 +41,9 @@ def load_model(
     """Loads a language model: Mamba-1, Mamba-2, Falcon-Mamba, Llama, or a hybrid of Mamba and attention.
 
     Args:
-        source: ``"builtin:target"`` or ``"builtin:draft"``, a folder, or a hub id (``"state-spaces/mamba-2.8b"``). A
-            folder holds ``config.json`` and weights in state-spaces format (``pytorch_model.bin``; also Mamba-2 and
+        source: ``"builtin:target"`` or ``"builtin:draft"``, a folder, a GGUF file of llama.cpp (``"model.gguf"``, which
+            holds all that belongs to a model), or a hub id (``"state-spaces/mamba-2.8b"``). A folder holds
+            ``config.json`` and weights in state-spaces format (``pytorch_model.bin``; also Mamba-2 and
             ``mamba2attn``) or Hugging Face format (``model.safetensors``, also sharded; ``MambaForCausalLM``,
             ``Mamba2ForCausalLM``, ``FalconMambaForCausalLM``, ``LlamaForCausalLM``, or with ``mamba_config.json`` a
             hybrid of *The Mamba in the Llama*), and for text ``tokenizer.json``. Ids that end a text are those of
