@@ -32,6 +32,11 @@ def read_gguf_tensors(header: Header, description: Description, file: MappedFile
     file.check(header.path)
     tensors = {}
     for name, info in header.tensors.items():
+        if info.type not in _DTYPES:
+            raise ValueError(
+                f"{header.path}: tensor {name} is of type {info.type}, which is not supported; supported: "
+                f"{', '.join(_DTYPES)}"
+            )
         if name != ROPE_FACTORS:
             part = data[info.offset : info.offset + info.nbytes]
             heads = description.interleaved.get(name.rpartition(".")[0])
