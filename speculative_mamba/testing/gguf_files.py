@@ -28,6 +28,8 @@ _RENAMED = {
     "backbone.embeddings.",
 }  # fmt: skip
 _INTERLEAVED = ("llama", "granite", "granitemoehybrid", "bamba", "nemotron_h")
+# Where a block has its halves, and what the size of weights is divided by there, if all other bits are random.
+_RANDOM = {"Q4_K": {0: 300.0, 2: 40.0}, "Q6_K": {208: 1400.0}}
 _ALWAYS_F32 = ("ssm_conv1d.weight", "shortconv.conv.weight", "norm.weight")
 
 
@@ -39,13 +41,14 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
     kind_of: Callable[[str], str | None] = lambda name: None,
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
     alignment: int | None = None,
 ) -> Path:
     """Writes the model of a folder as a GGUF file; one tensor at a time is widened.
 
     kind: the type of matrices; what has one dimension, convolutions and norms is F32. kind_of: the type of a tensor by
     its name in the file, or None for the rule. metadata: more keys and values, such as a tokenizer; a value of None
-    leaves a key out. tensors: more of them, in F32.
+    leaves a key out. tensors: more of them, in F32. change: gives the values of a tensor that the file has.
     """
     config = read_json(checkpoint / "config.json")
     parsed, names = parse_config(config)
@@ -72,7 +75,8 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for (name, tensor), its in zip(converted, kinds, strict=True):
-        writer.write_tensor_data(_packed(_changed(config, name, tensor).float().contiguous(), its))
+        values = change(name, _changed(config, name, tensor).float())
+        writer.write_tensor_data(_packed(values.contiguous(), its))
     writer.close()
     return path
 
@@ -81,7 +85,20 @@ def _packed(tensor: torch.Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray
     exact = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name)
     if exact is not None:
         return tensor.to(exact).view(torch.uint8).numpy()
+    if kind.name in _RANDOM:
+        return _random_blocks(tensor, kind)
     return gguf.quants.quantize(tensor.numpy(), kind)
+
+
+def _random_blocks(tensor: torch.Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Blocks of a type that the gguf package reads only: any, with weights of the tensor's size."""
+    rng = np.random.default_rng(tensor.numel())
+    weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (tensor.numel() // weights, nbytes), np.uint8)
+    for at, divisor in _RANDOM[kind.name].items():
+        scale = tensor.square().mean().sqrt().item() / divisor * rng.uniform(0.5, 1.5, len(blocks))
+        blocks[:, at : at + 2] = scale.astype(np.float16)[:, None].view(np.uint8)
+    return blocks.reshape(*tensor.shape[:-1], -1)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
