@@ -85,8 +85,10 @@ _LOOKAHEAD = value(lambda given: given if given == "auto" else int(given), "auto
 def add_model_options(parser: Parser) -> None:
     """Target and draft, how they are loaded, and how they work together."""
     option = parser.option
-    option("model_target", default="builtin:target", metavar="MODEL", help="folder, hub id or builtin:target")
-    option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
+    option(
+        "model_target", default="builtin:target", metavar="MODEL", help="folder, GGUF file, hub id or builtin:target"
+    )
+    option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, GGUF file, hub id or builtin:draft")
     option("revision", help="branch, tag or commit of a hub id (default: the newest)", default=argparse.SUPPRESS)
     option("revision_draft", help="the same for the draft", default=argparse.SUPPRESS)
     option(

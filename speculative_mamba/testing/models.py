@@ -104,7 +104,7 @@ def as_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Int8Wei
     return quantised(weight) if dtype is torch.int8 else weight.to(dtype)
 
 
-class _RandomTensors:
+class RandomTensors:
     """Random weights by name, scaled so that activations and state keep a useful size at any depth."""
 
     def __init__(self, dtype: torch.dtype, seed: int, device: torch.device) -> None:
@@ -164,7 +164,7 @@ def random_model(
     )
     names = Names(("embedding",), "final_norm", "head", blocks)
     device = torch.device(device)
-    model = build(config, names, _RandomTensors(dtype, seed, device), backends.resolve(backend, device.type))
+    model = build(config, names, RandomTensors(dtype, seed, device), backends.resolve(backend, device.type))
     model.name = "random"
     return model
 
