@@ -106,8 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens to generate at most",
     )  # fmt: skip
     option("K", type=_LOOKAHEAD, default=4, help="tokens drafted per round, 1 to 15, or auto")
-    option("model_target", default="builtin:target", metavar="MODEL", help="folder, hub id or builtin:target")
-    option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, hub id or builtin:draft")
+    option("model_target", default="builtin:target", metavar="MODEL", help="folder, GGUF file, hub id or builtin:target")
+    option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, GGUF file, hub id or builtin:draft")
     option("revision", help="branch, tag or commit of a hub id (default: the newest)", default=argparse.SUPPRESS)
     option("revision_draft", help="the same for the draft", default=argparse.SUPPRESS)
     option("chat", action="store_true", help="the prompt is a user's message, written by the model's chat template")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -98,19 +99,19 @@ class _Builder:
         return builders[type(config)](prefix, config)
 
     def mamba1(self, p: str, c: Mamba1Config) -> Mamba1Mixer:
-        s = self.source
+        s, named = self.source, partial(self._named, p)
         return Mamba1Mixer(
-            in_proj=s.matrix(p + "in_proj.weight", 2 * c.d_inner, self.d_model),
-            in_bias=self._bias(c.bias, p + "in_proj.bias", 2 * c.d_inner),
-            conv_weight=s.weight(p + "conv1d.weight", c.d_inner, 1, c.d_conv)[:, 0],
-            conv_bias=self._bias(c.conv_bias, p + "conv1d.bias", c.d_inner),
-            x_proj=s.matrix(p + "x_proj.weight", c.dt_rank + 2 * c.d_state, c.d_inner),
-            dt_proj=s.matrix(p + "dt_proj.weight", c.d_inner, c.dt_rank),
-            dt_bias=s.float32(p + "dt_proj.bias", c.d_inner),
-            A=-torch.exp(s.float32(p + "A_log", c.d_inner, c.d_state)),
-            D=s.float32(p + "D", c.d_inner),
-            out_proj=s.matrix(p + "out_proj.weight", self.d_model, c.d_inner),
-            out_bias=self._bias(c.bias, p + "out_proj.bias", self.d_model),
+            in_proj=s.matrix(named("in_proj.weight"), 2 * c.d_inner, self.d_model),
+            in_bias=self._bias(c.bias, named("in_proj.bias"), 2 * c.d_inner),
+            conv_weight=s.weight(named("conv1d.weight"), c.d_inner, 1, c.d_conv)[:, 0],
+            conv_bias=self._bias(c.conv_bias, named("conv1d.bias"), c.d_inner),
+            x_proj=s.matrix(named("x_proj.weight"), c.dt_rank + 2 * c.d_state, c.d_inner),
+            dt_proj=s.matrix(named("dt_proj.weight"), c.d_inner, c.dt_rank),
+            dt_bias=s.float32(named("dt_proj.bias"), c.d_inner),
+            A=self._decay(p, c.d_inner, c.d_state),
+            D=s.float32(named("D"), c.d_inner),
+            out_proj=s.matrix(named("out_proj.weight"), self.d_model, c.d_inner),
+            out_bias=self._bias(c.bias, named("out_proj.bias"), self.d_model),
             backend=self.backend,
             **self._mamba1_norms(p, c),
         )
@@ -120,7 +121,7 @@ class _Builder:
             return {}
         sizes = {"dt_layernorm": c.dt_rank, "b_layernorm": c.d_state, "c_layernorm": c.d_state}
         if c.weighted_norms:
-            norms = tuple(self.source.weight(f"{p}{name}.weight", size) for name, size in sizes.items())
+            norms = tuple(self.source.weight(self._named(p, f"{name}.weight"), size) for name, size in sizes.items())
         else:
             norms = tuple(torch.ones(size, dtype=torch.float32, device=self.source.device) for size in sizes.values())
         return {"norms": norms, "norm_eps": c.norm_eps}
@@ -161,25 +162,25 @@ class _Builder:
         )
 
     def mamba2(self, p: str, c: Mamba2Config) -> Mamba2Mixer:
-        s, heads = self.source, (c.x_heads, c.b_groups, c.c_groups)
+        s, named, heads = self.source, partial(self._named, p), (c.x_heads, c.b_groups, c.c_groups)
         conv_heads = (c.n_heads, c.n_heads) if c.repeat_before_conv else heads[:2]
         channels = conv_heads[0] * c.head_dim, conv_heads[1] * c.d_state, c.c_groups * c.d_state
         convolved, multipliers = sum(channels), c.multipliers[1:4]
-        conv_weight = s.weight(p + "conv1d.weight", convolved, 1, c.d_conv)[:, 0]
+        conv_weight = s.weight(named("conv1d.weight"), convolved, 1, c.d_conv)[:, 0]
         if multipliers != (1.0, 1.0, 1.0):  # in float32, since a multiplier is no power of two
             parts = zip(multipliers, conv_weight.float().split(channels), strict=True)
             conv_weight = torch.cat([multiplier * part for multiplier, part in parts])
-        D = s.float32(p + "D", c.d_inner if c.D_has_head_dim else c.n_heads)
+        D = s.float32(named("D"), c.d_inner if c.D_has_head_dim else c.n_heads)
         return Mamba2Mixer(
             **self._mamba2_projections(p, c),
             conv_weight=conv_weight,
-            conv_bias=self._bias(c.conv_bias, p + "conv1d.bias", convolved),
-            A=-torch.exp(s.float32(p + "A_log", c.n_heads)),
+            conv_bias=self._bias(c.conv_bias, named("conv1d.bias"), convolved),
+            A=self._decay(p, c.n_heads),
             D=D.view(c.n_heads, -1) if c.D_has_head_dim else D,
-            dt_bias=s.float32(p + "dt_bias", c.n_heads),
-            norm_weight=s.weight(p + "norm.weight", c.d_inner) if c.norm else None,
-            out_proj=s.matrix(p + "out_proj.weight", self.d_model, c.d_inner),
-            out_bias=self._bias(c.bias if c.out_bias is None else c.out_bias, p + "out_proj.bias", self.d_model),
+            dt_bias=s.float32(named("dt_bias"), c.n_heads),
+            norm_weight=s.weight(named("norm.weight"), c.d_inner) if c.norm else None,
+            out_proj=s.matrix(named("out_proj.weight"), self.d_model, c.d_inner),
+            out_bias=self._bias(c.bias if c.out_bias is None else c.out_bias, named("out_proj.bias"), self.d_model),
             gate_first=c.gate_first,
             head_dim=c.head_dim,
             state_size=c.d_state,
@@ -193,10 +194,13 @@ class _Builder:
 
     def _mamba2_projections(self, p: str, c: Mamba2Config) -> dict[str, Any]:
         """One, or where z and dt have multipliers of their own that of z, of x, B and C, and of dt."""
-        name, convolved = p + "in_proj.weight", c.x_heads * c.head_dim + (c.b_groups + c.c_groups) * c.d_state
+        name, convolved = (
+            self._named(p, "in_proj.weight"),
+            c.x_heads * c.head_dim + (c.b_groups + c.c_groups) * c.d_state,
+        )
         sizes, multipliers = (c.d_inner, convolved, c.n_heads), (c.multipliers[0], 1.0, c.multipliers[4])
         shape = sum(sizes), self.d_model
-        bias = self._bias(c.bias, p + "in_proj.bias", shape[0])
+        bias = self._bias(c.bias, self._named(p, "in_proj.bias"), shape[0])
         if multipliers == (1.0, 1.0, 1.0):
             projections, biases, multipliers = (self.source.matrix(name, *shape),), (bias,), (1.0,)
         else:
@@ -208,14 +212,14 @@ class _Builder:
         return {"projections": projections, "biases": biases, "multipliers": multipliers}
 
     def short_conv(self, p: str, c: ShortConvConfig) -> ShortConv:
-        s, conv = self.source, self._named(p, "conv1d")
+        s, named = self.source, partial(self._named, p)
         return ShortConv(
-            in_proj=s.matrix(p + "in_proj.weight", 3 * c.d_inner, self.d_model),
-            in_bias=self._bias(c.bias, p + "in_proj.bias", 3 * c.d_inner),
-            conv_weight=s.weight(f"{conv}.weight", c.d_inner, 1, c.d_conv)[:, 0],
-            conv_bias=self._bias(c.bias, f"{conv}.bias", c.d_inner),
-            out_proj=s.matrix(p + "out_proj.weight", self.d_model, c.d_inner),
-            out_bias=self._bias(c.bias, p + "out_proj.bias", self.d_model),
+            in_proj=s.matrix(named("in_proj.weight"), 3 * c.d_inner, self.d_model),
+            in_bias=self._bias(c.bias, named("in_proj.bias"), 3 * c.d_inner),
+            conv_weight=s.weight(named("conv1d.weight"), c.d_inner, 1, c.d_conv)[:, 0],
+            conv_bias=self._bias(c.bias, named("conv1d.bias"), c.d_inner),
+            out_proj=s.matrix(named("out_proj.weight"), self.d_model, c.d_inner),
+            out_bias=self._bias(c.bias, named("out_proj.bias"), self.d_model),
             backend=self.backend,
         )
 
@@ -228,7 +232,8 @@ class _Builder:
         if merged is not None:
             parts, out = {merged + "in_proj": packed}, merged + "out_proj"
         else:
-            parts = {p + "q_proj": inner, p + "k_proj": shared, p + "v_proj": shared}
+            sizes = {"q_proj": inner, "k_proj": shared, "v_proj": shared}
+            parts = {self._named(p, name): size for name, size in sizes.items()}
             out = self._named(p, "o_proj")
         return Attention(
             projections=tuple(s.matrix(f"{name}.weight", size, self.d_model) for name, size in parts.items()),
@@ -277,8 +282,16 @@ class _Builder:
             backend=self.backend,
         )
 
+    def _decay(self, p: str, *shape: int) -> torch.Tensor:
+        """A, stored as the logarithm of its absolute value, or in GGUF as it is."""
+        stored = self._named(p, "A")
+        if self.source.has(stored):
+            return self.source.float32(stored, *shape)
+        return -torch.exp(self.source.float32(self._named(p, "A_log"), *shape))
+
     def _named(self, p: str, name: str) -> str:
-        return p + self.renamed.get(name, name)
+        stem, dot, suffix = name.partition(".")
+        return p + self.renamed.get(stem, stem) + dot + suffix
 
     def _bias(self, present: bool, name: str, size: int) -> torch.Tensor | None:
         return self.source.float32(name, size) if present else None

@@ -1,6 +1,7 @@
-"""load_model: from a folder, a hub id or the embedded pair to a model."""
+"""load_model: from a folder, a GGUF file, a hub id or the embedded pair to a model."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,17 @@ from tokenizers import Tokenizer
 from ..ops import backend as backends
 from ..ops.values import shown
 from .builder import build
-from .chat import read_chat_template
+from .chat import ChatTemplate, read_chat_template
 from .config import ModelConfig
-from .folders import GENERATION_CONFIG, download, fetch_weights, find_folder, read_configs
+from .folders import GENERATION_CONFIG, download, fetch_weights, find_model, read_configs
 from .formats import Names, parse_config
 from .formats.fields import with_eos_token_ids
+from .gguf import GgufFile
 from .language_model import ROLLBACKS, MambaLM
 from .sources import FLOAT_DTYPES, HeaderSource, StoredSource
 from .tokenizer import load_tokenizer
 from .vocabulary import Vocabulary, check_same_vocabulary, read_tokens, vocabulary_of
-from .weights import read_tensors
+from .weights import StoredTensor, read_tensors
 
 WEIGHT_DTYPES = {**FLOAT_DTYPES, "int8": torch.int8}
 
@@ -126,21 +128,28 @@ class _Options:
 
 @dataclass
 class _Checkpoint:
-    """A model's files, of which all but the weights have been read."""
+    """A model's files, of which all but the weights have been read. path: its folder, or its GGUF file. described_by:
+    where what it is like is written. read: its tensors, which a hub id downloads first."""
 
     source: str
-    folder: Path
-    is_hub: bool
+    path: Path
+    described_by: str
     config: ModelConfig
     names: Names
     vocabulary: Vocabulary
-    tokenizer: Tokenizer | None
-    falls_back: bool  # to the tokenizer of gpt-neox-20b
+    read: Callable[[], dict[str, StoredTensor]]
+    load_tokenizer: Callable[[], Tokenizer | None]
+    load_chat_template: Callable[[], ChatTemplate | None]
     generation_config: dict
+    tokenizer: Tokenizer | None = None  # that has been loaded
 
     @staticmethod
     def open(source: str | Path, revision: str | None) -> "_Checkpoint":
-        folder, is_hub = find_folder(source, revision)
+        path, is_hub = find_model(source, revision)
+        return _Checkpoint._of_file(source, path) if path.is_file() else _Checkpoint._of_folder(source, path, is_hub)
+
+    @staticmethod
+    def _of_folder(source: str | Path, folder: Path, is_hub: bool) -> "_Checkpoint":
         config, mamba_config, generation_config = read_configs(folder)
         try:
             config = with_eos_token_ids(config, generation_config, GENERATION_CONFIG)
@@ -151,26 +160,52 @@ class _Checkpoint:
             tokenizer = load_tokenizer(folder, False, download)
         except ValueError:
             tokenizer = None  # said when text is first needed
-        tokens = None if tokenizer is None else read_tokens(folder, tokenizer)
-        vocabulary = vocabulary_of(tokens, parsed.vocab_size, parsed.stored_vocab_size, parsed.eos_token_ids)
-        rows = parsed.stored_vocab_size
-        padded = rows if rows > vocabulary.size else None
-        parsed = dataclasses.replace(parsed, vocab_size=vocabulary.size, padded_vocab_size=padded)
+        parsed, vocabulary = _with_vocabulary(parsed, None if tokenizer is None else read_tokens(folder, tokenizer))
         # State-spaces checkpoints come without the tokenizer they were trained with, gpt-neox-20b's.
         falls_back = "model_type" not in config or (is_hub and config["model_type"] == "mamba")
+
+        def read() -> dict[str, StoredTensor]:
+            if is_hub:
+                fetch_weights(str(source), folder)
+            return read_tensors(folder)
+
         return _Checkpoint(
-            str(source), folder, is_hub, parsed, names, vocabulary, tokenizer, falls_back, generation_config
+            source=str(source),
+            path=folder,
+            described_by="config.json",
+            config=parsed,
+            names=names,
+            vocabulary=vocabulary,
+            read=read,
+            load_tokenizer=partial(load_tokenizer, folder, falls_back, download),
+            load_chat_template=partial(read_chat_template, folder),
+            generation_config=generation_config,
+            tokenizer=tokenizer,
+        )
+
+    @staticmethod
+    def _of_file(source: str | Path, path: Path) -> "_Checkpoint":
+        gguf = GgufFile.open(path)
+        config, vocabulary = _with_vocabulary(gguf.description.config, gguf.vocabulary.tokens())
+        return _Checkpoint(
+            source=str(source),
+            path=path,
+            described_by="its metadata",
+            config=config,
+            names=gguf.description.names,
+            vocabulary=vocabulary,
+            read=gguf.tensors,
+            load_tokenizer=gguf.vocabulary.tokenizer,
+            load_chat_template=gguf.vocabulary.chat_template,
+            generation_config={},
         )
 
     def load(self, options: _Options) -> MambaLM:
-        folder = self.folder
-        if self.is_hub:
-            fetch_weights(self.source, folder)
-        stored = read_tensors(folder)
-        headers = HeaderSource(folder, stored)
+        stored = self.read()
+        headers = HeaderSource(self.path, stored, self.described_by)
         build(self.config, self.names, headers, "reference")
         headers.refuse_others()
-        source = StoredSource(folder, stored, options.dtype, options.device, options.mmap)
+        source = StoredSource(self.path, stored, options.dtype, options.device, options.mmap)
         model = build(self.config, self.names, source, options.backend)
         for file in {stored.file for stored in stored.values()}:
             file.check()
@@ -178,12 +213,19 @@ class _Checkpoint:
         model.files = tuple(source.mapped.values())
         model.vocabulary = self.vocabulary
         model.forbid(self.vocabulary.unused)
-        model.load_tokenizer = partial(load_tokenizer, folder, self.falls_back, download)
-        model.load_chat_template = partial(read_chat_template, folder)
+        model.load_tokenizer, model.load_chat_template = self.load_tokenizer, self.load_chat_template
         model.generation_config = self.generation_config
         if self.tokenizer is not None:
             model.tokenizer = self.tokenizer
         return model
+
+
+def _with_vocabulary(config: ModelConfig, tokens: dict[int, str] | None) -> tuple[ModelConfig, Vocabulary]:
+    """A config whose ids are those of the tokens, and what they mean."""
+    vocabulary = vocabulary_of(tokens, config.vocab_size, config.stored_vocab_size, config.eos_token_ids)
+    rows = config.stored_vocab_size
+    padded = rows if rows > vocabulary.size else None
+    return dataclasses.replace(config, vocab_size=vocabulary.size, padded_vocab_size=padded), vocabulary
 
 
 def parse_dtype(dtype: object, name: str, known: dict[str, torch.dtype]) -> torch.dtype | None:

@@ -14,7 +14,7 @@ _LONGEST_HEADER = 2**30  # bytes; longer than safetensors allows
 UNREADABLE = "is truncated, corrupt or not a weights file"
 _OTHER_FILES = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with: git lfs pull",
-    b"GGUF": "is a GGUF file, which is not supported; take the checkpoint as safetensors",
+    b"GGUF": "is a GGUF file; give its own name instead of the folder's",
     b"<!DOCTYPE": "is a web page; download the file again",
     b"<html": "is a web page; download the file again",
 }
@@ -81,6 +81,7 @@ class MappedFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self._state = self._now()
+        self.size = os.fstat(self._descriptor).st_size
         self._looked_at = time.monotonic()
 
     def check(self, mapped: Path | None = None, every: float = 0.0) -> None:

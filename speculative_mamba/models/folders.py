@@ -1,4 +1,5 @@
-"""The folder of a model: the embedded pair's, a local one, or one that is downloaded from the hub in two steps."""
+"""Where a model is: the embedded pair's folder, a local one or a GGUF file, or a folder that is downloaded from the hub
+in two steps."""
 
 import re
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 from ..ops.values import shown
 from .chat import CHAT_TEMPLATE, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 from .files import read_json
+from .gguf import MAGIC
 from .weights import check_unpickling
 
 BUILTIN = ("target", "draft")
@@ -23,18 +25,21 @@ _TEXT_FILES = [
 ]
 
 
-def find_folder(source: object, revision: object = None) -> tuple[Path, bool]:
-    """The folder of a model, and whether it is a hub id, of which everything but the weights is downloaded.
+def find_model(source: object, revision: object = None) -> tuple[Path, bool]:
+    """The folder or the GGUF file of a model, and whether it is a hub id, of which everything but the weights is
+    downloaded.
 
     Raises:
-        ValueError: there is no such model, or ``source`` is something else; or a folder has a ``revision``.
+        ValueError: there is no such model, or ``source`` is something else; or what is no hub id has a ``revision``.
     """
     if revision is not None and (not isinstance(revision, str) or not revision):
         raise ValueError(f"revision must be a branch, a tag or a commit, got {shown(revision)}")
     if not isinstance(source, str | Path) or not str(source):
         got = shown(source) if isinstance(source, str | Path) else type(source).__name__
         how = "; save it with save_pretrained and give the folder" if hasattr(source, "save_pretrained") else ""
-        raise ValueError(f"load_model takes a folder, a hub id, builtin:target or builtin:draft, got {got}{how}")
+        raise ValueError(
+            f"load_model takes a folder, a GGUF file, a hub id, builtin:target or builtin:draft, got {got}{how}"
+        )
     source = str(source)
     if source.startswith("builtin:"):
         name = source.removeprefix("builtin:")
@@ -52,16 +57,22 @@ def find_folder(source: object, revision: object = None) -> tuple[Path, bool]:
         _refuse_adapters(path)
         return path, False
     if is_file:
-        raise ValueError(f"{source} is a file; give the folder that holds config.json and the weights")
+        if path.suffix != ".gguf" and not _begins_with(path, MAGIC):
+            raise ValueError(
+                f"{source} is a file, but no GGUF file; give the folder that holds config.json and the weights"
+            )
+        _refuse_revision(revision, f"file {source}")
+        return path, False
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise ValueError(f"folder {shown(source)} does not exist, and it is no hub id (owner/name)")
+        what = "file" if source.endswith(".gguf") else "folder"
+        raise ValueError(f"{what} {shown(source)} does not exist, and it is no hub id (owner/name)")
     folder = download(source, _TEXT_FILES, revision)
     _refuse_adapters(folder)
     return folder, True
 
 
 def fetch_weights(repository: str, folder: Path) -> None:
-    """Downloads the weights of a hub id, of the same commit, into the folder that ``find_folder`` gave.
+    """Downloads the weights of a hub id, of the same commit, into the folder that ``find_model`` gave.
 
     Raises:
         ValueError: it cannot be downloaded, or has only weights that are not safe to read here.
@@ -96,6 +107,14 @@ def read_configs(folder: Path) -> tuple[dict, dict | None, dict]:
         read_json(mamba) if mamba.is_file() else None,
         read_json(generation) if generation.is_file() else {},
     )
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:
+        return False
 
 
 def _refuse_revision(revision: str | None, source: str) -> None:

@@ -24,8 +24,8 @@ class HeaderSource:
 
     device = torch.device("cpu")
 
-    def __init__(self, folder: Path, stored: dict[str, StoredTensor]) -> None:
-        self._folder, self._stored = folder, stored
+    def __init__(self, folder: Path, stored: dict[str, StoredTensor], described_by: str = "config.json") -> None:
+        self._folder, self._stored, self._described_by = folder, stored, described_by
         self._asked: set[str] = set()
 
     def has(self, name: str) -> bool:
@@ -40,10 +40,11 @@ class HeaderSource:
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
         if name not in self._stored:
-            raise ValueError(f"{self._folder}: the weights lack {name}, which config.json calls for")
+            raise ValueError(f"{self._folder}: the weights lack {name}, which {self._described_by} calls for")
         tensor = self._stored[name].tensor
         if tensor.shape != shape:
-            raise ValueError(f"{self._folder}: {name} has shape {tuple(tensor.shape)}, but config.json gives {shape}")
+            has, given = tuple(tensor.shape), f"{self._described_by} gives {shape}"
+            raise ValueError(f"{self._folder}: {name} has shape {has}, but {given}")
         if tensor.dtype not in _STORED_DTYPES or tensor.layout is not torch.strided:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
@@ -65,8 +66,8 @@ class HeaderSource:
         if others:
             more = f" and {len(others) - 1} more" if others[1:] else ""
             raise ValueError(
-                f"{self._folder}: the weights hold {others[0]}{more}, which config.json does not call for; a model "
-                "without them would be another one"
+                f"{self._folder}: the weights hold {others[0]}{more}, which {self._described_by} does not call for; a "
+                "model without them would be another one"
             )
 
 
@@ -104,7 +105,7 @@ class StoredSource:
         return same
 
     def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | Int8Weight:
-        stored = self._stored[name].tensor
+        stored = self._in_order(name)
         stored = stored if rows is None else stored[rows]
         if self._dtype is not torch.int8:
             return self._converted(name, stored, self._dtype_of(stored))
@@ -117,11 +118,19 @@ class StoredSource:
         return Int8Weight(weight.values.to(self.device), weight.scale.to(self.device))
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
-        stored = self._stored[name].tensor
+        stored = self._in_order(name)
         return self._converted(name, stored, self._dtype_of(stored))
 
     def float32(self, name: str, *shape: int) -> torch.Tensor:
-        return self._converted(name, self._stored[name].tensor, torch.float32)
+        return self._converted(name, self._in_order(name), torch.float32)
+
+    def _in_order(self, name: str) -> torch.Tensor:
+        stored = self._stored[name]
+        if stored.order is None:
+            return stored.tensor
+        tensor = stored.tensor[stored.order]
+        release_pages(stored.tensor)
+        return tensor
 
     def _dtype_of(self, stored: torch.Tensor) -> torch.dtype:
         as_stored = stored.dtype if stored.dtype in FLOAT_DTYPES.values() else torch.float32
@@ -129,7 +138,7 @@ class StoredSource:
 
     def _converted(self, name: str, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         tensor = stored.to(self.device, dtype).contiguous()
-        if tensor.data_ptr() != stored.data_ptr():
+        if tensor.data_ptr() != stored.data_ptr() or self._stored[name].order is not None:
             copied = tensor
         elif not self._mmap:
             copied = tensor.clone()
@@ -137,7 +146,7 @@ class StoredSource:
             file = self._stored[name].file
             self.mapped[file.path] = file
             return _trimmed(tensor)
-        if stored.is_contiguous():
+        if stored.is_contiguous() and self._stored[name].order is None:
             release_pages(stored)
         return copied
 

@@ -1,0 +1,282 @@
+"""What a model is by the metadata of its GGUF file, for the architectures that llama.cpp and this package share.
+
+llama.cpp's conversion leaves its traces: A is stored instead of its logarithm, multipliers of Falcon-H1 are part of the
+weights, and rows of queries and keys are interleaved in some families.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..config import (
+    AttentionConfig,
+    BlockConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MlpConfig,
+    ModelConfig,
+    ShortConvConfig,
+)
+from ..formats import Names
+from ..formats.fields import (
+    MAX_HEAD_SIZE,
+    MAX_LAYERS,
+    conv_width,
+    divides,
+    epsilon,
+    flag,
+    number,
+    refuse,
+    refuse_other,
+    required,
+    rotary_frequencies,
+    shown,
+)
+from .header import Value
+
+ROPE_FACTORS = "rope_freqs.weight"
+_RENAMED = {
+    "in_proj": "ssm_in", "conv1d": "ssm_conv1d", "x_proj": "ssm_x", "dt_proj": "ssm_dt", "dt_layernorm": "ssm_dt_norm",
+    "b_layernorm": "ssm_b_norm", "c_layernorm": "ssm_c_norm", "A": "ssm_a", "D": "ssm_d", "norm": "ssm_norm",
+    "out_proj": "ssm_out", "dt_bias": "ssm_dt.bias", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
+    "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up", "down_proj": "ffn_down",
+}  # fmt: skip
+_SHORT_CONV = {"in_proj": "shortconv.in_proj", "conv1d": "shortconv.conv", "out_proj": "shortconv.out_proj"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """names: of tensors in the file. interleaved: of matrices of queries and keys whose rows are not in the order of
+    the heads' halves, how many heads they have."""
+
+    config: ModelConfig
+    names: Names
+    interleaved: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """What a file says of its architecture. stored: the names of its tensors. rope_factors: what rotary frequencies are
+    divided by, or nothing."""
+
+    values: Mapping[str, Value]
+    architecture: str
+    stored: frozenset[str]
+    rope_factors: Sequence[float]
+
+    def read(self, reader: Callable[..., Any], key: str, *default: Any, **options: Any) -> Any:
+        """A field with a function of ``formats.fields``."""
+        return reader(self.values, f"{self.architecture}.{key}", *default, **options)
+
+    def has(self, layer: int, name: str) -> bool:
+        return f"blk.{layer}.{name}" in self.stored
+
+    @property
+    def d_model(self) -> int:
+        return self.read(required, "embedding_length")
+
+    @property
+    def layers(self) -> int:
+        return self.read(required, "block_count", limit=MAX_LAYERS)
+
+    @property
+    def eps(self) -> float:
+        return self.read(epsilon, "attention.layer_norm_rms_epsilon", None)
+
+    def of_layer(self, key: str, layer: int, default: int | None = None) -> int:
+        """A number for all layers, or one for each, of which some may be 0."""
+        key = f"{self.architecture}.{key}"
+        value = self.values.get(key, default)
+        if isinstance(value, list):
+            if len(value) != self.layers:
+                raise ValueError(f"config.json gives {len(value)} {key}, but {self.layers} layers")
+            value = value[layer]
+        return required({key: value}, key, lo=0)
+
+    def attends(self, layer: int) -> bool:
+        return self.of_layer("attention.head_count_kv", layer) > 0
+
+    def mamba1(self, layer: int) -> Mamba1Config:
+        weighted = self.has(layer, "ssm_dt_norm.weight")
+        normed = weighted or self.read(flag, "ssm.dt_b_c_rms", False)
+        return Mamba1Config(
+            d_inner=self.read(required, "ssm.inner_size"),
+            dt_rank=self.read(required, "ssm.time_step_rank"),
+            d_state=self.read(required, "ssm.state_size", limit=MAX_HEAD_SIZE),
+            d_conv=self.read(conv_width, "ssm.conv_kernel"),
+            conv_bias=self.has(layer, "ssm_conv1d.bias"),
+            bias=self.has(layer, "ssm_in.bias"),
+            norm_eps=self.eps if normed else None,
+            weighted_norms=weighted,
+        )
+
+    def mamba2(self, layer: int) -> Mamba2Config:
+        """The rank of dt is the number of heads."""
+        heads, groups = self.read(required, "ssm.time_step_rank"), self.read(required, "ssm.group_count")
+        inner = self.read(required, "ssm.inner_size")
+        divides(heads, inner, f"{self.architecture}.ssm.time_step_rank")
+        return Mamba2Config(
+            n_heads=heads,
+            head_dim=inner // heads,
+            d_state=self.read(required, "ssm.state_size", limit=MAX_HEAD_SIZE),
+            x_heads=heads,
+            b_groups=divides(groups, heads, f"{self.architecture}.ssm.group_count"),
+            c_groups=groups,
+            d_conv=self.read(conv_width, "ssm.conv_kernel"),
+            conv_bias=self.has(layer, "ssm_conv1d.bias"),
+            bias=self.has(layer, "ssm_in.bias"),
+            out_bias=self.has(layer, "ssm_out.bias"),
+            norm=self.has(layer, "ssm_norm.weight"),
+            norm_groups=groups,
+            norm_eps=self.eps,
+        )
+
+    def short_conv(self, layer: int) -> ShortConvConfig:
+        bias = self.has(layer, "shortconv.in_proj.bias")
+        return ShortConvConfig(self.d_model, self.read(conv_width, "shortconv.l_cache"), bias)
+
+    def attention(self, layer: int) -> AttentionConfig:
+        heads = self.of_layer("attention.head_count", layer)
+        shared = self.of_layer("attention.head_count_kv", layer, heads)
+        if not heads or not shared or heads % shared:
+            key = f"{self.architecture}.attention.head_count"
+            raise ValueError(f"config.json gives {key} = {heads} and {key}_kv = {shared} for layer {layer}")
+        head_dim = self._head_dim(heads)
+        return AttentionConfig(
+            n_heads=heads,
+            n_kv_heads=shared,
+            head_dim=head_dim,
+            inv_freq=self._rotary(head_dim) if self._rotates else (),
+            scale=self._scale,
+            bias=self.has(layer, "attn_q.bias"),
+            out_bias=self.has(layer, "attn_output.bias"),
+            norm_eps=self.eps if self.has(layer, "attn_q_norm.weight") else None,
+        )
+
+    def mlp(self, layer: int) -> MlpConfig:
+        gated = self.has(layer, "ffn_gate.weight")
+        return MlpConfig(
+            d_inner=self.of_layer("feed_forward_length", layer),
+            bias=self.has(layer, "ffn_down.bias"),
+            activation="relu2" if self.architecture == "nemotron_h" else "silu",
+            gated=gated or self.architecture != "nemotron_h",
+        )
+
+    def _head_dim(self, heads: int) -> int:
+        stated = f"{self.architecture}.attention.key_length"
+        if stated not in self.values:
+            divides(heads, self.d_model, f"{self.architecture}.attention.head_count")
+        head_dim = required(self.values, stated, self.d_model // heads, limit=MAX_HEAD_SIZE)
+        refuse_other(self.values, f"{self.architecture}.attention.value_length", head_dim)
+        return head_dim
+
+    @property
+    def _rotates(self) -> bool:
+        """Granite's files say it in a field that is there for another purpose."""
+        if self.architecture in ("jamba", "nemotron_h"):
+            return False
+        return not self.architecture.startswith("granite") or self.read(flag, "rope.scaling.finetuned", True)
+
+    @property
+    def _scale(self) -> float | None:
+        stated = self.architecture.startswith("granite") and f"{self.architecture}.attention.scale" in self.values
+        return self.read(number, "attention.scale") if stated else None
+
+    def _rotary(self, head_dim: int) -> tuple[float, ...]:
+        """Frequencies. Of a part of a head only in Bamba, a hybrid of Granite's architecture."""
+        dims = self.read(required, "rope.dimension_count", head_dim)
+        if dims % 2 or dims > head_dim or (dims != head_dim and self.architecture != "granitehybrid"):
+            refuse(f"{self.architecture}.rope.dimension_count", dims, f"the size of a head, {head_dim},")
+        frequencies = rotary_frequencies(self.read(number, "rope.freq_base", 10000.0), dims)
+        kind = self.values.get(f"{self.architecture}.rope.scaling.type", "none")
+        if kind == "linear":
+            return tuple((frequencies / self.read(number, "rope.scaling.factor")).tolist())
+        if kind != "none":
+            key = f"{self.architecture}.rope.scaling.type"
+            raise ValueError(f"config.json has {key} = {shown(kind)}; only 'none' and 'linear' are supported")
+        if not self.rope_factors:
+            return tuple(frequencies.tolist())
+        if len(self.rope_factors) != len(frequencies) or not all(factor > 0 for factor in self.rope_factors):
+            raise ValueError(
+                f"config.json has a {ROPE_FACTORS} that does not fit: {dims // 2} positive numbers are needed"
+            )
+        return tuple((frequencies / torch.tensor(self.rope_factors)).tolist())
+
+
+def _hybrid(recurrent: Callable[[_Metadata, int], BlockConfig]) -> Callable[[_Metadata, int], tuple[BlockConfig, ...]]:
+    return lambda m, i: (m.attention(i) if m.attends(i) else recurrent(m, i), m.mlp(i))
+
+
+def _nemotron_h(m: _Metadata, layer: int) -> tuple[BlockConfig, ...]:
+    if m.attends(layer):
+        return (m.attention(layer),)
+    return (m.mlp(layer) if m.of_layer("feed_forward_length", layer) else m.mamba2(layer),)
+
+
+# The blocks of a layer.
+_LAYERS: dict[str, Callable[[_Metadata, int], tuple[BlockConfig, ...]]] = {
+    "mamba": lambda m, i: (m.mamba1(i),),
+    "mamba2": lambda m, i: (m.mamba2(i),),
+    "llama": lambda m, i: (m.attention(i), m.mlp(i)),
+    "granite": lambda m, i: (m.attention(i), m.mlp(i)),
+    "granitehybrid": _hybrid(_Metadata.mamba2),
+    "lfm2": _hybrid(_Metadata.short_conv),
+    "nemotron_h": _nemotron_h,
+    "jamba": _hybrid(_Metadata.mamba1),
+    "falcon-h1": lambda m, i: ((m.mamba2(i), m.attention(i)), m.mlp(i)),
+}
+_INTERLEAVED = ("llama", "granite", "granitehybrid", "nemotron_h")
+_NORMS = (("attn_norm.weight",), ("ffn_norm.weight", "ffn_norm"))
+
+
+def describe(
+    values: Mapping[str, Value],
+    stored: Mapping[str, tuple[int, ...]],
+    rope_factors: Sequence[float],
+    eos_token_ids: tuple[int, ...],
+) -> Description:
+    """stored: the shape of every tensor by name.
+
+    Raises:
+        ValueError: the architecture is not supported, or metadata is missing, of the wrong type or makes no sense.
+    """
+    architecture = values.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in _LAYERS:
+        raise ValueError(
+            f"general.architecture {shown(architecture)} is not supported; supported: {', '.join(_LAYERS)}"
+        )
+    experts = next((name for name in stored if "_exps" in name), None)
+    if experts is not None:
+        raise ValueError(f"a mixture of experts (it has {experts}), which is not supported; dense models are")
+    m = _Metadata(values, architecture, frozenset(stored), rope_factors)
+    layers = [_LAYERS[architecture](m, i) for i in range(m.layers)]
+    names, interleaved = [], {}
+    for i, blocks in enumerate(layers):
+        for block, norms in zip(blocks, _NORMS, strict=False):
+            mixers = block if isinstance(block, tuple) else (block,)
+            norm = next((norm for norm in norms if m.has(i, norm)), norms[0])
+            names.append((f"blk.{i}.{norm}", *(f"blk.{i}." for _ in mixers)))
+            for mixer in mixers:
+                if isinstance(mixer, AttentionConfig) and architecture in _INTERLEAVED:
+                    interleaved |= {f"blk.{i}.attn_q": mixer.n_heads, f"blk.{i}.attn_k": mixer.n_kv_heads}
+    multiplier = partial(m.read, number) if architecture.startswith("granite") else lambda key, default: default
+    config = ModelConfig(
+        d_model=m.d_model,
+        vocab_size=stored.get("token_embd.weight", (0,))[0] or m.read(required, "vocab_size"),
+        blocks=sum(layers, ()),
+        eps=m.eps,
+        tie_embeddings="output.weight" not in stored,
+        eos_token_id=eos_token_ids or None,
+        embedding_multiplier=multiplier("embedding_scale", 1.0),
+        residual_multiplier=multiplier("residual_scale", 1.0),
+        logits_scaling=multiplier("logit_scale", 1.0),
+    )
+    norm = next(
+        (name for name in ("output_norm.weight", "token_embd_norm.weight") if name in stored), "output_norm.weight"
+    )
+    renamed = _RENAMED | _SHORT_CONV if architecture == "lfm2" else _RENAMED
+    return Description(config, Names(("token_embd.weight",), norm, "output.weight", tuple(names), renamed), interleaved)

@@ -1,0 +1,58 @@
+"""The tensors of a GGUF file, where they lie in its mapped memory."""
+
+import torch
+
+from ..files import MappedFile
+from ..weights import StoredTensor
+from .architectures import ROPE_FACTORS, Description
+from .header import Header, TensorInfo
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_rope_factors(header: Header) -> list[float]:
+    """What rotary frequencies are divided by, or nothing."""
+    info = header.tensors.get(ROPE_FACTORS)
+    if info is None:
+        return []
+    if info.type != "F32" or len(info.shape) != 1:
+        raise ValueError(f"tensor {ROPE_FACTORS} must be F32 in one dimension, not {info.type} {info.shape}")
+    with header.path.open("rb") as file:
+        file.seek(info.offset)
+        return torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=torch.float32).tolist()
+
+
+def read_gguf_tensors(header: Header, description: Description, file: MappedFile) -> dict[str, StoredTensor]:
+    """All tensors by name, except the factors of rotary frequencies. Those of floats lie in the mapped file.
+
+    Raises:
+        ValueError: the file has been changed since its header was read.
+    """
+    data = torch.from_file(str(header.path), shared=False, size=file.size, dtype=torch.uint8)
+    file.check(header.path)
+    tensors = {}
+    for name, info in header.tensors.items():
+        if name != ROPE_FACTORS:
+            part = data[info.offset : info.offset + info.nbytes]
+            heads = description.interleaved.get(name.rpartition(".")[0])
+            order = None if heads is None else _halves_of_heads(info.shape[0], heads)
+            tensors[name] = StoredTensor(part.view(_DTYPES[info.type]).view(_shape(name, info)), file, order)
+    return tensors
+
+
+def _shape(name: str, info: TensorInfo) -> tuple[int, ...]:
+    """As Hugging Face's checkpoints have it: channels of convolutions are apart, one number per head is a vector."""
+    shape = info.shape
+    if name.endswith((".ssm_conv1d.weight", ".shortconv.conv.weight")) and len(shape) == 2:
+        return shape[0], 1, shape[1]
+    if name.endswith(".ssm_norm.weight") or (name.endswith((".ssm_a", ".ssm_d")) and shape[-1] == 1):
+        return (-1,)
+    return shape
+
+
+def _halves_of_heads(rows: int, heads: int) -> torch.Tensor | None:
+    """Rows in the order of Hugging Face's rotary embedding, which turns the first half of a head into the second; the
+    file has what belongs together side by side."""
+    if rows % (2 * heads):
+        return None  # a wrong shape, which is refused when the tensor is used
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
