@@ -25,7 +25,15 @@ _HOMES = {
         "SamplingParams",
         "generate",
     ),
-    "models": ("MambaLM", "ModelConfig", "RowState", "encode_continuation", "load_model", "load_pair"),
+    "models": (
+        "MambaLM",
+        "ModelConfig",
+        "RowState",
+        "encode_continuation",
+        "from_transformers",
+        "load_model",
+        "load_pair",
+    ),
 }
 
 __all__ = sorted(name for names in _HOMES.values() for name in names)
