@@ -23,7 +23,18 @@ _HOMES = {
         "Proposal",
         "Sampler",
         "SamplingParams",
+        "TokenLogprobs",
         "generate",
+        "stream",
+    ),
+    "serve": (
+        "Completion",
+        "Engine",
+        "EngineStats",
+        "QueueFullError",
+        "Request",
+        "RequestOutput",
+        "TokenOutput",
     ),
     "models": (
         "MambaLM",
@@ -43,7 +54,7 @@ def __getattr__(name: str) -> object:
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is not None:
         return getattr(importlib.import_module(f".{home}", __name__), name)
-    if name in ("decode", "layers", "models", "ops"):
+    if name in ("decode", "layers", "models", "ops", "serve"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

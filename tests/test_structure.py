@@ -14,7 +14,7 @@ from speculative_mamba import ops
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "speculative_mamba"
 # A package imports only itself and what stands before it; modules of the top level stand last.
-ORDER = ("ops", "layers", "models", "decode")
+ORDER = ("ops", "layers", "models", "decode", "serve")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 OPS = sorted(path.parent.name for path in (PACKAGE / "ops").glob("*/__init__.py"))
 
