@@ -23,7 +23,9 @@ _HOMES = {
         "Proposal",
         "Sampler",
         "SamplingParams",
+        "TokenLogprobs",
         "generate",
+        "stream",
     ),
     "serve": (
         "Completion",
@@ -34,7 +36,15 @@ _HOMES = {
         "RequestOutput",
         "TokenOutput",
     ),
-    "models": ("MambaLM", "ModelConfig", "RowState", "encode_continuation", "load_model", "load_pair"),
+    "models": (
+        "MambaLM",
+        "ModelConfig",
+        "RowState",
+        "encode_continuation",
+        "from_transformers",
+        "load_model",
+        "load_pair",
+    ),
 }
 
 __all__ = sorted(name for names in _HOMES.values() for name in names)

@@ -82,6 +82,16 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
     return ChatTemplate(origin, _by_name(found, origin), _special_tokens(settings, folder))
 
 
+def chat_template_of(tokenizer: object) -> ChatTemplate | None:
+    """That of a tokenizer of transformers; None if there is none."""
+    found, origin = getattr(tokenizer, "chat_template", None), Path(type(tokenizer).__name__)
+    if found is None:
+        return None
+    if isinstance(found, Mapping):
+        found = [{"name": name, "template": template} for name, template in found.items()]
+    return ChatTemplate(origin, _by_name(found, origin), _special_tokens(tokenizer.special_tokens_map, origin))
+
+
 def _read_if_there(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
 

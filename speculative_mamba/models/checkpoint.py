@@ -1,4 +1,4 @@
-"""load_model: from a folder, a GGUF file, a hub id or the embedded pair to a model."""
+"""From a folder, a GGUF file, a hub id, the embedded pair or a model of transformers to a model."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,16 +12,17 @@ from tokenizers import Tokenizer
 from ..ops import backend as backends
 from ..ops.values import shown
 from .builder import build
-from .chat import ChatTemplate, read_chat_template
+from .chat import ChatTemplate, chat_template_of, read_chat_template
 from .config import ModelConfig
 from .folders import GENERATION_CONFIG, download, fetch_weights, find_model, read_configs
 from .formats import Names, parse_config
 from .formats.fields import with_eos_token_ids
 from .gguf import GgufFile
+from .in_memory import SharedWeights, check_model, config_of, tensors_of
 from .language_model import ROLLBACKS, MambaLM
 from .sources import FLOAT_DTYPES, HeaderSource, StoredSource
-from .tokenizer import load_tokenizer
-from .vocabulary import Vocabulary, check_same_vocabulary, read_tokens, vocabulary_of
+from .tokenizer import clean_copy, load_tokenizer
+from .vocabulary import Vocabulary, check_same_vocabulary, read_tokens, tokens_of, vocabulary_of
 from .weights import StoredTensor, read_tensors
 
 WEIGHT_DTYPES = {**FLOAT_DTYPES, "int8": torch.int8}
@@ -95,6 +96,42 @@ def load_pair(
     return pair[0].load(parsed), pair[1].load(parsed)
 
 
+def from_transformers(
+    model: torch.nn.Module,
+    *,
+    tokenizer: object = None,
+    dtype: str | torch.dtype | None = None,
+    state_dtype: str | torch.dtype | None = None,
+    rollback: str = "auto",
+    backend: str = "auto",
+) -> MambaLM:
+    """A model of transformers that is in memory, of every architecture that ``load_model`` reads, on its device.
+
+    Its weights are shared, not copied, but for those that have another dtype here: A, D, the dt bias and other biases
+    are float32. So what is written into the others later would be used with what was computed from the first before;
+    the next call says so (what is written through ``.data`` nobody notices), and says it too if the model was moved or
+    converted meanwhile. A model that nobody else holds any more stays as it is.
+
+    Args:
+        model: in evaluation mode, such as ``MambaForCausalLM``; its ``generation_config`` is taken over too.
+        tokenizer: for text, a fast one of transformers or a ``tokenizers.Tokenizer``, of which a copy is made, without
+            padding and truncation; with its chat template. Ids that it lacks are impossible; without one all are text.
+        dtype: None keeps the model's, which needs no copy.
+        state_dtype, rollback, backend: as of ``load_model``.
+
+    Raises:
+        ValueError: the model is of another class, compiled, in training mode, quantised, offloaded, on the meta device
+            or on several; it has hooks or adapters; or an argument is out of range.
+    """
+    check_model(model)
+    device = next(iter(tensors_of(model, "").values())).tensor.device
+    options = _Options.of(dtype, state_dtype, rollback, device, backend)
+    shared = SharedWeights(model)
+    converted = _Checkpoint.of_model(model, tokenizer).load(options)
+    converted.files = (shared,)
+    return converted
+
+
 @dataclass(frozen=True)
 class _Options:
     """The arguments of ``load_model`` after they were checked."""
@@ -129,11 +166,12 @@ class _Options:
 
 @dataclass
 class _Checkpoint:
-    """A model's files, of which all but the weights have been read. path: its folder, or its GGUF file. described_by:
-    where what it is like is written. read: its tensors, which a hub id downloads first."""
+    """A model's files, of which all but the weights have been read. path: its folder, its GGUF file, or what else its
+    tensors are in. described_by: where what it is like is written. read: its tensors, which a hub id downloads first.
+    in_memory: they are somebody else's."""
 
     source: str
-    path: Path
+    path: Path | str
     described_by: str
     config: ModelConfig
     names: Names
@@ -143,6 +181,7 @@ class _Checkpoint:
     load_chat_template: Callable[[], ChatTemplate | None]
     generation_config: dict
     tokenizer: Tokenizer | None = None  # that has been loaded
+    in_memory: bool = False
 
     @staticmethod
     def open(source: str | Path, revision: str | None) -> "_Checkpoint":
@@ -201,6 +240,31 @@ class _Checkpoint:
             generation_config={},
         )
 
+    @staticmethod
+    def of_model(model: torch.nn.Module, tokenizer: object) -> "_Checkpoint":
+        kind, generation_config = type(model).__name__, config_of(getattr(model, "generation_config", None))
+        own = None if tokenizer is None else clean_copy(tokenizer)
+        try:
+            config = config_of(model.config) | {"architectures": [kind]}
+            parsed, names = parse_config(with_eos_token_ids(config, generation_config, "generation_config"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{kind}: {error}") from None
+        parsed, vocabulary = _with_vocabulary(parsed, None if own is None else tokens_of(own))
+        return _Checkpoint(
+            source=model.config.name_or_path or kind,
+            path=kind,
+            described_by="its config",
+            config=parsed,
+            names=names,
+            vocabulary=vocabulary,
+            read=partial(tensors_of, model, names.norm.partition(".")[0]),
+            load_tokenizer=partial(_given, own),
+            load_chat_template=partial(chat_template_of, tokenizer),
+            generation_config=generation_config,
+            tokenizer=own,
+            in_memory=True,
+        )
+
     def load(self, options: _Options) -> MambaLM:
         stored = self.read()
         headers = HeaderSource(self.path, stored, self.described_by)
@@ -208,17 +272,22 @@ class _Checkpoint:
         headers.refuse_others()
         source = StoredSource(self.path, stored, options.dtype, options.device, options.mmap)
         model = build(self.config, self.names, source, options.backend)
-        for file in {stored.file for stored in stored.values()}:
+        for file in {stored.file for stored in stored.values()} - {None}:
             file.check()
         model.name, model.state_dtype, model.rollback = self.source, options.state_dtype, options.rollback
         model.files = tuple(source.mapped.values())
         model.vocabulary = self.vocabulary
-        model.forbid(self.vocabulary.unused)
+        model.forbid(self.vocabulary.unused, copy=self.in_memory)
         model.load_tokenizer, model.load_chat_template = self.load_tokenizer, self.load_chat_template
         model.generation_config = self.generation_config
         if self.tokenizer is not None:
             model.tokenizer = self.tokenizer
         return model
+
+
+def _given(tokenizer: Tokenizer | None) -> Tokenizer | None:
+    """That there is already; a function that can be pickled."""
+    return tokenizer
 
 
 def _with_vocabulary(config: ModelConfig, tokens: dict[int, str] | None) -> tuple[ModelConfig, Vocabulary]:

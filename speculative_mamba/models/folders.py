@@ -36,7 +36,7 @@ def find_model(source: object, revision: object = None) -> tuple[Path, bool]:
         raise ValueError(f"revision must be a branch, a tag or a commit, got {shown(revision)}")
     if not isinstance(source, str | Path) or not str(source):
         got = shown(source) if isinstance(source, str | Path) else type(source).__name__
-        how = "; save it with save_pretrained and give the folder" if hasattr(source, "save_pretrained") else ""
+        how = "; from_transformers takes models" if hasattr(source, "save_pretrained") else ""
         raise ValueError(
             f"load_model takes a folder, a GGUF file, a hub id, builtin:target or builtin:draft, got {got}{how}"
         )

@@ -19,6 +19,7 @@ from ..ops.sampling_params import SamplingParams
 from .chat import ChatTemplate
 from .config import ModelConfig
 from .files import MappedFile
+from .in_memory import SharedWeights
 from .sampling_defaults import default_sampling
 from .tokenizer import encode, text_tokenizer
 from .vocabulary import Vocabulary
@@ -87,7 +88,8 @@ class MambaLM:
     embedding and head: (V, d), the same tensor when tied; norm_weight: (d); head_bias: (V) float32 or None.
     ``load_tokenizer`` is called when text is first needed; token ids need none. ``state_dtype`` (float32, bfloat16,
     float16) is that of the recurrent state and of cached keys and values; ``rollback`` ("auto", "snapshots", "replay")
-    as in ``load_model``. vocabulary: what the ids mean, as far as it is known. files: those in which weights lie.
+    as in ``load_model``. vocabulary: what the ids mean, as far as it is known. files: those in which weights lie, or
+    whose they are.
     ``load_chat_template`` is called when a conversation is first written. generation_config: the file's content.
 
     A pickled or deeply copied model holds its weights itself.
@@ -105,7 +107,7 @@ class MambaLM:
     rollback: str = "auto"
     head_bias: torch.Tensor | None = None
     vocabulary: Vocabulary | None = None
-    files: tuple[MappedFile, ...] = ()
+    files: tuple[MappedFile | SharedWeights, ...] = ()
     load_chat_template: Callable[[], ChatTemplate | None] = _nothing
     generation_config: Mapping[str, object] = field(default_factory=dict)
     _recorded: set[tuple] = field(default_factory=set, init=False, compare=False)  # kinds of steps
@@ -133,10 +135,13 @@ class MambaLM:
         other.__dict__.update(self.__dict__)
         return other
 
-    def forbid(self, tokens: Collection[int]) -> None:
-        """Makes these ids impossible: their logits are -inf from now on. All others keep their bits."""
+    def forbid(self, tokens: Collection[int], *, copy: bool = False) -> None:
+        """Makes these ids impossible: their logits are -inf from now on. All others keep their bits. copy: the head's
+        memory is somebody else's, and gets one of its own."""
         if not tokens:
             return
+        if copy and isinstance(self.head, torch.Tensor):
+            self.head = self.head.clone()
         ids = torch.tensor(list(tokens), dtype=torch.long, device=self.device)
         head = self.head.values if isinstance(self.head, Int8Weight) else self.head
         head.index_fill_(0, ids, 0)  # padding may hold anything, also NaN; a mapped file stays as it is

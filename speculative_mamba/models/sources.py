@@ -100,8 +100,8 @@ class StoredSource:
             return True
         bits = _BITS[a.element_size()]
         same = torch.equal(a.view(bits), b.view(bits))
-        if same and a.is_contiguous():
-            release_pages(a)
+        if same:
+            self._release(first, a)
         return same
 
     def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | Int8Weight:
@@ -113,8 +113,7 @@ class StoredSource:
             weight = quantised(stored)
         except ValueError as error:
             raise ValueError(f"{self._folder}: {name}: {error}") from None
-        if stored.is_contiguous():
-            release_pages(stored)
+        self._release(name, stored)
         return Int8Weight(weight.values.to(self.device), weight.scale.to(self.device))
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
@@ -129,7 +128,7 @@ class StoredSource:
         if stored.order is None:
             return stored.tensor
         tensor = stored.tensor[stored.order]
-        release_pages(stored.tensor)
+        self._release(name, stored.tensor)
         return tensor
 
     def _dtype_of(self, stored: torch.Tensor) -> torch.dtype:
@@ -144,11 +143,18 @@ class StoredSource:
             copied = tensor.clone()
         else:
             file = self._stored[name].file
+            if file is None:
+                return tensor
             self.mapped[file.path] = file
             return _trimmed(tensor)
-        if stored.is_contiguous() and self._stored[name].order is None:
-            release_pages(stored)
+        if self._stored[name].order is None:
+            self._release(name, stored)
         return copied
+
+    def _release(self, name: str, read: torch.Tensor) -> None:
+        """Pages of a file that have been read need no memory any more."""
+        if self._stored[name].file is not None and read.is_contiguous():
+            release_pages(read)
 
 
 def _trimmed(tensor: torch.Tensor) -> torch.Tensor:

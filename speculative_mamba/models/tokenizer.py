@@ -1,5 +1,6 @@
 """Tokenizers: read from a checkpoint, and asked for the ids of a text."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def load_tokenizer(folder: Path, fall_back: bool, download: Callable[[str, list[
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer file, without what its training left behind: truncation, padding, and merges left out at random.
+    """A tokenizer file, without what its training left behind.
 
     Raises:
         ValueError: the file is broken.
@@ -38,6 +39,20 @@ def read_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+    return _clean(tokenizer)
+
+
+def clean_copy(tokenizer: object) -> Tokenizer:
+    """A copy of what ``as_tokenizer`` takes, without what earlier calls left behind.
+
+    Raises:
+        ValueError: it is no tokenizer.
+    """
+    return _clean(copy.deepcopy(as_tokenizer(tokenizer)))
+
+
+def _clean(tokenizer: Tokenizer) -> Tokenizer:
+    """Without truncation, padding, and merges left out at random."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):  # BPE alone has it

@@ -59,9 +59,14 @@ def known_vocabulary(model: object) -> Vocabulary:
     return known if isinstance(known, Vocabulary) else Vocabulary(model.vocab_size)
 
 
+def tokens_of(tokenizer: Tokenizer) -> dict[int, str]:
+    """The tokens of a tokenizer by id."""
+    return {token: text for text, token in tokenizer.get_vocab(with_added_tokens=True).items()}
+
+
 def read_tokens(folder: Path, tokenizer: Tokenizer) -> dict[int, str]:
     """The tokens of a tokenizer by id, with those that ``tokenizer_config.json`` adds to it."""
-    tokens = {token: text for text, token in tokenizer.get_vocab(with_added_tokens=True).items()}
+    tokens = tokens_of(tokenizer)
     path = folder / TOKENIZER_CONFIG
     added = read_json(path).get("added_tokens_decoder") if path.is_file() else None
     for token, entry in (added if isinstance(added, dict) else {}).items():

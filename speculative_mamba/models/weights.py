@@ -19,10 +19,11 @@ SAFE_UNPICKLING = (2, 10)  # before it torch.load could be made to run code: CVE
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in the memory of a mapped file. order: of its rows, where they are used in another than they lie in."""
+    """A tensor in the memory of a mapped file, or None: of somebody else. order: of its rows, where they are used in
+    another than they lie in."""
 
     tensor: torch.Tensor
-    file: MappedFile
+    file: MappedFile | None
     order: torch.Tensor | None = None
 
 
