@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from speculative_mamba import cli
+from speculative_mamba.decode.lookahead import remembered_costs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,3 +39,9 @@ def run(capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def _no_remembered_costs() -> None:
+    """What "auto" measured in one test has no part in another."""
+    remembered_costs.cache_clear()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..models.identity import cost_key
 from ..models.prompts import read_prompts
 from ..models.runner import LanguageModel
 from ..models.text import TextStream
@@ -68,7 +69,8 @@ def generate(
         draft: a smaller model with the same vocabulary, or any ``Drafter`` or ``Draft``; ``"ngram"`` for
             ``NgramDrafter``, which needs no model and copies from the text so far; None decodes plainly.
         lookahead: K, tokens drafted per round, 1 to 15; or ``"auto"``: chosen round by round from running acceptance
-            and measured costs, at most 10, and plain decoding from where the draft turns out not to pay. Greedy and
+            and measured costs, at most 10, and plain decoding from where the draft turns out not to pay; costs of a
+            pair of models are remembered, so that only the first call has rounds for measuring alone. Greedy and
             coupled text is the same as ever; under rejection sampling the text then depends on the clock, its
             distribution does not.
         max_new_tokens: budget per row; exactly so many tokens unless a stop comes first. 0 gives the prompts back.
@@ -122,7 +124,9 @@ def generate(
     if max_new_tokens == 0:
         stats, nothing = GenerationStats(prompt_tokens=sum(map(len, prompts))), [[] for _ in prompts]
         return _result(target, prompts, ["length"] * len(prompts), stats, nothing if output_logits else None, cache)
-    chooser = as_lookahead(lookahead, 0 if draft is None else max_new_tokens - 1)
+    pair = cost_key(target, drafting) if lookahead == "auto" else None
+    costs = pair and (pair, len(prompts), executor.captures)
+    chooser = as_lookahead(lookahead, 0 if draft is None else max_new_tokens - 1, costs)
     params = of_rows(sampling, len(prompts))
 
     def tell(committed: list[CommittedToken]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..ops.int8 import Int8Weight
+from ..ops.threads import num_threads
 from .language_model import MambaLM
 
 _SAMPLED = 32  # elements of a tensor that its model is known by
@@ -37,6 +38,13 @@ def options_of(model: object) -> tuple:
     if not isinstance(model, MambaLM):
         return type(model).__qualname__, model.vocab_size
     return model.config, model.state_dtype, model.rollback, model.backend
+
+
+def cost_key(*models: object) -> tuple | None:
+    """Models of an equal key take the same time for a step. None where a model is foreign, so that nothing is known."""
+    if not all(isinstance(model, MambaLM) for model in models):
+        return None
+    return num_threads(), *[(options_of(model), model.weight_bytes, model.device) for model in models]
 
 
 def backend_of(model: object) -> str:

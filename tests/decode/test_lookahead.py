@@ -5,11 +5,18 @@ Its choices are tested on simulated costs, since a clock would make them a matte
 
 import itertools
 import random
+from collections import deque
 
 import pytest
 
 import speculative_mamba as sm
-from speculative_mamba.decode.lookahead import AUTO_AT_MOST, AUTO_LOOKAHEADS, AdaptiveLookahead, FixedLookahead
+from speculative_mamba.decode.lookahead import (
+    AUTO_AT_MOST,
+    AUTO_LOOKAHEADS,
+    AdaptiveLookahead,
+    FixedLookahead,
+    remembered_costs,
+)
 from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
 
 TOKENS, RUNS = 512, 8
@@ -59,6 +66,28 @@ def test_a_draft_that_loses_is_dropped(rate, draft_s, passes):
     assert chosen[-100:] == [0] * 100
 
 
+def test_costs_are_measured_once_for_a_pair(pair, prompt, monkeypatch):
+    """A later call has no rounds for measuring alone, unless the batch is another."""
+    models, chosen, choose = pair(), [], AdaptiveLookahead.next
+    monkeypatch.setattr(AdaptiveLookahead, "next", lambda self: chosen.append(choose(self)) or chosen[-1])
+    monkeypatch.setattr(AdaptiveLookahead, "_speed", lambda self, k, rate, known: k)
+    options = {"draft": models.drafts["near"], "lookahead": "auto", "max_new_tokens": 40, "stop_token_ids": ()}
+    for prompts, measures in (([prompt(3)], True), ([prompt(5)], False), ([prompt(3)] * 2, True)):
+        chosen.clear()
+        sm.generate(models.target, prompts, **options)
+        assert (chosen[:5] == [3, 0, 0, 3, 3]) == (0 in chosen) == measures
+
+
+def test_known_costs_choose_at_once():
+    costs = {k: deque([1 + 0.1 * k] * 2) for k in AUTO_LOOKAHEADS}
+    chooser = AdaptiveLookahead(AUTO_LOOKAHEADS, costs)
+    assert chooser.next() == max(AUTO_LOOKAHEADS[1:], key=lambda k: sum(0.7**i for i in range(k + 1)) / (1 + 0.1 * k))
+    for _ in range(3):
+        chooser.observe(1, 1, 1, 9.0)  # the first is cold
+    assert list(costs[1]) == [1.1, 1.1, 9.0, 9.0]
+    assert AdaptiveLookahead(AUTO_LOOKAHEADS, {k: deque([1 + 9.0 * k] * 2) for k in AUTO_LOOKAHEADS}).next() == 0
+
+
 def test_a_draft_that_gains_is_left_out_twice():
     """To learn what plain decoding costs."""
     for rate in (0.5, 0.8, 0.95):
@@ -100,6 +129,7 @@ def test_a_dropped_draft_is_in_the_statistics(pair, prompt, monkeypatch):
         monkeypatch.setattr(
             AdaptiveLookahead, "_speed", lambda self, k, rate, known, d=drops: 1 if (k == 0) == d else 0
         )
+        remembered_costs.cache_clear()
         stats = sm.generate(models.target, [prompt(3)], draft=models.drafts["near"], **options).stats
         assert (stats.draft_dropped_at == 5) if drops else stats.draft_dropped_at is None
         assert stats.as_dict()["draft_dropped_at"] == stats.draft_dropped_at
