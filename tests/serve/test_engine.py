@@ -172,6 +172,7 @@ def test_asyncio(pair, alone) -> None:
     for one_asked, completion, stream in zip(asked, completions, streams, strict=True):
         output = completion.result(0)
         assert output.outputs == stream and completion.done
+        assert (completion.draft_tokens, completion.accepted_tokens) == (output.draft_tokens, output.accepted_tokens)
         assert_is_alone(target, one_asked, output, alone(target, one_asked))
 
 
@@ -190,7 +191,7 @@ def test_the_queue_is_bounded() -> None:
         first = engine.submit(sm.Request([0], 3))
         assert gate.entered.wait(WAIT)
         second, third = engine.submit(sm.Request([5], 3)), engine.submit(sm.Request([9], 3))
-        assert (engine.stats().running, engine.stats().queued) == (1, 2)
+        assert (engine.stats().running, engine.stats().queued, engine.stats().alive) == (1, 2, True)
         with pytest.raises(sm.QueueFullError, match=r"^2 requests are waiting already; retry later$"):
             engine.submit(sm.Request([7], 3))
         with pytest.raises(TimeoutError, match="not complete after 0 s"):
@@ -221,6 +222,7 @@ def test_closing() -> None:
     with pytest.raises(RuntimeError, match=r"^the engine is closed$"):
         engine.submit(sm.Request([0]))
     engine.close()
+    assert not engine.stats().alive
     for drop in (lambda engine: engine.close(drain=False), lambda engine: None):
         engine = sm.Engine(ring(), max_batch_size=1)
         completions = [engine.submit(sm.Request([start], 2**31 - 1)) for start in range(3)]
@@ -296,6 +298,7 @@ def test_a_fault_of_the_program_leaves_nobody_waiting() -> None:
             completion.result(WAIT)
     with pytest.raises(RuntimeError, match=r"^the engine is closed$"):
         engine.submit(sm.Request([0]))
+    assert not engine.stats().alive
     engine.close()
 
 
