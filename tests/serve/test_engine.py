@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from engines import WAIT, alone, pair, ring
 
 import speculative_mamba as sm
 from speculative_mamba.serve import scheduler
 from speculative_mamba.testing.models import TableModel
 from speculative_mamba.testing.recording import RecordingExecutor
 
-WAIT = 60  # seconds, after which something hangs
 MIX = (
     sm.SamplingParams(),
     sm.SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, seed=3),
@@ -22,11 +22,6 @@ MIX = (
     sm.SamplingParams(temperature=0.7, presence_penalty=0.5, frequency_penalty=0.2, logit_bias={3: 2.0}, seed=5),
     sm.SamplingParams(logit_bias={token: -0.1 * token for token in range(40)}),
 )
-
-
-def ring(count=40) -> TableModel:
-    """Token i is followed by i+1."""
-    return TableModel(torch.eye(count).roll(1, dims=1))
 
 
 class Gate:
@@ -91,11 +86,11 @@ def assert_is_alone(target, request, output, expected, complete=True) -> None:
 
 @pytest.mark.parametrize("kind", [sm.EagerExecutor, RecordingExecutor])
 @pytest.mark.parametrize("models", ["mamba1", "mamba2-in-llama", "embedded"])
-def test_every_text_is_that_of_its_request_alone(request, pair, alone, kind, models) -> None:
+def test_every_text_is_that_of_its_request_alone(kind, models) -> None:
     """Threads submit at random, some cancel, and prompts are read in parts; rows are fewer than requests."""
-    target, draft = request.getfixturevalue("embedded") if models == "embedded" else pair(models)
-    text = target.tokenizer.encode("The morning was fine, and he said that the end of it " * 9).ids if models == (
-        "embedded") else None  # fmt: skip
+    (target, draft), text = pair(models), None
+    if models == "embedded":
+        text = target.tokenizer.encode("The morning was fine, and he said that the end of it " * 9).ids
 
     def client(seed: int) -> list:
         source, done = random.Random(seed), []
@@ -112,7 +107,7 @@ def test_every_text_is_that_of_its_request_alone(request, pair, alone, kind, mod
         sm.Engine(target, draft=draft, lookahead=3, acceptance="coupled", max_batch_size=3, executor=kind()) as engine,
         ThreadPoolExecutor(5) as clients,
     ):
-        done = [pair for results in clients.map(client, range(5)) for pair in results]
+        done = [one for results in clients.map(client, range(5)) for one in results]
         stats = engine.stats()
     for asked, output in done:
         assert_is_alone(target, asked, output, alone(target, asked), complete=False)
@@ -123,7 +118,7 @@ def test_every_text_is_that_of_its_request_alone(request, pair, alone, kind, mod
     assert stats.accepted_tokens == sum(output.accepted_tokens for _, output in done)
 
 
-def test_under_rejection_greedy_texts_are_exact(pair, alone) -> None:
+def test_under_rejection_greedy_texts_are_exact() -> None:
     """Beside sampled ones."""
     target, draft = pair("mamba1")
     source = random.Random(1)
@@ -137,7 +132,7 @@ def test_under_rejection_greedy_texts_are_exact(pair, alone) -> None:
 
 
 @pytest.mark.parametrize("draft", ["ngram", None])
-def test_other_drafts(pair, alone, draft) -> None:
+def test_other_drafts(draft) -> None:
     target, source = pair("mamba2")[0], random.Random(2)
     asked = [mixed(source, target.vocab_size) for _ in range(9)]
     with sm.Engine(target, draft=draft, acceptance="coupled", max_batch_size=2) as engine:
@@ -145,7 +140,7 @@ def test_other_drafts(pair, alone, draft) -> None:
             assert_is_alone(target, one, completion.result(WAIT), alone(target, one))
 
 
-def test_asyncio(pair, alone) -> None:
+def test_asyncio() -> None:
     """Many streams in one event loop; one is left, and its row goes to another."""
     target, draft = pair("mamba1")
     source = random.Random(3)
@@ -302,7 +297,7 @@ def test_a_fault_of_the_program_leaves_nobody_waiting() -> None:
     engine.close()
 
 
-def test_memory_is_made_at_the_start(pair) -> None:
+def test_memory_is_made_at_the_start() -> None:
     """For texts as long as they may get; longer ones are refused."""
     target, draft = pair("mamba2-in-llama")
     with sm.Engine(target, draft=draft, max_batch_size=2, max_length=300) as engine:
@@ -328,7 +323,7 @@ def test_memory_is_made_at_the_start(pair) -> None:
         ({"use_draft": 1}, "use_draft"), ({"logprobs": 21}, "logprobs"), ({"logprobs": True}, "logprobs"),
     ],
 )  # fmt: skip
-def test_requests_that_cannot_be_served(pair, change, message) -> None:
+def test_requests_that_cannot_be_served(change, message) -> None:
     with sm.Engine(pair("mamba1")[0]) as engine, pytest.raises(ValueError, match=message) as caught:
         engine.submit(dataclasses.replace(sm.Request([1]), **change))
     assert "\n" not in str(caught.value) and engine.stats().prompt_tokens == 0
@@ -344,14 +339,14 @@ def test_requests_that_cannot_be_served(pair, change, message) -> None:
         ({"draft": Gate(40)}, "vocabularies"), ({"draft": Gate(61), "executor": RecordingExecutor()}, "is Python"),
     ],
 )  # fmt: skip
-def test_engines_that_cannot_be(pair, options, message) -> None:
+def test_engines_that_cannot_be(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         sm.Engine(pair("mamba1")[0], **options)
     with pytest.raises(ValueError, match="target must be a model"):
         sm.Engine("builtin:target")
 
 
-def test_prompts_are_read_between_rounds(pair, alone, monkeypatch) -> None:
+def test_prompts_are_read_between_rounds(monkeypatch) -> None:
     """A long prompt stops nobody: one that came with it is through while it is read."""
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 8)
     ended, end = [], scheduler.Job.end

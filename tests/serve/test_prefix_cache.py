@@ -4,13 +4,12 @@ import random
 
 import pytest
 import torch
+from engines import WAIT, alone, pair
 
 import speculative_mamba as sm
 from speculative_mamba.serve.prefix_cache import PrefixCache
 from speculative_mamba.testing.recording import RecordingExecutor
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
-
-WAIT = 60
 
 
 def state(*tokens: int, floats: int = 8) -> sm.RowState:
@@ -71,7 +70,7 @@ def talks(source: random.Random, vocabulary: int) -> list[list[int]]:
 @pytest.mark.parametrize("kind", [sm.EagerExecutor, RecordingExecutor])
 @pytest.mark.parametrize("models", ["mamba1", "mamba2-in-llama", "llama", "lfm2"])
 @pytest.mark.parametrize("prefix_cache_bytes", [10**8, 6 * 10**4])
-def test_no_bit_depends_on_it(pair, alone, kind, models, prefix_cache_bytes) -> None:
+def test_no_bit_depends_on_it(kind, models, prefix_cache_bytes) -> None:
     """Conversations of several turns side by side, with and without draft: tokens and log-probabilities."""
     (target, draft), source = pair(models), random.Random(4)
     rows = [(talk, sm.SamplingParams(temperature=source.choice([0, 1.0]), seed=5)) for talk in talks(source, 61)]
@@ -102,7 +101,7 @@ def test_no_bit_depends_on_it(pair, alone, kind, models, prefix_cache_bytes) -> 
 
 
 @pytest.mark.parametrize("kind", [sm.EagerExecutor, RecordingExecutor])
-def test_states_are_those_of_their_texts(pair, kind) -> None:
+def test_states_are_those_of_their_texts(kind) -> None:
     """Of prompts and of turns, of target and draft, bit for bit as read anew."""
     target, draft = pair("mamba2-in-llama")
     with sm.Engine(target, draft=draft, max_batch_size=2, executor=kind(), prefix_cache_bytes=10**8) as engine:
@@ -119,7 +118,7 @@ def test_states_are_those_of_their_texts(pair, kind) -> None:
                     assert_bitwise_equal(part, right, f"after {len(kept.tokens)} tokens")
 
 
-def test_a_second_turn_reads_only_what_is_new(pair) -> None:
+def test_a_second_turn_reads_only_what_is_new() -> None:
     """And a text that broke off at a stop string or was cancelled is known up to its prompt at least."""
     target, draft = pair("mamba1")
     with sm.Engine(target, draft=draft, prefix_cache_bytes=10**8) as engine:
