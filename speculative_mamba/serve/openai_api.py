@@ -251,10 +251,11 @@ class _CountCalls:
             await _refusal(_refused(busy))(scope, receive, counting)
             return
         self._under_way += 1
-        try:
-            await self._app(scope, receive, counting)
-        finally:
-            self._under_way -= 1
+        with self._metrics.under_way.track_inprogress():
+            try:
+                await self._app(scope, receive, counting)
+            finally:
+                self._under_way -= 1
 
 
 async def _read_body(request: Request, limits: Limits) -> bytes:

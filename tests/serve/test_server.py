@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import pytest
+from servers import PROMPT, ask, complete, events, expected, target
 
 import speculative_mamba as sm
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 openai = pytest.importorskip("openai", reason="the extra [test] is not installed")
-
-from servers import PROMPT, ask, complete, events, expected, target
 
 SAMPLED = {"temperature": 1.1, "top_p": 0.9, "seed": 5}
 
