@@ -15,7 +15,7 @@ from ..streams import PROGRAM, say
 from .options import TEXT, Parser, add_model_options, choose_draft, executor_of, integer, load_models
 
 API_KEY = "SPECULATIVE_MAMBA_API_KEY"
-_STALLED_S = 60  # until a client that takes nothing is dropped
+STALLED_S = 60  # until a client that takes nothing is dropped
 
 
 def build_parser() -> Parser:
@@ -53,6 +53,8 @@ def run(arguments: list[str]) -> int:
         if "model_target" in given:
             parser.error("the model is named twice, as MODEL and by --model_target")
         options.model_target = options.model
+    if options.served_model_name == "":
+        parser.error("argument --served_model_name: must not be empty")
     choose_draft(options, given)
     api_key = _api_key(options)
     try:
@@ -60,7 +62,7 @@ def run(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         install = 'pip install -c constraints.txt -e ".[serve]"'
         raise ValueError(f"serving needs {error.name}, which is not installed; install it with: {install}") from None
-    with _bind(options.host, options.port) as listener:
+    with bind(options.host, options.port) as listener:
         target, draft = load_models(options)
         default = OPENAI_SAMPLING if options.no_default_sampling else recommended_sampling(target)
         served = ServedModel(
@@ -80,7 +82,11 @@ def run(arguments: list[str]) -> int:
             )
             app = openai_api.create_app(engine, served, api_key=api_key, limits=limits)
             listener.listen(1024)
-            _announce(listener, served, api_key)
+            announce(listener, served, api_key)
+            say(
+                f"{options.max_batch_size} texts at once, of up to {options.max_length} tokens each: "
+                f"{engine.cache_bytes / 2**20:.0f} MiB beside the weights"
+            )
             with contextlib.suppress(KeyboardInterrupt):
                 openai_api.http_server(app).run(sockets=[listener])
         finally:
@@ -100,7 +106,7 @@ def _api_key(options: argparse.Namespace) -> str | None:
     return key
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A socket at this address, before anything that takes long.
 
     Raises:
@@ -111,14 +117,14 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if sys.platform == "linux":  # connections inherit it: one whose client takes nothing is dropped
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _STALLED_S)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STALLED_S)
         listener.bind(address)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"cannot listen on {host}, port {port}: {error}") from None
     return listener
 
 
-def _announce(listener: socket.socket, served: ServedModel, api_key: str | None) -> None:
+def announce(listener: socket.socket, served: ServedModel, api_key: str | None) -> None:
     host, port = listener.getsockname()[:2]
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     say(f"serving {served.name} with draft {served.draft or 'none'} at http://{place}")

@@ -174,7 +174,7 @@ def _message(where: str, message: object) -> dict:
         raise ApiError(f"{where}.role must be one of {', '.join(_ROLES)}; got {shown(role)}", param=f"{where}.role")
     read = {"role": "system" if role == "developer" else role}
     read["content"] = _content(f"{where}.content", given.get("content"))
-    return read if name is None else {**read, "name": text(f"{where}.name", name)}
+    return read if name is None else {**read, "name": _read(f"{where}.name", name, text)}
 
 
 def _content(where: str, content: object) -> str:
@@ -191,7 +191,7 @@ def _content(where: str, content: object) -> str:
 
 
 def stream_options(name: str, value: object) -> dict:
-    supported, neutral = {"include_usage": flag}, {"include_obfuscation": only(False)}
+    supported, neutral = {"include_usage": flag, "continuous_usage_stats": flag}, {"include_obfuscation": only(False)}
     try:
         return read_fields(mapping(name, value), supported, neutral)
     except ApiError as error:

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 import speculative_mamba as sm
 from speculative_mamba.models.text import TextStream
 
-PROMPT = "She had not"
+PROMPT, ANSWER = "She had not", "Hey, Bob!"
 _SCRIPT = Path(sm.__file__).parent / "run.py"
 
 
@@ -42,13 +43,13 @@ class Reply(NamedTuple):
 
 @contextmanager
 def server_process(*options: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """``speculative-mamba serve`` on a free port: its address, and the process. It ends well after SIGTERM."""
+    """``speculative-mamba serve`` on a free port: its address, and the process, which Ctrl-C ends well."""
     command = [sys.executable, str(_SCRIPT), "serve", "--port", "0", "--threads", "1", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
     try:
         url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+", line)))
         yield url, process
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()

@@ -9,10 +9,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from servers import PROMPT, ask, complete, expected
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
-
-from servers import PROMPT, ask, complete, expected
 
 from speculative_mamba.serve.fields import CHAT, COMPLETION, NEUTRAL_CHAT, NEUTRAL_COMPLETION
 
@@ -21,7 +20,8 @@ HUGE, DEEP = 10**400, "[" * 100_000
 WRONG = {"text": "x", "number": 0.5, "negative": -2, "huge": HUGE, "flag": True, "list": [[]], "object": {"x": {}}}
 # What each field takes of those.
 TAKES = {
-    "flag": ("skip_special_tokens", "echo", "ignore_eos", "stream", "use_draft", "add_special_tokens", "parallel_tool_calls"),
+    "flag": ("skip_special_tokens", "echo", "ignore_eos", "stream", "use_draft", "add_special_tokens",
+             "parallel_tool_calls"),
     "text": ("user", "stop", "prompt", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     "number": ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     "negative": ("presence_penalty", "frequency_penalty"),
@@ -85,8 +85,10 @@ def test_values_of_every_wrong_type_for_every_field(url, chat):
         ({"stream_options": {"include_usage": True}}, (400, "stream_options", None)),
         ({"stream": True, "stream_options": {"x": 1}}, (400, "stream_options.x", "unsupported_parameter")),
         ({"stream": True, "stream_options": {"include_usage": 1}}, (400, "stream_options.include_usage", None)),
-        ({"model": "gpt-9"}, (404, "model", "model_not_found")), ({"best_of": 2}, (400, "best_of", "unsupported_value")),
-        ({"suffix": "a"}, (400, "suffix", "unsupported_value")), ({"tools": []}, (400, "tools", "unsupported_parameter")),
+        ({"model": "gpt-9"}, (404, "model", "model_not_found")),
+        ({"best_of": 2}, (400, "best_of", "unsupported_value")),
+        ({"suffix": "a"}, (400, "suffix", "unsupported_value")),
+        ({"tools": []}, (400, "tools", "unsupported_parameter")),
         ({"": 1}, (400, "''", "unsupported_parameter")), ({"a\nb": 1}, (400, "'a\\nb'", "unsupported_parameter")),
         ({"skip_special_tokens": False}, (400, "skip_special_tokens", "unsupported_value")),
     ],
