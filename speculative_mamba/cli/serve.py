@@ -15,7 +15,7 @@ from ..streams import PROGRAM, say
 from .options import TEXT, Parser, add_model_options, choose_draft, executor_of, integer, load_models
 
 API_KEY = "SPECULATIVE_MAMBA_API_KEY"
-_STALLED_S = 60  # until a client that takes nothing is dropped
+STALLED_S = 60  # until a client that takes nothing is dropped
 
 
 def build_parser() -> Parser:
@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         install = 'pip install -c constraints.txt -e ".[serve]"'
         raise ValueError(f"serving needs {error.name}, which is not installed; install it with: {install}") from None
-    with _bind(options.host, options.port) as listener:
+    with bind(options.host, options.port) as listener:
         target, draft = load_models(options)
         default = OPENAI_SAMPLING if options.no_default_sampling else recommended_sampling(target)
         served = ServedModel(
@@ -100,7 +100,7 @@ def _api_key(options: argparse.Namespace) -> str | None:
     return key
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A socket at this address, before anything that takes long.
 
     Raises:
@@ -111,7 +111,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if sys.platform == "linux":  # connections inherit it: one whose client takes nothing is dropped
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _STALLED_S)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STALLED_S)
         listener.bind(address)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"cannot listen on {host}, port {port}: {error}") from None

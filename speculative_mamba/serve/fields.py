@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 
 from ..decode.inputs import MAX_NEW_TOKENS
-from ..decode.sampling import SamplingParams
+from ..decode.sampling import MAX_BIASED, SamplingParams
 from ..ops.values import is_int, shown
+from .request import MAX_LOGPROBS
 
-MAX_CHOICES, MAX_LOGPROBS = 128, 20
+MAX_CHOICES = 128
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # every token is compared with every stop string
 _ROLES = ("system", "developer", "user", "assistant")
 
@@ -113,6 +114,8 @@ def top_k(name: str, value: object) -> object:
 def logit_bias(name: str, value: object) -> object:
     """JSON has texts for keys."""
     pairs = mapping(name, value)
+    if len(pairs) > MAX_BIASED:
+        raise ValueError(f"{name} must name at most {MAX_BIASED} tokens, got {len(pairs)}")
     for token in pairs:
         if not (token.isascii() and token.isdigit() and len(token) < 20):
             raise ValueError(f"{name} must be an object from token ids to numbers, got the id {shown(token)}")
@@ -128,7 +131,9 @@ def stop(name: str, value: object) -> tuple[str, ...]:
 
 
 def _is_stop(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= MAX_STOP_LENGTH
+    """JSON can write half of a surrogate pair, which no text holds."""
+    is_text = isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return is_text and 0 < len(value) <= MAX_STOP_LENGTH
 
 
 def token_ids(name: str, value: object) -> list[int]:

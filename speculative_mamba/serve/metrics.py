@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -24,6 +24,9 @@ class ServerMetrics:
             "Calls of the API, by status of the answer.",
             ["status"],
             registry=self._registry,
+        )
+        self.under_way = Gauge(
+            f"{_PREFIX}calls_under_way", "Calls whose answer is not sent yet.", registry=self._registry
         )
         self.first_token = Histogram(
             f"{_PREFIX}time_to_first_token_seconds", "From a call's arrival to the first token of a choice.",

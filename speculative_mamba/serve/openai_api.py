@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import json
-import socket
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,15 +16,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .engine import Completion, Engine, QueueFullError, TokenOutput
+from .completion import Completion, TokenOutput
+from .engine import Engine
 from .fields import ApiError
 from .metrics import CONTENT_TYPE, ServerMetrics
 from .protocol import Call, ServedModel, model_not_found, read_chat, read_completion
 from .responses import Answer
+from .scheduler import QueueFullError
 
 _JSON = "application/json"
 _CLIENT_GONE = 499  # as nginx has it; nobody reads it
-_BUSY = ApiError("the server is busy; try again in a while", code="queue_full", status=429, kind="rate_limit_error")
+_FAILURES = (ValueError, RuntimeError, MemoryError, OSError)  # of the engine, by which a call may end
+_LOG = logging.getLogger(__name__)
 _ERROR_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 413: {"Connection": "close"},
     429: {"Retry-After": "1"},
@@ -60,7 +63,7 @@ def create_app(
         ApiError: lambda _, error: _refusal(error),
         HTTPException: lambda request, error: _refusal(_about_route(request, error)),
         ClientDisconnect: lambda _, error: Response(status_code=_CLIENT_GONE),
-        Exception: lambda _, error: _refusal(_internal(error)),
+        Exception: lambda _, error: _refusal(_refused(error)),
     })  # fmt: skip
     page = resources.files(__package__).joinpath("page.html").read_bytes()
     app.add_api_route("/", lambda: Response(page, media_type="text/html", headers=_PAGE_HEADERS), methods=["GET"])
@@ -128,8 +131,8 @@ class _Api:
             return _EventStream(self._events(call, completions, started), completions)
         try:
             await _unless_gone(self._collect(completions, started), request)
-        except ValueError as error:
-            raise ApiError(str(error)) from None
+        except _FAILURES as error:
+            raise _refused(error) from None
         finally:
             _cancel(completions)
         return _json(Answer(call, self._served).body([completion.result() for completion in completions]))
@@ -141,12 +144,9 @@ class _Api:
         try:
             for request in call.requests:
                 completions.append(self._engine.submit(request))
-        except QueueFullError:
+        except _FAILURES as error:
             _cancel(completions)
-            raise _BUSY from None
-        except ValueError as error:
-            _cancel(completions)
-            raise ApiError(str(error)) from None
+            raise _refused(error) from None
         return call, completions
 
     async def _collect(self, completions: Sequence[Completion], started: float) -> None:
@@ -166,10 +166,8 @@ class _Api:
                 )
             if call.include_usage:
                 yield _events_of([answer.usage_chunk([completion.result() for completion in completions])])
-        except ValueError as error:
-            yield _events_of([ApiError(str(error)).body()])
-        except (RuntimeError, MemoryError) as error:
-            yield _events_of([_internal(error).body()])
+        except _FAILURES as error:
+            yield _events_of([_refused(error).body()])
         yield b"data: [DONE]\n\n"
 
     async def _outputs(
@@ -188,25 +186,28 @@ class _Api:
             async for output in completion:
                 ready.append((index, output))
                 news.set()
+            if completion.result().finish_reason == "cancelled":
+                raise RuntimeError("the server ends")
             ready.append((index, None))
 
         tasks = [asyncio.create_task(follow(*numbered)) for numbered in enumerate(completions)]
         for task in tasks:
             task.add_done_callback(lambda _: news.set())
-        waiting = True
+        waiting, complete = True, False
         try:
-            while ready or not all(task.done() for task in tasks):
+            while not complete:
                 await news.wait()
                 news.clear()
                 for task in tasks:
                     if task.done():
                         task.result()
-                if ready:
-                    if waiting:
-                        self.metrics.first_token.observe(time.monotonic() - started)
-                        waiting = False
-                    outputs = ready[:]
-                    ready.clear()
+                complete = all(task.done() for task in tasks)
+                if ready and waiting:
+                    self.metrics.first_token.observe(time.monotonic() - started)
+                    waiting = False
+                outputs = ready[:]
+                ready.clear()
+                if outputs:
                     yield outputs
             self.metrics.duration.observe(time.monotonic() - started)
         finally:
@@ -246,13 +247,15 @@ class _CountCalls:
             await send(message)
 
         if self._under_way >= self._limit:
-            await _refusal(_BUSY)(scope, receive, counting)
+            busy = QueueFullError(f"{self._limit} calls are under way already; retry later")
+            await _refusal(_refused(busy))(scope, receive, counting)
             return
         self._under_way += 1
-        try:
-            await self._app(scope, receive, counting)
-        finally:
-            self._under_way -= 1
+        with self._metrics.under_way.track_inprogress():
+            try:
+                await self._app(scope, receive, counting)
+            finally:
+                self._under_way -= 1
 
 
 async def _read_body(request: Request, limits: Limits) -> bytes:
@@ -333,8 +336,17 @@ def _about_route(request: Request, error: HTTPException) -> ApiError:
     return ApiError(f"{what}: {error.detail}", status=error.status_code)
 
 
-def _internal(error: Exception) -> ApiError:
-    return ApiError(f"the server failed: {type(error).__name__}: {error}", status=500, kind="server_error")
+def _refused(error: Exception) -> ApiError:
+    """What a client is told of an error; what is no fault of its own is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(str(error), code="queue_full", status=429, kind="rate_limit_error")
+    if isinstance(error, ValueError):
+        return ApiError(str(error))
+    line = " ".join(f"the server failed: {type(error).__name__}: {error}".split())
+    _LOG.error(line)
+    return ApiError(line, status=500, kind="server_error")
 
 
 def _refusal(error: ApiError) -> Response:

@@ -6,13 +6,14 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..decode.inputs import end_of_text
 from ..decode.sampling import SamplingParams
 from ..models.language_model import MambaLM
 from ..models.prompts import read_prompts
 from ..models.tokenizer import encode, text_tokenizer, tokenizer_of
 from ..ops.values import shown
-from .engine import Request
 from .fields import CHAT, COMPLETION, MAX_CHOICES, NEUTRAL_CHAT, NEUTRAL_COMPLETION, SAMPLING, ApiError, read_fields
+from .request import Request
 from .token_text import TokenText
 
 COMPLETION_TOKENS = 16  # OpenAI's max_tokens of a completion that names none
@@ -142,9 +143,8 @@ def _call(
     seed = fields.get("seed", secrets.randbelow(_SEEDS))
     own = {name: fields[name] for name in SAMPLING if name in fields}
     sampling = dataclasses.replace(served.default_sampling, **own)
-    unknown = [token for token, _ in sampling.logit_bias if token >= served.target.vocab_size]
-    if unknown:
-        raise ApiError(f"logit_bias names {unknown[0]}, which is no token of the model", param="logit_bias")
+    _check_tokens("logit_bias", [token for token, _ in sampling.logit_bias], served)
+    _check_tokens("stop_token_ids", fields.get("stop_token_ids", []), served)
     budget = fields.get("max_tokens", default_tokens)
     for prompt in prompts:
         if budget < 1 or len(prompt) + budget > served.max_length:
@@ -179,15 +179,16 @@ def model_not_found(name: str, served: ServedModel) -> ApiError:
     )  # fmt: skip
 
 
-def _stop_tokens(fields: dict, served: ServedModel) -> Sequence[int] | None:
-    """As ``Request`` has them: those that the call names end a text beside the model's own."""
-    if fields.get("ignore_eos", False):
-        return tuple(fields.get("stop_token_ids", ()))
-    if "stop_token_ids" not in fields:
-        return None
-    eos = served.target.eos_token_id
-    own = eos if isinstance(eos, tuple) else () if eos is None else (eos,)
-    return (*own, *fields["stop_token_ids"])
+def _check_tokens(name: str, tokens: Sequence[int], served: ServedModel) -> None:
+    unknown = [token for token in tokens if not 0 <= token < served.target.vocab_size]
+    if unknown:
+        raise ApiError(f"{name} names {shown(unknown[0])}, which is no token of the model", param=name)
+
+
+def _stop_tokens(fields: dict, served: ServedModel) -> list[int]:
+    """The model's own, and those that the call names."""
+    own = [] if fields.get("ignore_eos", False) else end_of_text(served.target)
+    return [*own, *fields.get("stop_token_ids", [])]
 
 
 def _text(prompt: str | list[int], served: ServedModel) -> str:

@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 
-from .engine import RequestOutput, TokenOutput
+from .completion import RequestOutput, TokenOutput
 from .protocol import Call, ServedModel
 
 _FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -42,13 +43,13 @@ class Reply(NamedTuple):
 
 @contextmanager
 def server_process(*options: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """``speculative-mamba serve`` on a free port: its address, and the process. It ends well after SIGTERM."""
+    """``speculative-mamba serve`` on a free port: its address, and the process, which Ctrl-C ends well."""
     command = [sys.executable, str(_SCRIPT), "serve", "--port", "0", "--threads", "1", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
     try:
         url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+", line)))
         yield url, process
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()
@@ -57,7 +58,9 @@ def server_process(*options: str, **environment: str) -> Iterator[tuple[str, sub
 
 
 @contextmanager
-def server_thread(engine: object, served: object, listener: socket.socket | None = None, **settings: object) -> Iterator[str]:
+def server_thread(
+    engine: object, served: object, listener: socket.socket | None = None, **settings: object
+) -> Iterator[str]:
     """The same application in a thread of this process: its address."""
     from speculative_mamba.serve.openai_api import create_app, http_server
 
@@ -105,9 +108,7 @@ def target() -> sm.MambaLM:
     return sm.load_model("builtin:target")
 
 
-def expected(
-    prompt: str | list[int] = PROMPT, tokens: int = 12, stop: tuple[str, ...] = (), **sampling: object
-) -> str:
+def expected(prompt: str | list[int] = PROMPT, tokens: int = 12, stop: tuple[str, ...] = (), **sampling: object) -> str:
     """The text that ``generate`` gives for this request alone, without a draft."""
     ids = target().tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
     params = sm.SamplingParams(**sampling)

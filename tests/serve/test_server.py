@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import pytest
+from servers import PROMPT, ask, complete, events, expected, target
 
 import speculative_mamba as sm
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 openai = pytest.importorskip("openai", reason="the extra [test] is not installed")
-
-from servers import PROMPT, ask, complete, events, expected, target
 
 SAMPLED = {"temperature": 1.1, "top_p": 0.9, "seed": 5}
 
@@ -221,7 +220,10 @@ def test_metrics(url):
         assert reply.status == 200 and reply.headers["content-type"].startswith("text/plain; version=0.0.4")
         families = text_string_to_metric_families(reply.body.decode())
         samples = [sample for family in families for sample in family.samples]
-        return {(sample.name.removeprefix("speculative_mamba_"), *sample.labels.values()): sample.value for sample in samples}
+        return {
+            (sample.name.removeprefix("speculative_mamba_"), *sample.labels.values()): sample.value
+            for sample in samples
+        }
 
     before = read()
     complete(url, max_tokens=20)
