@@ -53,6 +53,8 @@ def run(arguments: list[str]) -> int:
         if "model_target" in given:
             parser.error("the model is named twice, as MODEL and by --model_target")
         options.model_target = options.model
+    if options.served_model_name == "":
+        parser.error("argument --served_model_name: must not be empty")
     choose_draft(options, given)
     api_key = _api_key(options)
     try:
@@ -80,7 +82,7 @@ def run(arguments: list[str]) -> int:
             )
             app = openai_api.create_app(engine, served, api_key=api_key, limits=limits)
             listener.listen(1024)
-            _announce(listener, served, api_key)
+            announce(listener, served, api_key)
             with contextlib.suppress(KeyboardInterrupt):
                 openai_api.http_server(app).run(sockets=[listener])
         finally:
@@ -118,7 +120,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _announce(listener: socket.socket, served: ServedModel, api_key: str | None) -> None:
+def announce(listener: socket.socket, served: ServedModel, api_key: str | None) -> None:
     host, port = listener.getsockname()[:2]
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     say(f"serving {served.name} with draft {served.draft or 'none'} at http://{place}")

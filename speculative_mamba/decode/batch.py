@@ -66,7 +66,7 @@ class Batch:
     status. Stop strings alone are the host's.
 
     isolate_errors: a row that is broken ends, with its error; else all end with it. reading: rows whose prompts are
-    being read, in the order in which they came, and what reads on.
+    being read, in the order of their turns, and what reads on.
     """
 
     def __init__(self, size: int, *, isolate_errors: bool = False) -> None:

@@ -174,7 +174,7 @@ def _message(where: str, message: object) -> dict:
         raise ApiError(f"{where}.role must be one of {', '.join(_ROLES)}; got {shown(role)}", param=f"{where}.role")
     read = {"role": "system" if role == "developer" else role}
     read["content"] = _content(f"{where}.content", given.get("content"))
-    return read if name is None else {**read, "name": text(f"{where}.name", name)}
+    return read if name is None else {**read, "name": _read(f"{where}.name", name, text)}
 
 
 def _content(where: str, content: object) -> str:

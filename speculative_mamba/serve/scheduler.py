@@ -89,6 +89,11 @@ class Scheduler:
             self._forget()
             return len(self._waiting), len(self._running), sum(tokens for _, tokens in self._recent) / RECENT
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes jobs and serves them."""
+        return self._thread.is_alive() and not self._closing
+
     def close(self, drain: bool) -> None:
         """Serves all that are there, or cancels them, and takes no more. Returns when the thread has ended."""
         with self._changed:
@@ -111,7 +116,7 @@ class Scheduler:
                 left = [*self._waiting, *self._running.values()]
                 self._waiting, self._running = {}, {}
             for job in left:
-                self._end(job, "error", error=RuntimeError("the engine has broken down"))
+                self._end(job, "error", RuntimeError("the engine has broken down"))
 
     def _round(self) -> bool:
         """A round of the rows that generate, and what is due before it. Waits for work; False if none will come."""
@@ -181,7 +186,7 @@ class Scheduler:
             if row.output_logits:
                 outputs = _with_logprobs(outputs, row.logits, job.request.logprobs)
             row.pieces, row.logits = [], []
-            job.extend(outputs)
+            job.extend(outputs, row.tested, row.accepted)
         with self._changed:
             self._recent.append((time.monotonic(), len(committed)))
             self._forget()
@@ -202,11 +207,11 @@ class Scheduler:
                 self._prefix_cache.store(*batch.snapshot(index))
             with self._changed:
                 del self._running[index]
-            self._end(job, row.finish_reason, row.tested, row.accepted, row.error)
+            self._end(job, row.finish_reason, row.error)
 
-    def _end(self, job: Job, reason: str, tested: int = 0, accepted: int = 0, error: Exception | None = None) -> None:
+    def _end(self, job: Job, reason: str, error: Exception | None = None) -> None:
         self.requests[reason] += 1
-        job.end(reason, tested, accepted, error)
+        job.end(reason, error)
 
     def _break_off(self, error: Exception) -> None:
         """A round failed: nobody knows what the rows hold, so their requests end with it, and others may follow."""
@@ -216,7 +221,7 @@ class Scheduler:
         for job in jobs:
             failure = RuntimeError(f"a round of the engine failed: {type(error).__name__}: {line}")
             failure.__cause__ = error
-            self._end(job, "error", error=failure)
+            self._end(job, "error", failure)
         self._loop.close()
         self._loop = self._open()
         self._loop.stats = self.stats

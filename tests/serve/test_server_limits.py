@@ -189,7 +189,7 @@ def slow_reader(url):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**12)
         connection.connect((parts.hostname, parts.port))
         body = json.dumps({"prompt": PROMPT, "max_tokens": 300, "stream": True, "logprobs": 20}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         yield connection
 
