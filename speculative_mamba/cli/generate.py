@@ -13,10 +13,11 @@ from ..compare import compare
 from ..decode.inputs import MAX_NEW_TOKENS, check_generation
 from ..models import MambaLM
 from ..models.tokenizer import added_around, encode, text_tokenizer
+from ..serve.request import MAX_LOGPROBS
 from ..streams import PROGRAM, exit_code, say, signs_of_life
 from .chat import converse
-from .logprobs import LIMIT
 from .options import (
+    SAMPLING_IDLE,
     TEXT,
     Idle,
     Parser,
@@ -69,7 +70,7 @@ def build_parser() -> Parser:
     option("no_skip_special_tokens", action="store_true", help="print special tokens of the new text too")
     option("stream", action="store_true", help="print text as it is made")
     option(
-        "logprobs", type=integer(0, LIMIT), metavar="N", default=None,
+        "logprobs", type=integer(0, MAX_LOGPROBS), metavar="N", default=None,
         help="also the log-probability of each token and of the N likeliest: on stderr, or with --json in the object",
     )  # fmt: skip
     option("compare", action="store_true", help="also decode plainly; print both speeds and compare the tokens")
@@ -105,7 +106,7 @@ def run(arguments: list[str]) -> int:
         target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
         acceptance=options.acceptance,
     )  # fmt: skip
-    notes += notices(options, given, sampling, _IDLE)
+    notes += notices(options, given, sampling, (*SAMPLING_IDLE, *_IDLE))
     streams = (options.stream or converses) and not options.json
     session = Session(target, draft, sampling, executor_of(options, target), options, streams, notes)
     if converses:

@@ -3,19 +3,18 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from tokenizers import Tokenizer
 
-LIMIT = 20  # likeliest tokens of a position
+from ..serve.token_text import TokenText
 
 
-def logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int, tokenizer: Tokenizer) -> list[dict]:
+def logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int, token_text: TokenText) -> list[dict]:
     """Per token its id, its text alone, its log-probability, and the ``count`` likeliest tokens with theirs.
 
     logits: (n, V) float32, the model's own: before penalties, temperature and filters.
     """
 
     def entry(token: int, logprob: float) -> dict:
-        return {"token": token, "text": tokenizer.decode([token], skip_special_tokens=False), "logprob": logprob}
+        return {"token": token, "text": token_text.text_of(token), "logprob": logprob}
 
     report = []
     for row, token in zip(logits, tokens, strict=True):

@@ -199,22 +199,24 @@ class Idle:
     why: str
 
 
-_IDLE = (
+SAMPLING_IDLE = (
     Idle(("top_k",), lambda o, s: s.temperature <= GREEDY_BELOW, "temperature 0 takes the likeliest token"),
     Idle(("top_p", "min_p", "seed"), lambda o, s: s.greedy, "greedy decoding draws nothing"),
     Idle(("acceptance",), lambda o, s: s.greedy, "greedy text needs no choice of test"),
     Idle(("acceptance",), lambda o, s: not s.greedy and o.draft == "none", "without a draft nothing is tested"),
     Idle(("temperature",), lambda o, s: s.top_k == 1 and s.temperature > GREEDY_BELOW, "top_k 1 is greedy"),
+)
+_DRAFT_IDLE = (
     Idle(("model_draft", "revision_draft"), lambda o, s: o.draft != "model", "another --draft was asked for"),
     Idle(("K",), lambda o, s: o.draft == "none", "without a draft nothing is drafted"),
 )
 
 
 def notices(
-    options: argparse.Namespace, given: set[str], sampling: SamplingParams, more: Sequence[Idle] = ()
+    options: argparse.Namespace, given: set[str], sampling: SamplingParams, rules: Sequence[Idle] = ()
 ) -> Iterator[str]:
-    """What a user should know about the options, a line each. more: what else does nothing in some runs."""
-    for idle in (*_IDLE, *more):
+    """What a user should know about the options, a line each. rules: on options beside those of models and drafts."""
+    for idle in (*_DRAFT_IDLE, *rules):
         for name in idle.names:
             if name in given and idle.when(options, sampling):
                 yield f"--{name} has no effect: {idle.why}"

@@ -10,6 +10,7 @@ from ..decode.executors import Executor
 from ..models import MambaLM
 from ..models.text import TextStream
 from ..ops.threads import num_threads
+from ..serve.token_text import TokenText
 from ..streams import coloured, say, shows_colours, signs_of_life, write
 from .logprobs import logprobs, table
 
@@ -108,7 +109,7 @@ class Session:
         """Reports on a text, and writes it if it is not there yet; with ``--json`` an object, and ``more`` in it."""
         count = self.options.logprobs
         if text.result and count is not None:
-            more["logprobs"] = logprobs(text.result.logits[0], text.tokens, count, self.target.tokenizer)
+            more["logprobs"] = logprobs(text.result.logits[0], text.tokens, count, TokenText(self.target.tokenizer))
         if self.options.json:
             report = {"prompt_tokens": text.prompt, "tokens": text.tokens, "text": text.text}
             report["stats"] = text.result.stats.as_dict() if text.result else None
