@@ -8,6 +8,7 @@ from typing import Any
 
 from .peer_engines import Engine
 
+_PATIENCE_S = 1800
 _CALLS = ("probe", "time_call", "seconds_per_token", "scripted")
 
 
@@ -54,6 +55,9 @@ class Remote:
         self._process.join()
 
     def _answer(self) -> Any:
+        if not self._connection.poll(_PATIENCE_S):
+            self._process.kill()
+            raise EngineError(f"no answer within {_PATIENCE_S} s")
         try:
             succeeded, value = self._connection.recv()
         except (EOFError, OSError):

@@ -116,6 +116,8 @@ def test_a_file_of_another_name_is_known_by_its_first_bytes(files: Callable[...,
     refused(path, "no GGUF file", "give the folder")
     with pytest.raises(ValueError, match=r"file 'absent.gguf' does not exist"):
         sm.load_model("absent.gguf")
+    with pytest.raises(ValueError, match=r"has no config.json; .* GGUF file .*\.gguf"):
+        sm.load_model(files().parent)
     with pytest.raises(ValueError, match="only a hub id has revisions"):
         sm.load_model(files(), revision="main")
 
