@@ -12,7 +12,7 @@ from ..ops import backend as backends
 from ..ops.values import shown
 from .builder import build
 from .chat import read_chat_template
-from .config import ModelConfig
+from .config import ExpertsConfig, ModelConfig
 from .folders import GENERATION_CONFIG, download, fetch_weights, find_folder, read_configs
 from .formats import Names, parse_config
 from .formats.fields import with_eos_token_ids
@@ -164,6 +164,9 @@ class _Checkpoint:
 
     def load(self, options: _Options) -> MambaLM:
         folder = self.folder
+        has_experts = any(isinstance(mixer, ExpertsConfig) for block in self.config.mixers for mixer in block)
+        if options.dtype is torch.int8 and has_experts:
+            raise ValueError(f"{folder}: experts cannot be int8; load a mixture of experts in another dtype")
         if self.is_hub:
             fetch_weights(self.source, folder)
         stored = read_tensors(folder)
