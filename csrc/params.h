@@ -197,6 +197,50 @@ struct SkinnyLinearParams {
               weight_scale, bias, y_scale, constant_weights, y, y_dtype)
 };
 
+// Of each token the top_k experts, by score plus bias, out of the best groups of neighbours; weights are their scores,
+// which may be divided by their sum.
+enum ExpertScore { kSoftmax, kSigmoid };  // in the order of ops/select_experts
+struct SelectExpertsParams {
+    int64_t rows, num_experts;
+    const float* logits;  // (M, E), experts contiguous
+    int64_t logits_row_stride;
+    const float* bias;  // (E), may be null
+    int64_t top_k;
+    int score;
+    int64_t groups, top_k_groups;  // G divides E
+    bool normalize;
+    float epsilon;     // added to the sum
+    float scale;       // of the weights
+    float* weights;    // (M, k) contiguous
+    int32_t* experts;  // (M, k) contiguous
+
+    SM_FIELDS(rows, num_experts, logits, logits_row_stride, bias, top_k, score, groups, top_k_groups, normalize,
+              epsilon, scale, weights, experts)
+};
+constexpr int kMaxExperts = 1024;
+
+// y[m, j] = W of expert experts[m, j] · x[m, j], or with expert_weights y[m] = their weighted sum over j. J of x is k,
+// or 1: the same for all. The matrix of expert e begins `offsets[e]` elements behind `weight`.
+struct ExpertLinearParams {
+    DType activations;                                                      // of x and y
+    int64_t tokens, top_k, inputs, num_experts, in_features, out_features;  // inputs = J
+    const float* x;                                                         // (M, J, K), features contiguous
+    int64_t x_token_stride, x_input_stride;
+    const int32_t* experts;       // (M, k) contiguous
+    const float* expert_weights;  // (M, k) contiguous, may be null
+    const void* weight;           // (N, K) of the first expert, features contiguous
+    int64_t weight_row_stride;    // the same for all
+    DType weight_dtype;
+    const int64_t* offsets;  // (E) contiguous
+    float* y;                // (M, k, N) contiguous, or with expert_weights (M, 1, N)
+    float* scratch;          // on a GPU with expert_weights: (M, k, N), the summands
+    int64_t scratch_bytes;
+
+    SM_FIELDS(activations, tokens, top_k, inputs, num_experts, in_features, out_features, x, x_token_stride,
+              x_input_stride, experts, expert_weights, weight, weight_row_stride, weight_dtype, offsets, y, scratch,
+              scratch_bytes)
+};
+
 enum MlpActivation { kSilu, kRelu2 };  // in the order of ops/mlp_activation
 
 // y = act(gate) · up, or act(gate)
@@ -339,8 +383,10 @@ struct CommitTokensParams {
     OP(attention_verify, AttentionParams)           \
     OP(causal_conv1d_verify, CausalConv1dParams)    \
     OP(commit_tokens, CommitTokensParams)           \
+    OP(expert_linear, ExpertLinearParams)           \
     OP(mlp_activation, MlpActivationParams)         \
     OP(rms_norm, RmsNormParams)                     \
+    OP(select_experts, SelectExpertsParams)         \
     OP(selective_scan_verify, SelectiveScanParams)  \
     OP(skinny_linear, SkinnyLinearParams)           \
     OP(speculative_accept, SpeculativeAcceptParams) \

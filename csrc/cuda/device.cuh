@@ -323,6 +323,15 @@ __device__ __forceinline__ float sums_of_lanes(float (&values)[Values], int lane
     return values[0];
 }
 
+// The lowest bit that is set, of those that are.
+__device__ __forceinline__ int lowest_bit(uint32_t bits) {
+#if defined(SM_HOST_SHIM)
+    return __builtin_ctz(bits);
+#else
+    return __ffs(static_cast<int>(bits)) - 1;
+#endif
+}
+
 // The maximum, NaN left out.
 template <int Lanes>
 __device__ __forceinline__ float warp_reduce_max(float value) {

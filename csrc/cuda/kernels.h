@@ -21,6 +21,7 @@ SM_FOR_EACH_OP(SM_DECLARE)
 
 // What these ops need; how they lay it out is told there.
 int64_t scratch_bytes(const AttentionParams&);
+int64_t scratch_bytes(const ExpertLinearParams&);
 int64_t scratch_bytes(const SpeculativeAcceptParams&);
 
 }  // namespace speculative_mamba

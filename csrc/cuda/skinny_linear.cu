@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "copies.cuh"
+#include "linear_by_fma.cuh"
 #include "linear_few_rows.cuh"
 
 namespace speculative_mamba::cuda {
@@ -283,47 +284,22 @@ void on_tensor_cores(const SkinnyLinearParams& p, cudaStream_t stream) {
 }
 
 constexpr int kThreads = 128, kRows = kThreads / kWarp;  // rows of W in a block
-constexpr int kSums = 8;  // of a lane: short sums are accurate, and do not wait for another
 
-// Lane l takes features 4l … 4l+3 of every 128, and has a sum for each of eight features of two such groups. Its sums,
-// then the lanes are added in a tree.
 template <typename Act, typename Weight, int M>
 __global__ void __launch_bounds__(kThreads, 3) multiply(SkinnyLinearParams p, int64_t m0) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int64_t n = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kWarp;
     if (n >= p.out_features) return;  // a whole warp
     wait_for_previous();
-    const Weight* weight = static_cast<const Weight*>(p.weight) + n * p.weight_row_stride;
-    const Act* x = reinterpret_cast<const Act*>(p.x) + m0 * p.x_row_stride;
-    float sums[M][kSums] = {};
-    for (int64_t first = 4 * lane; first < p.in_features; first += kSums * kWarp) {
+    const Act* x[M];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int64_t k = first + half * 4 * kWarp, left = p.in_features - k;
-            const int count = left < 0 ? 0 : left < 4 ? static_cast<int>(left) : 4;
-            const Float4 w = load4(weight + k, count, From::constants);
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-                const Float4 input = load4(x + m * p.x_row_stride + k, count);
-#pragma unroll
-                for (int i = 0; i < 4; i++) sums[m][4 * half + i] = fmaf(w.v[i], input.v[i], sums[m][4 * half + i]);
-            }
-        }
-    }
+    for (int m = 0; m < M; m++) x[m] = reinterpret_cast<const Act*>(p.x) + (m0 + m) * p.x_row_stride;
+    float totals[M];
+    multiply_row<M>(static_cast<const Weight*>(p.weight) + n * p.weight_row_stride, x, p.in_features, totals);
     const float scale = sizeof(Weight) == 1 ? load(p.weight_scale + n) : 1.f;
+    const float bias = p.bias ? load(p.bias + n) : 0.f;
+    if (threadIdx.x % kWarp != 0) return;
 #pragma unroll
-    for (int m = 0; m < M; m++) {
-#pragma unroll
-        for (int step = kSums / 2; step > 0; step /= 2) {
-#pragma unroll
-            for (int i = 0; i < step; i++) sums[m][i] += sums[m][i + step];
-        }
-        float total = warp_reduce_sum<kWarp>(sums[m][0]);
-        if (sizeof(Weight) == 1) total *= scale;
-        total *= p.y_scale;
-        if (p.bias) total += load(p.bias + n);
-        if (lane == 0) store_as(p.y_dtype, p.y, (m0 + m) * p.out_features + n, total);
-    }
+    for (int m = 0; m < M; m++) store_result<Weight>(p, m0 + m, n, totals[m], scale, bias);
 }
 
 template <typename Act, typename Weight, int M>

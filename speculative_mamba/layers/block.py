@@ -7,6 +7,7 @@ import torch
 
 from .attention import Attention
 from .cache import LayerCache, Window
+from .experts import Experts
 from .mamba1 import Mamba1Mixer
 from .mamba1_grouped import GroupedMamba1Mixer
 from .mamba2 import Mamba2Mixer
@@ -14,7 +15,7 @@ from .mlp import Mlp
 from .model_ops import rms_norm
 from .short_conv import ShortConv
 
-Mixer = Mamba1Mixer | GroupedMamba1Mixer | Mamba2Mixer | ShortConv | Attention | Mlp
+Mixer = Mamba1Mixer | GroupedMamba1Mixer | Mamba2Mixer | ShortConv | Attention | Mlp | Experts
 # Summands (B·T, d) that the residual stream lacks, each with the number that it counts times.
 Summands = list[tuple[torch.Tensor, float]]
 

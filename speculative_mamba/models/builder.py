@@ -10,14 +10,17 @@ import torch
 
 from ..layers.attention import Attention
 from ..layers.block import Block, Mixer
+from ..layers.experts import Experts
 from ..layers.mamba1 import Mamba1Mixer
 from ..layers.mamba1_grouped import GroupedMamba1Mixer
 from ..layers.mamba2 import Mamba2Mixer
 from ..layers.mlp import Mlp
 from ..layers.short_conv import ShortConv
+from ..ops.expert_weight import ExpertWeight
 from ..ops.int8 import Int8Weight
 from .config import (
     AttentionConfig,
+    ExpertsConfig,
     GroupedMamba1Config,
     Mamba1Config,
     Mamba2Config,
@@ -95,6 +98,7 @@ class _Builder:
             ShortConvConfig: self.short_conv,
             AttentionConfig: self.attention,
             MlpConfig: self.mlp,
+            ExpertsConfig: self.experts,
         }
         return builders[type(config)](prefix, config)
 
@@ -288,6 +292,37 @@ class _Builder:
         if self.source.has(stored):
             return self.source.float32(stored, *shape)
         return -torch.exp(self.source.float32(self._named(p, "A_log"), *shape))
+
+    def experts(self, p: str, c: ExpertsConfig) -> Experts:
+        """Their matrices are one tensor (E, N, K), gate and up in turn, or one each."""
+        s, d, count = self.source, self.d_model, c.num_experts
+        if "gate_up_proj" in self.renamed:
+            both, down = self._named(p, "gate_up_proj"), self._named(p, "down_proj")
+            gate_up = s.weight(f"{both}.weight", count, 2 * c.d_inner, d)
+            matrices = {"gate_proj": gate_up[:, : c.d_inner], "up_proj": gate_up[:, c.d_inner :]}
+            matrices["down_proj"] = s.weight(f"{down}.weight", count, d, c.d_inner)
+        else:
+            shapes = {"gate_proj": (c.d_inner, d)} if c.gated else {}
+            shapes |= {"up_proj": (c.d_inner, d), "down_proj": (d, c.d_inner)}
+            matrices = {
+                name: [s.weight(self._named(f"{p}experts.{e}.", name) + ".weight", *shape) for e in range(count)]
+                for name, shape in shapes.items()
+            }
+        weights = {name: ExpertWeight(tuple(part)) for name, part in matrices.items()}
+        return Experts(
+            router=s.weight(self._named(p, "router") + ".weight", count, d),
+            router_bias=self._bias(c.bias, self._named(p, "router_bias"), count),
+            **{"gate_proj": None, **weights},
+            top_k=c.top_k,
+            score=c.score,
+            groups=c.groups,
+            top_k_groups=c.top_k_groups,
+            normalize=c.normalize,
+            epsilon=c.epsilon,
+            scale=c.scale,
+            activation=c.activation,
+            backend=self.backend,
+        )
 
     def _named(self, p: str, name: str) -> str:
         stem, dot, suffix = name.partition(".")

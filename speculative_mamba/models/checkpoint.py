@@ -13,7 +13,7 @@ from ..ops import backend as backends
 from ..ops.values import shown
 from .builder import build
 from .chat import ChatTemplate, chat_template_of, read_chat_template
-from .config import ModelConfig
+from .config import ExpertsConfig, ModelConfig
 from .folders import GENERATION_CONFIG, download, fetch_weights, find_model, read_configs
 from .formats import Names, parse_config
 from .formats.fields import with_eos_token_ids
@@ -266,6 +266,9 @@ class _Checkpoint:
         )
 
     def load(self, options: _Options) -> MambaLM:
+        has_experts = any(isinstance(mixer, ExpertsConfig) for block in self.config.mixers for mixer in block)
+        if options.dtype is torch.int8 and has_experts:
+            raise ValueError(f"{self.path}: experts cannot be int8; load a mixture of experts in another dtype")
         stored = self.read()
         headers = HeaderSource(self.path, stored, self.described_by)
         build(self.config, self.names, headers, "reference")

@@ -105,7 +105,28 @@ class MlpConfig:
     gate_multiplier: float = 1.0
 
 
-MixerConfig = Mamba1Config | GroupedMamba1Config | Mamba2Config | ShortConvConfig | AttentionConfig | MlpConfig
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """num_experts MLPs of d_inner, of which each token takes top_k. bias: added to scores to choose; score and the rest
+    as in ``ops.select_experts``; activation and gated as in ``MlpConfig``."""
+
+    num_experts: int
+    top_k: int
+    d_inner: int
+    activation: str = "silu"
+    gated: bool = True
+    bias: bool = False
+    score: str = "softmax"
+    groups: int = 1
+    top_k_groups: int = 1
+    normalize: bool = True
+    epsilon: float = 0.0
+    scale: float = 1.0
+
+
+MixerConfig = (
+    Mamba1Config | GroupedMamba1Config | Mamba2Config | ShortConvConfig | AttentionConfig | MlpConfig | ExpertsConfig
+)
 BlockConfig = MixerConfig | tuple[MixerConfig, ...]  # several read the same normed input, and their outputs are summed
 
 

@@ -11,8 +11,10 @@ from tokenizers import Tokenizer
 
 from ..layers.block import Block, Mixer, Summands, add_and_norm
 from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, grown_capacity
+from ..layers.experts import Experts
 from ..layers.model_ops import skinny_linear
 from ..ops.checks import check_follows, check_start_slot, token_ids
+from ..ops.expert_weight import ExpertWeight
 from ..ops.int8 import Int8Weight
 from ..ops.recording import Recording, ResultPool, StaleRecordingError, next_stage
 from ..ops.sampling_params import SamplingParams
@@ -225,11 +227,14 @@ class MambaLM:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights that one step reads."""
-        return sum(weight.nbytes for weight in self.weights())
+        """Bytes of the weights that a step of one token reads: of experts those that it chooses.
+
+        A pass over T tokens reads every expert that one of them chooses, up to T times as many."""
+        unread = sum(mixer.unread_bytes for mixer in self.mixers if isinstance(mixer, Experts))
+        return sum(weight.nbytes for weight in self.weights()) - unread
 
     def weights(self) -> Iterator[torch.Tensor | Int8Weight]:
-        """Those that every step reads; of the embedding it reads a few rows."""
+        """Those that steps read, all experts among them; of the embedding a step reads a few rows."""
         yield from (self.norm_weight, self.head)
         if self.head_bias is not None:
             yield self.head_bias
@@ -237,6 +242,7 @@ class MambaLM:
             yield block.norm_weight
         for mixer in self.mixers:
             for value in vars(mixer).values():
+                value = value.matrices if isinstance(value, ExpertWeight) else value
                 values = value if isinstance(value, tuple) else (value,)
                 yield from (weight for weight in values if isinstance(weight, torch.Tensor | Int8Weight))
 

@@ -11,9 +11,11 @@ result. Without it a call may follow whatever wrote its arguments.
 from .attention_verify import attention_verify
 from .causal_conv1d_verify import causal_conv1d_verify
 from .commit_tokens import commit_tokens
+from .expert_linear import expert_linear
 from .mlp_activation import mlp_activation
 from .rms_norm import rms_norm
 from .sample_tokens import sample_tokens
+from .select_experts import select_experts
 from .selective_scan_verify import selective_scan_verify
 from .skinny_linear import skinny_linear
 from .speculative_accept import speculative_accept
@@ -23,9 +25,11 @@ __all__ = [
     "attention_verify",
     "causal_conv1d_verify",
     "commit_tokens",
+    "expert_linear",
     "mlp_activation",
     "rms_norm",
     "sample_tokens",
+    "select_experts",
     "selective_scan_verify",
     "skinny_linear",
     "speculative_accept",

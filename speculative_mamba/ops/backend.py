@@ -177,8 +177,9 @@ def refuse_gradients(op: str, args: Mapping[str, object], prefix: str = "") -> N
     if not torch.is_grad_enabled():
         return
     for name, value in args.items():
-        if isinstance(value, torch.Tensor):
-            if value.requires_grad:
+        if isinstance(value, torch.Tensor | tuple):
+            parts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(part, torch.Tensor) and part.requires_grad for part in parts):
                 raise ValueError(
                     f"{prefix}{name} requires grad, which the kernels of {op} cannot give; "
                     'use torch.no_grad() or backend="reference"'

@@ -114,6 +114,8 @@ class _KernelsOnly(TorchDispatchMode):
         for value in values:
             if isinstance(value, torch.Tensor):
                 self.used[id(value)] = value
+            elif isinstance(value, tuple):
+                self.use(*value)
             elif hasattr(value, "__dict__"):
                 self.use(*vars(value).values())
 

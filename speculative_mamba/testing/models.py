@@ -7,6 +7,7 @@ import torch
 from ..models.builder import build
 from ..models.config import (
     AttentionConfig,
+    ExpertsConfig,
     GroupedMamba1Config,
     Mamba2Config,
     MlpConfig,
@@ -29,7 +30,7 @@ MAMBA2_SHAPES = {f"mamba2-{name}": SHAPES[size] for name, size in MAMBA2_SIZES.i
 # Kinds of tiny models: the blocks of one of each.
 ARCHITECTURES = (
     "mamba1", "falcon-mamba", "mamba2", "llama", "mamba2attn", "mamba-in-llama", "mamba2-in-llama", "granite-hybrid",
-    "parallel", "lfm2",
+    "parallel", "lfm2", "experts",
 )  # fmt: skip
 
 
@@ -81,6 +82,10 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
     mlp, squared = MlpConfig(37, bias=odd), MlpConfig(30, bias=odd, activation="relu2", gated=odd, gate_multiplier=0.6)
     factors = (0.6, 1.3, 0.8, 1.4, 0.7)
     falcon = mamba2_block(6, 8, 9, groups=2, gate_first=odd, bias=odd, in_multiplier=1.2, multipliers=factors)
+    chosen = {"score": "sigmoid", "bias": True, "groups": 4, "top_k_groups": 3, "epsilon": 1e-20, "scale": 2.5}
+    chosen |= {"activation": "relu2", "gated": False}
+    routed = ExpertsConfig(12, 4, 10, **chosen) if odd else ExpertsConfig(8, 3, 13)  # as Nemotron 3 does, as Granite
+    plain = ExpertsConfig(5, 2, 12, normalize=False)
     blocks = {
         "mamba1": (mamba1, mamba1),
         "falcon-mamba": (normed, normed),  # odd: Jamba's
@@ -91,6 +96,7 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
         "mamba2-in-llama": (in_llama, mlp, attention, mlp),
         "granite-hybrid": (granite, mlp, unturned, mlp),
         "lfm2": (short, mlp, AttentionConfig(4, 2, 6, rotary, norm_eps=1e-3), mlp),
+        "experts": (mamba2, (routed, mlp), unturned, plain),
         "parallel": ((falcon, attention), mlp, (attention, mamba1, mlp), squared),
     }
     multipliers = {
@@ -123,6 +129,8 @@ class RandomTensors:
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
         if "conv1d" in name:
+            return self._normal(shape, shape[-1] ** -0.5)
+        if "_proj" in name or "router" in name:  # of experts, which are never int8
             return self._normal(shape, shape[-1] ** -0.5)
         return (1 + self._normal(shape, 0.1)).to(self.rest_dtype)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..layers.attention import Attention
+from ..layers.experts import Experts
 from ..layers.mamba1 import Mamba1Mixer
 from ..layers.mamba1_grouped import GroupedMamba1Mixer
 from ..layers.mamba2 import Mamba2Mixer
@@ -160,6 +161,28 @@ def _mlp(m: Mlp, h: torch.Tensor) -> torch.Tensor:
     return _linear(y, m.down_proj, m.down_bias)
 
 
+def _experts(m: Experts, h: torch.Tensor) -> torch.Tensor:
+    """Every token through every expert, which counts as much as the router says."""
+    act = {"silu": F.silu, "relu2": lambda x: torch.relu(x) ** 2}[m.activation]
+    logits = h @ m.router.to(h.dtype).T
+    scores = logits.sigmoid() if m.score == "sigmoid" else logits.softmax(-1)
+    choice = scores if m.router_bias is None else scores + m.router_bias.to(h.dtype)
+    groups = choice.unflatten(-1, (m.groups, -1))
+    if m.groups > 1:
+        best = groups.topk(2, -1).values.sum(-1).topk(m.top_k_groups, -1).indices
+        kept = torch.zeros_like(groups[..., 0]).scatter(-1, best, 1.0)
+        choice = groups.masked_fill(kept[..., None] == 0, -torch.inf).flatten(-2)
+    weights = torch.zeros_like(scores).scatter(-1, choice.topk(m.top_k, -1).indices, 1.0) * scores
+    if m.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + m.epsilon)
+    y = torch.zeros_like(h)
+    for expert in range(scores.shape[-1]):
+        up, gate = (None if w is None else w.matrices[expert].to(h.dtype) for w in (m.up_proj, m.gate_proj))
+        inner = act(h @ up.T) if gate is None else act(h @ gate.T) * (h @ up.T)
+        y = y + m.scale * weights[:, expert, None] * (inner @ m.down_proj.matrices[expert].to(h.dtype).T)
+    return y
+
+
 _MIXERS: dict[type, Callable[..., torch.Tensor]] = {
     Mamba1Mixer: _mamba1,
     GroupedMamba1Mixer: _grouped_mamba1,
@@ -167,4 +190,5 @@ _MIXERS: dict[type, Callable[..., torch.Tensor]] = {
     ShortConv: _short_conv,
     Attention: _attention,
     Mlp: _mlp,
+    Experts: _experts,
 }

@@ -57,11 +57,15 @@ def _of_transformers(folder: Path, config_class: str, model_class: str, seed: in
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 3, "tie_word_embeddings": False}
     torch.manual_seed(seed)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**sizes | config)).eval()
+    model.config._experts_implementation = "eager"  # the others take aligned sizes only
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # as initialised the biases are zero and the norms one
         for name, parameter in model.named_parameters():
             scale = 0.05 if name.endswith(("A_log", "D")) else 0.3
             parameter += scale * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):  # of a router
+                buffer += 0.3 * torch.randn(buffer.shape, generator=generator)
     model.save_pretrained(folder)
 
     def logits(ids: list[int]) -> torch.Tensor:
@@ -124,6 +128,29 @@ def granite_hybrid_hf(folder: Path, seed: int, spelling: dict[str, str] | None =
     return oracle
 
 
+def granite_moe_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    sizes = {
+        "intermediate_size": 13, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
+        "num_local_experts": 6, "num_experts_per_tok": 3, "embedding_multiplier": 3.0, "residual_multiplier": 0.35,
+        "attention_multiplier": 0.21, "logits_scaling": 3.0,
+    }  # fmt: skip
+    return _of_transformers(folder, "GraniteMoeConfig", "GraniteMoeForCausalLM", seed, sizes | config)
+
+
+def granite_moe_hybrid_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    sizes = {"num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 13, "shared_intermediate_size": 20}
+    return granite_hybrid_hf(folder, seed, **sizes | config)
+
+
+def lfm2_moe_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    sizes = {
+        "intermediate_size": 37, "moe_intermediate_size": 13, "num_experts": 6, "num_experts_per_tok": 2,
+        "num_dense_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention", "conv"],
+    }  # fmt: skip
+    return _of_transformers(folder, "Lfm2MoeConfig", "Lfm2MoeForCausalLM", seed, sizes | config)
+
+
 def lfm2_hf(folder: Path, seed: int, **config: Any) -> Oracle:
     sizes = {
         "intermediate_size": 54, "block_multiple_of": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -147,6 +174,19 @@ def nemotron_h_hf(folder: Path, seed: int, written: dict[str, Any] | None = None
     fields = json.loads(path.read_text()) | (written or {})
     path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
     return oracle
+
+
+def nemotron_h_moe_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    sizes = {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "n_routed_experts": 12,
+        "num_experts_per_tok": 3, "moe_intermediate_size": 13, "moe_shared_expert_intermediate_size": 20,
+        "n_group": 4, "topk_group": 3, "routed_scaling_factor": 2.5,
+    }  # fmt: skip
+    return nemotron_h_hf(folder, seed, **sizes | config)
+
+
+def jamba_moe_hf(folder: Path, seed: int, **config: Any) -> Oracle:
+    return jamba_hf(folder, seed, **{"num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 20} | config)
 
 
 def jamba_hf(folder: Path, seed: int, **config: Any) -> Oracle:
@@ -310,9 +350,14 @@ FORMATS: dict[str, Callable[..., Oracle]] = {
     "llama-hf": llama_hf,
     "granite-hf": granite_hf,
     "granite-hybrid-hf": granite_hybrid_hf,
+    "granite-moe-hf": granite_moe_hf,
+    "granite-moe-hybrid-hf": granite_moe_hybrid_hf,
     "lfm2-hf": lfm2_hf,
+    "lfm2-moe-hf": lfm2_moe_hf,
     "nemotron-h-hf": nemotron_h_hf,
+    "nemotron-h-moe-hf": nemotron_h_moe_hf,
     "jamba-hf": jamba_hf,
+    "jamba-moe-hf": jamba_moe_hf,
     "bamba-hf": bamba_hf,
     "falcon-h1-hf": falcon_h1_hf,
     "mamba2-state-spaces": mamba2_state_spaces,

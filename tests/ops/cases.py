@@ -3,10 +3,12 @@ Each op's own tests and the questions that all of them are asked start from here
 # ruff: noqa: RUF012 -- nothing changes a description
 
 import math
+from typing import Any
 
 import torch
 from description import BFLOAT16, FLOAT16, FLOAT32, INT8, Arguments, Op, Random
 
+from speculative_mamba.ops.expert_weight import ExpertWeight
 from speculative_mamba.ops.int8 import quantised
 from speculative_mamba.ops.replay import ReplayBuffer
 
@@ -319,6 +321,74 @@ class Linear(Op):
         return {"x": x, "weight": weight, "bias": r(outputs) if c["bias"] else None}
 
 
+class ExpertLinear(Op):
+    """Experts that nobody has chosen are NaN."""
+
+    name = "expert_linear"
+    per_token = ("x", "experts", "expert_weights")
+    base = {
+        "rows": 5, "num_experts": 7, "top_k": 3, "inputs": 1, "in_features": 77, "out_features": 37, "dtype": FLOAT32,
+        "weighted": False,
+    }  # fmt: skip
+    SUMMED = {"weighted": True, "inputs": 3}
+    changes = (
+        {}, SUMMED, {"rows": 1}, {"rows": 1, **SUMMED}, {"rows": 2, "num_experts": 40}, {"rows": 70, **SUMMED},
+        {"num_experts": 1, "top_k": 1}, {"num_experts": 3, "rows": 13}, {"inputs": 3}, {"weighted": True},
+        {"in_features": 1}, {"in_features": 16, **SUMMED}, {"in_features": 1536, "out_features": 5},
+        {"out_features": 1}, {"dtype": BFLOAT16, **SUMMED}, {"dtype": FLOAT16}, {"contiguous": True},
+        {"contiguous": True, "in_features": 512, "dtype": BFLOAT16, "num_experts": 64, "top_k": 6},
+        {"contiguous": True, "top_k": 6, "inputs": 6, "weighted": True, "rows": 3, "num_experts": 20},
+    )  # fmt: skip
+    large = {"in_features": 257, "out_features": 401, "rows": 9, **SUMMED}
+    nan_change = {"weighted": True}
+    nan = (("x", (2, 0, 76), (2,)), ("expert_weights", (2, 1), (2,)))
+
+    def arguments(self, c: dict, r: Random) -> Arguments:
+        rows, count, top_k = c["rows"], c["num_experts"], c["top_k"]
+        shape, experts = (count, c["out_features"], c["in_features"]), r.uniform(rows, count).argsort(-1)[:, :top_k]
+        matrices = (r(*shape) * c["in_features"] ** -0.5).to(c["dtype"])
+        matrices[[e for e in range(count) if e not in experts]] = math.nan
+        return {
+            "x": r.window(c["inputs"], c["in_features"]), "experts": experts.int().contiguous(),
+            "expert_weights": r.uniform(rows, top_k) if c["weighted"] else None,
+            "weight": ExpertWeight(tuple(r.inside(matrices))),
+        }  # fmt: skip
+
+
+class SelectExperts(Op):
+    name = "select_experts"
+    per_token = ("logits",)
+    base = {
+        "rows": 5, "num_experts": 12, "top_k": 3, "bias": True, "score": "softmax", "groups": 1, "top_k_groups": 1,
+        "normalize": True, "epsilon": 0.0, "scale": 1.0,
+    }  # fmt: skip
+    GROUPS = {"score": "sigmoid", "groups": 4, "top_k_groups": 3, "epsilon": 1e-6, "scale": 2.5}
+    changes = (
+        {}, {"bias": False}, {"rows": 1}, {"rows": 70}, {"num_experts": 1, "top_k": 1}, {"top_k": 12},
+        {"num_experts": 64, "top_k": 6, "bias": False}, {"num_experts": 1024, "top_k": 40}, {"normalize": False},
+        {"score": "sigmoid"}, {"score": "sigmoid", "normalize": False, "scale": 0.3}, GROUPS, {**GROUPS, "top_k": 9},
+        {**GROUPS, "num_experts": 160, "groups": 40, "top_k_groups": 33, "top_k": 22}, {**GROUPS, "score": "softmax"},
+        {"contiguous": True},
+    )  # fmt: skip
+    large = {"rows": 300, "num_experts": 128, "top_k": 6}
+    nan = (("logits", (2, 5), (2,)),)
+
+    def arguments(self, c: dict, r: Random) -> Arguments:
+        names = ("top_k", "score", "groups", "top_k_groups", "normalize", "epsilon", "scale")
+        options = {name: c[name] for name in names}
+        bias = 0.3 * r(c["num_experts"]) if c["bias"] else None
+        return {"logits": r.window(c["num_experts"]).mul_(2), "bias": bias, **options}
+
+    def results(self, arguments: Arguments, backend: str, **other: Any) -> dict[str, torch.Tensor]:
+        weights, experts = self.call(arguments, backend, **other)
+        assert experts.dtype == torch.int32
+        return {"y": weights, "experts": experts.float()}
+
+    def exact(self, arguments: Arguments) -> tuple[dict[str, torch.Tensor], Arguments]:
+        named, after = super().exact(arguments)
+        return {"y": named["y"], "experts": named["residual"].double()}, after
+
+
 class Norm(Op):
     name = "rms_norm"
     per_token = ("x", "residual", "gate")
@@ -366,6 +436,7 @@ class Silu(Op):
 
 CONVOLUTION, SELECTIVE_SCAN, SSD, ATTENTION = Convolution(), SelectiveScan(), Ssd(), Attention()
 LINEAR, NORM, SILU = Linear(), Norm(), Silu()
+EXPERT_LINEAR, SELECT_EXPERTS = ExpertLinear(), SelectExperts()
 SCANS = (SELECTIVE_SCAN, SSD)
 WINDOWS = (CONVOLUTION, *SCANS, ATTENTION)
-OPS = (*WINDOWS, LINEAR, NORM, SILU)
+OPS = (*WINDOWS, LINEAR, EXPERT_LINEAR, SELECT_EXPERTS, NORM, SILU)

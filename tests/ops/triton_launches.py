@@ -17,6 +17,7 @@ from importlib import import_module
 import torch
 
 from speculative_mamba.ops.commit_tokens import BatchState
+from speculative_mamba.ops.expert_weight import ExpertWeight
 from speculative_mamba.ops.int8 import Int8Weight
 from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.ops.sampling_params import SamplingParams
@@ -68,6 +69,16 @@ def linear(dtype: torch.dtype, weight: torch.dtype, out_dtype: torch.dtype) -> t
     return torch.zeros(5, 5120, dtype=dtype), matrix, torch.zeros(2560), 1.0, out_dtype, False
 
 
+def experts_linear(dtype: torch.dtype, weight: torch.dtype, weighted: bool, num_experts: int) -> tuple:
+    experts, matrix = torch.zeros(5, 6, dtype=torch.int32), torch.zeros(1024, 1536, dtype=weight)
+    x, weights = torch.zeros(5, 6 if weighted else 1, 1536, dtype=dtype), torch.zeros(5, 6) if weighted else None
+    return x, experts, weights, ExpertWeight((matrix,) * num_experts)
+
+
+def routing(score: int, groups: int) -> tuple:
+    return torch.zeros(5, 128), torch.zeros(128) if score else None, 6, score, groups, groups, score == 0, 1e-20, 2.5
+
+
 def attention(dtype: torch.dtype, cache: torch.dtype, dims: int) -> tuple:
     q, k = torch.zeros(1, 5, 32, dims, dtype=dtype), torch.zeros(1, 5, 8, dims, dtype=dtype)
     keys, lengths = torch.zeros(1, 8, 64, dims, dtype=cache), torch.zeros(1, 8, dtype=torch.int32)
@@ -105,6 +116,11 @@ CALLS = {
         (conv, (BFLOAT16, 3, True)),
     ],
     "commit_tokens": [(committing, (False,)), (committing, (True,))],
+    "expert_linear": [
+        (experts_linear, (FLOAT32, BFLOAT16, False, 64)), (experts_linear, (BFLOAT16, BFLOAT16, True, 64)),
+        (experts_linear, (BFLOAT16, BFLOAT16, False, 8)),
+    ],
+    "select_experts": [(routing, (0, 1)), (routing, (1, 8))],
     "mlp_activation": [(silu, (FLOAT32,)), (silu, (BFLOAT16,))],
     "rms_norm": [(norm, (FLOAT32, False)), (norm, (BFLOAT16, False)), (norm, (BFLOAT16, True))],
     "selective_scan_verify": [(scan, states) for states in STATES],

@@ -1,8 +1,10 @@
-"""``GraniteForCausalLM``, a Llama with multipliers, and ``GraniteMoeHybridForCausalLM``, its hybrids with Mamba-2."""
+"""``GraniteForCausalLM``, a Llama with multipliers; ``GraniteMoeForCausalLM``, with experts in place of MLPs; and
+``GraniteMoeHybridForCausalLM``, hybrids with Mamba-2, where experts stand beside the MLP."""
 
 from typing import Any
 
-from ..config import MlpConfig, ModelConfig
+from ...ops.select_experts import MAX_EXPERTS
+from ..config import ExpertsConfig, MlpConfig, ModelConfig
 from .bamba import bamba_mamba2
 from .fields import (
     MAX_LAYERS,
@@ -14,6 +16,7 @@ from .fields import (
 from .hugging_face import ModelTypes, llama_attention, llama_mlp, of_llama
 from .names import Names
 
+_RENAMED = {"gate_up_proj": "input_linear", "down_proj": "output_linear", "router": "router.layer"}
 _KINDS = {"mamba": "mamba", "linear_attention": "mamba", "attention": "self_attn", "full_attention": "self_attn"}
 
 
@@ -23,12 +26,17 @@ def _granite(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     return of_llama(config, (attention, llama_mlp(config)) * layers, "self_attn.", **_multipliers(config))
 
 
+def _moe(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
+    layers = required(config, "num_hidden_layers", limit=MAX_LAYERS)
+    attention = llama_attention(config, scale=number(config, "attention_multiplier", 1.0))
+    experts = _experts(config, required(config, "num_local_experts", 8, limit=MAX_EXPERTS))
+    return of_llama(
+        config, (attention, experts) * layers, "self_attn.", mlp="block_sparse_moe.", renamed=_RENAMED,
+        **_multipliers(config),
+    )  # fmt: skip
+
+
 def _hybrid(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
-    if config.get("num_local_experts", 8) != 0:
-        raise ValueError(
-            "config.json describes a mixture of experts (num_local_experts is not 0), which is not supported; "
-            "the dense models of the family are"
-        )
     refuse_other(config, "hidden_act", "silu")
     refuse_other(config, "normalization_function", "rmsnorm")
     kinds = [
@@ -41,11 +49,20 @@ def _hybrid(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
         "mamba": bamba_mamba2(config) if "mamba" in kinds else None,
         "self_attn": llama_attention(config, scale=scale, rotates=rotates) if "self_attn" in kinds else None,
     }
-    mlp = MlpConfig(required(config, "shared_intermediate_size", 1024))
-    blocks = sum(((mixers[kind], mlp) for kind in kinds), ())
+    mlps, names = MlpConfig(required(config, "shared_intermediate_size", 1024)), "shared_mlp."
+    count = required(config, "num_local_experts", 8, lo=0, limit=MAX_EXPERTS)
+    if count:
+        mlps, names = (mlps, _experts(config, count)), (names, "block_sparse_moe.")
+    blocks = sum(((mixers[kind], mlps) for kind in kinds), ())
     prefixes = (f"{kind}." for kind in kinds)
-    renamed = {"gate_up_proj": "input_linear", "down_proj": "output_linear"}
-    return of_llama(config, blocks, *prefixes, mlp="shared_mlp.", renamed=renamed, **_multipliers(config))
+    return of_llama(config, blocks, *prefixes, mlp=names, renamed=_RENAMED, **_multipliers(config))
+
+
+def _experts(config: dict[str, Any], count: int) -> ExpertsConfig:
+    """Softmax over the logits of the chosen."""
+    refuse_other(config, "hidden_act", "silu")
+    top_k = required(config, "num_experts_per_tok", 2, limit=count)
+    return ExpertsConfig(count, top_k, required(config, "intermediate_size", 11008))
 
 
 def _multipliers(config: dict[str, Any]) -> dict[str, float]:
@@ -54,5 +71,6 @@ def _multipliers(config: dict[str, Any]) -> dict[str, float]:
 
 MODEL_TYPES: ModelTypes = {
     "granite": ("GraniteForCausalLM", _granite),
+    "granitemoe": ("GraniteMoeForCausalLM", _moe),
     "granitemoehybrid": ("GraniteMoeHybridForCausalLM", _hybrid),
 }

@@ -109,23 +109,23 @@ def of_llama(
     config: dict[str, Any],
     blocks: tuple,
     *mixers: str | tuple[str, ...],
-    mlp: str = "mlp.",
+    mlp: str | tuple[str, ...] = "mlp.",
     mlp_norm: str = "post_attention_layernorm",
     norm: str = "norm",
     renamed: Mapping[str, str] | None = None,
     **other: Any,
 ) -> tuple[ModelConfig, Names]:
     """A model whose layers are two blocks each, a mixer and an MLP. mixers: what stands before the names of each
-    layer's mixer (of each of several), or one for all; mlp: before those of its MLP. mlp_norm, norm: names of the MLP's
-    norm and of the last one. renamed: of ``Names``. other: of ``ModelConfig``."""
+    layer's mixer (of each of several), or one for all; mlp: before those of its MLP (of each of several). mlp_norm,
+    norm: names of the MLP's norm and of the last one. renamed: of ``Names``. other: of ``ModelConfig``."""
     layers = len(blocks) // 2
     mixers = mixers if len(mixers) == layers else mixers * layers
     names = []
     for i, mixer in enumerate(mixers):
         prefix = f"model.layers.{i}."
-        parallel = (mixer,) if isinstance(mixer, str) else mixer
-        names.append((f"{prefix}input_layernorm.weight", *(f"{prefix}{name}" for name in parallel)))
-        names.append((f"{prefix}{mlp_norm}.weight", f"{prefix}{mlp}"))
+        for norm_name, parallel in (("input_layernorm", mixer), (mlp_norm, mlp)):
+            parallel = (parallel,) if isinstance(parallel, str) else parallel
+            names.append((f"{prefix}{norm_name}.weight", *(f"{prefix}{name}" for name in parallel)))
     model = ModelConfig(
         d_model=required(config, "hidden_size"),
         vocab_size=required(config, "vocab_size"),

@@ -1,8 +1,10 @@
-"""``JambaForCausalLM``: Mamba-1 with norms of dt, B and C, or attention without positions, each followed by an MLP."""
+"""``JambaForCausalLM``: Mamba-1 with norms of dt, B and C, or attention without positions, each followed by an MLP or
+experts."""
 
 from typing import Any
 
-from ..config import Mamba1Config, MlpConfig, ModelConfig
+from ...ops.select_experts import MAX_EXPERTS
+from ..config import ExpertsConfig, Mamba1Config, MlpConfig, ModelConfig
 from .fields import (
     MAX_HEAD_SIZE,
     MAX_LAYERS,
@@ -22,19 +24,26 @@ NAMES = {"mlp": "feed_forward.", "mlp_norm": "pre_ff_layernorm", "norm": "final_
 
 def _jamba(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     layers = required(config, "num_hidden_layers", limit=MAX_LAYERS)
-    if required(config, "num_experts", 16) > 1 and _every(config, "expert_layer", 2, 1, layers):
-        raise ValueError(
-            "config.json describes a mixture of experts (num_experts is above 1), which is not supported; the dense "
-            "models of the family are"
-        )
     refuse_other(config, "hidden_act", "silu")
     refuse_other(config, "sliding_window", None)
     refuse_other(config, "mamba_inner_layernorms", True)
     attending, mlp = _every(config, "attn_layer", 8, 4, layers), MlpConfig(required(config, "intermediate_size"))
+    routed, experts = _experts(config, layers)
     attention = llama_attention(config | {"attention_bias": False}, rotates=False) if attending else None
     mamba = _mamba1(config)
-    blocks = sum(((attention if i in attending else mamba, mlp) for i in range(layers)), ())
+    mixers = (attention if i in attending else mamba for i in range(layers))
+    blocks = sum(((mixer, experts if i in routed else mlp) for i, mixer in enumerate(mixers)), ())
     return of_llama(config, blocks, *("self_attn." if i in attending else "mamba." for i in range(layers)), **NAMES)
+
+
+def _experts(config: dict[str, Any], layers: int) -> tuple[range, ExpertsConfig | None]:
+    """Layers with experts, and these: they count as much as a softmax over all gives them."""
+    key = "num_local_experts" if config.get("num_experts") is None else "num_experts"
+    count, routed = required(config, key, 16, limit=MAX_EXPERTS), _every(config, "expert_layer", 2, 1, layers)
+    if count == 1 or not routed:
+        return range(0), None
+    top_k = required(config, "num_experts_per_tok", 2, limit=count)
+    return routed, ExpertsConfig(count, top_k, required(config, "intermediate_size"), normalize=False)
 
 
 def _every(config: dict[str, Any], kind: str, period: int, offset: int, layers: int) -> range:

@@ -1,8 +1,10 @@
-"""``Lfm2ForCausalLM``: gated short convolutions and attention, each followed by an MLP."""
+"""``Lfm2ForCausalLM``: gated short convolutions and attention, each followed by an MLP, and ``Lfm2MoeForCausalLM``: by
+experts in all layers but the first."""
 
 from typing import Any
 
-from ..config import AttentionConfig, MlpConfig, ModelConfig, ShortConvConfig
+from ...ops.select_experts import MAX_EXPERTS
+from ..config import AttentionConfig, ExpertsConfig, MixerConfig, MlpConfig, ModelConfig, ShortConvConfig
 from .fields import (
     MAX_LAYERS,
     MAX_SIZE,
@@ -23,19 +25,45 @@ from .names import Names
 _PREFIXES = {"conv": "conv.", "full_attention": "self_attn."}
 _RENAMED = {
     "conv1d": "conv", "q_norm": "q_layernorm", "k_norm": "k_layernorm", "o_proj": "out_proj", "gate_proj": "w1",
-    "up_proj": "w3", "down_proj": "w2",
+    "up_proj": "w3", "down_proj": "w2", "router": "gate", "router_bias": "expert_bias",
 }  # fmt: skip
 
 
 def _lfm2(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     for key in ("block_use_swiglu", "use_pos_enc"):
         refuse_other(config, key, True)
-    d_model, kinds = required(config, "hidden_size"), _kinds(config)
+    kinds = _kinds(config)
+    return _model(config, kinds, [MlpConfig(_d_inner(config))] * len(kinds))
+
+
+def _lfm2_moe(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
+    kinds = layer_types(config, _PREFIXES, "full_attention", "layer_types")
+    dense = required(config, "num_dense_layers", 2, lo=0, limit=MAX_LAYERS)
+    mlps: list[MixerConfig] = [MlpConfig(required(config, "intermediate_size", 7168))] * min(dense, len(kinds))
+    return _model(config, kinds, mlps + [_experts(config)] * (len(kinds) - len(mlps)))
+
+
+def _experts(config: dict[str, Any]) -> ExpertsConfig:
+    count = required(config, "num_experts", 32, limit=MAX_EXPERTS)
+    return ExpertsConfig(
+        count,
+        required(config, "num_experts_per_tok", 4, limit=count),
+        required(config, "moe_intermediate_size", 1792),
+        bias=flag(config, "use_expert_bias", True),
+        score="sigmoid",
+        normalize=flag(config, "norm_topk_prob", True),
+        epsilon=1e-6,
+        scale=number(config, "routed_scaling_factor", 1.0),
+    )
+
+
+def _model(config: dict[str, Any], kinds: list[str], mlps: list[MixerConfig]) -> tuple[ModelConfig, Names]:
+    d_model = required(config, "hidden_size")
     mixers = {
         "conv": ShortConvConfig(d_model, conv_width(config, "conv_L_cache", 3), flag(config, "conv_bias", False)),
         "full_attention": _attention(config) if "full_attention" in kinds else None,
     }
-    mlp, names = MlpConfig(_d_inner(config)), []
+    names = []
     for i, kind in enumerate(kinds):
         prefix = f"model.layers.{i}."
         names.append((f"{prefix}operator_norm.weight", f"{prefix}{_PREFIXES[kind]}"))
@@ -43,7 +71,7 @@ def _lfm2(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     model = ModelConfig(
         d_model=d_model,
         vocab_size=required(config, "vocab_size"),
-        blocks=sum(((mixers[kind], mlp) for kind in kinds), ()),
+        blocks=sum(((mixers[kind], mlp) for kind, mlp in zip(kinds, mlps, strict=True)), ()),
         eps=epsilon(config, "norm_eps", 1e-5),
         tie_embeddings=flag(config, "tie_embedding", flag(config, "tie_word_embeddings", True)),
         eos_token_id=eos_token_id(config, 2),
@@ -80,4 +108,4 @@ def _d_inner(config: dict[str, Any]) -> int:
     return size
 
 
-MODEL_TYPES: ModelTypes = {"lfm2": ("Lfm2ForCausalLM", _lfm2)}
+MODEL_TYPES: ModelTypes = {"lfm2": ("Lfm2ForCausalLM", _lfm2), "lfm2_moe": ("Lfm2MoeForCausalLM", _lfm2_moe)}

@@ -1,9 +1,12 @@
-"""``NemotronHForCausalLM``: every layer is Mamba-2, attention without positions, or an MLP without a gate."""
+"""``NemotronHForCausalLM``: every layer is Mamba-2, attention without positions, an MLP without a gate, or experts
+beside such an MLP."""
 
+import dataclasses
 from typing import Any
 
 from ...ops.mlp_activation import ACTIVATIONS
-from ..config import Mamba2Config, MixerConfig, MlpConfig, ModelConfig
+from ...ops.select_experts import MAX_EXPERTS
+from ..config import BlockConfig, ExpertsConfig, Mamba2Config, MixerConfig, MlpConfig, ModelConfig
 from .fields import (
     MAX_HEAD_SIZE,
     MAX_LAYERS,
@@ -13,6 +16,7 @@ from .fields import (
     epsilon,
     flag,
     layer_types,
+    number,
     refuse,
     refuse_other,
     required,
@@ -23,6 +27,7 @@ from .names import Names
 
 _LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 _KINDS = {kind: kind for kind in _LETTERS.values()} | {"mamba": "linear_attention", "attention": "full_attention"}
+_RENAMED = {"router": "gate", "router_bias": "gate.e_score_correction_bias"}
 _OLDER = {
     "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_conv_bias": "use_conv_bias",
     "mamba_dt_limit": "time_step_limit",
@@ -32,9 +37,14 @@ _OLDER = {
 def _nemotron_h(config: dict[str, Any]) -> tuple[ModelConfig, Names]:
     config = config | {name: config[older] for older, name in _OLDER.items() if older in config}
     kinds = _kinds(config)
-    readers = {"linear_attention": _mamba2, "full_attention": _attention, "mlp": _mlp}
-    mixers: dict[str, MixerConfig] = {kind: readers[kind](config) for kind in set(kinds)}
-    return of_backbone(config, tuple(mixers[kind] for kind in kinds), eos=2, tie=False)
+    readers = {"linear_attention": _mamba2, "full_attention": _attention, "mlp": _mlp, "moe": _moe}
+    blocks: dict[str, BlockConfig] = {kind: readers[kind](config) for kind in set(kinds)}
+    model, names = of_backbone(config, tuple(blocks[kind] for kind in kinds), eos=2, tie=False)
+    prefixes = (
+        (norm, mixer, f"{mixer}shared_experts.") if kind == "moe" else (norm, mixer)
+        for kind, (norm, mixer) in zip(kinds, names.blocks, strict=True)
+    )
+    return model, dataclasses.replace(names, blocks=tuple(prefixes), renamed=_RENAMED)
 
 
 def _kinds(config: dict[str, Any]) -> list[str]:
@@ -50,13 +60,7 @@ def _kinds(config: dict[str, Any]) -> list[str]:
         kinds = [_LETTERS[letter] for letter in pattern]
     number = len(kinds) if isinstance(kinds, list) else 1
     config = {"num_hidden_layers": number} | config | {"layers_block_type": kinds}
-    kinds = [_KINDS[kind] for kind in layer_types(config, _KINDS, "", "layers_block_type")]
-    if "moe" in kinds:
-        raise ValueError(
-            "config.json describes a mixture of experts (layers of kind moe, or E), which is not supported; the dense "
-            "models of the family are"
-        )
-    return kinds
+    return [_KINDS[kind] for kind in layer_types(config, _KINDS, "", "layers_block_type")]
 
 
 def _mamba2(config: dict[str, Any]) -> Mamba2Config:
@@ -86,12 +90,41 @@ def _attention(config: dict[str, Any]) -> MixerConfig:
     return llama_attention(config | {"head_dim": head_dim, "attention_bias": False}, rotates=False)
 
 
-def _mlp(config: dict[str, Any]) -> MlpConfig:
+def _moe(config: dict[str, Any]) -> tuple[MixerConfig, ...]:
+    refuse_other(config, "moe_latent_size", None)
+    refuse_other(config, "n_shared_experts", 1)
+    count, groups = required(config, "n_routed_experts", 8, limit=MAX_EXPERTS), required(config, "n_group", 1)
+    size = count // divides(groups, count, "n_group")
+    if groups > 1 and size < 2:
+        refuse("n_group", groups, f"at least two of the {count} experts in a group")
+    top_k_groups = required(config, "topk_group", 1, limit=groups)
+    experts = ExpertsConfig(
+        count,
+        required(config, "num_experts_per_tok", 2, limit=size * top_k_groups),
+        required(config, "moe_intermediate_size", 7688),
+        activation=_activation(config),
+        gated=False,
+        bias=True,
+        score="sigmoid",
+        groups=groups,
+        top_k_groups=top_k_groups,
+        normalize=flag(config, "norm_topk_prob", True),
+        epsilon=1e-20,
+        scale=number(config, "routed_scaling_factor", 1.0),
+    )
+    return experts, _mlp(config, "moe_shared_expert_intermediate_size", 7688)
+
+
+def _activation(config: dict[str, Any]) -> str:
     refuse_other(config, "mlp_hidden_act", *ACTIVATIONS)
+    return config.get("mlp_hidden_act", "relu2")
+
+
+def _mlp(config: dict[str, Any], size: str = "intermediate_size", default: int = 21504) -> MlpConfig:
     return MlpConfig(
-        d_inner=required(config, "intermediate_size", 21504),
+        d_inner=required(config, size, default),
         bias=flag(config, "mlp_bias", False),
-        activation=config.get("mlp_hidden_act", "relu2"),
+        activation=_activation(config),
         gated=False,
     )
 

@@ -12,7 +12,8 @@ from .state_spaces import from_state_spaces
 _FAMILIES = (hugging_face, granite, lfm2, nemotron_h, jamba, bamba, falcon_h1)
 MODEL_TYPES = {name: parser for family in _FAMILIES for name, parser in family.MODEL_TYPES.items()}
 SUPPORTED = (
-    "Mamba, Mamba-2, Falcon-Mamba, Llama, Granite, Granite-4.0-H, LFM2, Nemotron-H, Jamba, Bamba, Falcon-H1, "
+    "Mamba, Mamba-2, Falcon-Mamba, Llama, Granite, GraniteMoe, Granite-4.0-H, LFM2, LFM2-MoE, Nemotron-H, Jamba, "
+    "Bamba, Falcon-H1, "
     "mamba2attn, MambaInLlama"
 )
 

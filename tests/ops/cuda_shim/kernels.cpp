@@ -134,6 +134,27 @@ void announce_all(const CausalConv1dParams& p) {
     }
 }
 
+void announce_all(const ExpertLinearParams& p) {
+    announce_activations(p, p.x, p.tokens, p.x_token_stride, p.inputs, p.x_input_stride, p.in_features);
+    const int64_t choices = p.tokens * p.top_k, element = bytes_of(p.weight_dtype);
+    announce(p.experts, choices);
+    announce(p.expert_weights, choices);
+    announce_bytes(p.offsets, p.num_experts * 8);
+    for (int64_t i = 0; i < choices; i++) {  // the others may not be read
+        const char* matrix = static_cast<const char*>(p.weight) + element * p.offsets[p.experts[i]];
+        announce(matrix, p.out_features, p.weight_row_stride, 1, 0, p.in_features, Use::read, element);
+    }
+    announce_bytes(p.scratch, p.scratch_bytes, Use::write);
+    announce_result(p, (p.expert_weights ? p.tokens : choices) * p.out_features);
+}
+
+void announce_all(const SelectExpertsParams& p) {
+    announce(p.logits, p.rows, p.logits_row_stride, 1, 0, p.num_experts);
+    announce(p.bias, p.num_experts);
+    announce(p.weights, p.rows * p.top_k, Use::write);
+    announce(p.experts, p.rows * p.top_k, Use::write);
+}
+
 void announce_all(const MlpActivationParams& p) {
     announce_activations(p, p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
     announce_activations(p, p.up, p.rows, p.up_row_stride, 1, 0, p.features);
