@@ -20,6 +20,7 @@ _LIBRARY = torch.library.Library("speculative_mamba", "DEF")
 _SCHEMA = {
     torch.Tensor: "Tensor", bool: "bool", int: "int", float: "float", str: "str", Purpose: "int",
     torch.dtype: "ScalarType", tuple[float, float]: "float[]", tuple[torch.Tensor, torch.Tensor]: "(Tensor, Tensor)",
+    tuple[torch.Tensor, ...]: "Tensor[]",
 }  # fmt: skip
 
 
@@ -57,8 +58,9 @@ def _parts(argument: str, hint: object) -> Iterator[_Part]:
         if option in _SCHEMA:
             yield _Part(argument, _SCHEMA[option], optional)
         elif dataclasses.is_dataclass(option):
-            for field, its in get_type_hints(option).items():
-                kind, *others = _options(its)
+            hints = get_type_hints(option)
+            for field in (field.name for field in dataclasses.fields(option) if field.init):
+                kind, *others = _options(hints[field])
                 yield _Part(argument, _SCHEMA[kind], optional or bool(others), option, field)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from speculative_mamba import ops
 from speculative_mamba.ops.commit_tokens import BatchState
+from speculative_mamba.ops.expert_weight import ExpertWeight
 from speculative_mamba.ops.int8 import quantised
 from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.ops.replay import ReplayBuffer
@@ -84,7 +85,7 @@ def committing() -> dict:
     return {
         "draft_tokens": torch.ones(B, T - 1, dtype=torch.int64), "accepted": ROW + 1, "next_token": POSITIONS,
         "row_status": ROW, "draft_status": None, "num_draft_tokens": None,
-        "is_stop": torch.zeros(V, dtype=torch.bool), "state": state,
+        "is_stop": torch.zeros(B, V, dtype=torch.bool), "state": state,
         "output_counts": torch.zeros(B, V, dtype=torch.int32),
     }  # fmt: skip
 
@@ -99,10 +100,25 @@ CALLS: dict[str, tuple[Callable, Callable[[], dict]]] = {
             "start_slot": ROW,
         },
     ),
+    "experts": (
+        ops.expert_linear,
+        lambda: {
+            "x": normal(T, 1, D), "experts": torch.tensor([[0, 2], [1, 2], [2, 0]], dtype=torch.int32),
+            "expert_weights": None, "weight": ExpertWeight(tuple(normal(3, N, D))),
+        },
+    ),
+    "experts, summed": (
+        ops.expert_linear,
+        lambda: {
+            "x": normal(T, 2, D), "experts": torch.tensor([[0, 2], [1, 2], [2, 0]], dtype=torch.int32),
+            "expert_weights": normal(T, 2), "weight": ExpertWeight(tuple(normal(3, N, D))),
+        },
+    ),
     "linear": (ops.skinny_linear, lambda: {"x": normal(T, D), "weight": normal(N, D).bfloat16(), "y_scale": 0.5}),
     "linear, quantised": (ops.skinny_linear, lambda: {"x": normal(T, D), "weight": quantised(normal(N, D))}),
     "mlp": (ops.mlp_activation, lambda: {"gate": normal(T, D), "up": normal(T, D)}),
     "norm": (ops.rms_norm, lambda: {"x": normal(T, D), "weight": normal(D), "residual": normal(T, D)}),
+    "router": (ops.select_experts, lambda: {"logits": normal(T, D), "top_k": 2, "score": "sigmoid"}),
     "sample": (
         ops.sample_tokens,
         lambda: {"logits": normal(B, V), "purpose": Purpose.DRAFT, "probs": normal(B, V), **sampling(*MIXED)},
@@ -175,3 +191,7 @@ def test_gradients_are_refused() -> None:
     torch.compiler.reset()
     with pytest.raises(Exception, match="weight requires grad, which the kernels of skinny_linear cannot give"):
         torch.compile(ops.skinny_linear, fullgraph=True, backend="aot_eager")(normal(T, D), weight)
+
+
+def test_every_op_is_an_operator() -> None:
+    assert {op.__name__ for op, _ in CALLS.values()} == set(ops.__all__)

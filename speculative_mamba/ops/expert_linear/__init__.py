@@ -7,6 +7,7 @@ import torch
 from ..backend import run
 from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous
 from ..expert_weight import ExpertWeight
+from ..library import operator
 
 
 class ExpertLinearArgs(NamedTuple):
@@ -18,6 +19,18 @@ class ExpertLinearArgs(NamedTuple):
     weight: ExpertWeight
 
 
+def _result(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    expert_weights: torch.Tensor | None,
+    weight_matrices: list[torch.Tensor],
+    **_: object,
+) -> torch.Tensor:
+    rows = experts.shape[1] if expert_weights is None else 1
+    return x.new_empty(x.shape[0], rows, weight_matrices[0].shape[0])
+
+
+@operator(returns=_result)
 def expert_linear(
     x: torch.Tensor,
     experts: torch.Tensor,

@@ -6,6 +6,7 @@ import torch
 
 from ..backend import run
 from ..checks import check
+from ..library import operator
 
 SCORES = ("softmax", "sigmoid")  # kernels know them by their place
 MAX_EXPERTS = 1024
@@ -25,6 +26,12 @@ class SelectExpertsArgs(NamedTuple):
     scale: float
 
 
+def _results(logits: torch.Tensor, top_k: int, **_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = logits.shape[0], top_k
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
+
+
+@operator(returns=_results)
 def select_experts(
     logits: torch.Tensor,
     bias: torch.Tensor | None = None,
