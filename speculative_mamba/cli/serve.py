@@ -13,7 +13,7 @@ from ..serve.engine import Engine
 from ..serve.fields import MAX_CHOICES
 from ..serve.protocol import OPENAI_SAMPLING, ServedModel, recommended_sampling
 from ..streams import PROGRAM, say
-from .options import TEXT, Parser, add_model_options, choose_draft, executor_of, integer, load_models
+from .options import TEXT, Parser, add_model_options, choose_draft, executor_of, integer, load_models, notices
 
 API_KEY = "SPECULATIVE_MAMBA_API_KEY"
 STALLED_S = 60  # until a client that takes nothing is dropped
@@ -66,6 +66,8 @@ def run(arguments: list[str]) -> int:
     with bind(options.host, options.port) as listener:
         target, draft = load_models(options)
         default = OPENAI_SAMPLING if options.no_default_sampling else _default_sampling(target)
+        for notice in notices(options, given, default):
+            say(notice)
         served = ServedModel(
             target, options.served_model_name or target.name, options.max_length, default,
             max_choices=min(MAX_CHOICES, options.max_queue_size),
@@ -83,11 +85,11 @@ def run(arguments: list[str]) -> int:
             )
             app = openai_api.create_app(engine, served, api_key=api_key, limits=limits)
             listener.listen(1024)
-            announce(listener, served, api_key)
             say(
                 f"{options.max_batch_size} texts at once, of up to {options.max_length} tokens each: "
                 f"{engine.cache_bytes / 2**20:.0f} MiB beside the weights"
             )
+            announce(listener, served, api_key)
             with contextlib.suppress(KeyboardInterrupt):
                 openai_api.http_server(app).run(sockets=[listener])
         finally:

@@ -42,6 +42,12 @@ def test_a_port_that_is_taken(run, taken):
     assert (code, out) == (2, "") and f"cannot listen on 127.0.0.1, port {taken}" in err and err.count("\n") == 1
 
 
+def test_options_that_do_nothing_are_said(run):
+    code, out, err = run("serve", "--port", "0", "--draft", "none", "--K", "16")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 2
+    assert "--K has no effect: without a draft nothing is drafted" in err.splitlines()[0]
+
+
 def test_an_empty_key_in_the_environment_is_no_open_door(run, monkeypatch):
     monkeypatch.setenv("SPECULATIVE_MAMBA_API_KEY", "")
     code, out, err = run("serve", "--port", "0")
