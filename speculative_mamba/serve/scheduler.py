@@ -15,7 +15,8 @@ from ..models.runner import LanguageModel
 from .completion import Job, TokenOutput
 from .prefix_cache import PrefixCache
 
-PREFILL_TOKENS = 256  # of prompts that are read between two rounds while rows generate
+PREFILL_CHUNK = 256  # tokens of a prompt that are read at a time
+PREFILL_ROUNDS = 2  # or as many tokens, between two rounds, as so many rounds verify, if those are more
 RECENT = 10.0  # seconds
 # What may go wrong in a round, and with the next ones right again: no memory, bad values, a file that was changed.
 _FAILURES = (RuntimeError, ValueError, MemoryError, OSError)
@@ -165,12 +166,12 @@ class Scheduler:
             self._loop.admit(
                 index, request.prompt, request.sampling, request.max_new_tokens, rng_key=request.rng_key,
                 states=states, stop_token_ids=request.stop_token_ids, stream=job.stream, use_draft=request.use_draft,
-                output_logits=request.logprobs is not None, chunk=PREFILL_TOKENS,
+                output_logits=request.logprobs is not None, chunk=PREFILL_CHUNK,
             )  # fmt: skip
 
     def _read(self) -> None:
         """Goes on with prompts; those that are read are kept."""
-        for index in self._loop.read(PREFILL_TOKENS):
+        for index in self._loop.read(max(PREFILL_CHUNK, PREFILL_ROUNDS * self._rows * (self._lookahead.all[0] + 1))):
             if self._prefix_cache is not None:
                 self._prefix_cache.store(*self._loop.batch.snapshot(index))
 

@@ -348,13 +348,13 @@ def test_engines_that_cannot_be(options, message) -> None:
 
 def test_prompts_are_read_between_rounds(monkeypatch) -> None:
     """A long prompt stops nobody: one that came with it is through while it is read."""
-    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(scheduler, "PREFILL_CHUNK", 4)
     ended, end = [], scheduler.Job.end
     monkeypatch.setattr(scheduler.Job, "end", lambda job, *rest: (ended.append(job.request.prompt), end(job, *rest)))
-    (target, draft), asked = pair("mamba1"), [sm.Request([5] * 500, 3), sm.Request([3], 30)]
+    (target, draft), asked = pair("mamba1"), [sm.Request([5] * 1500, 3), sm.Request([3], 30)]
     with sm.Engine(target, draft=draft, acceptance="coupled", max_batch_size=2) as engine:
         with engine._scheduler._changed:  # both are there when the first is taken
             completions = [engine.submit(one) for one in asked]
         for one, completion in zip(asked, completions, strict=True):
             assert_is_alone(target, one, completion.result(WAIT), alone(target, one))
-    assert ended == [[3], [5] * 500]
+    assert ended == [[3], [5] * 1500]
