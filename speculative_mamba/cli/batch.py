@@ -40,9 +40,7 @@ def build_parser() -> Parser:
         "The same command goes on where a run was cut off, by whatever.",
     )
     option = parser.option
-    parser.add_argument(
-        "input", metavar="IN", help="JSON lines: prompts, or calls of the API"
-    )
+    parser.add_argument("input", metavar="IN", help="JSON lines: prompts, or calls of the API")
     parser.add_argument("output", metavar="OUT", help="JSON lines, a result for each line of IN")
     option("unordered", action="store_true", help="write results as they are ready, not in the order of IN")
     option("max_batch_size", type=integer(1, 1024), default=8, metavar="N", help="texts to generate at once")

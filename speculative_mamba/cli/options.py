@@ -147,16 +147,20 @@ def load_models(options: argparse.Namespace) -> tuple[MambaLM, MambaLM | str | N
         "rollback": options.rollback, "device": options.device, "backend": options.backend,
         "mmap": not options.no_mmap, "revision": getattr(options, "revision", None),
     }  # fmt: skip
-    draft = options.draft if options.draft in NAMED_DRAFTS else None
-    if options.draft == "model":
-        with signs_of_life(lambda: f"loading {options.model_target} and {options.model_draft}"):
-            revision_draft = getattr(options, "revision_draft", None)
+    draft, loading = options.draft if options.draft in NAMED_DRAFTS else None, (options.model_target, None)
+
+    def on_load(source: str, share: float) -> None:
+        nonlocal loading
+        loading = source, share
+
+    with signs_of_life(lambda: f"loading {loading[0]}", lambda: loading[1]):
+        if options.draft == "model":
             target, draft = load_pair(
-                options.model_target, options.model_draft, revision_draft=revision_draft, **common
-            )
-    else:
-        with signs_of_life(lambda: f"loading {options.model_target}"):
-            target = load_model(options.model_target, **common)
+                options.model_target, options.model_draft, revision_draft=getattr(options, "revision_draft", None),
+                on_load=on_load, **common,
+            )  # fmt: skip
+        else:
+            target = load_model(options.model_target, on_load=on_load, **common)
     check_models(target, draft)
     return target, draft
 
