@@ -7,13 +7,20 @@ import pytest
 import torch
 
 import speculative_mamba as sm
-from speculative_mamba.cli.generate import build_parser
+from speculative_mamba.cli import generate, serve
+from speculative_mamba.cli.options import Parser, add_model_options
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-KNOWN = {name for action in build_parser()._actions for name in action.option_strings}
+PARSERS = {"generate": generate.build_parser(), "serve": serve.build_parser()}
+
+
+def options(parser: Parser) -> set[str]:
+    """Names without --, each in its first spelling."""
+    named = [action for action in parser._actions if action.option_strings and action.dest != "help"]
+    return {action.option_strings[0][2:] for action in named}
 
 
 def text(document: Path) -> str:
@@ -63,7 +70,15 @@ def test_the_table_of_options_is_complete():
     """Every option of the program is in docs/command-line.md, which names no other."""
     table = text(ROOT / "docs" / "command-line.md").split("| option |")[1].split("\n\n")[0]
     named = set(re.findall(r"--([A-Za-z_]+)", table))
-    assert named == {action.option_strings[0][2:] for action in build_parser()._actions if action.dest != "help"}
+    assert named == options(PARSERS["generate"])
+
+
+def test_the_table_of_the_server_s_own_options_is_complete():
+    """Those of models are in docs/command-line.md."""
+    table = text(ROOT / "docs" / "serve.md").split("| option |")[1].split("\n\n")[0]
+    models = Parser()
+    add_model_options(models)
+    assert set(re.findall(r"--([A-Za-z_]+)", table)) == options(PARSERS["serve"]) - options(models)
 
 
 def test_the_commands_parse():
@@ -77,7 +92,9 @@ def test_the_commands_parse():
     assert len(commands) >= 6
     for command in commands:
         words = re.sub(r"#.*", "", command).replace("\\", " ").split()
-        assert {word for word in words if word.startswith("--")} <= KNOWN, command
+        parser = PARSERS[words.pop(0) if words and words[0] in PARSERS else "generate"]
+        known = {name for action in parser._actions for name in action.option_strings}
+        assert {word for word in words if word.startswith("--")} <= known, command
 
 
 def anchors(document: Path) -> set[str]:

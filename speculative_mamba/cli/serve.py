@@ -83,6 +83,10 @@ def run(arguments: list[str]) -> int:
             app = openai_api.create_app(engine, served, api_key=api_key, limits=limits)
             listener.listen(1024)
             announce(listener, served, api_key)
+            say(
+                f"{options.max_batch_size} texts at once, of up to {options.max_length} tokens each: "
+                f"{engine.cache_bytes / 2**20:.0f} MiB beside the weights"
+            )
             with contextlib.suppress(KeyboardInterrupt):
                 openai_api.http_server(app).run(sockets=[listener])
         finally:

@@ -56,8 +56,8 @@ class Job:
 
     def extend(self, outputs: list[TokenOutput], draft_tokens: int, accepted_tokens: int) -> None:
         """New tokens, and the counts of the draft's that were tested and that stood, so far."""
+        self.draft_tokens, self.accepted_tokens = draft_tokens, accepted_tokens  # before whoever reads sees the tokens
         self.outputs += outputs
-        self.draft_tokens, self.accepted_tokens = draft_tokens, accepted_tokens
         self._tell()
 
     def end(self, finish_reason: str, error: Exception | None = None) -> None:

@@ -191,7 +191,7 @@ def _content(where: str, content: object) -> str:
 
 
 def stream_options(name: str, value: object) -> dict:
-    supported, neutral = {"include_usage": flag}, {"include_obfuscation": only(False)}
+    supported, neutral = {"include_usage": flag, "continuous_usage_stats": flag}, {"include_obfuscation": only(False)}
     try:
         return read_fields(mapping(name, value), supported, neutral)
     except ApiError as error:

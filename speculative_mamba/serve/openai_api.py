@@ -67,7 +67,7 @@ def create_app(
     })  # fmt: skip
     page = resources.files(__package__).joinpath("page.html").read_bytes()
     app.add_api_route("/", lambda: Response(page, media_type="text/html", headers=_PAGE_HEADERS), methods=["GET"])
-    app.add_api_route("/health", lambda: _json({"status": "ok"}), methods=["GET"])
+    app.add_api_route("/health", api.health, methods=["GET"])
     app.add_api_route("/metrics", lambda: Response(api.metrics.text(), media_type=CONTENT_TYPE), methods=["GET"])
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(api.authorise)])
     v1.add_api_route("/models", api.models, methods=["GET"])
@@ -101,6 +101,11 @@ class _Api:
         if self._authorization is not None and not hmac.compare_digest(given, self._authorization):
             what = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
             raise ApiError(what, code="invalid_api_key", status=401)
+
+    async def health(self) -> Response:
+        if not self._engine.stats().alive:
+            raise ApiError("the engine does not run", status=503, kind="server_error")
+        return _json({"status": "ok"})
 
     async def models(self) -> Response:
         return _json({"object": "list", "data": [self._described()]})
@@ -161,7 +166,7 @@ class _Api:
                 yield _events_of(
                     answer.last_chunk(index, completions[index].result())
                     if output is None
-                    else answer.token_chunk(index, output)
+                    else answer.token_chunk(index, output, completions)
                     for index, output in outputs
                 )
             if call.include_usage:

@@ -48,7 +48,8 @@ class ServedModel:
 @dataclass(frozen=True)
 class Call:
     """One call of the API. requests: ``n`` for each prompt, in the order of the choices. echoes: by prompt, the text
-    that stands before the new one."""
+    that stands before the new one. include_usage, continuous_usage: a stream ends with its counts, and has them so far
+    in every chunk."""
 
     chat: bool
     requests: list[Request]
@@ -56,6 +57,7 @@ class Call:
     echoes: list[str]
     stream: bool
     include_usage: bool
+    continuous_usage: bool
 
     def echo(self, choice: int) -> str:
         return self.echoes[choice // self.n]
@@ -162,8 +164,10 @@ def _call(
         for prompt in prompts
         for choice in range(n)
     ]  # fmt: skip
-    include_usage = fields.get("stream_options", {}).get("include_usage", False)
-    return Call(chat, requests, n, echoes, stream, include_usage)
+    options = fields.get("stream_options", {})
+    include_usage = options.get("include_usage", False)
+    continuous_usage = include_usage and options.get("continuous_usage_stats", False)
+    return Call(chat, requests, n, echoes, stream, include_usage, continuous_usage)
 
 
 def _check_model(fields: dict, served: ServedModel) -> None:

@@ -4,25 +4,11 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 
-from .completion import RequestOutput, TokenOutput
+from .completion import Completion, RequestOutput, TokenOutput
 from .protocol import Call, ServedModel
 
 _FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 _IMPOSSIBLE = -9999.0  # OpenAI's; JSON has no infinity
-
-
-def usage(call: Call, outputs: Sequence[RequestOutput]) -> dict:
-    """Tokens of a call. A prompt counts once, however many texts were made of it."""
-    prompts = outputs[:: call.n]
-    prompt, new = sum(output.prompt_tokens for output in prompts), sum(len(output.tokens) for output in outputs)
-    accepted, tested = (sum(getattr(out, name) for out in outputs) for name in ("accepted_tokens", "draft_tokens"))
-    return {
-        "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": sum(output.cached_tokens for output in prompts)},
-        "completion_tokens_details": {
-            "accepted_prediction_tokens": accepted, "rejected_prediction_tokens": tested - accepted,
-        },
-    }  # fmt: skip
 
 
 class Answer:
@@ -38,11 +24,12 @@ class Answer:
             "model": served.name,
         }  # fmt: skip
         self._lengths = [len(call.echo(index)) for index in range(len(call.requests))]  # characters sent, per choice
+        self._tokens = 0  # sent
 
     def body(self, outputs: Sequence[RequestOutput]) -> dict:
         """All at once. outputs: one per request of the call."""
         choices = [self._choice(index, output) for index, output in enumerate(outputs)]
-        return {**self._head, "choices": choices, "usage": usage(self._call, outputs)}
+        return {**self._head, "choices": choices, "usage": self._usage(outputs)}
 
     def first_chunks(self) -> Iterator[dict]:
         """What each choice begins with, before there are tokens."""
@@ -52,11 +39,14 @@ class Answer:
             elif echo := self._call.echo(index):
                 yield self._chunk(index, echo)
 
-    def token_chunk(self, index: int, output: TokenOutput) -> dict:
+    def token_chunk(self, index: int, output: TokenOutput, completions: Sequence[Completion]) -> dict:
+        """completions: those of the call, as far as they are."""
         logprobs = self._logprobs([output], self._lengths[index])
         self._lengths[index] += len(output.text)
+        self._tokens += 1
         text = {"content": output.text} if self._call.chat else output.text
-        return self._chunk(index, text, logprobs=logprobs, drafted=output.drafted)
+        chunk = self._chunk(index, text, logprobs=logprobs, drafted=output.drafted)
+        return chunk | {"usage": self._counts(self._tokens, completions)} if self._call.continuous_usage else chunk
 
     def last_chunk(self, index: int, output: RequestOutput) -> dict:
         """The reason why a choice ended, with the text that was held back until then."""
@@ -65,7 +55,22 @@ class Answer:
         return self._chunk(index, text, finish_reason=_FINISH_REASONS[output.finish_reason])
 
     def usage_chunk(self, outputs: Sequence[RequestOutput]) -> dict:
-        return {**self._head, "choices": [], "usage": usage(self._call, outputs)}
+        return {**self._head, "choices": [], "usage": self._usage(outputs)}
+
+    def _usage(self, outputs: Sequence[RequestOutput]) -> dict:
+        cached = sum(output.cached_tokens for output in outputs[:: self._call.n])
+        counts = self._counts(sum(len(output.tokens) for output in outputs), outputs)
+        return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+    def _counts(self, new: int, drafted: Sequence[Completion | RequestOutput]) -> dict:
+        """Tokens of a call. A prompt counts once, however many texts are made of it."""
+        prompt = sum(len(request.prompt) for request in self._call.requests[:: self._call.n])
+        tested, accepted = sum(one.draft_tokens for one in drafted), sum(one.accepted_tokens for one in drafted)
+        details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": tested - accepted}
+        return {
+            "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "completion_tokens_details": details,
+        }  # fmt: skip
 
     def _chunk(self, index: int, text: str | dict, **more: object) -> dict:
         field = "delta" if self._call.chat else "text"

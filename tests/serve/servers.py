@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import speculative_mamba as sm
 from speculative_mamba.models.text import TextStream
 
-PROMPT = "She had not"
+PROMPT, ANSWER = "She had not", "Hey, Bob!"
 _SCRIPT = Path(sm.__file__).parent / "run.py"
 
 

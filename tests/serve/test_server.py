@@ -133,6 +133,17 @@ def test_a_stream_is_the_text_in_pieces(client, model, fields):
     assert drafted == whole.usage.completion_tokens_details.accepted_prediction_tokens > 0
 
 
+def test_counts_so_far_in_every_chunk(url):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, _, last = events(complete(url, stream=True, stream_options=options, max_tokens=40))
+    counts = [chunk["usage"] for chunk in chunks]
+    assert [count["completion_tokens"] for count in counts] == list(range(1, 41))
+    accepted = [count["completion_tokens_details"]["accepted_prediction_tokens"] for count in counts]
+    drafted = [chunk["choices"][0]["drafted"] for chunk in chunks]
+    assert accepted == sorted(accepted) and all(sum(drafted[: i + 1]) <= accepted[i] for i in range(40))
+    assert counts[-1]["completion_tokens_details"] == last["usage"]["completion_tokens_details"]
+
+
 def test_a_round_drafts_at_most_four_tokens(url):
     chunks = events(complete(url, stream=True, max_tokens=60))
     flags = [chunk["choices"][0]["drafted"] for chunk in chunks if "drafted" in chunk["choices"][0]]

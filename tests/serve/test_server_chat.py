@@ -1,47 +1,23 @@
 """Chats: a model that comes with a template, by OpenAI's own client; what is no conversation is refused."""
 
-import json
-
 import pytest
-from servers import ask, events, server_thread
-
-import speculative_mamba as sm
-from speculative_mamba.serve import Engine
-from speculative_mamba.serve.protocol import ServedModel
-from speculative_mamba.testing.text import byte_level_tokenizer, write_chain
+from servers import ANSWER, ask, events
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 openai = pytest.importorskip("openai", reason="the extra [test] is not installed")
 
-TEMPLATE = """{% for message in messages %}
-{% if message.content == 'refuse' %}{{ raise_exception('not that') }}{% endif %}
-{{- '<|im_start|>' + message['role'] + ('=' + message['name'] if message['name'] else '') + '\n' + message['content'] }}
-{{- '<|im_end|>' + '\n' }}{% endfor %}{% if tone %}{{ tone }}{% endif %}{{ '<|im_start|>assistant\n' }}"""
-SPECIALS = ["<|im_start|>", "<|im_end|>"]
-ANSWER = "Hey, Bob!"
 KIND = {"role": "system", "content": "Be kind."}
 USER = {"role": "user", "content": "Hello"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """It answers every conversation alike."""
-    tokenizer = byte_level_tokenizer(SPECIALS)
-    letters = tokenizer.encode("\n" + ANSWER, add_special_tokens=False).ids
-    assert len(set(letters)) == len(letters), "each letter has one that follows"
-    folder = write_chain(
-        tmp_path_factory.mktemp("chat") / "model", tokenizer, [*letters, "<|im_end|>"],
-        eos=tokenizer.token_to_id("<|im_end|>"),
-    )  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    return sm.load_model(folder)
+def url(chatty):
+    return chatty
 
 
 @pytest.fixture(scope="module")
-def url(model):
-    served = ServedModel(model, "chatty", 200)
-    with Engine(model, draft=model, max_length=200) as engine, server_thread(engine, served) as url:
-        yield url
+def model(chat_model):
+    return chat_model
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +116,7 @@ def test_fields(url, fields, text, reason):
 
 def test_a_bias_names_tokens(url, model):
     comma, exclamation = model.tokenizer.encode(",!").ids
-    reply = chat(url, logit_bias={str(comma): -100, str(exclamation): 90}, max_tokens=4)
+    reply = chat(url, logit_bias={str(comma): -1000, str(exclamation): 100}, max_tokens=4)
     assert reply.json["choices"][0]["message"]["content"] == "Hey!"
 
 
