@@ -128,6 +128,13 @@ def add_sampling_options(parser: Parser) -> None:
     )  # fmt: skip
 
 
+def add_engine_options(parser: Parser) -> None:
+    option = parser.option
+    option("served_model_name", type=TEXT, metavar="NAME", help="what calls call the model (default: its own name)")
+    option("max_batch_size", type=integer(1, 1024), default=8, metavar="N", help="texts to generate at once")
+    option("max_length", type=integer(2, 2**31 - 1), default=8192, metavar="N", help="tokens of a prompt and its text")
+
+
 def choose_draft(options: argparse.Namespace, given: set[str]) -> None:
     """Fills in ``options.draft`` where it was not given."""
     if "draft" not in given:
