@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 
+from ..decode.sampling import SamplingParams
 from ..models import MambaLM
 from ..serve.engine import Engine
 from ..serve.fields import MAX_CHOICES
@@ -71,7 +72,7 @@ def run(arguments: list[str]) -> int:
         raise ValueError(f"serving needs {error.name}, which is not installed; install it with: {install}") from None
     with bind(options.host, options.port) as listener:
         target, draft = load_models(options)
-        default = OPENAI_SAMPLING if options.no_default_sampling else recommended_sampling(target)
+        default = OPENAI_SAMPLING if options.no_default_sampling else _default_sampling(target)
         served = ServedModel(
             target, options.served_model_name or target.name, options.max_length, default,
             max_choices=min(MAX_CHOICES, options.max_queue_size),
@@ -111,6 +112,17 @@ def _api_key(options: argparse.Namespace) -> str | None:
         where = API_KEY if options.api_key is None else "--api_key"
         raise ValueError(f"{where} must be made of visible ASCII characters, and at least one")
     return key
+
+
+def _default_sampling(target: MambaLM) -> SamplingParams:
+    """
+    Raises:
+        ValueError: the model recommends what is not supported.
+    """
+    try:
+        return recommended_sampling(target)
+    except ValueError as error:
+        raise ValueError(f"{error}; --no_default_sampling takes no notice of it") from None
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -58,6 +58,14 @@ def test_without_its_libraries(run, monkeypatch, library):
     assert (code, out) == (2, "") and f"{library}, which is not installed" in err and '".[serve]"' in err
 
 
+def test_a_model_that_recommends_what_is_not_supported(run, chat_model, tmp_path):
+    for file in chat_model.chat_template.origin.parent.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 4}')
+    code, out, err = run("serve", str(tmp_path), "--port", "0")
+    assert (code, out) == (2, "") and "num_beams = 4" in err and "--no_default_sampling" in err and err.count("\n") == 1
+
+
 def test_help_names_every_option(run):
     code, out, _ = run("serve", "--help")
     assert code == 0 and {"--host", "--api-key", "--model_draft", "--cg", "MODEL"} <= set(out.replace(",", " ").split())
