@@ -4,9 +4,9 @@ python -m benchmarks.serve_load [--requests 1000] [--clients 64] [--width 32] [-
 
 Prompts are cut from text that the embedded pair has not seen; budgets, sampling parameters, stops, draft on or off and
 log-probabilities are drawn at random; 5 % of the requests are cancelled, 5 % cannot be served. Clients are threads that
-ask again when they have their answer. A static batch of as many rows, with the same parameters and the mean of the
-tokens that those requests got as the budget of each row, takes turns with them: it has no straggler, so it is as good
-as can be. ratio is the engine's tokens per second, while there is work for all rows, over the batch's, prompts
+ask again when they have their answer. Static batches of as many rows take turns with them, for the same prompts and
+parameters, with the mean of the tokens that came as the budget of each row: no row waits for another, so they are as
+good as can be. ratio is the engine's tokens per second, while there is work for all rows, over theirs, prompts
 included; cpu_ratio the same per second of CPU time of the process. Times to the first token begin with ``submit``, so
 they include the wait for a row; times between tokens are those between rounds that gave any. Memory is what the process
 holds.
@@ -77,14 +77,17 @@ class Texts:
         return request, source.randrange(12) if fate > 0.95 else None
 
 
-def static_speed(target: sm.MambaLM, draft: sm.MambaLM, texts: Texts, width: int, budget: int) -> tuple[float, float]:
-    """Tokens of one batch per second, and per second of CPU time; prompts included."""
-    prompts, sampling = [texts.prompt() for _ in range(width)], [texts.sampling() for _ in range(width)]
-    began, cpu = time.perf_counter(), time.process_time()
-    result = sm.generate(
-        target, prompts, draft=draft, max_new_tokens=budget, sampling=sampling, acceptance="coupled", stop_token_ids=()
-    )
-    tokens = result.stats.tokens
+def static_speed(target: sm.MambaLM, draft: sm.MambaLM, answers: list[Answer], width: int) -> tuple[float, float]:
+    """Tokens per second, and per second of CPU time, of full batches that answer the same prompts with the same
+    parameters, each row with the mean budget; prompts included."""
+    budget = round(statistics.mean(len(answer.tokens) for answer in answers))
+    tokens, began, cpu = 0, time.perf_counter(), time.process_time()
+    for at in range(0, len(answers) - width + 1, width):
+        requests = [answer.request for answer in answers[at : at + width]]
+        tokens += sm.generate(
+            target, [request.prompt for request in requests], draft=draft, max_new_tokens=budget,
+            sampling=[request.sampling for request in requests], acceptance="coupled", stop_token_ids=(),
+        ).stats.tokens  # fmt: skip
     return tokens / (time.perf_counter() - began), tokens / (time.process_time() - cpu)
 
 
@@ -177,7 +180,6 @@ def main() -> None:
         }
     )  # fmt: skip
     texts, answers = Texts(target, 0), []
-    static_speed(target, draft, texts, options.width, 16)  # warm
     with sm.Engine(
         target, draft=draft, acceptance="coupled", max_batch_size=options.width, max_queue_size=options.clients
     ) as engine:
@@ -187,9 +189,8 @@ def main() -> None:
             clients = Clients(engine, [texts.request() for _ in range(count)], options.clients)
             clients.run()
             resident = resident_bytes()
-            progress("a static batch")
-            budget = round(statistics.mean(len(answer.tokens) for answer in clients.answers))
-            static, per_cpu_s = static_speed(target, draft, texts, options.width, budget)
+            progress("static batches")
+            static, per_cpu_s = static_speed(target, draft, clients.answers, options.width)
             first = [answer.times[0] for answer in clients.answers if answer.times]
             between = [
                 later - earlier for answer in clients.answers for earlier, later in itertools.pairwise(answer.times)
