@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ PROGRAM = "speculative-mamba"
 FAILURE = 2
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _FIRST_S, _LONGEST_S = 2.0, 30.0  # until the first sign of life, and between two at most
+_REDRAWN_S = 0.3  # until a line on a terminal is drawn, and drawn anew
+_BAR = 24  # characters
 
 
 class OutputError(Exception):
@@ -57,6 +60,8 @@ def protect_streams() -> None:
     sys.stderr = io.TextIOWrapper(messages, encoding, errors="backslashreplace", line_buffering=True)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
@@ -111,25 +116,64 @@ def write(text: str) -> None:
         raise OutputError("" if left else f"cannot write the text to stdout: {reason}") from None
 
 
+def shows_colours() -> bool:
+    """Whether text on stdout may be coloured: it is a terminal, and nobody objects (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout is not None and sys.stdout.isatty() and not plain
+
+
+def coloured(text: str) -> str:
+    """Green."""
+    return f"\x1b[32m{text}\x1b[39m"
+
+
 @contextlib.contextmanager
-def signs_of_life(describe: Callable[[], str | None]) -> Iterator[None]:
+def signs_of_life(
+    describe: Callable[[], str | None], share: Callable[[], float | None] = lambda: None
+) -> Iterator[Callable[[], None]]:
     """Says on stderr what is going on, if it takes long: after 2 seconds, 4, 8 and so on, at least every half minute.
 
-    describe: gives the line, to which the time is added; None says nothing.
+    On a terminal it is one line that is drawn anew, with a bar where it is known how much is done, and that goes away.
+    Yields what ends the signs before other text is written.
+
+    describe: gives the line, to which the time is added; None says nothing. share: how much is done, 0 to 1.
     """
-    done, started = threading.Event(), time.monotonic()
+    done, started, terminal = threading.Event(), time.monotonic(), sys.stderr.isatty()
 
     def watch() -> None:
-        wait = _FIRST_S
+        wait, drawn = _REDRAWN_S if terminal else _FIRST_S, False
         while not done.wait(wait):
-            if (line := describe()) is not None:
-                say(f"{line}, {time.monotonic() - started:.0f} s so far")
+            line, seconds = describe(), time.monotonic() - started
+            if terminal:
+                drawn = _draw("" if line is None else f"{_bar(share())}{line}, {seconds:.0f} s", drawn)
+                continue
+            if line is not None:
+                say(f"{line}, {seconds:.0f} s so far")
             wait = min(2 * wait, _LONGEST_S)
+        _draw("", drawn)
+
+    def end() -> None:
+        done.set()
+        watcher.join()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        yield end
     finally:
-        done.set()
-        watcher.join()
+        end()
+
+
+def _bar(share: float | None) -> str:
+    if share is None:
+        return ""
+    share = min(max(share, 0.0), 1.0)
+    return f"[{'#' * round(share * _BAR):.<{_BAR}}] {share:4.0%} "
+
+
+def _draw(line: str, drawn: bool) -> bool:
+    """Draws a line over the one before it, if one was drawn. Whether there is one now."""
+    if line or drawn:
+        columns = shutil.get_terminal_size().columns
+        print(f"\r{one_line(line)[: columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+    return bool(line)

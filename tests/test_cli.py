@@ -436,12 +436,12 @@ def test_reader_of_stdout_that_leaves():
 
 
 def test_ctrl_c_without_a_stream(run, monkeypatch):
-    def interrupted(target, prompts, *, on_token, **options):
+    def interrupted(target, prompts, *, on_commit, **options):
         for token in target.tokenizer.encode(" heard").ids:
-            on_token(0, token)
+            on_commit([sm.CommittedToken(0, token, False)])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.generate, "generate", interrupted)
+    monkeypatch.setattr(cli.session, "generate", interrupted)
     code, out, err = run(*SHORT)
     assert (code, out) == (130, PROMPT + " heard\n") and len(err.splitlines()) == 1
     code, out, _ = run(*SHORT, "--json")
@@ -453,7 +453,7 @@ def test_a_gpu_without_room_is_one_line(run, monkeypatch):
     def full(*arguments, **options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee also …")
 
-    monkeypatch.setattr(cli.generate, "generate", full)
+    monkeypatch.setattr(cli.session, "generate", full)
     code, _, err = run(*SHORT)
     assert code == 2 and err.splitlines()[-1].startswith("speculative-mamba: error: CUDA out of memory. Tried to")
     assert "--dtype" in err and "See also" not in err

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import speculative_mamba as sm
-from speculative_mamba.cli import generate as command
+from speculative_mamba.cli import session
 from speculative_mamba.testing.text import byte_fallback_tokenizer, byte_level_tokenizer, write_chain
 
 
@@ -109,7 +109,7 @@ def test_the_messages_of_a_chat(run, chatty, extra, text):
 
 
 def test_a_chat_that_the_template_refuses_is_one_line(run, chatty, llama_like):
-    code, out, err = run("--model_target", chatty, "--chat", "--system", "")
+    code, out, err = run("--model_target", chatty, "--chat", "--system", "", "--prompt", "Hi")
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and "refuses the messages: who are you?" in err
     code, out, err = run("--model_target", llama_like, "--chat")
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and "has no chat template" in err
@@ -145,7 +145,7 @@ def test_the_sampling_that_a_model_recommends(run, chatty, monkeypatch, extra, c
         asked.append(options["sampling"])
         return sm.generate(*arguments, **options)
 
-    monkeypatch.setattr(command, "generate", generate)
+    monkeypatch.setattr(session, "generate", generate)
     code, _, err = run("--model_target", chatty, "--prompt", "Hi", "--n_tokens_to_generate", "2", *extra)
     assert code == 0 and asked == [sm.SamplingParams(**chosen)] and "has no effect" not in err
     said = "--default_sampling: temperature 0.6, top_k 40, repetition_penalty 1.05"

@@ -11,7 +11,8 @@ import pytest
 
 import speculative_mamba as sm
 from speculative_mamba import cli, streams
-from speculative_mamba.cli import generate as command
+from speculative_mamba.cli import session
+from speculative_mamba.cli.generate import PROMPT
 
 ROOT = Path(sm.__file__).parents[1]
 SHORT = ["--prompt", "She had not", "--n_tokens_to_generate", "8"]
@@ -104,21 +105,21 @@ def test_signals_print_what_there_is():
     signals = (signal.SIGINT, signal.SIGTERM)
     processes = [start(*endless) for _ in signals]
     for process, number in zip(processes, signals, strict=True):
-        beginning = process.stdout.read(len(command.PROMPT) + 10)
+        beginning = process.stdout.read(len(PROMPT) + 10)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 128 + number and "Traceback" not in err and "interrupted after" in err
         text = beginning + out
-        assert text.startswith(command.PROMPT) and len(text) >= len(command.PROMPT) + 10 and text.endswith("\n")
+        assert text.startswith(PROMPT) and len(text) >= len(PROMPT) + 10 and text.endswith("\n")
 
 
 def test_a_signal_that_ends_a_run_without_a_stream(monkeypatch, capsys):
-    def ended(target, prompts, *, on_token, **options):
+    def ended(target, prompts, *, on_commit, **options):
         for token in target.tokenizer.encode(" heard").ids:
-            on_token(0, token)
+            on_commit([sm.CommittedToken(0, token, False)])
         raise streams.Terminated(signal.SIGTERM)
 
-    monkeypatch.setattr(command, "generate", ended)
+    monkeypatch.setattr(session, "generate", ended)
     assert cli.main(SHORT) == 143
     assert capsys.readouterr().out == "She had not heard\n"
 
@@ -162,13 +163,13 @@ def test_signs_of_life(monkeypatch, capsys):
 
 
 def test_a_long_prompt_and_long_generation_give_signs_of_life(monkeypatch, capsys):
-    def slow(target, prompts, *, on_token, **options):
+    def slow(target, prompts, *, on_commit, **options):
         time.sleep(0.2)
-        on_token(0, prompts[0][0])
+        on_commit([sm.CommittedToken(0, prompts[0][0], False)])
         time.sleep(0.3)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "generate", slow)
+    monkeypatch.setattr(session, "generate", slow)
     monkeypatch.setattr(streams, "_FIRST_S", 0.05)
     for extra, generating in (([], True), (["--stream"], False)):
         assert cli.main([*SHORT, *extra]) == 130

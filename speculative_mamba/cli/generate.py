@@ -1,23 +1,23 @@
 """``speculative-mamba``: continues a prompt."""
 
 import argparse
-import json
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from .. import __version__
 from ..compare import compare
-from ..decode import GenerationResult, generate
 from ..decode.inputs import MAX_NEW_TOKENS, check_generation
 from ..models import MambaLM
-from ..models.text import TextStream
 from ..models.tokenizer import added_around, encode, text_tokenizer
-from ..ops.threads import num_threads
-from ..streams import PROGRAM, exit_code, say, signs_of_life, write
+from ..serve.request import MAX_LOGPROBS
+from ..streams import PROGRAM, exit_code, say, signs_of_life
+from .chat import converse
 from .options import (
+    SAMPLING_IDLE,
     TEXT,
     Idle,
     Parser,
@@ -31,6 +31,7 @@ from .options import (
     recommended_sampling,
     stated_sampling,
 )
+from .session import Session, Text
 
 PROMPT = '"You are very kind," said'
 
@@ -50,50 +51,31 @@ def build_parser() -> Parser:
     )
     option = parser.option
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    option("prompt", type=TEXT, default=PROMPT, help="text to continue")
+    option("prompt", type=TEXT, default=PROMPT, help="text to continue; - reads it from stdin")
+    option("prompt_file", metavar="FILE", help="read the text to continue from a file", default=argparse.SUPPRESS)
     option(
         "n_tokens_to_generate", type=integer(0, MAX_NEW_TOKENS), default=64, metavar="N",
         help="tokens to generate at most",
     )  # fmt: skip
-    option("chat", action="store_true", help="the prompt is a user's message, written by the model's chat template")
+    option(
+        "chat", action="store_true",
+        help="the prompt is a user's message, written by the model's chat template; without a prompt, a conversation",
+    )  # fmt: skip
     option("system", type=TEXT, metavar="TEXT", help="system message before it", default=argparse.SUPPRESS)
     add_model_options(parser)
     add_sampling_options(parser)
     option("stop", type=_stop, action="append", default=[], metavar="TEXT", help="stop before this text; repeatable")
+    option("ignore_eos", action="store_true", help="go on behind the model's end of text")
     option("no_special_tokens", action="store_true", help="encode the prompt as it is, without a BOS before it")
     option("no_skip_special_tokens", action="store_true", help="print special tokens of the new text too")
     option("stream", action="store_true", help="print text as it is made")
+    option(
+        "logprobs", type=integer(0, MAX_LOGPROBS), metavar="N", default=None,
+        help="also the log-probability of each token and of the N likeliest: on stderr, or with --json in the object",
+    )  # fmt: skip
     option("compare", action="store_true", help="also decode plainly; print both speeds and compare the tokens")
     option("json", action="store_true", help="print one JSON object instead of text")
     return parser
-
-
-@dataclass
-class _Output:
-    """Collects one run's tokens and text, and shows the text as it grows if asked to."""
-
-    stream: TextStream
-    show: Callable[[str], None] | None = None
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-
-    def on_token(self, row: int, token: int) -> None:
-        self.tokens.append(token)
-        self._add(self.stream.push(token))
-
-    def progress(self, prompt_tokens: int, budget: int) -> str | None:
-        """What is going on, where it cannot be seen."""
-        if not self.tokens:
-            return f"reading {prompt_tokens} prompt tokens"
-        return None if self.show else f"generating, {len(self.tokens)} of {budget} tokens"
-
-    def finish(self) -> None:
-        self._add(self.stream.finish())
-
-    def _add(self, piece: str) -> None:
-        self.text += piece
-        if piece and self.show is not None:
-            self.show(piece)
 
 
 _IDLE = (
@@ -109,9 +91,14 @@ def run(arguments: list[str]) -> int:
     choose_draft(options, given)
     if options.compare and options.draft == "none":
         parser.error("--compare sets plain decoding against a draft, and --draft none has none")
-    sampling = stated_sampling(options)
+    if "prompt" in given and "prompt_file" in given:
+        parser.error("--prompt and --prompt_file are two prompts; give one")
+    converses = options.chat and not given & {"prompt", "prompt_file"}
+    if converses and options.compare:
+        parser.error("--compare needs a --prompt; without one, --chat is a conversation")
+    prompt = "" if converses else read_prompt(options)
+    sampling, notes = stated_sampling(options), []
     target, draft = load_models(options)
-    notes = []
     if options.default_sampling:
         sampling, note = recommended_sampling(options, given, target)
         notes.append(note)
@@ -119,55 +106,54 @@ def run(arguments: list[str]) -> int:
         target, rows=1, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate, sampling=sampling,
         acceptance=options.acceptance,
     )  # fmt: skip
-    executor = executor_of(options, target)
+    notes += notices(options, given, sampling, (*SAMPLING_IDLE, *_IDLE))
+    streams = (options.stream or converses) and not options.json
+    session = Session(target, draft, sampling, executor_of(options, target), options, streams, notes)
+    if converses:
+        return converse(session, system_message(options))
     if options.chat:
-        prompt = target.chat_prompt(_messages(options))
+        ids, shown = target.chat_prompt([*system_message(options), {"role": "user", "content": prompt}]), ""
     else:
-        prompt, about_prompt = _encode(target, options.prompt, not options.no_special_tokens)
-        notes += about_prompt
-    notes += notices(options, given, sampling, _IDLE)
+        ids, about_prompt = _encode(target, prompt, not options.no_special_tokens)
+        notes[:0], shown = about_prompt, prompt
+    return _continue(session, ids, shown)
 
-    def once(draft: MambaLM | str | None, output: _Output | None = None) -> GenerationResult:
-        return generate(
-            target, [prompt], draft=draft, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate,
-            sampling=sampling, acceptance=options.acceptance, stop_strings=options.stop,
-            on_token=output.on_token if output else None, executor=executor,
-        )  # fmt: skip
 
-    show = write if options.stream and not options.json else None
-    skip = not options.no_skip_special_tokens
-    output = _Output(TextStream(target.tokenizer, options.stop, prompt, skip_special_tokens=skip), show)
-    shown_prompt = "" if options.chat else options.prompt
-    if show:
-        show(shown_prompt)
-    result, comparison, code = None, None, 0
+def _continue(session: Session, prompt: list[int], shown: str) -> int:
+    """One text. shown: what is written before it."""
+    text, more = session.new_text(prompt), {}
+    session.run(text, shown)
+    if session.options.compare and not text.interrupt:
+        try:
+            more["compare"] = _compare(session, text)
+        except KeyboardInterrupt as interrupt:
+            text.interrupt = interrupt
+    session.finish(text, shown, **more)
+    return exit_code(text.interrupt) if text.interrupt else 0
+
+
+def system_message(options: argparse.Namespace) -> list[dict[str, str]]:
+    """What a conversation begins with."""
+    return [{"role": "system", "content": options.system}] if hasattr(options, "system") else []
+
+
+def read_prompt(options: argparse.Namespace) -> str:
+    """The text of ``--prompt``, of stdin, or of a file, without one line end behind it.
+
+    Raises:
+        ValueError: there is no such file, or what it holds is no text.
+    """
+    path = getattr(options, "prompt_file", None)
+    if path is None and options.prompt != "-":
+        return options.prompt
     try:
-        with signs_of_life(lambda: output.progress(len(prompt), options.n_tokens_to_generate)):
-            result = once(draft, output)
-        _report(target, draft, result)
-        for note in notes:
-            say(note)
-        if options.compare:
-            comparison = _compare(once, draft, result, sampling.greedy or options.acceptance == "coupled")
-    except KeyboardInterrupt as interrupt:
-        say(f"interrupted after {len(output.tokens)} tokens")
-        code = exit_code(interrupt)
-    output.finish()
-    if options.json:
-        report = {"prompt_tokens": prompt, "tokens": output.tokens, "text": output.text}
-        report["stats"] = result.stats.as_dict() if result else None
-        if comparison is not None:
-            report["compare"] = comparison
-        write(json.dumps(report) + "\n")
-    else:
-        write("\n" if show else f"{shown_prompt}{output.text}\n")
-    return code
-
-
-def _messages(options: argparse.Namespace) -> list[dict[str, str]]:
-    """The conversation of ``--chat``."""
-    messages = [{"role": "user", "content": options.prompt}]
-    return [{"role": "system", "content": options.system}, *messages] if hasattr(options, "system") else messages
+        data = sys.stdin.buffer.read() if path is None else Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read the prompt from {path or 'stdin'}: {error.strerror}") from None
+    try:
+        return data.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt from {path or 'stdin'} is not valid UTF-8: byte {error.start}") from None
 
 
 def _encode(target: MambaLM, prompt: str, special_tokens: bool) -> tuple[list[int], list[str]]:
@@ -196,34 +182,13 @@ def _about_prompt(
         yield f"the tokenizer adds {text_behind} behind the prompt, which may end the text; see --no_special_tokens"
 
 
-def _report(target: MambaLM, draft: MambaLM | str | None, result: GenerationResult) -> None:
-    stats = result.stats
-    names = target.name if draft is None else f"{target.name} with draft {getattr(draft, 'name', draft)}"
-    say(f"{names}, backend {target.backend}, {num_threads()} threads")
-    if not stats.tokens:
-        return
-    line = f"{stats.tokens} tokens in {stats.decode_s:.3f} s: {stats.tokens_per_s:.1f} tokens/s"
-    line += f" after {stats.prefill_s:.3f} s for {stats.prompt_tokens} prompt tokens"
-    if stats.tested:
-        line += f"; acceptance rate {stats.acceptance_rate:.2f} ({stats.accepted} of {stats.tested} tested)"
-        line += f", {stats.tokens_per_round:.2f} tokens per round"
-    say(line)
-    if stats.draft_dropped_at is not None:
-        say(f"--K auto: the draft did not pay, so after {stats.draft_dropped_at} rounds it was left out")
-
-
-def _compare(
-    once: Callable[[MambaLM | str | None], GenerationResult],
-    draft: MambaLM | str | None,
-    shown: GenerationResult,
-    same_text: bool,
-) -> dict:
+def _compare(session: Session, text: Text) -> dict:
     """Times plain and speculative decoding in turn; says and returns what came out."""
-    plain = None
+    shown, plain = text.result, None
 
     def speed(draft: MambaLM | str | None) -> float:
         nonlocal plain
-        result = once(draft)
+        result = session.generate(text.prompt, draft)
         plain = result if draft is None else plain
         return result.stats.tokens_per_s or 0.0
 
@@ -231,8 +196,9 @@ def _compare(
         say("a draft has no part in so few tokens, so there is nothing to compare")
         return {"tokens_equal": None, "plain_tokens_per_s": None, "ratio": None, "ratio_range": None, "pairs": 0}
     with signs_of_life(lambda: "comparing with plain decoding"):
-        timed = compare(lambda: speed(None), lambda: speed(draft))
+        timed = compare(lambda: speed(None), lambda: speed(session.draft))
     # Under rejection sampling the distribution is equal, not the text.
+    same_text = session.sampling.greedy or session.options.acceptance == "coupled"
     equal = torch.equal(plain.sequences[0], shown.sequences[0]) if same_text else None
     said = {
         True: "the tokens are equal",

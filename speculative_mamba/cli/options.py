@@ -128,6 +128,13 @@ def add_sampling_options(parser: Parser) -> None:
     )  # fmt: skip
 
 
+def add_engine_options(parser: Parser) -> None:
+    option = parser.option
+    option("served_model_name", type=TEXT, metavar="NAME", help="what calls call the model (default: its own name)")
+    option("max_batch_size", type=integer(1, 1024), default=8, metavar="N", help="texts to generate at once")
+    option("max_length", type=integer(2, 2**31 - 1), default=8192, metavar="N", help="tokens of a prompt and its text")
+
+
 def choose_draft(options: argparse.Namespace, given: set[str]) -> None:
     """Fills in ``options.draft`` where it was not given."""
     if "draft" not in given:
@@ -147,16 +154,20 @@ def load_models(options: argparse.Namespace) -> tuple[MambaLM, MambaLM | str | N
         "rollback": options.rollback, "device": options.device, "backend": options.backend,
         "mmap": not options.no_mmap, "revision": getattr(options, "revision", None),
     }  # fmt: skip
-    draft = options.draft if options.draft in NAMED_DRAFTS else None
-    if options.draft == "model":
-        with signs_of_life(lambda: f"loading {options.model_target} and {options.model_draft}"):
-            revision_draft = getattr(options, "revision_draft", None)
+    draft, loading = options.draft if options.draft in NAMED_DRAFTS else None, (options.model_target, None)
+
+    def on_load(source: str, share: float) -> None:
+        nonlocal loading
+        loading = source, share
+
+    with signs_of_life(lambda: f"loading {loading[0]}", lambda: loading[1]):
+        if options.draft == "model":
             target, draft = load_pair(
-                options.model_target, options.model_draft, revision_draft=revision_draft, **common
-            )
-    else:
-        with signs_of_life(lambda: f"loading {options.model_target}"):
-            target = load_model(options.model_target, **common)
+                options.model_target, options.model_draft, revision_draft=getattr(options, "revision_draft", None),
+                on_load=on_load, **common,
+            )  # fmt: skip
+        else:
+            target = load_model(options.model_target, on_load=on_load, **common)
     check_models(target, draft)
     return target, draft
 
@@ -197,22 +208,24 @@ class Idle:
     why: str
 
 
-_IDLE = (
+SAMPLING_IDLE = (
     Idle(("top_k",), lambda o, s: s.temperature <= GREEDY_BELOW, "temperature 0 takes the likeliest token"),
     Idle(("top_p", "min_p", "seed"), lambda o, s: s.greedy, "greedy decoding draws nothing"),
     Idle(("acceptance",), lambda o, s: s.greedy, "greedy text needs no choice of test"),
     Idle(("acceptance",), lambda o, s: not s.greedy and o.draft == "none", "without a draft nothing is tested"),
     Idle(("temperature",), lambda o, s: s.top_k == 1 and s.temperature > GREEDY_BELOW, "top_k 1 is greedy"),
+)
+_DRAFT_IDLE = (
     Idle(("model_draft", "revision_draft"), lambda o, s: o.draft != "model", "another --draft was asked for"),
     Idle(("K",), lambda o, s: o.draft == "none", "without a draft nothing is drafted"),
 )
 
 
 def notices(
-    options: argparse.Namespace, given: set[str], sampling: SamplingParams, more: Sequence[Idle] = ()
+    options: argparse.Namespace, given: set[str], sampling: SamplingParams, rules: Sequence[Idle] = ()
 ) -> Iterator[str]:
-    """What a user should know about the options, a line each. more: what else does nothing in some runs."""
-    for idle in (*_IDLE, *more):
+    """What a user should know about the options, a line each. rules: on options beside those of models and drafts."""
+    for idle in (*_DRAFT_IDLE, *rules):
         for name in idle.names:
             if name in given and idle.when(options, sampling):
                 yield f"--{name} has no effect: {idle.why}"

@@ -13,7 +13,17 @@ from ..serve.engine import Engine
 from ..serve.fields import MAX_CHOICES
 from ..serve.protocol import OPENAI_SAMPLING, ServedModel, recommended_sampling
 from ..streams import PROGRAM, say
-from .options import TEXT, Parser, add_model_options, choose_draft, executor_of, integer, load_models, notices
+from .options import (
+    TEXT,
+    Parser,
+    add_engine_options,
+    add_model_options,
+    choose_draft,
+    executor_of,
+    integer,
+    load_models,
+    notices,
+)
 
 API_KEY = "SPECULATIVE_MAMBA_API_KEY"
 STALLED_S = 60  # until a client that takes nothing is dropped
@@ -30,10 +40,7 @@ def build_parser() -> Parser:
     option("host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all of this machine's")
     option("port", type=integer(0, 65535), default=8000, help="0 takes one that is free")
     option("api_key", type=TEXT, help=f"what callers must name (default: {API_KEY} of the environment, or none)")
-    option("served_model_name", type=TEXT, metavar="NAME", help="what callers call the model (default: its own name)")
-    option("max_batch_size", type=integer(1, 1024), default=8, metavar="N", help="texts to generate at once")
     option("max_queue_size", type=integer(1, 10**6), default=1024, metavar="N", help="texts that may wait")
-    option("max_length", type=integer(2, 2**31 - 1), default=8192, metavar="N", help="tokens of a prompt and its text")
     option(
         "prefix_cache_mb", type=integer(0, 2**20), default=256, metavar="N",
         help="memory for states of prompts that may come again, in MiB; 0 for none",
@@ -43,6 +50,7 @@ def build_parser() -> Parser:
         "no_default_sampling", action="store_true",
         help="fields that a request leaves out are OpenAI's defaults, whatever generation_config.json recommends",
     )  # fmt: skip
+    add_engine_options(parser)
     add_model_options(parser)
     return parser
 
