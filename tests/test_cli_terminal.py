@@ -1,5 +1,6 @@
 """The terminal: prompts from elsewhere, colours of what the draft gave, bars, log-probabilities."""
 
+import contextlib
 import io
 import json
 import re
@@ -11,7 +12,7 @@ import torch
 
 import speculative_mamba as sm
 from speculative_mamba import streams
-from speculative_mamba.cli import session
+from speculative_mamba.cli import options, session
 from speculative_mamba.testing.text import byte_level_tokenizer, write_chain
 
 PROMPT = "She had not"
@@ -146,7 +147,7 @@ def test_what_the_draft_gave_is_green(run, monkeypatch):
 
 
 def test_a_character_has_the_colour_of_the_token_that_completes_it(run, monkeypatch):
-    def generate(target, prompts, *, on_commit, **options):
+    def generate(target, prompts, *, on_commit, **_):
         for drafted in ((True, False), (False, True)):
             tokens = zip(target.tokenizer.encode("é").ids, drafted, strict=True)
             on_commit([sm.CommittedToken(0, token, its) for token, its in tokens])
@@ -204,7 +205,7 @@ def test_a_bar_is_gone_before_streamed_text(run, monkeypatch):
             drawn.set()
         return draw(line, was_drawn)
 
-    def generate(target, prompts, *, on_commit, **options):
+    def generate(target, prompts, *, on_commit, **more):
         assert drawn.wait(30)
         for token in target.tokenizer.encode(" heard").ids:
             on_commit([sm.CommittedToken(0, token, False)])
@@ -220,3 +221,45 @@ def test_a_bar_is_gone_before_streamed_text(run, monkeypatch):
     assert run(*SHORT, "--stream")[0] == 130
     before, _, after = screen.getvalue().rpartition("\r\x1b[K")
     assert "reading 11 prompt tokens" in before and after.startswith(f"{PROMPT} heard\n")
+
+
+def test_the_bar_follows_what_is_read(run, monkeypatch):
+    """Prompt tokens, then new ones."""
+    seen = []
+
+    @contextlib.contextmanager
+    def signs_of_life(describe, share):
+        seen.append(share)
+        yield lambda: None
+
+    def generate(*arguments, on_prefill, on_commit, **more):
+        def watched(told):
+            def tell(value):
+                told(value)
+                seen.append(share())
+
+            return tell
+
+        share = seen.pop()
+        seen.append(share())
+        return sm.generate(*arguments, on_prefill=watched(on_prefill), on_commit=watched(on_commit), **more)
+
+    monkeypatch.setattr(session, "signs_of_life", signs_of_life)
+    monkeypatch.setattr(session, "generate", generate)
+    assert run("--prompt", "a" * 1200, "--n_tokens_to_generate", "8", "--draft", "none")[0] == 0
+    assert seen[:3] == [0.0, 512 / 1200, 1024 / 1200] and 0.99 < seen[3] <= 1
+    assert seen[4:] == [made / 8 for made in range(1, 9)]
+
+
+def test_the_bar_follows_what_is_loaded(run, monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def signs_of_life(describe, share):
+        seen.append((describe(), share()))
+        yield lambda: None
+        seen.append((describe(), share()))
+
+    monkeypatch.setattr(options, "signs_of_life", signs_of_life)
+    assert run("--n_tokens_to_generate", "0")[0] == 0
+    assert seen == [("loading builtin:target", None), ("loading builtin:draft", 1.0)]

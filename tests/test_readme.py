@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import speculative_mamba as sm
-from speculative_mamba.cli import generate, serve
-from speculative_mamba.cli.options import Parser, add_model_options
+from speculative_mamba.cli import batch, generate, serve
+from speculative_mamba.cli.options import Parser, add_model_options, add_sampling_options
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-PARSERS = {"generate": generate.build_parser(), "serve": serve.build_parser()}
+PARSERS = {"generate": generate.build_parser(), "serve": serve.build_parser(), "batch": batch.build_parser()}
 
 
 def options(parser: Parser) -> set[str]:
@@ -73,12 +73,14 @@ def test_the_table_of_options_is_complete():
     assert named == options(PARSERS["generate"])
 
 
-def test_the_table_of_the_server_s_own_options_is_complete():
-    """Those of models are in docs/command-line.md."""
-    table = text(ROOT / "docs" / "serve.md").split("| option |")[1].split("\n\n")[0]
-    models = Parser()
-    add_model_options(models)
-    assert set(re.findall(r"--([A-Za-z_]+)", table)) == options(PARSERS["serve"]) - options(models)
+@pytest.mark.parametrize("command", ["serve", "batch"])
+def test_the_table_of_a_command_s_own_options_is_complete(command):
+    """Those of models and of sampling are in docs/command-line.md."""
+    table = text(ROOT / "docs" / f"{command}.md").split("| option |")[1].split("\n\n")[0]
+    shared = Parser()
+    add_model_options(shared)
+    add_sampling_options(shared)
+    assert set(re.findall(r"--([A-Za-z_]+)", table)) == options(PARSERS[command]) - options(shared)
 
 
 def test_the_commands_parse():

@@ -16,8 +16,8 @@ from ..serve.protocol import recommended_sampling as recommended_to_calls
 from ..serve.record_file import RecordFile
 from ..streams import PROGRAM, exit_code, say, signs_of_life
 from .options import (
-    TEXT,
     Parser,
+    add_engine_options,
     add_model_options,
     add_sampling_options,
     choose_draft,
@@ -43,13 +43,11 @@ def build_parser() -> Parser:
     parser.add_argument("input", metavar="IN", help="JSON lines: prompts, or calls of the API")
     parser.add_argument("output", metavar="OUT", help="JSON lines, a result for each line of IN")
     option("unordered", action="store_true", help="write results as they are ready, not in the order of IN")
-    option("max_batch_size", type=integer(1, 1024), default=8, metavar="N", help="texts to generate at once")
-    option("max_length", type=integer(2, 2**31 - 1), default=8192, metavar="N", help="tokens of a prompt and its text")
-    option("served_model_name", type=TEXT, metavar="NAME", help="what calls call the model (default: its own name)")
     option(
         "n_tokens_to_generate", type=integer(1, MAX_NEW_TOKENS), default=64, metavar="N",
         help="tokens to generate at most, for plain prompts; calls have their own max_tokens",
     )  # fmt: skip
+    add_engine_options(parser)
     add_model_options(parser)
     add_sampling_options(parser)
     parser.set_defaults(acceptance="coupled")  # so that a text does not depend on what runs beside it

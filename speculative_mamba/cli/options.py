@@ -130,6 +130,13 @@ def add_sampling_options(parser: Parser) -> None:
     )  # fmt: skip
 
 
+def add_engine_options(parser: Parser) -> None:
+    option = parser.option
+    option("served_model_name", type=TEXT, metavar="NAME", help="what calls call the model (default: its own name)")
+    option("max_batch_size", type=integer(1, 1024), default=8, metavar="N", help="texts to generate at once")
+    option("max_length", type=integer(2, 2**31 - 1), default=8192, metavar="N", help="tokens of a prompt and its text")
+
+
 def choose_draft(options: argparse.Namespace, given: set[str]) -> None:
     """Fills in ``options.draft`` where it was not given."""
     if "draft" not in given:
@@ -149,16 +156,20 @@ def load_models(options: argparse.Namespace) -> tuple[MambaLM, MambaLM | str | N
         "rollback": options.rollback, "device": options.device, "backend": options.backend,
         "mmap": not options.no_mmap, "revision": getattr(options, "revision", None),
     }  # fmt: skip
-    draft = options.draft if options.draft in NAMED_DRAFTS else None
-    if options.draft == "model":
-        with signs_of_life(lambda: f"loading {options.model_target} and {options.model_draft}"):
-            revision_draft = getattr(options, "revision_draft", None)
+    draft, loading = options.draft if options.draft in NAMED_DRAFTS else None, (options.model_target, None)
+
+    def on_load(source: str, share: float) -> None:
+        nonlocal loading
+        loading = source, share
+
+    with signs_of_life(lambda: f"loading {loading[0]}", lambda: loading[1]):
+        if options.draft == "model":
             target, draft = load_pair(
-                options.model_target, options.model_draft, revision_draft=revision_draft, **common
-            )
-    else:
-        with signs_of_life(lambda: f"loading {options.model_target}"):
-            target = load_model(options.model_target, **common)
+                options.model_target, options.model_draft, revision_draft=getattr(options, "revision_draft", None),
+                on_load=on_load, **common,
+            )  # fmt: skip
+        else:
+            target = load_model(options.model_target, on_load=on_load, **common)
     check_models(target, draft)
     return target, draft
 

@@ -7,12 +7,23 @@ import os
 import socket
 import sys
 
+from ..decode.sampling import SamplingParams
 from ..models import MambaLM
 from ..serve.engine import Engine
 from ..serve.fields import MAX_CHOICES
 from ..serve.protocol import OPENAI_SAMPLING, ServedModel, recommended_sampling
 from ..streams import PROGRAM, say
-from .options import TEXT, Parser, add_model_options, choose_draft, executor_of, integer, load_models
+from .options import (
+    TEXT,
+    Parser,
+    add_engine_options,
+    add_model_options,
+    choose_draft,
+    executor_of,
+    integer,
+    load_models,
+    notices,
+)
 
 API_KEY = "SPECULATIVE_MAMBA_API_KEY"
 STALLED_S = 60  # until a client that takes nothing is dropped
@@ -29,10 +40,7 @@ def build_parser() -> Parser:
     option("host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all of this machine's")
     option("port", type=integer(0, 65535), default=8000, help="0 takes one that is free")
     option("api_key", type=TEXT, help=f"what callers must name (default: {API_KEY} of the environment, or none)")
-    option("served_model_name", type=TEXT, metavar="NAME", help="what callers call the model (default: its own name)")
-    option("max_batch_size", type=integer(1, 1024), default=8, metavar="N", help="texts to generate at once")
     option("max_queue_size", type=integer(1, 10**6), default=1024, metavar="N", help="texts that may wait")
-    option("max_length", type=integer(2, 2**31 - 1), default=8192, metavar="N", help="tokens of a prompt and its text")
     option(
         "prefix_cache_mb", type=integer(0, 2**20), default=256, metavar="N",
         help="memory for states of prompts that may come again, in MiB; 0 for none",
@@ -42,6 +50,7 @@ def build_parser() -> Parser:
         "no_default_sampling", action="store_true",
         help="fields that a request leaves out are OpenAI's defaults, whatever generation_config.json recommends",
     )  # fmt: skip
+    add_engine_options(parser)
     add_model_options(parser)
     return parser
 
@@ -64,7 +73,9 @@ def run(arguments: list[str]) -> int:
         raise ValueError(f"serving needs {error.name}, which is not installed; install it with: {install}") from None
     with bind(options.host, options.port) as listener:
         target, draft = load_models(options)
-        default = OPENAI_SAMPLING if options.no_default_sampling else recommended_sampling(target)
+        default = OPENAI_SAMPLING if options.no_default_sampling else _default_sampling(target)
+        for notice in notices(options, given, default):
+            say(notice)
         served = ServedModel(
             target, options.served_model_name or target.name, options.max_length, default,
             max_choices=min(MAX_CHOICES, options.max_queue_size),
@@ -82,11 +93,11 @@ def run(arguments: list[str]) -> int:
             )
             app = openai_api.create_app(engine, served, api_key=api_key, limits=limits)
             listener.listen(1024)
-            announce(listener, served, api_key)
             say(
                 f"{options.max_batch_size} texts at once, of up to {options.max_length} tokens each: "
                 f"{engine.cache_bytes / 2**20:.0f} MiB beside the weights"
             )
+            announce(listener, served, api_key)
             with contextlib.suppress(KeyboardInterrupt):
                 openai_api.http_server(app).run(sockets=[listener])
         finally:
@@ -104,6 +115,17 @@ def _api_key(options: argparse.Namespace) -> str | None:
         where = API_KEY if options.api_key is None else "--api_key"
         raise ValueError(f"{where} must be made of visible ASCII characters, and at least one")
     return key
+
+
+def _default_sampling(target: MambaLM) -> SamplingParams:
+    """
+    Raises:
+        ValueError: the model recommends what is not supported.
+    """
+    try:
+        return recommended_sampling(target)
+    except ValueError as error:
+        raise ValueError(f"{error}; --no_default_sampling takes no notice of it") from None
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -72,7 +72,8 @@ class Session:
 
     def run(self, text: Text, before: str, cache: GenerationCache | None = None) -> None:
         """Generates a text, and says how it went. A streamed one is written as it grows, behind ``before``."""
-        budget = self.options.n_tokens_to_generate
+        budget, known = self.options.n_tokens_to_generate, cache.sequences[0] if cache and cache.sequences else ()
+        to_read, read = len(text.prompt) - len(known), 0
         show = _Show(before) if self.streams else None
 
         def on_commit(committed: list[CommittedToken]) -> None:
@@ -86,14 +87,20 @@ class Session:
         def describe() -> str:
             if text.tokens:
                 return f"generating, {len(text.tokens)} of {budget} tokens"
-            return f"reading {len(text.prompt)} prompt tokens"
+            return f"reading {to_read} prompt tokens"
 
         def share() -> float | None:
-            return len(text.tokens) / budget if text.tokens else None
+            return len(text.tokens) / budget if text.tokens else read / to_read
+
+        def on_prefill(count: int) -> None:
+            nonlocal read
+            read += count
 
         try:
             with signs_of_life(describe, share) as end_signs:
-                text.result = self.generate(text.prompt, self.draft, cache=cache, on_commit=on_commit)
+                text.result = self.generate(
+                    text.prompt, self.draft, cache=cache, on_commit=on_commit, on_prefill=on_prefill
+                )
         except KeyboardInterrupt as interrupt:
             text.interrupt = interrupt
         rest = text.finish()

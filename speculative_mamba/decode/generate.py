@@ -21,6 +21,8 @@ from .loop import DecodeLoop
 from .sampling import LogitsProcessor, SamplingParams
 from .stats import GenerationStats
 
+_PREFILL_TOKENS = 512  # of a prompt, between two calls of on_prefill
+
 
 @dataclass
 class GenerationResult:
@@ -50,6 +52,7 @@ def generate(
     stop_strings: Sequence[str] = (),
     on_token: Callable[[int, int], None] | None = None,
     on_commit: Callable[[list[CommittedToken]], None] | None = None,
+    on_prefill: Callable[[int], None] | None = None,
     output_logits: bool = False,
     logits_processor: LogitsProcessor | None = None,
     cache: GenerationCache | None = None,
@@ -84,6 +87,7 @@ def generate(
         stop_strings: a row ends with the token that completes one; needs ``target.tokenizer``. Only new text counts.
         on_token: called as ``on_token(row, token)`` for every committed token, in order.
         on_commit: called once a round with all tokens that it committed; each says whether it came from the draft.
+        on_prefill: called now and then while prompts are read, with how many tokens were read since the last call.
         output_logits: also return the logits.
         logits_processor: called as ``logits_processor(row, tokens, logits)`` for one position at a time, with the text
             before it and its logits (V), which it may change or replace and must return; -inf forbids a token. Penalty
@@ -109,7 +113,7 @@ def generate(
     check_generation(
         target, len(prompts), lookahead=lookahead, max_new_tokens=max_new_tokens, sampling=sampling,
         acceptance=acceptance, stop_strings=stop_strings, stop_token_ids=stop_token_ids, on_token=on_token,
-        on_commit=on_commit, logits_processor=logits_processor, cache=cache,
+        on_commit=on_commit, on_prefill=on_prefill, logits_processor=logits_processor, cache=cache,
     )  # fmt: skip
     max_new_tokens = int(max_new_tokens)
     tokenizer = tokenizer_of(target) if stop_strings else None
@@ -141,15 +145,17 @@ def generate(
             loop = DecodeLoop(
                 target, draft if max(chooser.all) else None, batch, executor, chooser, [its for its, _ in params],
                 coupled=acceptance == "coupled", processor=logits_processor, on_commit=tell,
-                prompt_length=max(map(len, prompts)), max_new_tokens=max_new_tokens,
+                on_prefill=on_prefill, prompt_length=max(map(len, prompts)), max_new_tokens=max_new_tokens,
             )  # fmt: skip
             for row, (prompt, (its, rng_key)) in enumerate(zip(prompts, params, strict=True)):
                 states = (cache.target_states[row], cache.draft_states[row]) if cache is not None else (None, None)
                 stream = TextStream(tokenizer, stop_strings, prompt) if stop_strings else None
                 loop.admit(
                     row, prompt, its, max_new_tokens, rng_key=rng_key, states=states, stop_token_ids=stop_token_ids,
-                    stream=stream, output_logits=output_logits,
+                    stream=stream, output_logits=output_logits, chunk=None if on_prefill is None else _PREFILL_TOKENS,
                 )  # fmt: skip
+            while batch.reading:
+                loop.read(_PREFILL_TOKENS)
             while batch.generating():
                 loop.step()
         finally:

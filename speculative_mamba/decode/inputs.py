@@ -51,6 +51,7 @@ def check_generation(
     stop_token_ids: Sequence[int] = (),
     on_token: object = None,
     on_commit: object = None,
+    on_prefill: object = None,
     logits_processor: object = None,
     cache: object = None,
 ) -> None:
@@ -82,7 +83,9 @@ def check_generation(
             raise ValueError(f"stop_strings must be text, got {stop!r} with half of a surrogate pair")
     if stop_strings and tokenizer_of(target) is None:
         raise ValueError("stop_strings need the target's tokenizer, and it has none; use stop_token_ids instead")
-    callbacks = {"on_token": on_token, "on_commit": on_commit, "logits_processor": logits_processor}
+    callbacks = {
+        "on_token": on_token, "on_commit": on_commit, "on_prefill": on_prefill, "logits_processor": logits_processor,
+    }  # fmt: skip
     for name, callback in callbacks.items():
         if callback is not None and not callable(callback):
             raise ValueError(f"{name} must be a function, got {type(callback).__name__}")

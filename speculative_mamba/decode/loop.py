@@ -37,11 +37,13 @@ class DecodeLoop:
         coupled: bool = False,
         processor: LogitsProcessor | None = None,
         on_commit: Callable[[list[CommittedToken]], None] | None = None,
+        on_prefill: Callable[[int], None] | None = None,
         prompt_length: int = 0,
         max_new_tokens: int = 0,
     ) -> None:
         began = time.perf_counter()
-        self.batch, self._executor, self._lookahead, self._on_commit = batch, executor, lookahead, on_commit
+        self.batch, self._executor, self._lookahead = batch, executor, lookahead
+        self._on_commit, self._on_prefill = on_commit, on_prefill
         self._window = max(lookahead.all) + 1
         self._skipped = False  # whether the draft was left out of the last round
         counts = [0] * (self._window - 1)
@@ -79,7 +81,10 @@ class DecodeLoop:
         began, reading, through = time.perf_counter(), self.batch.reading, []
         while tokens > 0 and reading:
             index = next(iter(reading))
-            tokens -= self.batch.read(index)
+            read = self.batch.read(index)
+            tokens -= read
+            if read and self._on_prefill is not None:
+                self._on_prefill(read)
             if index not in reading:
                 through.append(index)
             elif tokens <= 0:

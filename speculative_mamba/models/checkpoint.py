@@ -20,7 +20,7 @@ from .formats.fields import with_eos_token_ids
 from .gguf import GgufFile
 from .in_memory import SharedWeights, check_model, config_of, tensors_of
 from .language_model import ROLLBACKS, MambaLM
-from .sources import FLOAT_DTYPES, HeaderSource, StoredSource
+from .sources import FLOAT_DTYPES, CountingSource, HeaderSource, StoredSource
 from .tokenizer import clean_copy, load_tokenizer
 from .vocabulary import Vocabulary, check_same_vocabulary, read_tokens, tokens_of, vocabulary_of
 from .weights import StoredTensor, read_tensors
@@ -38,6 +38,7 @@ def load_model(
     backend: str = "auto",
     mmap: bool = True,
     revision: str | None = None,
+    on_load: Callable[[str, float], None] | None = None,
 ) -> MambaLM:
     """Loads a language model: Mamba-1, Mamba-2, Falcon-Mamba, Llama, or a hybrid of Mamba and attention.
 
@@ -67,13 +68,14 @@ def load_model(
             short is noticed when the model is next called, but not within a call, where a cut ends the process (bus
             error). Deleting it, or renaming another file over it, does no harm.
         revision: of a hub id, the branch, tag or commit to take; None is the newest commit.
+        on_load: called as ``on_load(source, share)`` when a weight is there, with the share of all that are, 0 to 1.
 
     Raises:
         ValueError: anything in the list above is missing, broken, unknown, or does not fit the rest. Names, shapes and
             dtypes of all tensors are checked before any weights are read.
     """
     options = _Options.of(dtype, state_dtype, rollback, device, backend, mmap)
-    return _Checkpoint.open(source, revision).load(options)
+    return _Checkpoint.open(source, revision).load(options, on_load)
 
 
 def load_pair(
@@ -82,6 +84,7 @@ def load_pair(
     *,
     revision: str | None = None,
     revision_draft: str | None = None,
+    on_load: Callable[[str, float], None] | None = None,
     **options: object,
 ) -> tuple[MambaLM, MambaLM]:
     """A target and its draft, as ``load_model`` loads each; their vocabularies are compared before any weights are
@@ -93,7 +96,7 @@ def load_pair(
     parsed = _Options.of(**options)
     pair = _Checkpoint.open(target, revision), _Checkpoint.open(draft, revision_draft)
     check_same_vocabulary(*(checkpoint.vocabulary for checkpoint in pair))
-    return pair[0].load(parsed), pair[1].load(parsed)
+    return pair[0].load(parsed, on_load), pair[1].load(parsed, on_load)
 
 
 def from_transformers(
@@ -265,16 +268,22 @@ class _Checkpoint:
             in_memory=True,
         )
 
-    def load(self, options: _Options) -> MambaLM:
+    def load(self, options: _Options, on_load: Callable[[str, float], None] | None = None) -> MambaLM:
         has_experts = any(isinstance(mixer, ExpertsConfig) for block in self.config.mixers for mixer in block)
         if options.dtype is torch.int8 and has_experts:
             raise ValueError(f"{self.path}: experts cannot be int8; load a mixture of experts in another dtype")
         stored = self.read()
         headers = HeaderSource(self.path, stored, self.described_by)
-        build(self.config, self.names, headers, "reference")
+        asked = CountingSource(headers)
+        build(self.config, self.names, asked, "reference")
         headers.refuse_others()
         source = StoredSource(self.path, stored, options.dtype, options.device, options.mmap)
-        model = build(self.config, self.names, source, options.backend)
+
+        def tell(elements: int) -> None:
+            if on_load is not None:
+                on_load(self.source, min(elements / asked.elements, 1.0))
+
+        model = build(self.config, self.names, CountingSource(source, tell), options.backend)
         for file in {stored.file for stored in stored.values()} - {None}:
             file.check()
         model.name, model.state_dtype, model.rollback = self.source, options.state_dtype, options.rollback

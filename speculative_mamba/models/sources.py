@@ -1,5 +1,7 @@
 """Where the builder gets tensors from: the headers first, to check them all, then the mapped weights."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -69,6 +71,29 @@ class HeaderSource:
                 f"{self._folder}: the weights hold {others[0]}{more}, which {self._described_by} does not call for; a "
                 "model without them would be another one"
             )
+
+
+class CountingSource:
+    """Another source, and how many elements it was asked for. tell: is called with that number after each tensor."""
+
+    def __init__(self, source: "HeaderSource | StoredSource", tell: Callable[[int], None] = lambda count: None) -> None:
+        self._source, self._tell = source, tell
+        self.device, self.has, self.equal = source.device, source.has, source.equal
+        self.elements = 0
+
+    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | Int8Weight:
+        return self._counted(self._source.matrix(name, *shape, rows=rows), shape)
+
+    def weight(self, name: str, *shape: int) -> torch.Tensor:
+        return self._counted(self._source.weight(name, *shape), shape)
+
+    def float32(self, name: str, *shape: int) -> torch.Tensor:
+        return self._counted(self._source.float32(name, *shape), shape)
+
+    def _counted(self, weight: torch.Tensor | Int8Weight, shape: tuple[int, ...]) -> torch.Tensor | Int8Weight:
+        self.elements += math.prod(shape)
+        self._tell(self.elements)
+        return weight
 
 
 class StoredSource:

@@ -5,7 +5,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -61,7 +61,7 @@ def create_app(
     api = _Api(engine, served, api_key, limits)
     app = FastAPI(openapi_url=None, exception_handlers={
         ApiError: lambda _, error: _refusal(error),
-        HTTPException: lambda request, error: _refusal(_about_route(request, error)),
+        HTTPException: lambda request, error: _refusal(_about_route(request, error), error.headers),
         ClientDisconnect: lambda _, error: Response(status_code=_CLIENT_GONE),
         Exception: lambda _, error: _refusal(_refused(error)),
     })  # fmt: skip
@@ -354,11 +354,11 @@ def _refused(error: Exception) -> ApiError:
     return ApiError(line, status=500, kind="server_error")
 
 
-def _refusal(error: ApiError) -> Response:
-    return _json(error.body(), error.status, _ERROR_HEADERS.get(error.status))
+def _refusal(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    return _json(error.body(), error.status, headers or _ERROR_HEADERS.get(error.status))
 
 
-def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(_dump(value), status, headers, _JSON)
 
 

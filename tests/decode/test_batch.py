@@ -278,3 +278,19 @@ def test_a_broken_row_ends_alone(kind) -> None:
     assert [row.tokens for row in batch.rows] == [[4, 5, 6, 7], list(range(9, 18)), list(range(11, 20))]
     assert str(batch.rows[0].error).startswith("row 0, position 0 of the window: logits are NaN")
     assert batch.rows[1].error is None and batch.snapshot(0) == (None, None)
+
+
+def test_generate_tells_how_far_prompts_are_read(pair, prompt):
+    """A part at a time, with the text and the bits of one; what a cache has read does not come again."""
+    models, told, cache = pair(), [], sm.GenerationCache()
+    options = {"draft": models.drafts["near"], "max_new_tokens": 4, "stop_token_ids": (), "output_logits": True}
+    prompts = [prompt(1300), prompt(700)]
+    watched = sm.generate(models.target, prompts, cache=cache, on_prefill=told.append, **options)
+    assert sum(told) == 1300 + 700 and len(told) == 3 + 2 and max(told) == 512
+    plain = sm.generate(models.target, prompts, **options)
+    for row in range(2):
+        assert torch.equal(watched.sequences[row], plain.sequences[row])
+        assert_bitwise_equal(watched.logits[row], plain.logits[row], f"row {row}")
+    told.clear()
+    sm.generate(models.target, cache.sequences, cache=cache, on_prefill=told.append, **options)
+    assert sum(told) < 20

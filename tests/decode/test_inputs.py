@@ -81,7 +81,7 @@ NO_WHOLE_NUMBERS = (2.0, 2.5, True, "3", None, [3], NAN)
         *[({"stop_strings": ["a", s]}, ["stop_strings", "surrogate"]) for s in ("b\ud83d", "\ude00")],
         *[({"stop_strings": s}, ["stop_strings"]) for s in ([""], ["a", ""], [3], [None], 3, None, True, [b"a"])],
         ({"stop_strings": ["x"]}, ["tokenizer"]),
-        *[({name: c}, [name]) for name in ("on_token", "on_commit") for c in (1, "print", [], True)],
+        *[({name: c}, [name]) for name in ("on_token", "on_commit", "on_prefill") for c in (1, "print", [], True)],
         *[({"logits_processor": c}, ["logits_processor"]) for c in (1, "softmax", [], torch.zeros(61))],
         *[({"cache": c}, ["cache", "GenerationCache"]) for c in ([], {}, 1, "cache", sm.GenerationCache, False)],
     ],

@@ -430,3 +430,12 @@ show("someone/absent")
     assert lines[3].endswith(f"{commits['v1']} {v1}") and len(lines) == 6
     assert "someone/tiny-mamba" in lines[4] and "revision 'v2'" in lines[4]
     assert "someone/absent" in lines[5] and "folder" in lines[5], "one line that says what to do"
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "int8"}, {"mmap": False}], ids=str)
+def test_loading_tells_how_far_it_is(options):
+    told = []
+    models = sm.load_pair("builtin:target", "builtin:draft", on_load=lambda *what: told.append(what), **options)
+    for model in models:
+        shares = [share for source, share in told if source == model.name]
+        assert shares == sorted(set(shares)) and 0 < shares[0] < 0.2 and shares[-1] == 1

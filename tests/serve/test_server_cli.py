@@ -42,6 +42,12 @@ def test_a_port_that_is_taken(run, taken):
     assert (code, out) == (2, "") and f"cannot listen on 127.0.0.1, port {taken}" in err and err.count("\n") == 1
 
 
+def test_options_that_do_nothing_are_said(run):
+    code, out, err = run("serve", "--port", "0", "--draft", "none", "--K", "16")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 2
+    assert "--K has no effect: without a draft nothing is drafted" in err.splitlines()[0]
+
+
 def test_an_empty_key_in_the_environment_is_no_open_door(run, monkeypatch):
     monkeypatch.setenv("SPECULATIVE_MAMBA_API_KEY", "")
     code, out, err = run("serve", "--port", "0")
@@ -56,6 +62,14 @@ def test_without_its_libraries(run, monkeypatch, library):
         monkeypatch.delattr(f"speculative_mamba.serve.{module}", raising=False)
     code, out, err = run("serve", "--port", "0")
     assert (code, out) == (2, "") and f"{library}, which is not installed" in err and '".[serve]"' in err
+
+
+def test_a_model_that_recommends_what_is_not_supported(run, chat_model, tmp_path):
+    for file in chat_model.chat_template.origin.parent.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 4}')
+    code, out, err = run("serve", str(tmp_path), "--port", "0")
+    assert (code, out) == (2, "") and "num_beams = 4" in err and "--no_default_sampling" in err and err.count("\n") == 1
 
 
 def test_help_names_every_option(run):
