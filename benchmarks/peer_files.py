@@ -43,7 +43,7 @@ def write_checkpoint(model: sm.MambaLM, folder: Path) -> None:
 def gguf_file(checkpoint: Path, kind: str) -> Path:
     """A file for llama.cpp beside the checkpoint's folder, written when it is first asked for.
 
-    kind: "f32", "bf16" or "q8_0"; the latter two are made from the first by llama.cpp's own quantizer, which leaves
+    kind: "f32", "bf16", "q8_0" or "q4_0"; all but the first are made from it by llama.cpp's own quantizer, which leaves
     what it always leaves in f32 (norms, biases, convolutions, A and D).
     """
     import llama_cpp

@@ -1,13 +1,15 @@
 """Where the builder gets tensors from: the headers first, to check them all, then the mapped weights."""
 
+import sys
 from pathlib import Path
 
 import torch
 
-from ..ops.int8 import Int8Weight, quantised
+from ..ops.block_weight import BlockWeight, can_quantize, quantized
 from .files import MappedFile
 from .weights import StoredTensor, release_pages
 
+QUANTIZED = ("q8_0", "q4_0")  # formats of GGUF's blocks
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = (*FLOAT_DTYPES.values(), torch.float64)
 _COMPUTED = (".rotary_emb.inv_freq",)  # buffers that older versions of transformers stored; the config says the same
@@ -73,6 +75,7 @@ class HeaderSource:
 class StoredSource:
     """Tensors of a checkpoint that ``HeaderSource`` has checked; those are converted that need it.
 
+    dtype: of the weights, None as stored; or a format of blocks for matrices, but not for those without full blocks.
     mapped: the files in which some of them still lie. With ``mmap`` false all are copied.
     """
 
@@ -80,13 +83,14 @@ class StoredSource:
         self,
         folder: Path,
         stored: dict[str, StoredTensor],
-        dtype: torch.dtype | None,
+        dtype: torch.dtype | str | None,
         device: torch.device,
         mmap: bool,
     ) -> None:
         self._folder, self._stored, self._dtype, self._mmap = folder, stored, dtype, mmap
         self.device = device
         self.mapped: dict[Path, MappedFile] = {}
+        self._said = False  # that a matrix is not in blocks
 
     def has(self, name: str) -> bool:
         return name in self._stored
@@ -103,18 +107,31 @@ class StoredSource:
             release_pages(a)
         return same
 
-    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | Int8Weight:
+    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | BlockWeight:
         stored = self._stored[name].tensor
         stored = stored if rows is None else stored[rows]
-        if self._dtype is not torch.int8:
+        if self._dtype not in QUANTIZED:
+            return self._converted(name, stored, self._dtype_of(stored))
+        if not can_quantize(stored.shape[1]):
+            self._say_once(name, stored)
             return self._converted(name, stored, self._dtype_of(stored))
         try:
-            weight = quantised(stored)
+            weight = quantized(stored, self._dtype)
         except ValueError as error:
             raise ValueError(f"{self._folder}: {name}: {error}") from None
         if stored.is_contiguous():
             release_pages(stored)
-        return Int8Weight(weight.values.to(self.device), weight.scale.to(self.device))
+        return weight.to(self.device)
+
+    def _say_once(self, name: str, stored: torch.Tensor) -> None:
+        if not self._said:
+            kind = str(self._dtype_of(stored)).removeprefix("torch.")
+            print(
+                f"speculative_mamba: {self._folder}: {name} stays {kind}, and so does every matrix whose width, here "
+                f"{stored.shape[1]}, is no multiple of 32, as {self._dtype} has it",
+                file=sys.stderr,
+            )
+        self._said = True
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
         stored = self._stored[name].tensor
@@ -125,7 +142,7 @@ class StoredSource:
 
     def _dtype_of(self, stored: torch.Tensor) -> torch.dtype:
         as_stored = stored.dtype if stored.dtype in FLOAT_DTYPES.values() else torch.float32
-        return as_stored if self._dtype in (None, torch.int8) else self._dtype
+        return self._dtype if isinstance(self._dtype, torch.dtype) else as_stored
 
     def _converted(self, name: str, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         tensor = stored.to(self.device, dtype).contiguous()
