@@ -119,7 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="who drafts: model_draft, or the text so far without a model; none is plain decoding (default: model, but "
         "ngram for a target that comes without a model_draft)",
     )  # fmt: skip
-    option("dtype", help="float32, bfloat16, float16 or int8 weights (default: as stored)", default=argparse.SUPPRESS)
+    option(
+        "dtype", help="float32, bfloat16, float16, q8_0 or q4_0 weights (default: as stored)", default=argparse.SUPPRESS
+    )
     option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
     option(
         "rollback",
