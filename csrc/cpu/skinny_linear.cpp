@@ -1,4 +1,5 @@
-// The products of linear_rows.h; the scale of an int8 row, y_scale and the bias come last.
+// The products of linear_rows.h; y_scale and the bias come last. Weights in blocks have a kernel of their own,
+// skinny_linear_blocks.cpp.
 #include "../params.h"
 #include "linear_rows.h"
 
@@ -11,7 +12,6 @@ void run(const SkinnyLinearParams& p, int threads) {
     const int64_t work = p.rows * p.in_features * p.out_features;
     const bool scaled = p.y_scale != 1;
     const auto store = [&p, scaled](int64_t m, int64_t n, float total) {
-        if constexpr (sizeof(scalar_t) == 1) total *= p.weight_scale[n];
         if (scaled) total *= p.y_scale;
         p.y[m * p.out_features + n] = p.bias ? total + p.bias[n] : total;
     };
@@ -23,8 +23,10 @@ void run(const SkinnyLinearParams& p, int threads) {
 
 }  // namespace
 
+void skinny_linear_blocks(const SkinnyLinearParams& p, int threads);
+
 void skinny_linear(const SkinnyLinearParams& p, int threads) {
-    if (p.weight_dtype == DType::int8) return run<int8_t>(p, threads);
+    if (is_blocks(p.weight_dtype)) return skinny_linear_blocks(p, threads);
     SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t>(p, threads));
 }
 

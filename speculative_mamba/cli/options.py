@@ -98,7 +98,9 @@ def add_model_options(parser: Parser) -> None:
     )  # fmt: skip
     option("K", type=_LOOKAHEAD, default=4, help="tokens drafted per round, 1 to 15, or auto")
     option("acceptance", choices=ACCEPTANCES, default="rejection", help="coupled: the text of plain sampling, exactly")
-    option("dtype", help="float32, bfloat16, float16 or int8 weights (default: as stored)", default=argparse.SUPPRESS)
+    option(
+        "dtype", help="float32, bfloat16, float16, q8_0 or q4_0 weights (default: as stored)", default=argparse.SUPPRESS
+    )
     option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
     option(
         "rollback", choices=ROLLBACKS, default="auto",

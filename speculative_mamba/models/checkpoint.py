@@ -20,12 +20,12 @@ from .formats.fields import with_eos_token_ids
 from .gguf import GgufFile
 from .in_memory import SharedWeights, check_model, config_of, tensors_of
 from .language_model import ROLLBACKS, MambaLM
-from .sources import FLOAT_DTYPES, CountingSource, HeaderSource, StoredSource
+from .sources import FLOAT_DTYPES, QUANTIZED, CountingSource, HeaderSource, StoredSource, check_format
 from .tokenizer import clean_copy, load_tokenizer
 from .vocabulary import Vocabulary, check_same_vocabulary, read_tokens, tokens_of, vocabulary_of
 from .weights import StoredTensor, read_tensors
 
-WEIGHT_DTYPES = {**FLOAT_DTYPES, "int8": torch.int8}
+WEIGHT_DTYPES = {**FLOAT_DTYPES, **{name: name for name in QUANTIZED}}
 
 
 def load_model(
@@ -51,10 +51,11 @@ def load_model(
             hybrid of *The Mamba in the Llama*), and for text ``tokenizer.json``. Ids that end a text are those of
             ``config.json`` and of ``generation_config.json``. Ids that the tokenizer lacks, or that without one lie
             beyond the stated size, are padding: no text can hold them.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` for the weights; None keeps the stored one,
-            which needs no copy: the weights stay in the mapped file. With ``"int8"`` the matrices and the embedding
-            are rounded to int8 with a scale per row, one by one, and the rest keeps its stored dtype. A, D and the dt
-            bias are float32 always, as is all arithmetic.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"q8_0"`` or ``"q4_0"`` for the weights; None keeps the
+            stored one, which needs no copy: the weights stay in the mapped file. With the last two the matrices and the
+            embedding are rounded to GGUF's blocks of 32 features with a scale, one by one, and the rest keeps its
+            stored dtype, as do matrices whose width is no multiple of 32. A, D and the dt bias are float32 always, as
+            is all arithmetic.
         state_dtype: the first three for the recurrent state, which is rounded after every token, and for cached keys
             and values; None is float32, whatever the weights are. Half the memory, but errors add up over the text, and
             a float16 state beyond 65504 becomes infinite.
@@ -139,7 +140,7 @@ def from_transformers(
 class _Options:
     """The arguments of ``load_model`` after they were checked."""
 
-    dtype: torch.dtype | None
+    dtype: torch.dtype | str | None
     state_dtype: torch.dtype
     rollback: str
     device: torch.device
@@ -270,9 +271,12 @@ class _Checkpoint:
 
     def load(self, options: _Options, on_load: Callable[[str, float], None] | None = None) -> MambaLM:
         has_experts = any(isinstance(mixer, ExpertsConfig) for block in self.config.mixers for mixer in block)
-        if options.dtype is torch.int8 and has_experts:
-            raise ValueError(f"{self.path}: experts cannot be int8; load a mixture of experts in another dtype")
+        if options.dtype in QUANTIZED and has_experts:
+            raise ValueError(
+                f"{self.path}: experts cannot be {options.dtype}; load a mixture of experts in another dtype"
+            )
         stored = self.read()
+        check_format(self.path, stored, options.dtype)
         headers = HeaderSource(self.path, stored, self.described_by)
         asked = CountingSource(headers)
         build(self.config, self.names, asked, "reference")
@@ -310,7 +314,7 @@ def _with_vocabulary(config: ModelConfig, tokens: dict[int, str] | None) -> tupl
     return dataclasses.replace(config, vocab_size=vocabulary.size, padded_vocab_size=padded), vocabulary
 
 
-def parse_dtype(dtype: object, name: str, known: dict[str, torch.dtype]) -> torch.dtype | None:
+def parse_dtype(dtype: object, name: str, known: dict[str, torch.dtype | str]) -> torch.dtype | str | None:
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in known.values()):
         return dtype
     if not isinstance(dtype, str) or dtype not in known:

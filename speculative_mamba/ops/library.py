@@ -20,7 +20,7 @@ _LIBRARY = torch.library.Library("speculative_mamba", "DEF")
 _SCHEMA = {
     torch.Tensor: "Tensor", bool: "bool", int: "int", float: "float", str: "str", Purpose: "int",
     torch.dtype: "ScalarType", tuple[float, float]: "float[]", tuple[torch.Tensor, torch.Tensor]: "(Tensor, Tensor)",
-    tuple[torch.Tensor, ...]: "Tensor[]",
+    tuple[torch.Tensor, ...]: "Tensor[]", torch.Size: "SymInt[]",
 }  # fmt: skip
 
 
@@ -103,10 +103,12 @@ class _Operator:
         arguments: dict[str, object] = {}
         held: dict[tuple[str, type], dict[str, object]] = {}
         for part, value in zip(self._parts, values, strict=True):
+            if isinstance(value, list):
+                value = torch.Size(value) if part.schema == _SCHEMA[torch.Size] else tuple(value)
             if part.holder:
                 held.setdefault((part.argument, part.holder), {})[part.field] = value
             else:
-                arguments[part.argument] = tuple(value) if isinstance(value, list) else value
+                arguments[part.argument] = value
         for (argument, holder), its in held.items():
             if any(value is not None for value in its.values()):
                 arguments[argument] = holder(**its)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from speculative_mamba import ops
+from speculative_mamba.ops.block_weight import quantized
 from speculative_mamba.ops.commit_tokens import BatchState
 from speculative_mamba.ops.expert_weight import ExpertWeight
-from speculative_mamba.ops.int8 import quantised
 from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.ops.sampling_params import SamplingParams
@@ -115,7 +115,7 @@ CALLS: dict[str, tuple[Callable, Callable[[], dict]]] = {
         },
     ),
     "linear": (ops.skinny_linear, lambda: {"x": normal(T, D), "weight": normal(N, D).bfloat16(), "y_scale": 0.5}),
-    "linear, quantised": (ops.skinny_linear, lambda: {"x": normal(T, D), "weight": quantised(normal(N, D))}),
+    "linear, quantised": (ops.skinny_linear, lambda: {"x": normal(T, 64), "weight": quantized(normal(N, 64), "q8_0")}),
     "mlp": (ops.mlp_activation, lambda: {"gate": normal(T, D), "up": normal(T, D)}),
     "norm": (ops.rms_norm, lambda: {"x": normal(T, D), "weight": normal(D), "residual": normal(T, D)}),
     "router": (ops.select_experts, lambda: {"logits": normal(T, D), "top_k": 2, "score": "sigmoid"}),
