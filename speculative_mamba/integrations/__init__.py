@@ -1,0 +1,1 @@
+"""Other people's frameworks; each module imports its own when it is used."""
