@@ -136,6 +136,8 @@ class Call:
                 stop_token_ids=self.stop_token_ids, stream=self.streams and self.streams[row],
                 output_logits=self.output_logits or self.logprobs is not None,
             )  # fmt: skip
+            if cache is not None and cache.keep:
+                cache.remember(row, *self.batch.snapshot(row))
         return self.loop
 
     def _tell(self, committed: list[CommittedToken]) -> None:
