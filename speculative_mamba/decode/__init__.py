@@ -3,12 +3,15 @@
 from ..ops.commit_tokens import BatchState
 from .batch import Batch, CommittedToken
 from .cache import GenerationCache
+from .call import GenerationResult
 from .drafts import Draft, Drafter, ModelDrafter, NgramDrafter, Proposal
 from .executors import EagerExecutor, GraphExecutor
-from .generate import GenerationResult, generate
+from .generate import generate
+from .logprobs import TokenLogprobs
 from .loop import DecodeLoop
 from .sampling import Sampler, SamplingParams
 from .stats import GenerationStats
+from .stream import stream
 
 __all__ = [
     "Batch",
@@ -27,5 +30,7 @@ __all__ = [
     "Proposal",
     "Sampler",
     "SamplingParams",
+    "TokenLogprobs",
     "generate",
+    "stream",
 ]

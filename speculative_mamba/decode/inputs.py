@@ -9,6 +9,7 @@ from ..ops.sampling_params import SamplingParams, of_rows
 from ..ops.values import is_int, shown
 from .cache import GenerationCache
 from .drafts import Draft, Drafter
+from .logprobs import MAX_LOGPROBS
 
 ACCEPTANCES = ("rejection", "coupled")
 NAMED_DRAFTS = ("ngram",)
@@ -53,6 +54,7 @@ def check_generation(
     on_commit: object = None,
     on_prefill: object = None,
     logits_processor: object = None,
+    logprobs: object = None,
     cache: object = None,
 ) -> None:
     """The other arguments of ``generate``.
@@ -89,6 +91,8 @@ def check_generation(
     for name, callback in callbacks.items():
         if callback is not None and not callable(callback):
             raise ValueError(f"{name} must be a function, got {type(callback).__name__}")
+    if logprobs is not None and not (is_int(logprobs) and 0 <= logprobs <= MAX_LOGPROBS):
+        raise ValueError(f"logprobs must be None or from 0 to {MAX_LOGPROBS}, got {shown(logprobs)}")
     if cache is not None and not isinstance(cache, GenerationCache):
         raise ValueError(f"cache must be a GenerationCache, got {type(cache).__name__}")
 

@@ -79,6 +79,17 @@ class KnownModel:
     def __init__(self, model: object) -> None:
         self._model, self._fingerprint = weakref.ref(model), _fingerprint(model)
 
+    @staticmethod
+    def recalled(fingerprint: str) -> "KnownModel":
+        """One that was written down."""
+        known = object.__new__(KnownModel)
+        known._model, known._fingerprint = None, fingerprint
+        return known
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
     def __getstate__(self) -> dict:
         return {"_model": None, "_fingerprint": self._fingerprint}
 

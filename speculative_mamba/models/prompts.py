@@ -7,12 +7,32 @@ import torch
 from tokenizers import Encoding
 
 from ..ops.values import is_int, shown
-from .tokenizer import tokenizer_of
+from .tokenizer import encode, encode_continuation, text_tokenizer, tokenizer_of
 from .vocabulary import Vocabulary, known_vocabulary
 
 # Names by which vocabularies call the token that stands for nothing.
 _PADS = ("<pad>", "[PAD]", "<PAD>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
-_FORMS = "prompt_ids must be a LongTensor (B, L), a list of lists of token ids, or what a tokenizer returns"
+_FORMS = "prompts must be texts, a LongTensor (B, L), a list of lists of token ids, or what a tokenizer returns"
+
+
+def encode_texts(prompts: object, known: Sequence[list[int]], target: object) -> tuple[object, bool]:
+    """A text or a list of texts as token ids, and whether it was that; anything else as it is.
+
+    known: the rows' token ids so far, which the texts follow; none where they begin.
+
+    Raises:
+        ValueError: the target has no tokenizer, or a text is none.
+    """
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    is_list = isinstance(texts, list | tuple) and len(texts) > 0
+    if not is_list or not all(isinstance(text, str) for text in texts):
+        return prompts, False
+    tokenizer = text_tokenizer(target)
+    if not known:
+        return [encode(tokenizer, text) for text in texts], True
+    if len(known) != len(texts):
+        raise ValueError(f"the cache holds {len(known)} rows, but there are {len(texts)} prompts")
+    return [ids + encode_continuation(tokenizer, text) for ids, text in zip(known, texts, strict=True)], True
 
 
 def read_prompts(
@@ -32,20 +52,22 @@ def read_prompts(
         prompt_ids, attention_mask = _parts(prompt_ids, attention_mask)
     whole_and_rows = [prompt_ids, *prompt_ids] if isinstance(prompt_ids, list | tuple) else [prompt_ids]
     if any(isinstance(part, str | bytes) for part in whole_and_rows):
-        raise ValueError(f"{_FORMS}, got text; encode it first: [target.tokenizer.encode(text).ids]")
+        raise ValueError(
+            f"{_FORMS}, got text beside or within them; encode it first: [target.tokenizer.encode(text).ids]"
+        )
     is_tensor = isinstance(prompt_ids, torch.Tensor)
     if is_tensor and (prompt_ids.ndim != 2 or prompt_ids.is_floating_point() or prompt_ids.dtype == torch.bool):
         raise ValueError(
-            f"prompt_ids must be a LongTensor (B, L), got {prompt_ids.dtype} of shape {tuple(prompt_ids.shape)}"
+            f"prompts must be a LongTensor (B, L), got {prompt_ids.dtype} of shape {tuple(prompt_ids.shape)}"
         )
     rows = _lists(prompt_ids, _FORMS)
     if not rows:
-        raise ValueError("prompt_ids has no rows; give at least one prompt")
+        raise ValueError("prompts have no rows; give at least one prompt")
     masks = [None] * len(rows)
     if attention_mask is not None:
-        masks = _lists(attention_mask, "attention_mask must have the shape of prompt_ids")
+        masks = _lists(attention_mask, "attention_mask must have the shape of prompts")
         if len(masks) != len(rows):
-            raise ValueError(f"attention_mask has {len(masks)} rows, prompt_ids {len(rows)}")
+            raise ValueError(f"attention_mask has {len(masks)} rows, but there are {len(rows)} prompts")
     pairs = enumerate(zip(rows, masks, strict=True))
     prompts = [_row(index, row, mask, known_vocabulary(target)) for index, (row, mask) in pairs]
     if attention_mask is None and may_be_padded and len(set(map(len, prompts))) == 1:
@@ -64,7 +86,7 @@ def _parts(encoded: Mapping, attention_mask: object) -> tuple[object, object]:
         raise ValueError(f"{_FORMS}, got a {type(encoded).__name__} without input_ids")
     own = encoded.get("attention_mask")
     if own is not None and attention_mask is not None:
-        raise ValueError("attention_mask is given twice; prompt_ids holds one already")
+        raise ValueError("attention_mask is given twice; the prompts hold one already")
     return encoded["input_ids"], attention_mask if own is None else own
 
 

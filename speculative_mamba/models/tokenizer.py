@@ -78,8 +78,9 @@ def text_tokenizer(model: object) -> Tokenizer:
     """
     tokenizer = tokenizer_of(model)
     if tokenizer is None:
+        name = getattr(model, "name", "the model")
         raise ValueError(
-            f"{model.name} has no tokenizer; put tokenizer.json into its folder (state-spaces models use that of "
+            f"{name} has no tokenizer; put tokenizer.json into its folder (state-spaces models use that of "
             f"{DEFAULT_TOKENIZER}), or pass token ids from Python"
         )
     return tokenizer

@@ -9,8 +9,6 @@ from ..models.prompts import read_prompts
 from ..models.runner import LanguageModel
 from ..ops.values import is_int, shown
 
-MAX_LOGPROBS = 20
-
 
 @dataclass(frozen=True)
 class Request:
@@ -57,15 +55,13 @@ def checked(request: Request, target: LanguageModel, max_length: int | None) -> 
     stops = end_of_text(target) if request.stop_token_ids is None else request.stop_token_ids
     check_generation(
         target, 1, lookahead=1, max_new_tokens=request.max_new_tokens, sampling=sampling, acceptance="rejection",
-        stop_strings=request.stop_strings, stop_token_ids=stops,
+        stop_strings=request.stop_strings, stop_token_ids=stops, logprobs=request.logprobs,
     )  # fmt: skip
     if not isinstance(sampling, SamplingParams) or not is_int(sampling.seed):
         raise ValueError(f"sampling of a request must be SamplingParams with one seed, got {shown(sampling)}")
     _check_bias(sampling, target.vocab_size)
     if not isinstance(request.use_draft, bool):
         raise ValueError(f"use_draft must be True or False, got {shown(request.use_draft)}")
-    if request.logprobs is not None and not (is_int(request.logprobs) and 0 <= request.logprobs <= MAX_LOGPROBS):
-        raise ValueError(f"logprobs must be None or from 0 to {MAX_LOGPROBS}, got {shown(request.logprobs)}")
     if max_length is not None and len(prompt) + request.max_new_tokens > max_length:
         raise ValueError(
             f"the prompt's {len(prompt)} tokens and max_new_tokens {request.max_new_tokens} exceed the engine's "

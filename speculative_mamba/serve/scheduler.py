@@ -10,6 +10,7 @@ import torch
 from ..decode import Batch, CommittedToken, DecodeLoop
 from ..decode.drafts import Draft, Drafter, as_draft
 from ..decode.executors import Executor
+from ..decode.logprobs import token_logprobs
 from ..decode.lookahead import FixedLookahead
 from ..models.runner import LanguageModel
 from .completion import Job, TokenOutput
@@ -185,7 +186,8 @@ class Scheduler:
             pieces = row.pieces or [""] * len(tokens)
             outputs = [TokenOutput(token, piece, came) for (_, token, came), piece in zip(tokens, pieces, strict=True)]
             if row.output_logits:
-                outputs = _with_logprobs(outputs, row.logits, job.request.logprobs)
+                known = token_logprobs(row.logits, [token.token for token in tokens], job.request.logprobs)
+                outputs = [TokenOutput(*output[:3], *its) for output, its in zip(outputs, known, strict=True)]
             row.pieces, row.logits = [], []
             job.extend(outputs, row.tested, row.accepted)
         with self._changed:
@@ -241,13 +243,3 @@ class Scheduler:
         if self._max_length is not None:
             batch.round.reserve(self._max_length + self._lookahead.all[0] + 1)
         return loop
-
-
-def _with_logprobs(outputs: list[TokenOutput], logits: list[torch.Tensor], count: int) -> list[TokenOutput]:
-    """With log-probabilities of each token and of the ``count`` likeliest ones in its place."""
-    logprobs = torch.stack(logits).log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor([[output.token] for output in outputs], device=logprobs.device))
-    values, ids = logprobs.topk(min(count, logprobs.shape[1]))
-    likeliest = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-    rows = zip(outputs, chosen[:, 0].tolist(), likeliest, strict=True)
-    return [output._replace(logprob=one, top_logprobs=others) for output, one, others in rows]

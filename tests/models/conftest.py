@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-
-VOCABULARY = 64
+from published import random_hugging_face_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,22 +19,6 @@ class Checkpoint:
     def change_config(self, **changes: Any) -> None:
         path = self.folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def random_hugging_face_model(seed: int = 0, **config: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 3, "state_size": 5, "time_step_rank": 3,
-        "tie_word_embeddings": False, "eos_token_id": 0,
-    }  # fmt: skip
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(**{**sizes, **config})).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():  # as initialised the biases are zero and the norms one
-        for name, parameter in model.named_parameters():
-            scale = 0.05 if name.endswith(("A_log", "D")) else 0.3
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def write_state_spaces(folder: Path, model: Any, **config: Any) -> None:

@@ -52,6 +52,23 @@ class RandomTensors(dict):
             self.draw(p + "out_proj.bias", WIDTH)
 
 
+def random_hugging_face_model(seed: int = 0, **config: Any) -> Any:
+    """Mamba-1, as transformers has it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 3, "state_size": 5, "time_step_rank": 3,
+        "tie_word_embeddings": False, "eos_token_id": 0,
+    }  # fmt: skip
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**{**sizes, **config})).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # as initialised the biases are zero and the norms one
+        for name, parameter in model.named_parameters():
+            scale = 0.05 if name.endswith(("A_log", "D")) else 0.3
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 def _of_transformers(folder: Path, config_class: str, model_class: str, seed: int, config: dict[str, Any]) -> Oracle:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 3, "tie_word_embeddings": False}
@@ -72,6 +89,7 @@ def _of_transformers(folder: Path, config_class: str, model_class: str, seed: in
         with torch.no_grad():
             return model(torch.tensor([ids]), use_cache=False).logits[0]
 
+    logits.model = model
     return logits
 
 

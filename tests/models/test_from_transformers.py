@@ -6,13 +6,11 @@ import json
 import pickle
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import random_hugging_face_model
-from published import FORMATS
+from published import FORMATS, random_hugging_face_model
 
 import speculative_mamba as sm
 from speculative_mamba.testing.text import byte_level_tokenizer
@@ -20,19 +18,6 @@ from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 transformers = pytest.importorskip("transformers")
 IDS = [5, 9, 33, 2, 60, 17, 41, 8]
-
-
-def in_memory(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
-    """A model of one of FORMATS before it was written to the folder."""
-    models, save = [], transformers.PreTrainedModel.save_pretrained
-
-    def keep(model: Any, *arguments: Any, **others: Any) -> None:
-        models.append(model)
-        save(model, *arguments, **others)
-
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", keep)
-    FORMATS[name](folder, 3, **options)
-    return models[0]
 
 
 def logits(model: sm.MambaLM) -> torch.Tensor:
@@ -52,9 +37,9 @@ PUBLISHED = [name for name in FORMATS if name.endswith("-hf")]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_bits_of_the_files_in_the_memory_of_the_model(name, dtype, tmp_path, monkeypatch):
+def test_the_bits_of_the_files_in_the_memory_of_the_model(name, dtype, tmp_path):
     """Catches: names of Nemotron-H in memory; a copy where none is needed."""
-    model = in_memory(name, tmp_path, monkeypatch)
+    model = FORMATS[name](tmp_path, 3).model
     if dtype is not torch.float32:
         model = model.to(dtype)
         model.save_pretrained(tmp_path)
