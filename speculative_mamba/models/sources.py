@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from ..ops.int8 import Int8Weight, quantised
+from ..ops.values import shown
 from .files import MappedFile
 from .weights import StoredTensor, release_pages
 
@@ -65,8 +66,8 @@ class HeaderSource:
         if others:
             more = f" and {len(others) - 1} more" if others[1:] else ""
             raise ValueError(
-                f"{self._folder}: the weights hold {others[0]}{more}, which config.json does not call for; a model "
-                "without them would be another one"
+                f"{self._folder}: the weights hold {shown(others[0])}{more}, which config.json does not call for; a "
+                "model without them would be another one"
             )
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ..ops.values import reason
+
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _ANCHOR = "\n"  # a text of its own to every tokenizer, unless what follows begins with line ends
 
@@ -37,7 +39,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+        raise ValueError(f"{path} is not a tokenizer file: {reason(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):  # BPE alone has it
