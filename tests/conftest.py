@@ -7,6 +7,8 @@ import torch
 
 from speculative_mamba import cli
 
+pytest_plugins = ["reduced"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _poisoned_memory() -> Iterator[None]:
