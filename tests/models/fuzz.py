@@ -140,6 +140,11 @@ def main(count: int, random_seed: int) -> None:
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
+    by_name = {
+        name: st.sampled_from([file for file in files if file.name == name])
+        for name in sorted({file.name for file in files})
+    }
+    chosen = st.sampled_from(files) | st.sampled_from(list(by_name)).flatmap(by_name.get)
     outcomes = Counter()
 
     @seed(random_seed)
@@ -152,7 +157,7 @@ def main(count: int, random_seed: int) -> None:
     )
     @given(st.data())
     def fuzz(data: st.DataObject) -> None:
-        file = data.draw(st.sampled_from(files))
+        file = data.draw(chosen)
         content = file.read_bytes()
         damage = data.draw(st.sampled_from(DAMAGES.get(file.suffix, (damaged_bytes,))))
         replace(file, damage(data.draw, content))

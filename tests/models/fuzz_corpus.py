@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import Unigram
 
 import speculative_mamba.models as models
 from speculative_mamba.models.builder import build
@@ -131,8 +133,11 @@ def write_corpus(root: Path) -> list[Path]:
         save_file(asked.tensors, folder / "model.safetensors", {"format": "pt"})
         documents = {"config.json": config, "mamba_config.json": mamba_config, "generation_config.json": GENERATION}
         write_documents(folder, {file: document for file, document in documents.items() if document is not None})
-    for name in ("mamba", "state-spaces", "mamba2attn"):  # the format of the others needs one for text
-        _with_tokenizer(root / name)
+    bytes_alone = Tokenizer.from_file(str(Path(models.__file__).parent / "builtin" / "draft" / "tokenizer.json"))
+    tokenizers = {"mamba": bytes_alone, "state-spaces": bytes_alone, "mamba2attn": bytes_alone, "llama": unigram()}
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save(str(root / name / "tokenizer.json"))
+        write_documents(root / name, TOKENIZER_FILES)
     _with_shards(shutil.copytree(root / "bamba", root / "shards"))
     return sorted(file for file in root.glob("*/*") if file.is_file())
 
@@ -142,9 +147,20 @@ def write_documents(folder: Path, documents: dict[str, object]) -> None:
         (folder / file).write_text(json.dumps(document))
 
 
-def _with_tokenizer(folder: Path) -> None:
-    shutil.copy(Path(models.__file__).parent / "builtin" / "draft" / "tokenizer.json", folder)
-    write_documents(folder, TOKENIZER_FILES)
+def unigram() -> Tokenizer:
+    """A tokenizer with every stage that there is."""
+    tokens = ["<unk>", "<s>", "</s>", *map(chr, range(97, 123)), "\u2581", "\u2581a", "te"]
+    tokenizer = Tokenizer(Unigram([(token, -float(at)) for at, token in enumerate(tokens)], 0, False))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\t", " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d{1,3}"), "isolated"), pre_tokenizers.Metaspace()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence([decoders.Metaspace(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.enable_truncation(64)
+    tokenizer.enable_padding(pad_id=2, pad_token="</s>")
+    return tokenizer
 
 
 def _with_shards(folder: Path) -> None:
