@@ -3,7 +3,8 @@
 SPECULATIVE_MAMBA_CUDA: auto (the default: build the CUDA kernels if nvcc is found; if they fail, say so and go on), on
 (nvcc must be found and succeed) or off. SPECULATIVE_MAMBA_CUDA_ARCHS: compute capabilities such as "80;90"; by default
 the first of every generation from Ampere on that nvcc lists, whose code runs on the rest of its generation, and PTX of
-the last for those to come.
+the last for those to come. SPECULATIVE_MAMBA_SANITIZE: address,undefined or thread, for the CPU kernels; Python then
+needs the sanitizer's library in LD_PRELOAD, as tests/sanitize.py gives it.
 
 Object files stay in build/, so that a second build compiles what has changed. Whatever goes wrong, the last line says
 what is needed.
@@ -30,7 +31,10 @@ ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 OLDEST = 80
 SETUPTOOLS = 77  # as in pyproject.toml: older ones do not understand it
-MODES = ("auto", "on", "off")
+CHOICES = {  # the first is the default
+    "SPECULATIVE_MAMBA_CUDA": ("auto", "on", "off"),
+    "SPECULATIVE_MAMBA_SANITIZE": ("", "address,undefined", "thread"),
+}
 # CMake reads these once, when it configures a build folder for the first time.
 READ_ONCE = re.compile(r"CMAKE_\w+|CC|CXX|CUDAHOSTCXX|\w+FLAGS")
 GET_COMPILER = "Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install"
@@ -41,11 +45,13 @@ CAUSES = (
 )
 
 
-def cuda_mode() -> str:
-    mode = os.environ.get("SPECULATIVE_MAMBA_CUDA", "auto")
-    if mode not in MODES:
-        sys.exit(f"SPECULATIVE_MAMBA_CUDA must be one of {', '.join(MODES)}, got '{mode}'")
-    return mode
+def chosen(variable: str) -> str:
+    """What an environment variable chooses."""
+    choices = CHOICES[variable]
+    value = os.environ.get(variable, choices[0])
+    if value not in choices:
+        sys.exit(f"{variable} must be {' or '.join(filter(None, choices))}, got '{value}'")
+    return value
 
 
 def find_nvcc() -> str | None:
@@ -186,7 +192,7 @@ class CMakeBuild(build_ext):
         is_cuda = ext.name.endswith("_C_cuda")
         try:
             check_tools()
-            options = []
+            options = [f"-DSM_SANITIZE={sanitize}"] if sanitize else []
             if is_cuda:
                 nvcc = find_nvcc()
                 if nvcc is None:
@@ -212,7 +218,7 @@ if int(setuptools.__version__.partition(".")[0]) < SETUPTOOLS:
     sys.exit(
         f"speculative_mamba: setuptools {setuptools.__version__} is too old; pip install 'setuptools>={SETUPTOOLS}'"
     )
-mode = cuda_mode()
+mode, sanitize = map(chosen, CHOICES)
 extensions = [Extension("speculative_mamba._C", sources=[])]
 if mode == "on" or (mode == "auto" and find_nvcc()):
     extensions.append(Extension("speculative_mamba._C_cuda", sources=[], optional=mode == "auto"))

@@ -8,6 +8,8 @@ import torch
 from speculative_mamba import cli
 from speculative_mamba.decode.lookahead import remembered_costs
 
+pytest_plugins = ["reduced"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _poisoned_memory() -> Iterator[None]:

@@ -48,7 +48,7 @@ class Build:
         (self.bin / name).chmod(0o755)
 
     def __call__(self, **environment: str) -> subprocess.CompletedProcess:
-        own = re.compile(r".*CUDA.*|.*FLAGS|CMAKE_.*|CC|CXX|MAX_JOBS")
+        own = re.compile(r".*CUDA.*|.*SANITIZE|.*FLAGS|CMAKE_.*|CC|CXX|MAX_JOBS")
         clean = {name: value for name, value in os.environ.items() if not own.fullmatch(name)}
         clean |= {"PATH": f"{self.bin}:/usr/bin:/bin", "CALLS": str(self.calls), **environment}
         command = [sys.executable, "setup.py", "-q", "build_ext"]
@@ -131,7 +131,9 @@ def test_in_auto_a_failure_leaves_the_cpu_kernels(build: Build) -> None:
 
 def test_an_unknown_mode_is_refused(build: Build) -> None:
     line = build.refusal(SPECULATIVE_MAMBA_CUDA="yes")
-    assert line == "SPECULATIVE_MAMBA_CUDA must be one of auto, on, off, got 'yes'"
+    assert line == "SPECULATIVE_MAMBA_CUDA must be auto or on or off, got 'yes'"
+    line = build.refusal(SPECULATIVE_MAMBA_SANITIZE="memory")
+    assert line == "SPECULATIVE_MAMBA_SANITIZE must be address,undefined or thread, got 'memory'"
     assert build.refusal(MAX_JOBS="many").endswith(
         "MAX_JOBS must be a number of files to compile at a time, got 'many'"
     )

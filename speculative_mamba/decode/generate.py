@@ -86,8 +86,8 @@ def generate(
     call = Call.of(
         target, prompts, attention_mask, draft, sampling=sampling, lookahead=lookahead, max_new_tokens=max_new_tokens,
         acceptance=acceptance, stop_token_ids=stop_token_ids, stop_strings=stop_strings, on_token=on_token,
-        on_commit=on_commit, on_prefill=on_prefill, output_logits=output_logits, logprobs=logprobs, logits_processor=logits_processor,
-        cache=cache, executor=executor,
+        on_commit=on_commit, on_prefill=on_prefill, output_logits=output_logits, logprobs=logprobs,
+        logits_processor=logits_processor, cache=cache, executor=executor,
     )  # fmt: skip
     if call.max_new_tokens:
         with call.executor:

@@ -12,7 +12,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..ops.values import shown
+from ..ops.values import reason, shown
 from .files import read_json
 
 CHAT_TEMPLATE, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = (
@@ -20,7 +20,6 @@ CHAT_TEMPLATE, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-_REASON = 400  # characters of somebody else's error that a message repeats
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE_TOKENS = ("extra_special_tokens", "model_specific_special_tokens")
 
@@ -48,14 +47,14 @@ class ChatTemplate:
         variables = {"tools": None, "documents": None} | _plain(variables, "variables of a chat template")
         name = "tool_use" if variables["tools"] is not None and "tool_use" in self.sources else "default"
         if name not in self.sources:
-            raise ValueError(f"{self.origin} has no default chat template, only {', '.join(self.sources)}")
+            raise ValueError(f"{self.origin} has no default chat template, only {shown(', '.join(self.sources))}")
         variables |= {"messages": messages, "add_generation_prompt": bool(add_generation_prompt)}
         try:
             return _compiled(self.sources[name]).render({**self.special_tokens, **variables})
         except _RefusalError as refusal:
-            raise ValueError(f"the chat template of {self.origin} refuses the messages: {_line(refusal)}") from None
+            raise ValueError(f"the chat template of {self.origin} refuses the messages: {reason(refusal)}") from None
         except Exception as error:  # of any kind: the template is somebody else's program
-            what = f"{type(error).__name__}: {_line(error)}"
+            what = f"{type(error).__name__}: {reason(error)}"
             raise ValueError(f"the chat template of {self.origin} cannot be used: {what}") from None
 
 
@@ -143,12 +142,7 @@ def _plain(value: object, name: str) -> object:
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name} must be made of texts, numbers, lists and dicts: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= _REASON else f"{text[:_REASON]}…"
+        raise ValueError(f"{name} must be made of texts, numbers, lists and dicts: {reason(error)}") from None
 
 
 class _RefusalError(TemplateError):

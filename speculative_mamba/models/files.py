@@ -6,6 +6,8 @@ import time
 import weakref
 from pathlib import Path
 
+from ..ops.values import reason
+
 ZIP, LEGACY = (
     b"PK\x03\x04",
     b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19",
@@ -33,7 +35,7 @@ def read_json(path: Path) -> dict:
     except RecursionError:
         raise ValueError(f"{path} cannot be read as JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+        raise ValueError(f"{path} cannot be read as JSON: {reason(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return content

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..ops.block_weight import BlockWeight, can_quantize, quantized
+from ..ops.values import shown
 from .files import MappedFile
 from .weights import StoredTensor, release_pages
 
@@ -91,7 +92,7 @@ class HeaderSource:
         if others:
             more = f" and {len(others) - 1} more" if others[1:] else ""
             raise ValueError(
-                f"{self._folder}: the weights hold {others[0]}{more}, which {self._described_by} does not call for; a "
+                f"{self._folder}: the weights hold {shown(others[0])}{more}, which {self._described_by} does not call for; a "
                 "model without them would be another one"
             )
 

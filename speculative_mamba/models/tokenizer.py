@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ..ops.values import reason
+
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _ANCHOR = "\n"  # a text of its own to every tokenizer, unless what follows begins with line ends
 
@@ -38,7 +40,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+        raise ValueError(f"{path} is not a tokenizer file: {reason(error)}") from None
     return _clean(tokenizer)
 
 

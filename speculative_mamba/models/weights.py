@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch.torch_version import TorchVersion
 
 from ..ops.block_formats import FORMATS
+from ..ops.values import reason, shown
 from .files import UNREADABLE, MappedFile, check_readable, read_json
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -72,16 +73,16 @@ def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     held: dict[str, set[str]] = {}
     for name in sorted({_shard_name(index, name) for name in weight_map.values()}):
         if not (folder / name).exists():
-            raise ValueError(f"{folder} lacks the shard {name}, which {index.name} names; download it again")
+            raise ValueError(f"{folder} lacks the shard {shown(name)}, which {index.name} names; download it again")
         if Path(name).suffix != suffix:
-            raise ValueError(f"{index} names the shard {name}, which is no {suffix} file")
+            raise ValueError(f"{index} names the shard {shown(name)}, which is no {suffix} file")
         shard = _read_file(folder / name)
         held[name] = set(shard)
         # What a shard holds beyond the index counts as well: nothing of it may be left out in silence.
         tensors |= {tensor: stored for tensor, stored in shard.items() if weight_map.get(tensor, name) == name}
     missing = sorted(tensor for tensor, name in weight_map.items() if tensor not in held[name])
     if missing:
-        raise ValueError(f"{folder}: {missing[0]} is not in the shard that {index.name} names")
+        raise ValueError(f"{folder}: {shown(missing[0])} is not in the shard that {index.name} names")
     return tensors
 
 
@@ -91,7 +92,7 @@ def _shard_name(index: Path, name: object) -> str:
     for path in (PurePosixPath(name), PureWindowsPath(name)) if inside else ():
         inside = inside and not path.anchor and ".." not in path.parts
     if not inside:
-        raise ValueError(f"{index} names the shard {name!r:.60}, which is no file in its folder")
+        raise ValueError(f"{index} names the shard {shown(name)}, which is no file in its folder")
     return name
 
 
@@ -112,8 +113,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
             "safetensors.torch.save_file"
         ) from None
     except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} {UNREADABLE}: {reason[0]}") from None
+        raise ValueError(f"{path} {UNREADABLE}: {reason(error)}") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):

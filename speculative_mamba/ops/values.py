@@ -4,6 +4,7 @@ import math
 from numbers import Integral, Real
 
 _SHOWN = 60  # characters of a value that a message repeats
+_REASON = 400  # of somebody else's error
 
 
 def is_number(value: object) -> bool:
@@ -25,3 +26,10 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # a number of too many digits, a list within a list within …
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def reason(error: BaseException) -> str:
+    """Somebody else's error as a message repeats it: on one line, its name if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return text if len(text) <= _REASON else f"{text[:_REASON]}…"

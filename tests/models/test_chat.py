@@ -167,7 +167,7 @@ def test_no_template_is_one_line(blank):
         ("{{ nothing.there }}", "UndefinedError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ '\ud800' }}", "not valid Unicode"),
-        ([{"name": "rag", "template": CHATML}], "no default chat template, only rag"),
+        ([{"name": "rag", "template": CHATML}], "no default chat template, only 'rag'"),
         ([], "chat_template must be"),
         (["{{ 1 }}"], "chat_template must be"),
         ([{"name": "default", "template": 3}], "chat_template must be"),

@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 import pytest
+from reduced import cover, params
 
 INTERPRETED = "triton interpreted"
 TABLE = 10  # a parameter of as many values is a table of cases, and tests of a file take turns with its rows
@@ -14,7 +15,7 @@ def without_most_interpreted(items: list[pytest.Item]) -> list[pytest.Item]:
     share a part each, together all of it. Tests against float64, with fixture ``kernels``, take all of a table."""
     tests = defaultdict(list)
     for item in items:
-        if INTERPRETED in (value for _, value in _values(item)):
+        if INTERPRETED in (value for _, value in params(item)):
             tests[item.path, item.originalname].append(item)
     sharing = defaultdict(list)
     for (path, name), cases in tests.items():
@@ -26,23 +27,10 @@ def without_most_interpreted(items: list[pytest.Item]) -> list[pytest.Item]:
             names = sharing[path, table]
             turns = min(TURNS, len(names))
             mine = {(table, row) for row in rows[names.index(name) % turns :: turns]}
-            cases = [case for case in cases if mine & _values(case)]
-        kept.update(_cover(cases))
+            cases = [case for case in cases if mine & params(case)]
+        kept.update(cover(cases))
     interpreted = {item for cases in tests.values() for item in cases}
     return [item for item in items if item not in interpreted or item in kept]
-
-
-def _values(item: pytest.Item) -> set[tuple[str, str]]:
-    """Parameters and their values, as strings."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return {(name, _text(value)) for name, value in params.items()}
-
-
-def _text(value: object) -> str:
-    try:
-        return str(value)
-    except ValueError:  # a number of too many digits
-        return type(value).__name__
 
 
 def _tables(cases: list[pytest.Item]) -> dict[str, list[str]]:
@@ -54,12 +42,3 @@ def _tables(cases: list[pytest.Item]) -> dict[str, list[str]]:
         for name in cases[0].callspec.params
     }
     return {name: values for name, values in rows.items() if len(values) >= TABLE}
-
-
-def _cover(cases: list[pytest.Item]) -> list[pytest.Item]:
-    """Few cases that together have every value of every parameter."""
-    missing, chosen = set().union(*map(_values, cases)), []
-    while missing:
-        chosen.append(max(cases, key=lambda case: len(missing & _values(case))))
-        missing -= _values(chosen[-1])
-    return chosen

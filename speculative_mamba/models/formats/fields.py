@@ -144,7 +144,7 @@ def refuse_unknown(config: dict[str, Any], where: str, known: str) -> None:
     """Fields that are arguments of a layer: one that is not known may change what it computes."""
     unknown = sorted(set(config) - set(known.split()))
     if unknown:
-        raise ValueError(f"config.json has {where}.{unknown[0]}, which is not supported")
+        raise ValueError(f"config.json has {shown(f'{where}.{unknown[0]}')}, which is not supported")
 
 
 def divides(part: int, whole: int, what: str) -> int:
