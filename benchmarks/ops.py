@@ -116,16 +116,13 @@ def bench_experts(report: Report, config: ExpertsConfig, d_model: int) -> None:
                 return y
 
             args = x, experts, sums
-            check(
-                "expert_linear",
-                expert_linear(*args, experts_of[0]),
-                expert_linear(*args, experts_of[0], backend="reference"),
-            )
+            exact = expert_linear(*args, experts_of[0], backend="reference")
+            check("expert_linear", expert_linear(*args, experts_of[0]), exact)
             next_weight, next_again = rotate(experts_of), rotate(weights)
             times = interleaved_medians(
                 {
-                    "ours": lambda args=args: expert_linear(*args, next_weight()),
-                    "F.linear per expert": lambda theirs=theirs: theirs(next_again()),
+                    "ours": lambda args=args, mine=next_weight: expert_linear(*args, mine()),
+                    "F.linear per expert": lambda theirs=theirs, again=next_again: theirs(again()),
                 },
                 rounds=9,
             )
