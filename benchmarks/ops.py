@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from speculative_mamba.models.config import ModelConfig
+from speculative_mamba.models.config import ExpertsConfig, ModelConfig
 from speculative_mamba.models.sources import QUANTIZED
 from speculative_mamba.ops import (
     attention_verify,
     causal_conv1d_verify,
+    expert_linear,
     rms_norm,
     sample_tokens,
     selective_scan_verify,
@@ -24,6 +25,7 @@ from speculative_mamba.ops import (
     ssd_verify,
 )
 from speculative_mamba.ops.block_weight import BlockWeight, can_quantize, quantized
+from speculative_mamba.ops.expert_weight import ExpertWeight
 from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.ops.sampling_tensors import SamplingTensors
@@ -89,6 +91,48 @@ def bench_blocks(report: Report, in_features: int, out_features: int, rows_list:
             )
             shape = f"{out_features}x{in_features}"
             _add(report, "skinny_linear", shape, times, narrow.nbytes, "bf16", format, rows=rows)
+
+
+def bench_experts(report: Report, config: ExpertsConfig, d_model: int) -> None:
+    """gate (or up) and down projections of one layer, for tokens that choose at random: bytes are those of the experts
+    chosen. The baseline is a product in PyTorch for every expert with its tokens, as transformers has it."""
+    count, size = config.num_experts, config.num_experts * config.d_inner * d_model * 2
+    layers = max(2, CACHE_BYTES // size)
+    for name, (out_features, in_features) in {
+        "up": (config.d_inner, d_model), "down": (d_model, config.d_inner),
+    }.items():  # fmt: skip
+        progress(f"drawing {layers} x {count} experts of {out_features}x{in_features}")
+        whole = (torch.randn(count, out_features, in_features) * in_features**-0.5).bfloat16()
+        weights = [whole.clone() for _ in range(layers)]
+        experts_of = [ExpertWeight(tuple(weight)) for weight in weights]
+        for tokens in (1, 2, 3, 5, 8):
+            experts = torch.rand(tokens, count).argsort(-1)[:, : config.top_k].int().contiguous()
+            x = torch.randn(tokens, 1 if name == "up" else config.top_k, in_features)
+            sums = torch.rand(tokens, config.top_k) if name == "down" else None
+            chosen = experts.unique()
+
+            def theirs(weight: torch.Tensor, x=x, experts=experts, chosen=chosen) -> torch.Tensor:
+                y = x.new_empty(*experts.shape, weight.shape[1])
+                for expert in chosen:
+                    token, choice = torch.where(experts == expert)
+                    rows = x[token, choice if x.shape[1] > 1 else 0].bfloat16()
+                    y[token, choice] = F.linear(rows, weight[expert]).float()
+                return y
+
+            args = x, experts, sums
+            exact = expert_linear(*args, experts_of[0], backend="reference")
+            check("expert_linear", expert_linear(*args, experts_of[0]), exact)
+            next_weight, next_again = rotate(experts_of), rotate(weights)
+            times = interleaved_medians(
+                {
+                    "ours": lambda args=args, mine=next_weight: expert_linear(*args, mine()),
+                    "F.linear per expert": lambda theirs=theirs, again=next_again: theirs(again()),
+                },
+                rounds=9,
+            )
+            shape = f"{config.top_k}/{count}x{out_features}x{in_features}"
+            moved = len(chosen) * out_features * in_features * 2
+            _add(report, "expert_linear", shape, times, moved, "F.linear per expert", tokens=tokens)
 
 
 def bench_norm(report: Report, config: ModelConfig) -> None:
@@ -301,6 +345,8 @@ def main() -> None:
     )  # fmt: skip
     bench_linear(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
     bench_blocks(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
+    tiny = published_config("granite-4.0-h-tiny")
+    bench_experts(report, next(c for c in tiny.mixers[1] if isinstance(c, ExpertsConfig)), tiny.d_model)
     bench_accept(report)
     for name in ("mamba2-130m", "mamba2-2.7b"):
         bench_ssd(report, published_config(name))

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import decode, drift, ngram, ops, report, rollback, sweep
 from speculative_mamba.models.builder import build
-from speculative_mamba.models.config import AttentionConfig
+from speculative_mamba.models.config import AttentionConfig, ExpertsConfig
 from speculative_mamba.models.formats import parse_config
 from speculative_mamba.testing.hybrids import HYBRIDS
 from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture, tiny_config
@@ -17,6 +17,7 @@ from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_a
 PARAMETERS = {
     "granite-4.0-h-350m": 340_332_224,
     "granite-4.0-h-micro": 3_191_396_096,
+    "granite-4.0-h-tiny": 6_939_037_248,
     "lfm2-350m": 354_483_968,
     "lfm2-2.6b": 2_569_272_320,
     "nemotron-nano-9b-v2": 8_888_227_328,
@@ -55,6 +56,7 @@ def test_ops_say_what_they_do_before_each_timing(monkeypatch, capsys):
     config = tiny_config()
     for bench in (ops.bench_norm, ops.bench_conv, ops.bench_scan):
         bench(None, config)
+    ops.bench_experts(None, ExpertsConfig(8, 3, 20), 24)
     ops.bench_accept(None, vocabulary=50, lookahead=2)
     lines = [line for line in capsys.readouterr().err.splitlines() if "timing" in line]
     assert [line.split()[2].rstrip(",") for line in lines] == rows

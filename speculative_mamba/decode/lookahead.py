@@ -47,10 +47,11 @@ class AdaptiveLookahead:
 
     With acceptance rate α, K drafted tokens give (1 - α^(K+1)) / (1 - α) tokens a round. Rounds cost what they took in
     this run or in earlier ones; the first of a K in a run takes longer (memory, caches, compilers), so it is no
-    evidence. Those of a K not yet measured lie on a line through the others. To draw it where nothing is known, two
-    rounds are plain decoding, after the first of three that draft, one of which may be disturbed. When these plans are
-    measured and even a hopeful estimate of α promises less than plain decoding, the draft is ``dropped`` for the rest
-    of the run and ``next`` is 0.
+    evidence. Those of a K not yet measured lie on a line through the others, behind the longest of which it rises half
+    as fast: the more tokens a pass has, the fewer are the experts that one token more adds. To draw it where nothing is
+    known, two rounds are plain decoding, after the first of three that draft, one of which may be disturbed. When these
+    plans are measured and even a hopeful estimate of α promises less than plain decoding, the draft is ``dropped`` for
+    the rest of the run and ``next`` is 0.
 
     lookaheads: in rising order, from 0 on. costs: seconds of the last rounds of each K, added to. ``observe`` may come
     a few rounds after ``next``.
@@ -100,4 +101,5 @@ class AdaptiveLookahead:
         if drafts in known:
             return tokens / known[drafts]
         slope, intercept = statistics.linear_regression(*zip(*known.items(), strict=True))
-        return tokens / max(intercept + slope * drafts, min(known.values()))
+        longest = min(drafts, max(known))
+        return tokens / max(intercept + slope * (longest + drafts) / 2, min(known.values()))

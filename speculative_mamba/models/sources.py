@@ -92,8 +92,8 @@ class HeaderSource:
         if others:
             more = f" and {len(others) - 1} more" if others[1:] else ""
             raise ValueError(
-                f"{self._folder}: the weights hold {shown(others[0])}{more}, which {self._described_by} does not call for; a "
-                "model without them would be another one"
+                f"{self._folder}: the weights hold {shown(others[0])}{more}, which {self._described_by} does not call "
+                "for; a model without them would be another one"
             )
 
 

@@ -29,6 +29,12 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8, "mamba_n_heads": 64, "mamba_d_head": 64, "residual_multiplier": 0.22,
         "logits_scaling": 8, "layer_types": _layers("mamba", 40, "attention", 5, 15, 25, 35),
     },
+    "granite-4.0-h-tiny": _GRANITE | {
+        "hidden_size": 1536, "num_hidden_layers": 40, "shared_intermediate_size": 1024, "num_attention_heads": 12,
+        "num_key_value_heads": 4, "mamba_n_heads": 48, "mamba_d_head": 64, "residual_multiplier": 0.22,
+        "logits_scaling": 6, "layer_types": _layers("mamba", 40, "attention", 5, 15, 25, 35),
+        "num_local_experts": 64, "num_experts_per_tok": 6, "intermediate_size": 512,
+    },
     "lfm2-350m": _LFM2 | {
         "hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "block_ff_dim": 6656,
         "layer_types": _layers("conv", 16, "full_attention", 2, 5, 8, 10, 12, 14),
@@ -66,4 +72,8 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # The small model with the same tokens, where one is published.
-DRAFTS = {"granite-4.0-h-micro": "granite-4.0-h-350m", "lfm2-2.6b": "lfm2-350m"}
+DRAFTS = {
+    "granite-4.0-h-micro": "granite-4.0-h-350m",
+    "granite-4.0-h-tiny": "granite-4.0-h-350m",
+    "lfm2-2.6b": "lfm2-350m",
+}

@@ -23,7 +23,7 @@ CASES = [
     for mode in (("snapshots", "replay") if kind != "llama" else ("snapshots",))
 ]
 SOME = [case for case in CASES if case.values[1] == ARCHITECTURES.index(case.values[0]) % 2]  # one seed of each kind
-HYBRIDS = ("mamba2attn", "mamba-in-llama", "mamba2-in-llama", "granite-hybrid", "parallel", "lfm2")
+HYBRIDS = ("mamba2attn", "mamba-in-llama", "mamba2-in-llama", "granite-hybrid", "parallel", "lfm2", "experts")
 DRAFTS = ("equal", "near, snapshots", "near, replay", "random, snapshots", "random, replay", "llama", "ngram")
 LENGTHS = (1, 4, CAPACITY_STEP - 5)  # the last one's attention cache grows within ten tokens
 TOKENS = 10

@@ -32,13 +32,33 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
     *(
         ("granite-hybrid-hf", CONFIG, {key: value}, key)
         for key, value in {
-            "num_local_experts": 64, "hidden_act": "gelu", "normalization_function": "layernorm",
+            "num_local_experts": -1, "hidden_act": "gelu", "normalization_function": "layernorm",
             "position_embedding_type": "alibi", "mamba_n_heads": 5, "mamba_n_groups": 4, "mamba_d_head": 7,
             "mamba_d_state": 0, "mamba_expand": 1e9, "shared_intermediate_size": 0, "time_step_limit": [1, 0],
             "num_hidden_layers": 10**10, "hidden_size": math.inf, "layer_types": "mamba",
         }.items()
     ),
-    ("granite-hybrid-hf", CONFIG, {"num_local_experts": None}, "num_local_experts"),
+    *(
+        (name, CONFIG, {key: value}, key)
+        for name, changes in {
+            "granite-moe-hf": {
+                "num_local_experts": 0, "num_experts_per_tok": 7, "hidden_act": "gelu", "intermediate_size": 0,
+            },
+            "granite-moe-hybrid-hf": {"num_local_experts": 1025, "num_experts_per_tok": 0, "intermediate_size": 1e9},
+            "lfm2-moe-hf": {
+                "num_experts": 0, "num_experts_per_tok": 7, "moe_intermediate_size": 0, "num_dense_layers": -1,
+                "use_expert_bias": 1, "norm_topk_prob": "yes", "routed_scaling_factor": 0, "intermediate_size": -1,
+            },
+            "nemotron-h-moe-hf": {
+                "n_routed_experts": 1025, "num_experts_per_tok": 10, "moe_intermediate_size": 0, "n_group": 5,
+                "topk_group": 5, "norm_topk_prob": 1, "routed_scaling_factor": math.nan, "moe_latent_size": 8,
+                "n_shared_experts": 2, "moe_shared_expert_intermediate_size": 0, "mlp_hidden_act": "gelu",
+            },
+            "jamba-moe-hf": {"num_experts": -1, "num_experts_per_tok": 6, "expert_layer_period": 0},
+        }.items()
+        for key, value in changes.items()
+    ),
+    ("nemotron-h-moe-hf", CONFIG, {"n_group": 12}, "n_group"),
     ("granite-hybrid-hf", CONFIG, {"layer_types": ["mamba", "attention"]}, "2 layer_types, but num_hidden_layers = 3"),
     ("granite-hybrid-hf", CONFIG, {"layer_types": ["mamba", "attention", "conv"]}, "'conv' in layer_types"),
     ("granite-hybrid-hf", CONFIG, {"architectures": ["GraniteMoeForCausalLM"]}, "GraniteMoeForCausalLM"),
@@ -58,7 +78,6 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
     ),
     ("lfm2-hf", CONFIG, {"layer_types": None, "full_attn_idxs": [3]}, "full_attn_idxs"),
     ("lfm2-hf", CONFIG, {"block_ffn_dim_multiplier": 1e9}, "intermediate_size"),
-    ("lfm2-hf", CONFIG, {"model_type": "lfm2_moe", "architectures": ["Lfm2MoeForCausalLM"]}, "lfm2_moe"),
     *(
         ("nemotron-h-hf", CONFIG, {key: value}, key)
         for key, value in {
@@ -71,21 +90,19 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
     *(
         ("nemotron-h-hf", CONFIG, {"layers_block_type": None, "hybrid_override_pattern": pattern}, word)
         for pattern, word in (
-            ("M-E*", "mixture of experts"), ("M|*", "'|' in hybrid_override_pattern"),
+            ("M|*", "'|' in hybrid_override_pattern"),
             (None, "hybrid_override_pattern"), ("", "hybrid_override_pattern"), (7, "hybrid_override_pattern"),
         )
     ),
-    ("nemotron-h-hf", CONFIG, {"layers_block_type": ["mamba", "moe"]}, "mixture of experts"),
     *(
         ("jamba-hf", CONFIG, {key: value}, key)
         for key, value in {
             "hidden_act": "gelu", "sliding_window": 64, "mamba_inner_layernorms": False, "attn_layer_period": 0,
-            "attn_layer_offset": 2, "num_experts": 16, "num_key_value_heads": 3,
+            "attn_layer_offset": 2, "num_key_value_heads": 3,
             "intermediate_size": 0, "mamba_d_state": 0, "mamba_expand": 1e9, "mamba_dt_rank": None, "mamba_d_conv": 1,
             "mamba_conv_bias": 1, "rms_norm_eps": 0,
         }.items()
     ),
-    ("jamba-hf", CONFIG, {"num_experts": None}, "mixture of experts"),
     ("jamba-hf", CONFIG, {"num_experts": 2, "expert_layer_offset": 2}, "expert_layer_offset"),
     *(
         ("bamba-hf", CONFIG, {key: value}, key)
@@ -146,7 +163,7 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
         ("llama-hf", CONFIG, {"model_type": kind, "architectures": [name]}, kind)
         for kind, name in {
             "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel",
-            "granitemoe": "GraniteMoeForCausalLM", "rwkv": "RwkvForCausalLM",
+            "granitemoeshared": "GraniteMoeSharedForCausalLM", "rwkv": "RwkvForCausalLM",
             "zamba2": "Zamba2ForCausalLM",
         }.items()
     ),

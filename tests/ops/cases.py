@@ -332,8 +332,8 @@ class ExpertLinear(Op):
     }  # fmt: skip
     SUMMED = {"weighted": True, "inputs": 3}
     changes = (
-        {}, SUMMED, {"rows": 1}, {"rows": 1, **SUMMED}, {"rows": 2, "num_experts": 40}, {"rows": 70, **SUMMED},
-        {"num_experts": 1, "top_k": 1}, {"num_experts": 3, "rows": 13}, {"inputs": 3}, {"weighted": True},
+        {}, SUMMED, {"rows": 1}, {"rows": 1, **SUMMED}, {"rows": 2, "num_experts": 40},
+        {"num_experts": 1, "top_k": 1}, {"num_experts": 3, "rows": 23, **SUMMED}, {"inputs": 3}, {"weighted": True},
         {"in_features": 1}, {"in_features": 16, **SUMMED}, {"in_features": 1536, "out_features": 5},
         {"out_features": 1}, {"dtype": BFLOAT16, **SUMMED}, {"dtype": FLOAT16}, {"contiguous": True},
         {"contiguous": True, "in_features": 512, "dtype": BFLOAT16, "num_experts": 64, "top_k": 6},
@@ -364,7 +364,7 @@ class SelectExperts(Op):
     }  # fmt: skip
     GROUPS = {"score": "sigmoid", "groups": 4, "top_k_groups": 3, "epsilon": 1e-6, "scale": 2.5}
     changes = (
-        {}, {"bias": False}, {"rows": 1}, {"rows": 70}, {"num_experts": 1, "top_k": 1}, {"top_k": 12},
+        {}, {"bias": False}, {"rows": 1}, {"rows": 20}, {"num_experts": 1, "top_k": 1}, {"top_k": 12},
         {"num_experts": 64, "top_k": 6, "bias": False}, {"num_experts": 1024, "top_k": 40}, {"normalize": False},
         {"score": "sigmoid"}, {"score": "sigmoid", "normalize": False, "scale": 0.3}, GROUPS, {**GROUPS, "top_k": 9},
         {**GROUPS, "num_experts": 160, "groups": 40, "top_k_groups": 33, "top_k": 22}, {**GROUPS, "score": "softmax"},

@@ -31,6 +31,7 @@ def _select(
     expert = group * size + member
     values = tl.load(logits + row * row_stride + expert, mask=exists, other=float("-inf"))
     if SIGMOID:
+        values = tl.where(exists, values, 0.0)
         scores = tl.div_rn(tl.full(values.shape, 1.0, tl.float32), 1.0 + exp(-values))
     else:
         numerators = tl.where(exists, exp(values - tl.max(tl.max(values, axis=1), axis=0)), 0.0)
