@@ -84,21 +84,21 @@ def read_completion(body: object, served: ServedModel) -> Call:
     _check_model(fields, served)
     if "prompt" not in fields:
         raise ApiError("prompt is missing", param="prompt")
-    special_tokens = fields.get("add_special_tokens", True)
+    budget, special_tokens = fields.get("max_tokens", COMPLETION_TOKENS), fields.get("add_special_tokens", True)
+    _check_choices(fields, len(fields["prompt"]), served)
 
     def ids(prompt: str | list[int]) -> list[int]:
         return encode(text_tokenizer(served.target), prompt, special_tokens) if isinstance(prompt, str) else prompt
 
-    def all_ids() -> list[list[int]]:
-        return read_prompts([ids(prompt) for prompt in fields["prompt"]], None, served.target, may_be_padded=False)
-
-    prompts = _blaming("prompt", all_ids)
+    prompts = _blaming("prompt", lambda: [ids(prompt) for prompt in fields["prompt"]])
+    _check_lengths("prompt", prompts, budget, served)
+    prompts = _blaming("prompt", lambda: read_prompts(prompts, None, served.target, may_be_padded=False))
     echoes = [""] * len(prompts)
     if fields.get("echo", False):
         if "logprobs" in fields:
             raise ApiError("echo together with logprobs is not supported here", param="echo", code="unsupported_value")
         echoes = _blaming("echo", lambda: [_text(prompt, served) for prompt in fields["prompt"]])
-    return _call(fields, served, prompts, echoes, COMPLETION_TOKENS, fields.get("logprobs"), chat=False)
+    return _call(fields, served, prompts, echoes, budget, fields.get("logprobs"), chat=False)
 
 
 def read_chat(body: object, served: ServedModel) -> Call:
@@ -111,8 +111,9 @@ def read_chat(body: object, served: ServedModel) -> Call:
     _check_model(fields, served)
     if "messages" not in fields:
         raise ApiError("messages is missing", param="messages")
+    _check_choices(fields, 1, served)
     variables = fields.get("chat_template_kwargs", {})
-    if taken := {"messages", "add_generation_prompt"} & variables.keys():
+    if taken := {"self", "messages", "add_generation_prompt"} & variables.keys():
         raise ApiError(f"chat_template_kwargs must not hold {taken.pop()}", param="chat_template_kwargs")
     prompt = _blaming("messages", lambda: served.target.chat_prompt(fields["messages"], **variables))
     if not prompt:
@@ -124,7 +125,9 @@ def read_chat(body: object, served: ServedModel) -> Call:
     if newer is not None and fields.setdefault("max_tokens", newer) != newer:
         raise ApiError("max_tokens is the older name of max_completion_tokens; give one", param="max_tokens")
     logprobs = fields.get("top_logprobs", 0) if wanted else None
-    return _call(fields, served, [prompt], [""], served.max_length - len(prompt), logprobs, chat=True)
+    budget = fields.get("max_tokens", max(served.max_length - len(prompt), 1))
+    _check_lengths("messages", [prompt], budget, served)
+    return _call(fields, served, [prompt], [""], budget, logprobs, chat=True)
 
 
 def _call(
@@ -132,14 +135,12 @@ def _call(
     served: ServedModel,
     prompts: list[list[int]],
     echoes: list[str],
-    default_tokens: int,
+    budget: int,
     logprobs: int | None,
     chat: bool,
 ) -> Call:
     """What both kinds of calls have in common."""
     n, stream = fields.get("n", 1), fields.get("stream", False)
-    if n * len(prompts) > served.max_choices:
-        raise ApiError(f"{len(prompts)} prompts, {n} times each, are more than {served.max_choices} choices", param="n")
     if "stream_options" in fields and not stream:
         raise ApiError("stream_options needs stream: true", param="stream_options")
     seed = fields.get("seed", secrets.randbelow(_SEEDS))
@@ -147,14 +148,6 @@ def _call(
     sampling = dataclasses.replace(served.default_sampling, **own)
     _check_tokens("logit_bias", [token for token, _ in sampling.logit_bias], served)
     _check_tokens("stop_token_ids", fields.get("stop_token_ids", []), served)
-    budget = fields.get("max_tokens", default_tokens)
-    for prompt in prompts:
-        if budget < 1 or len(prompt) + budget > served.max_length:
-            raise ApiError(
-                f"the model's maximum context length is {served.max_length} tokens; this call needs "
-                f"{len(prompt) + max(budget, 1)}, {len(prompt)} for the prompt and {max(budget, 1)} for the new text",
-                param="messages" if chat else "prompt", code="context_length_exceeded",
-            )  # fmt: skip
     requests = [
         Request(
             prompt=prompt, max_new_tokens=budget, stop_token_ids=_stop_tokens(fields, served),
@@ -181,6 +174,22 @@ def model_not_found(name: str, served: ServedModel) -> ApiError:
         f"the model {shown(name)} does not exist; this server has {shown(served.name)}",
         param="model", code="model_not_found", status=404,
     )  # fmt: skip
+
+
+def _check_choices(fields: dict, prompts: int, served: ServedModel) -> None:
+    n = fields.get("n", 1)
+    if n * prompts > served.max_choices:
+        raise ApiError(f"{prompts} prompts, {n} times each, are more than {served.max_choices} choices", param="n")
+
+
+def _check_lengths(param: str, prompts: Sequence[Sequence[int]], budget: int, served: ServedModel) -> None:
+    for length in map(len, prompts):
+        if length + budget > served.max_length:
+            raise ApiError(
+                f"the model's maximum context length is {served.max_length} tokens; this call needs {length + budget}, "
+                f"{length} for the prompt and {budget} for the new text",
+                param=param, code="context_length_exceeded",
+            )  # fmt: skip
 
 
 def _check_tokens(name: str, tokens: Sequence[int], served: ServedModel) -> None:

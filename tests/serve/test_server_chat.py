@@ -144,6 +144,7 @@ def test_a_bias_names_tokens(url, model):
         ({"max_tokens": 3, "max_completion_tokens": 4}, (400, "max_tokens", None)),
         ({"top_logprobs": 2}, (400, "top_logprobs", None)), ({"logprobs": 2}, (400, "logprobs", None)),
         ({"chat_template_kwargs": {"messages": []}}, (400, "chat_template_kwargs", None)),
+        ({"chat_template_kwargs": {"self": 1}}, (400, "chat_template_kwargs", None)),
         ({"chat_template_kwargs": {"add_generation_prompt": False}}, (400, "chat_template_kwargs", None)),
         ({"tools": [{"type": "function"}]}, (400, "tools", "unsupported_value")),
         ({"response_format": {"type": "json_object"}}, (400, "response_format", "unsupported_value")),
