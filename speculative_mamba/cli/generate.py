@@ -11,9 +11,9 @@ import torch
 from .. import __version__
 from ..compare import compare
 from ..decode.inputs import MAX_NEW_TOKENS, check_generation
+from ..decode.logprobs import MAX_LOGPROBS
 from ..models import MambaLM
 from ..models.tokenizer import added_around, encode, text_tokenizer
-from ..serve.request import MAX_LOGPROBS
 from ..streams import PROGRAM, exit_code, say, signs_of_life
 from .chat import converse
 from .options import (

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 
 from ..decode.inputs import MAX_NEW_TOKENS
+from ..decode.logprobs import MAX_LOGPROBS
 from ..decode.sampling import MAX_BIASED, SamplingParams
 from ..ops.values import is_int, shown
-from .request import MAX_LOGPROBS
 
 MAX_CHOICES = 128
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # every token is compared with every stop string
