@@ -12,7 +12,7 @@ from ..models.text import TextStream
 from ..ops.threads import num_threads
 from ..serve.token_text import TokenText
 from ..streams import coloured, say, shows_colours, signs_of_life, write
-from .logprobs import logprobs, table
+from .logprobs import logprobs_report, table
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Session:
         return generate(
             self.target, [prompt], draft=draft, lookahead=options.K, max_new_tokens=options.n_tokens_to_generate,
             sampling=self.sampling, acceptance=options.acceptance, stop_strings=options.stop,
-            stop_token_ids=() if options.ignore_eos else None, output_logits=options.logprobs is not None,
+            stop_token_ids=() if options.ignore_eos else None, logprobs=options.logprobs,
             executor=self.executor, **more,
         )  # fmt: skip
 
@@ -114,9 +114,8 @@ class Session:
 
     def finish(self, text: Text, before: str, **more: object) -> None:
         """Reports on a text, and writes it if it is not there yet; with ``--json`` an object, and ``more`` in it."""
-        count = self.options.logprobs
-        if text.result and count is not None:
-            more["logprobs"] = logprobs(text.result.logits[0], text.tokens, count, TokenText(self.target.tokenizer))
+        if text.result and self.options.logprobs is not None:
+            more["logprobs"] = logprobs_report(text.tokens, text.result.logprobs[0], TokenText(self.target.tokenizer))
         if self.options.json:
             report = {"prompt_tokens": text.prompt, "tokens": text.tokens, "text": text.text}
             report["stats"] = text.result.stats.as_dict() if text.result else None
