@@ -11,6 +11,7 @@ import torch
 from engines import WAIT, alone, pair, ring
 
 import speculative_mamba as sm
+from speculative_mamba.layers.cache import AttentionCache
 from speculative_mamba.serve import scheduler
 from speculative_mamba.testing.models import TableModel
 from speculative_mamba.testing.recording import RecordingExecutor
@@ -179,6 +180,17 @@ def test_several_iterate_and_again_when_all_is_there() -> None:
         assert engine.submit(sm.Request([3], 0)).result(0).finish_reason == "length"
 
 
+def test_a_row_forgets_who_had_it() -> None:
+    """Its stops, its bias, and whether tokens are drafted for it."""
+    target = ring()
+    with sm.Engine(target, draft=target, max_batch_size=1) as engine:
+        odd = sm.Request([0], 9, sm.SamplingParams(logit_bias={9: -float("inf")}), (4, 6), use_draft=False)
+        stopped, whole = engine.submit(odd).result(WAIT), engine.submit(sm.Request([0], 9)).result(WAIT)
+        assert (stopped.tokens, stopped.finish_reason, stopped.draft_tokens) == ([1, 2, 3, 4], "eos", 0)
+        assert (whole.tokens, whole.finish_reason) == (list(range(1, 10)), "length") and whole.accepted_tokens > 5
+        assert engine.submit(odd).result(WAIT) == stopped
+
+
 def test_the_queue_is_bounded() -> None:
     """What waits can be cancelled without ever having had a row."""
     gate = Gate(40)
@@ -298,14 +310,17 @@ def test_a_fault_of_the_program_leaves_nobody_waiting() -> None:
 
 
 def test_memory_is_made_at_the_start() -> None:
-    """For texts as long as they may get; longer ones are refused."""
+    """For texts as long as they may get, also those that are not drafted; longer ones are refused."""
     target, draft = pair("mamba2-in-llama")
-    with sm.Engine(target, draft=draft, max_batch_size=2, max_length=300) as engine:
+    with sm.Engine(target, draft=draft, max_batch_size=1, max_length=300) as engine:
         caches = [*engine._scheduler._loop.batch.round.tensors()]
         assert engine.cache_bytes == engine.stats().cache_bytes == sum(cache.nbytes for cache in caches)
         assert len(engine.submit(sm.Request([5] * 200, 100, stop_token_ids=())).result(WAIT).tokens) == 100
-        after = engine._scheduler._loop.batch.round.tensors()
-        assert [cache.data_ptr() for cache in after] == [cache.data_ptr() for cache in caches]
+        engine.submit(sm.Request([5], 9, stop_token_ids=(), use_draft=False)).result(WAIT)
+        round = engine._scheduler._loop.batch.round
+        assert [cache.data_ptr() for cache in round.tensors()] == [cache.data_ptr() for cache in caches]
+        [attention] = [layer for layer in round.draft.layers if isinstance(layer, AttentionCache)]
+        assert attention.lengths[0, 0] <= 10, "keys of the text before"
         with pytest.raises(ValueError, match=r"^the prompt's 200 tokens and max_new_tokens 101 exceed the engine's"):
             engine.submit(sm.Request([5] * 200, 101))
 
