@@ -80,6 +80,7 @@ def test_a_turn_reads_what_is_new(converse, chatty, read):
 def test_answers_are_streamed_and_stdout_has_nothing_else(converse, chatty):
     code, out, err = converse(chatty, b"one\ntwo\n/exit\nthree\n")
     assert (code, out) == (0, "Hi\nHi\n") and "error" not in err
+    assert err.count("tokens/s") == 2 and err.count("backend") == 1, "the models are named once"
     assert converse(chatty, b"no end of line")[:2] == (0, "Hi\n")
     assert converse(chatty, b"")[:2] == (0, "")
 

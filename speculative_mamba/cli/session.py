@@ -47,7 +47,7 @@ class Text:
 
 @dataclass
 class Session:
-    """Models and options. streams: texts are written as they grow. notes: lines to say when the first text is there."""
+    """Models and options. streams: texts are written as they grow. notes: lines to say with the first; None: said."""
 
     target: MambaLM
     draft: MambaLM | str | None
@@ -55,7 +55,7 @@ class Session:
     executor: Executor | str
     options: argparse.Namespace
     streams: bool
-    notes: list[str]
+    notes: list[str] | None
 
     def generate(self, prompt: Sequence[int], draft: MambaLM | str | None, **more: object) -> GenerationResult:
         options = self.options
@@ -130,8 +130,9 @@ class Session:
     def _report(self, text: Text) -> None:
         """Says what the text was made with, how fast, and what there is to note about the options."""
         target, draft, stats = self.target, self.draft, text.result.stats
-        names = target.name if draft is None else f"{target.name} with draft {getattr(draft, 'name', draft)}"
-        say(f"{names}, backend {target.backend}, {num_threads()} threads")
+        if self.notes is not None:
+            names = target.name if draft is None else f"{target.name} with draft {getattr(draft, 'name', draft)}"
+            say(f"{names}, backend {target.backend}, {num_threads()} threads")
         if stats.tokens:
             line = f"{stats.tokens} tokens in {stats.decode_s:.3f} s: {stats.tokens_per_s:.1f} tokens/s"
             line += f" after {stats.prefill_s:.3f} s for {stats.prompt_tokens} prompt tokens"
@@ -141,8 +142,9 @@ class Session:
             say(line)
         if stats.draft_dropped_at is not None:
             say(f"--K auto: the draft did not pay, so after {stats.draft_dropped_at} rounds it was left out")
-        while self.notes:
-            say(self.notes.pop(0))
+        for note in self.notes or ():
+            say(note)
+        self.notes = None
 
 
 class _Show:

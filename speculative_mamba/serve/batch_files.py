@@ -178,6 +178,8 @@ class _Work:
             work.call = read({**body, "seed": runner.seed if body.get("seed") is None else body["seed"]}, work.served)
         except ApiError as error:
             work.error = error
+        except ValueError as error:
+            work.error = ApiError(str(error))
         return work
 
 

@@ -335,16 +335,16 @@ def test_kill_at_any_moment(run, files, extra):
 
     SPECULATIVE_MAMBA_KILLS sets how often; every fourth kill comes before there is a first new result.
     """
-    kills = int(os.environ.get("SPECULATIVE_MAMBA_KILLS", 3 - len(extra) * 2))
+    kills = int(os.environ.get("SPECULATIVE_MAMBA_KILLS", 2 - len(extra)))
     draw = random.Random(len(extra))
     lines, _ = mixed()
-    lines = [line for _ in range(1 + kills // 4) for line in lines] + [b"bad"]
+    lines = [line for _ in range(2 + 3 * kills // 4) for line in lines] + [b"bad"]  # more than all runs get done
     arguments = [*files(*lines), "--max_batch_size", "2", "--n_tokens_to_generate", "9", *extra]
     output = Path(arguments[2])
     for kill in range(kills):
         process = started(arguments)
         size = output.stat().st_size if output.exists() else 0
-        enough = size + 1 + draw.randrange(6000 if kill % 4 != 3 else 1)
+        enough = size + 1 + draw.randrange(3000 if kill % 4 != 3 else 1)
         deadline = time.monotonic() + (draw.uniform(0, 2.5) if kill % 4 == 3 else 60)
         while time.monotonic() < deadline and process.poll() is None:
             if output.exists() and output.stat().st_size >= enough:
