@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -223,6 +224,7 @@ def test_a_reader_that_takes_nothing_is_dropped(gate, serving, monkeypatch):
     assert complete(url).json["choices"][0]["text"] == expected()
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("expect", [True, False], ids=["Expect: 100-continue", "sent at once"])
 def test_a_large_body_is_refused_and_not_read(url, expect, tmp_path):
     """100 MB, of which curl sends what the server takes."""
