@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import resource
 import socket
 import sys
 
@@ -93,6 +94,7 @@ def run(arguments: list[str]) -> int:
             )
             app = openai_api.create_app(engine, served, api_key=api_key, limits=limits)
             listener.listen(1024)
+            _allow_many_connections()
             say(
                 f"{options.max_batch_size} texts at once, of up to {options.max_length} tokens each: "
                 f"{engine.cache_bytes / 2**20:.0f} MiB beside the weights"
@@ -144,6 +146,13 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         raise ValueError(f"cannot listen on {host}, port {port}: {error}") from None
     return listener
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system lets this process have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):  # macOS has no such number where the limit is infinite
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def announce(listener: socket.socket, served: ServedModel, api_key: str | None) -> None:

@@ -82,11 +82,17 @@ def create_app(
 def http_server(app: ASGIApp) -> uvicorn.Server:
     """Its ``run(sockets=[…])`` serves until SIGTERM or SIGINT: then nothing new is taken, and what is under way is
     answered. The signal is raised again at the end."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, server_header=False
-        )
-    )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+    config = uvicorn.Config(
+        app, http="h11", ws="none", lifespan="off", log_config=None, log_level="error", access_log=False,
+        server_header=False,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """A second Ctrl-C breaks answers off; that is no error."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 class _Api:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -170,6 +171,19 @@ def test_clients_that_leave_the_queue(gate, serving, later):
     assert engine.stats().requests == {"length": 1, "cancelled": 6} and engine.stats().generated_tokens == 12
 
 
+def test_ten_thousand_texts_in_the_queue(gate, serving):
+    url, engine = serving(max_queue_size=10_000)
+    connections = [connected(url, max_tokens=4000, n=128) for _ in range(78)]
+    wait_until(lambda: engine.stats().queued == 78 * 128 - 1, "one runs, the rest waits")
+    assert complete(url, n=128).error == (429, None, "queue_full") and ask(f"{url}/health").status == 200
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: metric(url, "calls_under_way") == 0, "the server has seen that the clients left")
+    gate.open.set()
+    assert complete(url).json["choices"][0]["text"] == expected()
+    assert engine.stats().queued == 0 and engine.stats().generated_tokens < 30
+
+
 def test_more_calls_than_the_limit(gate, serving, later):
     """Whatever they wait for: their bodies are not read."""
     url, _ = serving(limits=Limits(calls=1))
@@ -223,6 +237,7 @@ def test_a_reader_that_takes_nothing_is_dropped(gate, serving, monkeypatch):
     assert complete(url).json["choices"][0]["text"] == expected()
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("expect", [True, False], ids=["Expect: 100-continue", "sent at once"])
 def test_a_large_body_is_refused_and_not_read(url, expect, tmp_path):
     """100 MB, of which curl sends what the server takes."""
