@@ -43,17 +43,19 @@ class PrefixCache:
         return entry.target, entry.draft
 
     def store(self, target: RowState | None, draft: RowState | None) -> None:
-        """Keeps the states of a text, if there is room."""
+        """Keeps the states of a text, unless they alone are too large."""
         if target is None or not target.tokens:
             return
         [*_, key] = _hashes(target.tokens)
-        known = self._entries.pop(key, None)
-        if known is not None:
-            self.nbytes -= known.nbytes
-            draft = known.draft if draft is None and known.target.tokens == target.tokens else draft
+        known = self._entries.get(key)
+        if draft is None and known is not None and known.target.tokens == target.tokens:
+            draft = known.draft
         entry = _Entry(target, draft, _nbytes(target) + (0 if draft is None else _nbytes(draft)))
+        if entry.nbytes > self.max_bytes:
+            return
+        self.nbytes += entry.nbytes - (0 if known is None else known.nbytes)
         self._entries[key] = entry
-        self.nbytes += entry.nbytes
+        self._entries.move_to_end(key)
         while self.nbytes > self.max_bytes:
             _, oldest = self._entries.popitem(last=False)
             self.nbytes -= oldest.nbytes
