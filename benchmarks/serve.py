@@ -5,8 +5,9 @@ python -m benchmarks.serve [--models embedded 130m] [--widths 1 2 4 8 16 32 64] 
 Twice as many requests as there are rows arrive at once, so that half of them join while others run. Their prompts have
 32 tokens, their budgets are 0.75, 1 and 1.25 times --tokens. "embedded" is the embedded pair on text that it has not
 seen, four tokens drafted; the published shapes have random bf16 weights and no draft. static is ``generate`` with as
-many rows of one budget, which takes turns with the engine. Prompts are in the figures. Every text of the engine is
-compared with the one that ``generate`` gives before a time is printed. Under many clients: ``benchmarks.serve_load``.
+many rows of one budget, which takes turns with the engine; ratio of the seconds, cpu_ratio of the CPU time of the
+process, prompts included. Every text of the engine is compared with the one that ``generate`` gives before a time is
+printed. Under many clients: ``benchmarks.serve_load``.
 A chat's first turn has as many tokens as --chat says, the second 20 more. first_s is the time from ``submit`` to the
 first token of the second turn; ratio, the same without a prefix cache over it.
 """
@@ -15,6 +16,7 @@ import importlib.util
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,39 +52,50 @@ def requests_of(text: list[int], count: int, tokens: int) -> list[sm.Request]:
     ]
 
 
-def served(engine: sm.Engine, requests: list[sm.Request]) -> tuple[float, list[list[int]]]:
-    """Tokens per second, and the texts."""
-    began = time.perf_counter()
+def served(engine: sm.Engine, requests: list[sm.Request]) -> list[list[int]]:
+    """Their texts."""
     completions = [engine.submit(request) for request in requests]
-    texts = [completion.result().tokens for completion in completions]
-    return sum(map(len, texts)) / (time.perf_counter() - began), texts
+    return [completion.result().tokens for completion in completions]
+
+
+def batches(target: sm.MambaLM, draft: sm.MambaLM | None, requests: list[sm.Request], tokens: int) -> list[list[int]]:
+    """Texts of so many tokens, in two batches, a half of the requests each."""
+    texts, width = [], len(requests) // 2
+    for half in (requests[:width], requests[width:]):
+        prompts = [request.prompt for request in half]
+        result = sm.generate(target, prompts, draft=draft, max_new_tokens=tokens, stop_token_ids=())
+        texts += [text.tolist()[PROMPT_TOKENS:] for text in result.sequences]
+    return texts
+
+
+def timed(run: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float, float]:
+    """Texts, tokens per second, and per second of CPU time of the process."""
+    began, cpu = time.perf_counter(), time.process_time()
+    texts = run()
+    tokens = sum(map(len, texts))
+    return texts, tokens / (time.perf_counter() - began), tokens / (time.process_time() - cpu)
 
 
 def bench_width(report: Report, name: str, widths: list[int], tokens: int, repeats: int) -> None:
     target, draft, text = models_of(name)
     for width in widths:
         requests = requests_of(text, 2 * width, tokens)
-        prompts = [request.prompt for request in requests]
-        speeds: dict[str, list[float]] = {"engine": [], "static": []}
+        mine, static = [], []
         with sm.Engine(target, draft=draft, max_batch_size=width) as engine:
             for repeat in range(repeats + 1):
                 progress(f"{name}: {width} rows, {'untimed' if not repeat else f'{repeat} of {repeats}'}")
-                speed, texts = served(engine, requests)
-                speeds["engine"].append(speed)
-                began, expected = time.perf_counter(), []
-                for at in (0, width):
-                    result = sm.generate(
-                        target, prompts[at : at + width], draft=draft, max_new_tokens=tokens, stop_token_ids=()
-                    )
-                    expected += [sequence.tolist()[PROMPT_TOKENS:] for sequence in result.sequences]
-                speeds["static"].append(2 * width * tokens / (time.perf_counter() - began))
-                for mine, other in zip(texts, expected, strict=True):
-                    if mine[: len(other)] != other[: len(mine)]:
+                texts, *speeds = timed(lambda engine=engine, requests=requests: served(engine, requests))
+                mine.append(speeds)
+                expected, *speeds = timed(lambda requests=requests: batches(target, draft, requests, tokens))
+                static.append(speeds)
+                for text_of_mine, other in zip(texts, expected, strict=True):
+                    if text_of_mine[: len(other)] != other[: len(text_of_mine)]:
                         raise SystemExit(f"{name}, {width} rows: another text than that of generate; not timed")
-        engine_speed, static = (statistics.median(values[1:]) for values in speeds.values())
+        speed, per_cpu_s = map(statistics.median, zip(*mine[1:], strict=True))
+        static_speed, static_per_cpu_s = map(statistics.median, zip(*static[1:], strict=True))
         report.add(
-            op="engine", case=name, batch=width, tokens_per_s=engine_speed, static=static, ratio=engine_speed / static,
-            median_s=1 / engine_speed, baseline="one static batch of as many rows",
+            op="engine", case=name, batch=width, tokens_per_s=speed, static=static_speed, ratio=speed / static_speed,
+            cpu_ratio=per_cpu_s / static_per_cpu_s, median_s=1 / speed, baseline="static batches of as many rows",
         )  # fmt: skip
 
 
@@ -146,7 +159,7 @@ def main() -> None:
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         sys.exit("--plot needs matplotlib: pip install matplotlib")
     columns = {"op": str, "case": str, "batch": str, "tokens_per_s": number, "static": number}
-    report = Report({**columns, "ratio": number, "first_s": seconds, "cached_tokens": str})
+    report = Report({**columns, "ratio": number, "cpu_ratio": number, "first_s": seconds, "cached_tokens": str})
     for name in options.models if options.widths else ():
         bench_width(report, name, options.widths, options.tokens, options.repeats)
     if options.plot is not None:
