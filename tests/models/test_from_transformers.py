@@ -154,6 +154,13 @@ def test_ids_that_the_tokenizer_lacks_are_impossible_and_the_model_stays():
     assert_bitwise_equal(model.lm_head.weight, head, "the model's head")
 
 
+def test_a_forward_that_was_put_back_is_none():
+    """As hooks of accelerate leave it when they are removed."""
+    model = random_hugging_face_model()
+    model.backbone.norm_f.forward = model.backbone.norm_f.forward
+    sm.from_transformers(model)
+
+
 def test_hidden_states_may_have_been_recorded():
     """For which transformers leaves hooks of its own."""
     model = random_hugging_face_model()
@@ -177,6 +184,12 @@ def with_hook(kind: str) -> Any:
 def with_accelerate() -> Any:
     model = random_hugging_face_model()
     model.backbone.layers[0].mixer._hf_hook = object()
+    return model
+
+
+def offloaded() -> Any:
+    model = on_meta()
+    model.backbone._hf_hook = object()
     return model
 
 
@@ -223,6 +236,7 @@ REFUSED = [
     (lambda: changed(is_quantized=True, quantization_method="bitsandbytes"), "is quantised (bitsandbytes)"),
     (lambda: with_weight(Params4bit(torch.zeros(96, 24))), "in_proj.weight as Params4bit"),
     (lambda: with_weight(torch.nn.Parameter(torch.zeros(96, 23))), "has shape (96, 23), but its config gives (96, 24)"),
+    (offloaded, "MambaForCausalLM is offloaded; load it to one device"),
     (on_meta, "has no weights: backbone.embeddings.weight is on the meta device"),
     (lambda: changed(hf_device_map={"backbone": 0, "lm_head": "disk"}), "is offloaded (0, disk)"),
     (lambda: of_class("MyMamba", "transformers.models"), "architecture ['MyMamba'] of model_type 'mamba'"),
