@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode, drift, ngram, ops, report, rollback, sweep
+from benchmarks import decode, drift, ngram, ops, report, rollback, serve, serve_load, sweep
 from speculative_mamba.models.builder import build
 from speculative_mamba.models.config import AttentionConfig
 from speculative_mamba.models.formats import parse_config
@@ -67,6 +67,8 @@ def test_ops_say_what_they_do_before_each_timing(monkeypatch, capsys):
         (decode, ("--models", "lfm2-2.6b", "--rates", "0.7", "--tokens", "4", "--repeats", "1")),
         (sweep, ("--tokens", "4", "--repeats", "1")),
         (rollback, ("--shapes", "130m", "--batches", "1")),
+        (serve, ("--models", "130m", "--widths", "2", "--tokens", "4", "--repeats", "1", "--chat", "40")),
+        (serve_load, ("--requests", "9", "--clients", "3", "--width", "2")),
         (drift, ("--tokens", "8")),
         (drift, ("--tokens", "8", "--weights")),
     ],

@@ -1,6 +1,7 @@
 """The rows of a batch."""
 
 import copy
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -66,7 +67,7 @@ class Batch:
     status. Stop strings alone are the host's.
 
     isolate_errors: a row that is broken ends, with its error; else all end with it. reading: rows whose prompts are
-    being read, in the order in which they came, and what reads on.
+    being read, in the order of their turns, and what reads on.
     """
 
     def __init__(self, size: int, *, isolate_errors: bool = False) -> None:
@@ -138,16 +139,18 @@ class Batch:
     ) -> Iterator[int]:
         """Brings target and draft to the end of a prompt, and lets the row take part in rounds from then on."""
         prompt, round, (target_state, draft_state) = row.tokens, self.round, states
+        draft = round.draft if row.use_draft else None
         round.target.reset(index, target_state)
-        for start, end in _cuts(target_state, len(prompt) - 1, chunk):
-            round.target.read(index, prompt[start:end])
-            yield end - start
-        if round.draft is not None and row.use_draft:
-            for start, end in _cuts(draft_state, len(prompt), chunk if round.draft.stateful else None):
-                round.draft.prefill(index, prompt[:end], draft_state)
-                yield end - start
-                if end < len(prompt):
-                    draft_state = round.draft.snapshot(index, 0, prompt[:end])
+        parts = _cuts(target_state, len(prompt) - 1, chunk)
+        drafted = [] if draft is None else _cuts(draft_state, len(prompt), chunk if draft.stateful else None)
+        for (start, end), (draft_start, draft_end) in itertools.zip_longest(parts, drafted, fillvalue=(0, 0)):
+            if end:
+                round.target.read(index, prompt[start:end])
+            if draft_end:
+                draft.prefill(index, prompt[:draft_end], draft_state)
+                draft_state = draft.snapshot(index, 0, prompt[:draft_end]) if draft_end < len(prompt) else None
+            yield max(end - start, draft_end - draft_start)
+        if draft is not None:
             row.draft_at = 0, len(prompt)
         elif round.draft is not None:
             round.draft.prefill(index, prompt[-1:])  # what it drafts counts for nothing, but it must not outgrow memory

@@ -74,15 +74,16 @@ class DecodeLoop:
         self.stats.prefill_s += time.perf_counter() - began
 
     def read(self, tokens: int) -> list[int]:
-        """Goes on with the prompts that are being read, the oldest first, by about so many tokens. Rows that are
-        through, and generate from now on."""
-        began, through = time.perf_counter(), []
-        for index in list(self.batch.reading):
-            while tokens > 0 and index in self.batch.reading:
-                tokens -= self.batch.read(index)
-            if index in self.batch.reading:
-                break
-            through.append(index)
+        """Goes on with the prompts that are being read, by about so many tokens; rows take turns, so that a short
+        prompt does not wait for a long one. Rows that are through, and generate from now on."""
+        began, reading, through = time.perf_counter(), self.batch.reading, []
+        while tokens > 0 and reading:
+            index = next(iter(reading))
+            tokens -= self.batch.read(index)
+            if index not in reading:
+                through.append(index)
+            elif tokens <= 0:
+                reading[index] = reading.pop(index)  # to the end
         self.stats.prefill_s += time.perf_counter() - began
         return through
 

@@ -258,6 +258,5 @@ def check_sampling(
             check_contiguous(name, tensor)
         elif sampling.has_penalties:
             raise ValueError(f"penalties need {name}, which counts the tokens of each text")
-    biased = sampling.bias_ids.tolist() if sampling.bias_capacity and like.is_cpu else []
-    if any(token >= vocabulary for row in biased for token in row):
+    if sampling.bias_capacity and like.is_cpu and sampling.bias_ids.numpy().max(initial=-1) >= vocabulary:
         raise ValueError(f"sampling.bias_ids must be below {vocabulary}, the size of the vocabulary")

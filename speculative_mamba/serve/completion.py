@@ -47,24 +47,24 @@ class Job:
 
     def __init__(self, request: CheckedRequest, stream: TextStream | None, cancel: "Callable[[Job], None]") -> None:
         self.request, self.stream, self.cancel = request, stream, cancel
-        self.cached_tokens = 0
+        self.cached_tokens = self.draft_tokens = self.accepted_tokens = 0
         self.outputs: list[TokenOutput] = []
         self.output: RequestOutput | None = None
         self.error: Exception | None = None
         self.ended = threading.Event()
         self._listeners: list[Callable[[], None]] = []
 
-    def extend(self, outputs: list[TokenOutput]) -> None:
+    def extend(self, outputs: list[TokenOutput], draft_tokens: int, accepted_tokens: int) -> None:
+        """New tokens, and the counts of the draft's that were tested and that stood, so far."""
         self.outputs += outputs
+        self.draft_tokens, self.accepted_tokens = draft_tokens, accepted_tokens
         self._tell()
 
-    def end(
-        self, finish_reason: str, draft_tokens: int = 0, accepted_tokens: int = 0, error: Exception | None = None
-    ) -> None:
+    def end(self, finish_reason: str, error: Exception | None = None) -> None:
         tokens, text = [output.token for output in self.outputs], "".join(output.text for output in self.outputs)
         self.output = RequestOutput(
-            tokens, text, finish_reason, len(self.request.prompt), self.cached_tokens, draft_tokens, accepted_tokens,
-            self.outputs,
+            tokens, text, finish_reason, len(self.request.prompt), self.cached_tokens, self.draft_tokens,
+            self.accepted_tokens, self.outputs,
         )  # fmt: skip
         self.error = error
         self.ended.set()
@@ -155,6 +155,16 @@ class Completion:
     def done(self) -> bool:
         """Whether it has ended, for whatever reason."""
         return self._job.ended.is_set()
+
+    @property
+    def draft_tokens(self) -> int:
+        """Drafted tokens that were tested so far."""
+        return self._job.draft_tokens
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Those of them that stood."""
+        return self._job.accepted_tokens
 
     def _raise(self) -> None:
         if self._job.error is not None:

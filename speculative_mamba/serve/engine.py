@@ -22,7 +22,7 @@ class EngineStats:
     """Counts since the engine was opened. queued, running: requests at this moment. requests: those that ended, by
     finish reason, "error" among them. prompt_tokens: of requests that got a row; cached_tokens: those of them that the
     prefix cache knew. draft_tokens: that were tested; accepted_tokens: those of them that stood. tokens_per_s: of the
-    last ten seconds. cache_bytes: of the models' caches."""
+    last ten seconds. cache_bytes: of the models' caches. alive: whether requests are taken and served."""
 
     queued: int
     running: int
@@ -39,6 +39,7 @@ class EngineStats:
     cache_bytes: int
     prefix_cache_bytes: int
     prefix_cache_entries: int
+    alive: bool
 
 
 class Engine:
@@ -125,7 +126,7 @@ class Engine:
             queued, running, self.max_batch_size, self.max_queue_size, dict(self._scheduler.requests),
             counted.prompt_tokens, self._scheduler.cached_tokens, counted.tokens, counted.rounds, counted.tested,
             counted.accepted, tokens_per_s, self.cache_bytes, 0 if kept is None else kept.nbytes,
-            0 if kept is None else len(kept),
+            0 if kept is None else len(kept), self._scheduler.alive,
         )  # fmt: skip
 
     def close(self, drain: bool = True) -> None:

@@ -16,7 +16,8 @@ from ..models.runner import LanguageModel
 from .completion import Job, TokenOutput
 from .prefix_cache import PrefixCache
 
-PREFILL_TOKENS = 256  # of prompts that are read between two rounds while rows generate
+PREFILL_CHUNK = 256  # tokens of a prompt that are read at a time
+PREFILL_ROUNDS = 2  # or as many tokens, between two rounds, as so many rounds verify, if those are more
 RECENT = 10.0  # seconds
 # What may go wrong in a round, and with the next ones right again: no memory, bad values, a file that was changed.
 _FAILURES = (RuntimeError, ValueError, MemoryError, OSError)
@@ -90,6 +91,11 @@ class Scheduler:
             self._forget()
             return len(self._waiting), len(self._running), sum(tokens for _, tokens in self._recent) / RECENT
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes jobs and serves them."""
+        return self._thread.is_alive() and not self._closing
+
     def close(self, drain: bool) -> None:
         """Serves all that are there, or cancels them, and takes no more. Returns when the thread has ended."""
         with self._changed:
@@ -112,7 +118,7 @@ class Scheduler:
                 left = [*self._waiting, *self._running.values()]
                 self._waiting, self._running = {}, {}
             for job in left:
-                self._end(job, "error", error=RuntimeError("the engine has broken down"))
+                self._end(job, "error", RuntimeError("the engine has broken down"))
 
     def _round(self) -> bool:
         """A round of the rows that generate, and what is due before it. Waits for work; False if none will come."""
@@ -161,12 +167,12 @@ class Scheduler:
             self._loop.admit(
                 index, request.prompt, request.sampling, request.max_new_tokens, rng_key=request.rng_key,
                 states=states, stop_token_ids=request.stop_token_ids, stream=job.stream, use_draft=request.use_draft,
-                output_logits=request.logprobs is not None, chunk=PREFILL_TOKENS,
+                output_logits=request.logprobs is not None, chunk=PREFILL_CHUNK,
             )  # fmt: skip
 
     def _read(self) -> None:
         """Goes on with prompts; those that are read are kept."""
-        for index in self._loop.read(PREFILL_TOKENS):
+        for index in self._loop.read(max(PREFILL_CHUNK, PREFILL_ROUNDS * self._rows * (self._lookahead.all[0] + 1))):
             if self._prefix_cache is not None:
                 self._prefix_cache.store(*self._loop.batch.snapshot(index))
 
@@ -183,7 +189,7 @@ class Scheduler:
                 known = token_logprobs(row.logits, [token.token for token in tokens], job.request.logprobs)
                 outputs = [TokenOutput(*output[:3], *its) for output, its in zip(outputs, known, strict=True)]
             row.pieces, row.logits = [], []
-            job.extend(outputs)
+            job.extend(outputs, row.tested, row.accepted)
         with self._changed:
             self._recent.append((time.monotonic(), len(committed)))
             self._forget()
@@ -204,11 +210,11 @@ class Scheduler:
                 self._prefix_cache.store(*batch.snapshot(index))
             with self._changed:
                 del self._running[index]
-            self._end(job, row.finish_reason, row.tested, row.accepted, row.error)
+            self._end(job, row.finish_reason, row.error)
 
-    def _end(self, job: Job, reason: str, tested: int = 0, accepted: int = 0, error: Exception | None = None) -> None:
+    def _end(self, job: Job, reason: str, error: Exception | None = None) -> None:
         self.requests[reason] += 1
-        job.end(reason, tested, accepted, error)
+        job.end(reason, error)
 
     def _break_off(self, error: Exception) -> None:
         """A round failed: nobody knows what the rows hold, so their requests end with it, and others may follow."""
@@ -218,7 +224,7 @@ class Scheduler:
         for job in jobs:
             failure = RuntimeError(f"a round of the engine failed: {type(error).__name__}: {line}")
             failure.__cause__ = error
-            self._end(job, "error", error=failure)
+            self._end(job, "error", failure)
         self._loop.close()
         self._loop = self._open()
         self._loop.stats = self.stats

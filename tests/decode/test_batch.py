@@ -1,6 +1,7 @@
 """Rows come and go between rounds while others run: a row's text is that of the row alone, whatever its neighbours."""
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -10,6 +11,7 @@ import speculative_mamba as sm
 from speculative_mamba.decode.drafts import as_draft
 from speculative_mamba.decode.lookahead import FixedLookahead
 from speculative_mamba.decode.sampling import bias_capacity
+from speculative_mamba.testing.models import TableModel
 from speculative_mamba.testing.recording import RecordingExecutor
 from speculative_mamba.testing.scripted import ScriptedDraft
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
@@ -32,13 +34,15 @@ class Request:
     params: sm.SamplingParams = MIX[0]
     arrives: int = 0
     retired_after: int | None = None  # tokens
+    use_draft: bool = True
+    stops: tuple[int, ...] = ()
 
 
 class Clients:
     """Admits each request to the first row that is free when it has arrived, and keeps what became of it."""
 
-    def __init__(self, requests: list[Request], stops: tuple[int, ...]) -> None:
-        self.options = {"stop_token_ids": stops, "output_logits": True}
+    def __init__(self, requests: list[Request], chunk: int | None) -> None:
+        self.chunk = chunk
         self.waiting = sorted(requests, key=lambda request: request.arrives)
         self.running: dict[int, Request] = {}
         self.done: list[tuple[Request, object]] = []
@@ -55,37 +59,41 @@ class Clients:
         for index in set(range(len(batch.rows))) - set(self.running):
             if self.waiting and self.waiting[0].arrives <= now:
                 self.running[index] = request = self.waiting.pop(0)
-                loop.admit(index, request.prompt, request.params, request.max_new_tokens, **self.options)
+                loop.admit(
+                    index, request.prompt, request.params, request.max_new_tokens, use_draft=request.use_draft,
+                    stop_token_ids=request.stops, output_logits=True, chunk=self.chunk,
+                )  # fmt: skip
         return bool(self.waiting or self.running)
 
 
-def serve(target, draft, requests, rows, executor, lookahead=3, coupled=True, stops=()):
-    """Runs all requests in a batch of so many rows."""
+def serve(target, draft, requests, rows, executor, lookahead=3, coupled=True, chunk=None):
+    """Runs all requests in a batch of so many rows, whose prompts are read so many tokens at a time."""
     batch = sm.Batch(rows)
     chooser = FixedLookahead(lookahead if draft is not None else 0)
     draft = draft and as_draft(draft, target, batch.texts, executor.captures)
-    clients, now = Clients(requests, stops), 0
+    clients, now = Clients(requests, chunk), 0
     with torch.no_grad(), executor:
         loop = sm.DecodeLoop(target, draft, batch, executor, chooser, coupled=coupled)
         while clients.visit(loop, now):
+            loop.read(chunk or 1)
             loop.step()
             now += 1
         loop.close()
     return clients.done
 
 
-def alone(target, request, stops=(), **options):
+def alone(target, request, **options):
     params = dataclasses.replace(request.params, seed=[request.params.seed])
     return sm.generate(
-        target, [request.prompt], max_new_tokens=request.max_new_tokens, sampling=params, stop_token_ids=stops,
+        target, [request.prompt], max_new_tokens=request.max_new_tokens, sampling=params, stop_token_ids=request.stops,
         output_logits=True, **options,
     )  # fmt: skip
 
 
-def check(target, done, requests, stops=(), **options):
+def check(target, done, requests, **options):
     assert len(done) == len(requests)
     for request, row in done:
-        expected = alone(target, request, stops, **options)
+        expected = alone(target, request, **options)
         text, logits = expected.sequences[0].tolist(), expected.logits[0]
         if request.retired_after is not None and row.finish_reason == "stop":
             new = len(row.tokens) - len(request.prompt)
@@ -96,12 +104,13 @@ def check(target, done, requests, stops=(), **options):
 
 
 def requests_of(prompt, seed, count=7, sampled=True):
-    """Prompts, budgets and arrivals drawn at random; some are given up after a few tokens."""
+    """Prompts, budgets, stops and arrivals drawn at random; some are given up after a few tokens, some undrafted."""
     source = random.Random(seed)
     return [
         Request(
             prompt(source.choice([1, 2, 5, 30, 66]), seed=source.randrange(9)), source.choice([1, 2, 7, 15]),
             source.choice(MIX) if sampled else MIX[0], source.randrange(25), source.choice([None, None, 3]),
+            source.random() < 0.7, source.choice([(), (5, 17), (3, 8, 21)]),
         )
         for _ in range(count)
     ]  # fmt: skip
@@ -111,12 +120,12 @@ def requests_of(prompt, seed, count=7, sampled=True):
 @pytest.mark.parametrize("draft", ["near", "random", "ngram", None])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_row_is_what_it_is_alone(pair, prompt, kind, draft, seed) -> None:
-    """Greedy and coupled rows of any parameters side by side, and stop tokens: text and logits, bit for bit."""
-    models, executor = pair(), kind()
-    requests, stops = requests_of(prompt, seed), (5, 17)
+    """Greedy and coupled rows of any parameters and stop tokens side by side: text and logits, bit for bit."""
+    models, requests = pair(), requests_of(prompt, seed)
     draft = models.drafts.get(draft, draft and sm.NgramDrafter(61, shortest=1))
-    done = serve(models.target, draft, requests, 3, executor, stops=stops)
-    check(models.target, done, requests, stops, acceptance="coupled")
+    for chunk in (None, 16):
+        done = serve(models.target, draft, requests, 3, kind(), chunk=chunk)
+        check(models.target, done, requests, acceptance="coupled")
 
 
 @both_kinds
@@ -128,8 +137,8 @@ def test_of_any_architecture(family, prompt, kind, kind_of_target, mode) -> None
     requests = [
         dataclasses.replace(request, prompt=request.prompt * 3) for request in requests_of(prompt, 5, sampled=False)
     ]
-    for name in ("near", "llama"):
-        check(target, serve(target, drafts[name], requests, 2, kind()), requests)
+    for name, chunk in (("near", None), ("llama", 40)):
+        check(target, serve(target, drafts[name], requests, 2, kind(), chunk=chunk), requests)
 
 
 @both_kinds
@@ -140,7 +149,8 @@ def test_under_rejection_sampling_too(pair, prompt, kind) -> None:
         executor = kind()
         done = serve(models.target, models.drafts["near"], requests, 3, executor, lookahead, coupled=False)
         for request, row in done:
-            text = alone(models.target, request, draft=models.drafts["near"], lookahead=lookahead).sequences[0].tolist()
+            draft = models.drafts["near"] if request.use_draft else None
+            text = alone(models.target, request, draft=draft, lookahead=lookahead).sequences[0].tolist()
             assert row.tokens == text[: len(row.tokens)] and (
                 len(row.tokens) == len(text) or row.finish_reason == "stop"
             )
@@ -211,3 +221,60 @@ def test_one_capture_serves_every_mix(pair, prompt) -> None:
         check(models.target, serve(models.target, models.drafts["near"], requests, 2, executor), requests,
               acceptance="coupled")  # fmt: skip
     assert executor.num_captures == 1 and bias_capacity(MIX) == 16
+
+
+@both_kinds
+def test_rows_go_on_while_a_prompt_is_read(pair, prompt, plain, kind) -> None:
+    """A row that generates gains in every round; the one whose prompt is read gains nothing before its end."""
+    target, executor, batch = pair().target, kind(), sm.Batch(2)
+    with torch.no_grad(), executor:
+        loop = sm.DecodeLoop(target, as_draft(target, target, batch.texts, True), batch, executor, FixedLookahead(1))
+        loop.admit(0, prompt(4), MIX[0], 60)
+        for _ in range(3):
+            loop.step()
+        loop.admit(1, prompt(66), MIX[0], 5, chunk=16)
+        lengths, through = [], []
+        while not through:
+            assert batch.generating() == [0] and list(batch.reading) == [1]
+            through = loop.read(16)
+            loop.step()
+            lengths.append(len(batch.rows[0].tokens))
+        assert through == [1] and len(lengths) == 5, "65 tokens of the target, 66 of the draft, 16 of each at a time"
+        assert all(after == before + 2 for before, after in itertools.pairwise(lengths[2:]))
+        while batch.generating():
+            loop.step()
+    for index, (given, count) in enumerate([(prompt(4), 60), (prompt(66), 5)]):
+        assert batch.rows[index].tokens == plain(target, given, count)[0]
+
+
+@both_kinds
+def test_a_row_is_given_up_while_its_prompt_is_read(pair, prompt, plain, kind) -> None:
+    target, executor, batch = pair().target, kind(), sm.Batch(1)
+    with torch.no_grad(), executor:
+        loop = sm.DecodeLoop(target, as_draft(target, target, batch.texts, True), batch, executor, FixedLookahead(2))
+        loop.admit(0, prompt(66), MIX[0], 5, chunk=16)
+        loop.read(20)
+        batch.retire(0, "cancelled")
+        assert not batch.reading and loop.read(20) == []
+        loop.admit(0, prompt(30), MIX[0], 9)
+        while batch.generating():
+            loop.step()
+    assert batch.rows[0].tokens == plain(target, prompt(30), 9)[0]
+
+
+@both_kinds
+def test_a_broken_row_ends_alone(kind) -> None:
+    """Its logits are NaN behind one token; all others end as they would without it."""
+    table = torch.eye(20).roll(1, dims=1)
+    table[7] = torch.nan
+    target, executor, batch = TableModel(table), kind(), sm.Batch(3, isolate_errors=True)
+    with torch.no_grad(), executor:
+        loop = sm.DecodeLoop(target, None, batch, executor, FixedLookahead(0))
+        for index, token in enumerate((4, 9, 11)):
+            loop.admit(index, [token], MIX[0], 8)
+        while batch.generating():
+            loop.step()
+    assert [row.finish_reason for row in batch.rows] == ["error", "length", "length"]
+    assert [row.tokens for row in batch.rows] == [[4, 5, 6, 7], list(range(9, 18)), list(range(11, 20))]
+    assert str(batch.rows[0].error).startswith("row 0, position 0 of the window: logits are NaN")
+    assert batch.rows[1].error is None and batch.snapshot(0) == (None, None)

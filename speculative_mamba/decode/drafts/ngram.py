@@ -49,8 +49,13 @@ class NgramDrafter:
     def begin(self, prompts: list[list[int]], lookahead: int, sampler: Sampler) -> None:
         self._indices = [_Index(self.longest) for _ in prompts]
         self._asked = [0] * len(prompts)
-        for index, prompt in zip(self._indices, prompts, strict=True):
-            index.extend(prompt)
+        for row, prompt in enumerate(prompts):
+            self.restart(row, prompt)
+
+    def restart(self, row: int, prompt: list[int]) -> None:
+        """Another text in one row of the batch."""
+        self._indices[row], self._asked[row] = _Index(self.longest), 0
+        self._indices[row].extend(prompt)
 
     def propose(self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int) -> tuple[torch.Tensor, None]:
         places = []
@@ -105,7 +110,16 @@ class _Index:
 
 
 class NgramLookup(PythonDraft):
-    """``NgramDrafter`` in rounds that the host follows."""
+    """``NgramDrafter`` in rounds that the host follows; a row that comes costs the others nothing."""
+
+    def allocate(self, batch: int, lookahead: int, sampler: Sampler, *, captured: bool) -> "NgramLookup":
+        self.drafter.begin([[0]] * batch, lookahead, sampler)
+        return self
+
+    def prefill(self, row: int, text: list[int], state: RowState | None = None) -> None:
+        self.drafter.restart(row, text)
+
+    def ready(self) -> None: ...
 
     def rows(self) -> list[list[int]]:
         return self._texts()  # it only reads, and not all of a text
