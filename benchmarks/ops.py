@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from speculative_mamba.models.config import ModelConfig
+from speculative_mamba.models.sources import QUANTIZED
 from speculative_mamba.ops import (
     attention_verify,
     causal_conv1d_verify,
@@ -22,7 +23,7 @@ from speculative_mamba.ops import (
     speculative_accept,
     ssd_verify,
 )
-from speculative_mamba.ops.int8 import Int8Weight, quantised
+from speculative_mamba.ops.block_weight import BlockWeight, can_quantize, quantized
 from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.ops.sampling_tensors import SamplingTensors
@@ -65,26 +66,29 @@ def bench_linear(report: Report, in_features: int, out_features: int, rows_list:
             _add(report, "skinny_linear", f"{out_features}x{in_features}", times, size, baseline, rows=rows)
 
 
-def bench_int8(report: Report, in_features: int, out_features: int, rows_list: tuple[int, ...] = TOKENS) -> None:
-    """int8 against our own bf16."""
-    progress(f"drawing int8 weights of {out_features}x{in_features}")
-    size = in_features * out_features
+def bench_blocks(report: Report, in_features: int, out_features: int, rows_list: tuple[int, ...] = TOKENS) -> None:
+    """Weights in blocks against our own bf16, where there are full ones."""
+    if not can_quantize(in_features):
+        return
+    progress(f"drawing weights in blocks of {out_features}x{in_features}")
     weight = torch.randn(out_features, in_features) * in_features**-0.5
-    narrow, wide = quantised(weight), weight.bfloat16()
-    count = min(200, CACHE_BYTES // (2 * size))
-    next_narrow = rotate([Int8Weight(narrow.values.clone(), narrow.scale) for _ in range(2 * count)])
-    next_wide = rotate([wide.clone() for _ in range(count)])
-    for rows in rows_list:
-        x = torch.randn(rows, in_features)
-        check("skinny_linear int8", skinny_linear(x, narrow), skinny_linear(x, narrow, backend="reference"))
-        times = interleaved_medians(
-            {
-                "ours": lambda x=x: skinny_linear(x, next_narrow()),
-                "bf16": lambda x=x: skinny_linear(x, next_wide()),
-            }
-        )
-        shape = f"{out_features}x{in_features}"
-        _add(report, "skinny_linear", shape, times, size + 4 * out_features, "bf16", "int8", rows=rows)
+    wide = weight.bfloat16()
+    next_wide = rotate([wide.clone() for _ in range(min(200, CACHE_BYTES // wide.nbytes))])
+    for format in QUANTIZED:
+        narrow = quantized(weight, format)
+        copies = (narrow.data.clone() for _ in range(min(400, CACHE_BYTES // narrow.nbytes)))
+        next_narrow = rotate([BlockWeight(data, format, narrow.shape) for data in copies])
+        for rows in rows_list:
+            x = torch.randn(rows, in_features)
+            check(f"skinny_linear {format}", skinny_linear(x, narrow), skinny_linear(x, narrow, backend="reference"))
+            times = interleaved_medians(
+                {
+                    "ours": lambda x=x, weight=next_narrow: skinny_linear(x, weight()),
+                    "bf16": lambda x=x: skinny_linear(x, next_wide()),
+                }
+            )
+            shape = f"{out_features}x{in_features}"
+            _add(report, "skinny_linear", shape, times, narrow.nbytes, "bf16", format, rows=rows)
 
 
 def bench_norm(report: Report, config: ModelConfig) -> None:
@@ -296,7 +300,7 @@ def main() -> None:
         }
     )  # fmt: skip
     bench_linear(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
-    bench_int8(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
+    bench_blocks(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
     bench_accept(report)
     for name in ("mamba2-130m", "mamba2-2.7b"):
         bench_ssd(report, published_config(name))
@@ -309,8 +313,8 @@ def main() -> None:
         bench_linear(report, mixer.d_inner, mixer.dt_rank + 2 * mixer.d_state)
         bench_linear(report, mixer.dt_rank, mixer.d_inner)
         bench_linear(report, mixer.d_inner, c.d_model)
-        bench_int8(report, c.d_model, 2 * mixer.d_inner)
-        bench_int8(report, mixer.d_inner, c.d_model)
+        bench_blocks(report, c.d_model, 2 * mixer.d_inner)
+        bench_blocks(report, mixer.d_inner, c.d_model)
         bench_norm(report, c)
         bench_conv(report, c)
         bench_scan(report, c)

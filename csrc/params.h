@@ -19,8 +19,10 @@
 
 namespace speculative_mamba {
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3 };  // int8: skinny_linear's weight only
-constexpr const char* kDTypes[] = {"float32", "bfloat16", "float16", "int8"};
+// The last four are formats of blocks, for skinny_linear's weight only; ops/block_formats.py describes them.
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, q8_0 = 3, q4_0 = 4, q4_k = 5, q6_k = 6 };
+constexpr const char* kDTypes[] = {"float32", "bfloat16", "float16", "q8_0", "q4_0", "q4_k", "q6_k"};
+inline bool is_blocks(DType dtype) { return dtype >= DType::q8_0; }
 
 constexpr int kMaxConvWidth = 8;
 constexpr double kRounding = 1e-6;  // bounds of filters are met up to the rounding of float32
@@ -176,25 +178,23 @@ struct AttentionParams {
               write_slot, inv_freq, pairs, scale, left_padding, final_state_only, y, scratch, scratch_bytes)
 };
 
-// y = y_scale · x Wᵀ + bias for few rows; row m of y does not depend on M. Row n of an int8 W counts weight_scale[n]
-// times.
+// y = y_scale · x Wᵀ + bias for few rows; row m of y does not depend on M.
 struct SkinnyLinearParams {
     DType activations;  // of x
     int64_t rows, in_features, out_features;
     const float* x;  // (M, K), features contiguous
     int64_t x_row_stride;
-    const void* weight;  // (N, K), features contiguous
-    int64_t weight_row_stride;
+    const void* weight;         // (N, K), features contiguous; or groups of sixteen rows in blocks
+    int64_t weight_row_stride;  // or bytes of a group
     DType weight_dtype;
-    const float* weight_scale;  // (N), read only with int8
-    const float* bias;          // (N), may be null
+    const float* bias;  // (N), may be null
     float y_scale;
-    bool constant_weights;  // no kernel before writes weight, weight_scale or bias
+    bool constant_weights;  // no kernel before writes weight or bias
     float* y;               // (M, N) contiguous
     DType y_dtype;
 
     SM_FIELDS(activations, rows, in_features, out_features, x, x_row_stride, weight, weight_row_stride, weight_dtype,
-              weight_scale, bias, y_scale, constant_weights, y, y_dtype)
+              bias, y_scale, constant_weights, y, y_dtype)
 };
 
 enum MlpActivation { kSilu, kRelu2 };  // in the order of ops/mlp_activation

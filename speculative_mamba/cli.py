@@ -106,7 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens to generate at most",
     )  # fmt: skip
     option("K", type=_LOOKAHEAD, default=4, help="tokens drafted per round, 1 to 15, or auto")
-    option("model_target", default="builtin:target", metavar="MODEL", help="folder, GGUF file, hub id or builtin:target")
+    option(
+        "model_target", default="builtin:target", metavar="MODEL", help="folder, GGUF file, hub id or builtin:target"
+    )
     option("model_draft", default="builtin:draft", metavar="MODEL", help="folder, GGUF file, hub id or builtin:draft")
     option("revision", help="branch, tag or commit of a hub id (default: the newest)", default=argparse.SUPPRESS)
     option("revision_draft", help="the same for the draft", default=argparse.SUPPRESS)
@@ -117,7 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="who drafts: model_draft, or the text so far without a model; none is plain decoding (default: model, but "
         "ngram for a target that comes without a model_draft)",
     )  # fmt: skip
-    option("dtype", help="float32, bfloat16, float16 or int8 weights (default: as stored)", default=argparse.SUPPRESS)
+    option(
+        "dtype", help="float32, bfloat16, float16, q8_0 or q4_0 weights (default: as stored)", default=argparse.SUPPRESS
+    )
     option("state_dtype", default="float32", help="float32, bfloat16 or float16 for the recurrent state")
     option(
         "rollback",

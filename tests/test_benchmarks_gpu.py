@@ -45,7 +45,7 @@ def tiny_works() -> Iterator[tuple[str, Callable[[torch.device], Work]]]:
         yield f"commit_tokens-{size}", partial(Commit, 67, batch, tokens)
     for rows in (1, 5):
         yield f"skinny_linear-M{rows}", partial(Linear, 24, 7, rows, torch.bfloat16, torch.bfloat16)
-        yield f"skinny_linear-M{rows}-int8", partial(Linear, 24, 7, rows, torch.int8, torch.float32)
+        yield f"skinny_linear-M{rows}-q8_0", partial(Linear, 32, 7, rows, "q8_0", torch.float32)
         yield f"rms_norm-M{rows}", partial(Norm, 24, rows)
         yield f"mlp_activation-M{rows}", partial(MlpActivation, 24, rows)
 
@@ -109,7 +109,7 @@ def test_sizes_are_known_without_memory(name: str) -> None:
         (Ssd(4, 3, 8, 2, 5, torch.float32, "replay", META),
          2 * 4 * 192 + 2 * 4 * (120 + 40 + 80) + 2 * (2 * 120 + 40 + 2 * 80) + 4 * (4 + 4 + 4)),
         (Linear(24, 7, 5, torch.bfloat16, torch.float32, META), 2 * (24 * 7 + 5 * 24) + 4 * 35),
-        (Linear(24, 7, 5, torch.int8, torch.bfloat16, META), 24 * 7 + 4 * 7 + 2 * 5 * 24 + 2 * 35),
+        (Linear(64, 32, 5, "q4_0", torch.bfloat16, META), 32 * 2 * 18 + 2 * 5 * 64 + 2 * 5 * 32),
         (Norm(24, 5, META), 2 * (2 * 120 + 24) + 4 * 2 * 120),
         (MlpActivation(24, 5, META), 2 * 3 * 120),
         # 37 entries read and 5 written of keys and values, q and y, k and v
@@ -166,7 +166,7 @@ def test_mamba_ssm_is_called_as_documented(name: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in TINY if "attention" in name or ("-M" in name and "int8" not in name)]
+    "name", [name for name in TINY if "attention" in name or ("-M" in name and "q8_0" not in name)]
 )
 def test_what_pytorch_computes_is_what_the_op_computes(name: str) -> None:
     work = TINY[name](CPU)

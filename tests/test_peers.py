@@ -1,6 +1,8 @@
 """The comparison with other engines, on a tiny shape: who is timed, who is not and why, and what a row holds."""
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 
 import speculative_mamba as sm
 from benchmarks import peers
+from benchmarks.peer_engines import Ours
 from benchmarks.peer_files import write_checkpoint
 from speculative_mamba.testing.models import random_model
 
@@ -24,16 +27,41 @@ Run = Callable[..., list[dict]]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """run(*dtypes, without=()): the rows of a short run; peers named in ``without`` look as if not installed."""
+    """run(*dtypes, without=(), kinds=None): the rows of a short run; peers named in ``without`` look as if not
+    installed, ``kinds`` are there instead of all."""
 
-    def run(*dtypes: str, without: tuple[str, ...] = ()) -> list[dict]:
+    def run(*dtypes: str, without: tuple[str, ...] = (), kinds: tuple[type, ...] | None = None) -> list[dict]:
         for name in without:
             monkeypatch.setitem(sys.modules, MODULES[name], None)
+        if kinds is not None:
+            monkeypatch.setattr(peers, "PEERS", kinds)
+            for kind in kinds:
+                monkeypatch.setitem(peers.DTYPES["float32"][0], kind.name, "float32")
         settings = "--models tiny --tokens 6 --prefill 9 --rounds 1 --repeats 1 --json"
         peers.main([*settings.split(), str(tmp_path / "rows.json"), "--dtypes", *dtypes])
         return json.loads((tmp_path / "rows.json").read_text())
 
     return run
+
+
+class Disagreeing(Ours):
+    """A peer whose logits are a little off."""
+
+    name = "disagreeing"
+
+    def feed(self, tokens: list[int]) -> torch.Tensor:
+        return 1.01 * super().feed(tokens)
+
+
+class Crashing(Ours):
+    """A peer that dies in a prefill of nine tokens, as llama.cpp does on some processors."""
+
+    name = "crashing"
+
+    def prefill(self, tokens: list[int]) -> torch.Tensor:
+        if len(tokens) == 9:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().prefill(tokens)
 
 
 def engines(rows: list[dict]) -> set[str]:
@@ -45,7 +73,7 @@ def check(rows: list[dict], peer: str, dtype: str) -> None:
     assert engines(rows) == {"ours", peer}
     for row in rows:
         assert row.keys() - {"acceptance", "tokens_per_round"} == KEYS
-        assert row["median_s"] > 0 and row["shape"] == "128x6"
+        assert row["median_s"] > 0 and row["shape"] == "256x6"
     theirs = {row["op"]: row["median_s"] for row in rows if row["dtype"] == dtype and row["baseline"] is None}
     assert theirs.keys() == OPS
     ours = [row for row in rows if row["baseline"] == f"{peer} {dtype}"]
@@ -64,41 +92,28 @@ def test_transformers_agrees_and_is_timed(run: Run, capsys: pytest.CaptureFixtur
     assert any(line.startswith("llama.cpp skipped: ") and "llama_cpp" in line for line in lines)
 
 
-@pytest.mark.parametrize(("dtype", "theirs"), [("float32", "f32"), ("bfloat16", "bf16")])
-def test_llama_cpp_agrees_and_is_timed(run: Run, dtype: str, theirs: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "theirs", "error"), [("float32", "f32", 1e-5), ("bfloat16", "bf16", 0.02), ("q8_0", "q8_0", 0.05)]
+)
+def test_llama_cpp_agrees_and_is_timed(run: Run, dtype: str, theirs: str, error: float) -> None:
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     rows = run(dtype, without=("transformers",))
     check(rows, "llama.cpp", theirs)
-    assert max(row["logit_error"] for row in rows) < {"float32": 1e-5, "bfloat16": 0.02}[dtype]
+    assert max(row["logit_error"] for row in rows) < error
 
 
-def test_llama_cpp_with_eight_bits_stays_near(run: Run) -> None:
-    pytest.importorskip("llama_cpp")
-    pytest.importorskip("gguf")
-    rows = [row for row in run("int8", without=("transformers",)) if row["dtype"] == "q8_0"]
-    assert {row["op"] for row in rows} == OPS
-    assert max(row["logit_error"] for row in rows) < 0.05
-
-
-def test_without_peers_ours_is_timed_alone(run: Run, capsys: pytest.CaptureFixture) -> None:
-    rows = run("bfloat16", without=("llama.cpp", "transformers"))
-    assert engines(rows) == {"ours"}
-    assert {row["baseline"] for row in rows} == {None, "plain decoding"}
-    assert capsys.readouterr().out.count(" skipped: ") == 2
-
-
-def test_a_peer_that_disagrees_is_not_timed(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    pytest.importorskip("transformers")
-    feed = peers.Transformers.feed
-    monkeypatch.setattr(peers.Transformers, "feed", lambda self, tokens: 1.01 * feed(self, tokens))
-    rows = run("bfloat16", without=("llama.cpp",))
-    assert engines(rows) == {"ours"}
-    lines = capsys.readouterr().out.splitlines()
-    refused = [line for line in lines if "not timed" in line]
-    assert len(refused) == 1 and refused[0].startswith("tiny transformers float32 not timed: relative error")
+def test_a_peer_that_disagrees_and_one_that_dies_are_rows_that_say_so(run: Run, capsys: pytest.CaptureFixture) -> None:
+    rows = run("float32", "q4_0", kinds=(Disagreeing, Crashing))
+    failed = {row["case"]: row["error"] for row in rows if row["op"] == "failed"}
+    assert failed.keys() == {"tiny disagreeing", "tiny crashing"}
+    assert failed["tiny disagreeing"].startswith("relative error of the logits")
+    assert failed["tiny crashing"] == "prefill: its process was ended by SIGSEGV"
+    rest = [row for row in rows if row["op"] != "failed"]
+    assert {row["op"] for row in rest if "ours" in row["case"]} == OPS
+    assert {row["op"] for row in rest if "crashing" in row["case"]} == {"step", "verify"}, "what came before stays"
+    out = capsys.readouterr().out
+    assert out.count("not timed") == 3 and "q4_0 not timed: its file is made by llama.cpp, which is missing" in out
 
 
 def test_the_checkpoint_holds_the_model(tmp_path: Path) -> None:

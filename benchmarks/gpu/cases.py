@@ -8,6 +8,8 @@ from functools import partial
 import torch
 
 from speculative_mamba.models.config import ModelConfig
+from speculative_mamba.models.sources import QUANTIZED
+from speculative_mamba.ops.block_weight import can_quantize
 from speculative_mamba.testing.models import published_config
 
 from .attention import Attention
@@ -34,7 +36,7 @@ class Case:
 
     op: str
     shape: str
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     distance: int
     sizes: dict[str, int]  # rows, or tokens and batch
     work: Callable[[torch.device], Work]  # a fresh set of buffers
@@ -103,8 +105,10 @@ def matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def _linear() -> Iterator[Case]:
     weights = {model: matrices(config) for model, config in _published(MODELS).items()}
-    for distance, (model, name, rows, dtype) in _product(MODELS, MATRICES, ROWS, (torch.bfloat16, torch.int8)):
+    for distance, (model, name, rows, dtype) in _product(MODELS, MATRICES, ROWS, (torch.bfloat16, *QUANTIZED)):
         N, K = weights[model][name]
+        if dtype in QUANTIZED and not can_quantize(K):
+            continue
         make = partial(Linear, K, N, rows, dtype, torch.float32 if name == "head" else ACTIVATIONS)
         yield Case("skinny_linear", f"{N}x{K}", dtype, distance, {"rows": rows}, make)
 

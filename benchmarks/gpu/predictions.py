@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from speculative_mamba.models.config import ModelConfig
+from speculative_mamba.models.sources import QUANTIZED
 from speculative_mamba.testing.models import published_config
 
 from .cases import MLP, OPS, VOCABULARY, Case, cases, matrices
@@ -93,9 +94,7 @@ def _shown(every: Iterable[Case], config: ModelConfig) -> list[Case]:
 
     def is_shown(case: Case) -> bool:
         largest = case.shape in shapes or case.op == "attention_verify"
-        return (
-            largest and case.sizes in sizes and case.mode in (None, *MODES, FILTERED) and case.dtype is not torch.int8
-        )
+        return largest and case.sizes in sizes and case.mode in (None, *MODES, FILTERED) and case.dtype not in QUANTIZED
 
     return sorted(filter(is_shown, every), key=lambda case: (list(OPS).index(case.op), case.sizes.get("batch", 0)))
 

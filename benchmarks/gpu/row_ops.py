@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from speculative_mamba.ops import mlp_activation, rms_norm, skinny_linear
-from speculative_mamba.ops.int8 import Int8Weight
+from speculative_mamba.ops.block_formats import FORMATS, GROUP
+from speculative_mamba.ops.block_weight import BlockWeight
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 from .work import Work, activations, assert_near, nbytes
@@ -33,15 +34,18 @@ class Linear(RowWork):
     """skinny_linear; PyTorch multiplies by the same weight in bfloat16."""
 
     def __init__(
-        self, in_features: int, out_features: int, rows: int, dtype: torch.dtype, out_dtype: torch.dtype,
+        self, in_features: int, out_features: int, rows: int, dtype: torch.dtype | str, out_dtype: torch.dtype,
         device: torch.device,
     ) -> None:  # fmt: skip
         self.x, self.out_dtype = activations(device, rows, in_features), out_dtype
         self.wide = activations(device, out_features, in_features) * in_features**-0.5
-        self.weight: torch.Tensor | Int8Weight = self.wide
-        if dtype is torch.int8:
-            values = torch.randint(-127, 128, self.wide.shape, dtype=torch.int8, device=device)
-            self.weight = Int8Weight(values, torch.rand(out_features, device=device) * in_features**-0.5 / 64)
+        self.weight: torch.Tensor | BlockWeight = self.wide
+        if isinstance(dtype, str):
+            kind = FORMATS[dtype]
+            size = -(-out_features // GROUP), kind.group_bytes(in_features)
+            data = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+            data[:, : kind.quants_at(in_features)].view(torch.float16).fill_(in_features**-0.5 / 64)
+            self.weight = BlockWeight(data, dtype, self.wide.shape)
         self.moved = nbytes(self.x, self.weight) + rows * out_features * out_dtype.itemsize
 
     def of_rows(self, rows: slice, backend: str) -> torch.Tensor:

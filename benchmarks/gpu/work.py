@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from speculative_mamba.ops.int8 import Int8Weight
+from speculative_mamba.ops.block_weight import BlockWeight
 
 ACTIVATIONS = torch.bfloat16
 
@@ -41,7 +41,7 @@ class WindowWork(Work):
         """The same tokens in calls of one, as without a draft."""
 
 
-def nbytes(*tensors: torch.Tensor | Int8Weight | None) -> int:
+def nbytes(*tensors: torch.Tensor | BlockWeight | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 

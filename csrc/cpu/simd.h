@@ -31,9 +31,6 @@ inline Vec load(const bf16_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 inline Vec load(const f16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
-inline Vec load(const int8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 // Adds just under half a unit of bf16, or just half where the kept bits are odd. That could carry a NaN into an
 // infinity or a zero, so its quiet bit is set instead.
@@ -87,11 +84,6 @@ inline Vec load(const bf16_t* p) {
 inline Vec load(const f16_t* p) {
     const __m128i* q = reinterpret_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
-}
-inline Vec load(const int8_t* p) {
-    __m256i lo = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    __m256i hi = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)));
-    return {_mm256_cvtepi32_ps(lo), _mm256_cvtepi32_ps(hi)};
 }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.lo), _mm256_storeu_ps(p + 8, a.hi); }
 // As for AVX-512: half a unit is added, and a NaN is kept from carrying.
@@ -160,7 +152,6 @@ inline Vec load(const float* p) {
     std::memcpy(&out, p, sizeof out);
     return out;
 }
-inline float widen(int8_t a) { return a; }
 inline float widen(bf16_t a) {
     uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
     float out;

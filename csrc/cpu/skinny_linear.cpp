@@ -1,7 +1,8 @@
 // Weights are read once, in the row-major order in which checkpoints store them. Lanes run over K: lane l of an output
-// sums features l, l+16, l+32, … one after the other, then the lanes are added in a fixed tree, and the scale of an
-// int8 row and the bias come last. Neither how many rows share a pass, nor where blocks of features end, nor which
-// thread runs it enters that order, so a row of y depends on its row of x alone.
+// sums features l, l+16, l+32, … one after the other, then the lanes are added in a fixed tree, and y_scale and the
+// bias come last. Neither how many rows share a pass, nor where blocks of features end, nor which
+// thread runs it enters that order, so a row of y depends on its row of x alone. Weights in blocks have a kernel of
+// their own, skinny_linear_blocks.cpp.
 #include "../params.h"
 #include "parallel_for.h"
 #include "simd.h"
@@ -93,7 +94,6 @@ inline void group(const SkinnyLinearParams& p, int64_t m0, int64_t n0, int tiles
             }
             for (int m = 0; m < M; m++) {
                 float total = sum(sums[t][r][m]);
-                if constexpr (sizeof(scalar_t) == 1) total *= p.weight_scale[n0 + n];
                 if (scaled) total *= p.y_scale;
                 p.y[(m0 + m) * p.out_features + n0 + n] = p.bias ? total + p.bias[n0 + n] : total;
             }
@@ -131,8 +131,10 @@ void run(const SkinnyLinearParams& p, int threads) {
 
 }  // namespace
 
+void skinny_linear_blocks(const SkinnyLinearParams& p, int threads);
+
 void skinny_linear(const SkinnyLinearParams& p, int threads) {
-    if (p.weight_dtype == DType::int8) return run<int8_t>(p, threads);
+    if (is_blocks(p.weight_dtype)) return skinny_linear_blocks(p, threads);
     SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t>(p, threads));
 }
 

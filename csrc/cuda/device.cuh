@@ -40,7 +40,6 @@ struct alignas(16) Float4 {
 
 // bf16 and f16 as in dtype.h: bit patterns.
 __device__ __forceinline__ float widen(float a) { return a; }
-__device__ __forceinline__ float widen(int8_t a) { return a; }
 __device__ __forceinline__ float widen(bf16_t a) {
     const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
     float out;

@@ -1,7 +1,7 @@
 // How linear layers add up on tensor cores: the same whatever kernel computes a row, so that its bits are.
 //
-// The warps of a block partition the features: they take turns of 64. In a turn a lane has eight or sixteen features of
-// a row at a time, which are not those that tensor cores expect in it; as long as x and W agree on them it is the same
+// The warps of a block partition the features: they take turns of 64. In a turn a lane has eight features of a row at a
+// time, which are not those that tensor cores expect in it; as long as x and W agree on them it is the same
 // sum. They round coarsely, so only the products of 16 features are added there, and those sums in float32.
 #pragma once
 
@@ -18,18 +18,6 @@ constexpr int kLaneBytes = 16;             // that a lane copies at a time, of f
 constexpr int kRowBytes = 4 * kLaneBytes;  // of a row in a piece: what a warp copies at a time
 
 __device__ __forceinline__ int min(int a, int b) { return a < b ? a : b; }
-
-// Sixteen integers, eight and eight.
-template <typename Act>
-__device__ __forceinline__ void widen_sixteen(const Packed8& packed, Packed8& first, Packed8& second) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t pairs[2];
-        widen4<Act>(packed.pairs[i], pairs);
-        Packed8& half = i < 2 ? first : second;
-        half.pairs[i % 2 * 2] = pairs[0], half.pairs[i % 2 * 2 + 1] = pairs[1];
-    }
-}
 
 // Adds what 32 features give: of rows `low` and, eight further down, `high` of W, for eight rows of x.
 template <typename Act>
@@ -63,10 +51,8 @@ __device__ __forceinline__ float sum_of_warps(const float* at, int stride) {
 }
 
 // Result (m, n): a finished sum, scaled, then the bias.
-template <typename Weight>
 __device__ __forceinline__ void store_result(const SkinnyLinearParams& p, int64_t m, int64_t n, float total,
-                                             float scale, float bias) {
-    if (sizeof(Weight) == 1) total *= scale;
+                                             float bias) {
     total *= p.y_scale;
     if (p.bias) total += bias;
     store_as(p.y_dtype, p.y, m * p.out_features + n, total);

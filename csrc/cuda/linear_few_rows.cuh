@@ -31,9 +31,9 @@ struct RowPartition {
 
 // Where things lie in shared memory: twice the warps' sums, then W, in places for as many tiles of 8·MmaRows rows as
 // make enough bytes on their way. When a turn has been read, the same turn of a later tile takes its place.
-template <typename Weight, int KSteps, int MmaRows>
+template <int KSteps, int MmaRows>
 struct Stream {
-    static constexpr int kPieces = kWarpK * static_cast<int>(sizeof(Weight)) / kRowBytes;
+    static constexpr int kPieces = 2 * kWarpK / kRowBytes;
     static constexpr int kMmaRowBytes = kMmaN * kRowBytes;  // of a piece
     static constexpr int kStepBytes = MmaRows * kPieces * kMmaRowBytes;
     static constexpr int kTileBytes = kWarps * KSteps * kStepBytes;
@@ -50,13 +50,12 @@ struct Stream {
 
 // Lane l copies, and later reads, what lies in quarter l % 4 of rows l / 4 and l / 4 + 8 of a tile; no other lane
 // needs it. It has that quarter of row l / 4 of x too, or of the last row, for results that nobody stores.
-template <typename Act, typename Weight, int KSteps, int MmaRows>
+template <typename Act, int KSteps, int MmaRows>
 __global__ void __launch_bounds__(kWarps* kWarp, KSteps <= 5 ? 2 : 1)
     multiply_few_rows(SkinnyLinearParams p, int64_t m0, int x_rows, RowPartition partition) {
-    using S = Stream<Weight, KSteps, MmaRows>;
+    using S = Stream<KSteps, MmaRows>;
     SM_LAUNCHED_MEMORY(memory);
-    constexpr bool kWidens = sizeof(Weight) == 1;
-    constexpr int kOfLane = kLaneBytes / static_cast<int>(sizeof(Weight)), kXStep = kWidens ? 8 : kProduct;
+    constexpr int kOfLane = kLaneBytes / static_cast<int>(sizeof(Act));
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
     const int row = lane / 4, block = static_cast<int>(blockIdx.x);
     const int64_t first_row = static_cast<int64_t>(block) * partition.rows + min(block, partition.blocks_with_more);
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, KSteps <= 5 ? 2 : 1)
 
     // The tile whose copies come next; of W this lane's part.
     const int64_t below = kMmaN * p.weight_row_stride, tile_stride = tile_rows * p.weight_row_stride;
-    const Weight* weight = static_cast<const Weight*>(p.weight) + (first_row + row) * p.weight_row_stride + first_k;
+    const Act* weight = static_cast<const Act*>(p.weight) + (first_row + row) * p.weight_row_stride + first_k;
     int rows_ahead = rows;
     const auto copy_step = [&](char* tile, int turn) {
 #pragma unroll
@@ -103,7 +102,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, KSteps <= 5 ? 2 : 1)
     for (int turn = 0; turn < KSteps; turn++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int k = turn * kBlockK + i * kXStep;
+            const int k = turn * kBlockK + i * kProduct;
             x[turn][i] = has_feature(turn, k) ? load_raw(reinterpret_cast<const Packed8*>(of_x + k)) : Packed8{};
         }
     }
@@ -111,7 +110,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, KSteps <= 5 ? 2 : 1)
     for (int first = 0; first < rows; first += tile_rows) {
         const int64_t n = first_row + first + result_row;
         const bool has_result = result_column < x_rows && result_row < min(tile_rows, rows - first);
-        const float scale = kWidens && has_result ? load(p.weight_scale + n, From::constants) : 1.f;
         const float bias = p.bias && has_result ? load(p.bias + n, From::constants) : 0.f;
         char* const at = lane_memory + place * S::kTileBytes;
         float sums[MmaRows][2] = {};
@@ -129,7 +127,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, KSteps <= 5 ? 2 : 1)
                             w[half][piece] = load_raw(reinterpret_cast<Packed8*>(
                                 at + turn * S::kStepBytes + (half * S::kPieces + piece) * S::kMmaRowBytes));
                         }
-                        if constexpr (kWidens) widen_sixteen<Act>(Packed8{w[half][0]}, w[half][0], w[half][1]);
                     }
                     copy_step(at, turn);
 #pragma unroll
@@ -152,7 +149,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, KSteps <= 5 ? 2 : 1)
         __syncthreads();
         if (has_result) {
             const float total = sum_of_warps(of_warps + result_column * S::kSumsStride + result_row, S::kWarpSums);
-            store_result<Weight>(p, m0 + result_column, n, total, scale, bias);
+            store_result(p, m0 + result_column, n, total, bias);
         }
         // Of two places, so that while some threads still add up one, others can fill the other.
         of_warps = reinterpret_cast<float*>(memory) + (of_warps == reinterpret_cast<float*>(memory) ? S::kSums : 0);
@@ -161,44 +158,44 @@ __global__ void __launch_bounds__(kWarps* kWarp, KSteps <= 5 ? 2 : 1)
 }
 
 // Whether there was memory enough.
-template <typename Act, typename Weight, int KSteps, int MmaRows>
+template <typename Act, int KSteps, int MmaRows>
 bool launch_few_rows(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t stream) {
-    using S = Stream<Weight, KSteps, MmaRows>;
+    using S = Stream<KSteps, MmaRows>;
     const int n = static_cast<int>(p.out_features), blocks = std::min(multiprocessors(), n);
     if (blocks == 0) return true;
     const int max_rows = (n + blocks - 1) / blocks, tiles = (max_rows + kMmaN * MmaRows - 1) / (kMmaN * MmaRows);
     if (S::bytes(tiles) > max_shared_memory()) return false;
     const RowPartition partition{n / blocks, n % blocks, (max_rows + tiles - 1) / tiles};
-    launch_with_memory(multiply_few_rows<Act, Weight, KSteps, MmaRows>, dim3(static_cast<unsigned>(blocks)),
+    launch_with_memory(multiply_few_rows<Act, KSteps, MmaRows>, dim3(static_cast<unsigned>(blocks)),
                        dim3(kWarps * kWarp), S::bytes(tiles), stream, p, m0, x_rows, partition);
     return true;
 }
 
-template <typename Act, typename Weight, int KSteps>
+template <typename Act, int KSteps>
 bool with_k_steps(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t stream) {
-    if constexpr (Stream<Weight, KSteps, 2>::kTileBytes <= kMaxTileBytes) {
+    if constexpr (Stream<KSteps, 2>::kTileBytes <= kMaxTileBytes) {
         const bool flat = p.out_features <= static_cast<int64_t>(kMmaN) * multiprocessors();
-        if (!flat && launch_few_rows<Act, Weight, KSteps, 2>(p, m0, x_rows, stream)) return true;
+        if (!flat && launch_few_rows<Act, KSteps, 2>(p, m0, x_rows, stream)) return true;
     }
-    return launch_few_rows<Act, Weight, KSteps, 1>(p, m0, x_rows, stream);
+    return launch_few_rows<Act, KSteps, 1>(p, m0, x_rows, stream);
 }
 
 // With the first number of turns that is enough.
-template <typename Act, typename Weight, int I = 0>
+template <typename Act, int I = 0>
 bool dispatch_k_steps(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t stream) {
     if constexpr (I < static_cast<int>(std::size(kKSteps))) {
-        if (p.in_features <= kKSteps[I] * kBlockK) return with_k_steps<Act, Weight, kKSteps[I]>(p, m0, x_rows, stream);
-        return dispatch_k_steps<Act, Weight, I + 1>(p, m0, x_rows, stream);
+        if (p.in_features <= kKSteps[I] * kBlockK) return with_k_steps<Act, kKSteps[I]>(p, m0, x_rows, stream);
+        return dispatch_k_steps<Act, I + 1>(p, m0, x_rows, stream);
     }
     return false;
 }
 
 // Whether there are few enough rows of x, which lie where eight features can be read at once, and memory and registers.
-template <typename Act, typename Weight>
+template <typename Act>
 bool multiply_in_registers(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t stream) {
     const int64_t stride = p.rows > 1 ? p.x_row_stride * static_cast<int64_t>(sizeof(Act)) : 0;
     const bool aligned = reinterpret_cast<uintptr_t>(p.x) % kLaneBytes == 0 && stride % kLaneBytes == 0;
-    return x_rows <= kMmaN && aligned && dispatch_k_steps<Act, Weight>(p, m0, x_rows, stream);
+    return x_rows <= kMmaN && aligned && dispatch_k_steps<Act>(p, m0, x_rows, stream);
 }
 
 }  // namespace

@@ -1,12 +1,14 @@
-// Three kernels. Two on tensor cores, where x and W have the same 16 bits or W has 8, and rows of W are made of full,
-// aligned groups of 16 bytes: a block takes tiles of W's rows, and its warps partition the features. For few rows of x
-// see linear_few_rows.cuh. By fused multiply-adds otherwise: a warp takes a row of W.
+// Four kernels. Two on tensor cores, where x and W have the same 16 bits, and rows of W are made of full, aligned
+// groups of 16 bytes: a block takes tiles of W's rows, and its warps partition the features. For few rows of x see
+// linear_few_rows.cuh. By fused multiply-adds otherwise: a warp takes a row of W. Weights in blocks have
+// linear_blocks.cuh.
 //
 // Which features are added up where depends on K, the dtypes and how W lies in memory; how many rows x or a tile has
 // does not enter.
 #include <algorithm>
 
 #include "copies.cuh"
+#include "linear_blocks.cuh"
 #include "linear_few_rows.cuh"
 
 namespace speculative_mamba::cuda {
@@ -25,11 +27,11 @@ struct TileConfig {
 struct Layout {
     int w_piece, w_bytes, x_piece, stage_bytes, stages, sums_at, sums_stride, sums_size;
 
-    template <typename TileConfig, typename Weight>
+    template <typename TileConfig>
     static __host__ __device__ Layout of(int tile_rows, int x_rows, int stages) {
         Layout l;
         l.w_piece = tile_rows * kRowBytes, l.x_piece = x_rows * kRowBytes;
-        l.w_bytes = l.w_piece * TileConfig::kProducts * static_cast<int>(sizeof(Weight)) / 2;
+        l.w_bytes = l.w_piece * TileConfig::kProducts;
         l.stage_bytes = l.w_bytes + TileConfig::kProducts * l.x_piece;
         l.stages = stages;
         l.sums_at = kWarps * stages * l.stage_bytes;
@@ -53,14 +55,12 @@ __device__ __forceinline__ void copy_eight_at_once(char* to, const Act* from, bo
 
 // Lane l copies, and later reads, what lies in quarter l % 4 of pieces of rows l / 4, l / 4 + 8, … of W and of x; no
 // other lane needs it.
-template <typename Act, typename Weight, typename TileConfig>
+template <typename Act, typename TileConfig>
 __global__ void __launch_bounds__(kWarps* kWarp, TileConfig::kMmaColumns == 1 ? 3 : 1)
     multiply_on_tensor_cores(SkinnyLinearParams p, int64_t m0, int rows, int tile_rows, int stages) {
     SM_LAUNCHED_MEMORY(memory);
-    constexpr bool kWidens = sizeof(Weight) == 1;
-    constexpr int kPieces = kWidens ? TileConfig::kProducts / 2 : TileConfig::kProducts,
-                  kOfLane = kLaneBytes / sizeof(Weight);
-    const Layout layout = Layout::of<TileConfig, Weight>(tile_rows, rows, stages);
+    constexpr int kOfLane = kLaneBytes / sizeof(Act);
+    const Layout layout = Layout::of<TileConfig>(tile_rows, rows, stages);
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
     const int row = lane / 4, quarter = lane % 4;
     const int k_size = static_cast<int>(p.in_features), first_k = warp * kWarpK, blocks = static_cast<int>(gridDim.x);
@@ -72,11 +72,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, TileConfig::kMmaColumns == 1 ? 
     // Where the warp is with its copies; of W this lane's part and the rows from there on.
     struct Position {
         int tile, k, rows;
-        const Weight* weight;
+        const Act* weight;
     };
     const auto enter_tile = [&](int tile) {
         const int64_t n = static_cast<int64_t>(tile) * tile_rows + row, left = p.out_features - n;
-        const Weight* weight = static_cast<const Weight*>(p.weight) + n * w_stride + first_k + kOfLane * quarter;
+        const Act* weight = static_cast<const Act*>(p.weight) + n * w_stride + first_k + kOfLane * quarter;
         return Position{first_k < k_size ? tile : tiles, first_k,
                         left < tile_rows - row ? static_cast<int>(left) : tile_rows - row, weight};
     };
@@ -97,13 +97,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, TileConfig::kMmaColumns == 1 ? 
             const int r = half * kMmaN;
             if (r >= at.rows) break;
 #pragma unroll
-            for (int piece = 0; piece < kPieces; piece++) {
+            for (int piece = 0; piece < TileConfig::kProducts; piece++) {
                 copy_async(stage + piece * layout.w_piece + r * kRowBytes, at.weight + r * w_stride + piece * kProduct,
                            left > piece * kProduct ? kLaneBytes : 0, From::constants);
             }
         }
     };
-    const int x_first = kOfLane * quarter, x_next = kWidens ? 8 : kProduct;  // where this lane's pieces begin
+    const int x_first = kOfLane * quarter;  // where this lane's pieces begin
     const Act* const x = reinterpret_cast<const Act*>(p.x) + (m0 + row) * x_stride + x_first;
     const bool x_aligned = allows_group<8>(reinterpret_cast<const Act*>(p.x)) && x_stride % 8 == 0;
     const auto copy_x = [&](char* stage, int k) {
@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, TileConfig::kMmaColumns == 1 ? 
             if (row + r >= rows) break;
 #pragma unroll
             for (int piece = 0; piece < TileConfig::kProducts; piece++) {
-                const bool exists = k_size - x_first - k > piece * x_next;
-                const Act* from = x + r * x_stride + k + piece * x_next;
+                const bool exists = k_size - x_first - k > piece * kProduct;
+                const Act* from = x + r * x_stride + k + piece * kProduct;
                 char* const to = stage + layout.w_bytes + piece * layout.x_piece + r * kRowBytes;
                 if (x_aligned) {
                     copy_async(to, from, exists ? kLaneBytes : 0);
@@ -144,7 +144,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, TileConfig::kMmaColumns == 1 ? 
     int turn = 0;
     for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += blocks) {
         const int64_t n = static_cast<int64_t>(tile) * tile_rows + result_row;
-        const float scale = kWidens && n < p.out_features ? load(p.weight_scale + n, From::constants) : 1.f;
         const float bias = p.bias && n < p.out_features ? load(p.bias + n, From::constants) : 0.f;
         float sums[TileConfig::kMmaColumns][(TileConfig::kMmaRows + 1) / 2][4] = {};
         for (int k = first_k; k < k_size; k = next_k(k)) {
@@ -154,16 +153,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, TileConfig::kMmaColumns == 1 ? 
             for (int half = 0; half < TileConfig::kMmaRows; half++) {
                 if (row + half * kMmaN >= tile_rows) break;
 #pragma unroll
-                for (int piece = 0; piece < kPieces; piece++) {
+                for (int piece = 0; piece < TileConfig::kProducts; piece++) {
                     w[half][piece] =
                         load_raw(reinterpret_cast<Packed8*>(at + piece * layout.w_piece + half * kMmaN * kRowBytes));
                 }
             }
             if (ahead.tile < tiles) copy_weight(at, ahead);
-            if constexpr (kWidens) {
-#pragma unroll
-                for (auto& half : w) widen_sixteen<Act>(Packed8{half[0]}, half[0], half[1]);
-            }
 #pragma unroll
             for (int eight = 0; eight < TileConfig::kMmaColumns; eight++) {
                 if (eight * kMmaN >= rows) break;
@@ -211,7 +206,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, TileConfig::kMmaColumns == 1 ? 
             for (int c = result_column; c < kMmaN && c < columns && n < p.out_features; c += next_column) {
                 const float total =
                     sum_of_warps(of_warps + c * layout.sums_stride + result_row, kMmaN * layout.sums_stride);
-                store_result<Weight>(p, m0 + eight * kMmaN + c, n, total, scale, bias);
+                store_result(p, m0 + eight * kMmaN + c, n, total, bias);
             }
         }
     }
@@ -225,7 +220,7 @@ struct Tiling {
 
 // The tiles of at least so many rows with which the slowest block has least to do, in bytes to move: a row of x or a
 // product cost about as much as half a row of 16 bits of W, and a tile as much as some thousand bytes.
-template <typename Weight, typename TileConfig>
+template <typename Act, typename TileConfig>
 Tiling best_tiling(const SkinnyLinearParams& p, int x_rows, int min_rows) {
     constexpr int64_t kProductBytes = 8, kTileBytes = 4096;
     const int64_t memory = max_shared_memory(), blocks = multiprocessors();
@@ -233,51 +228,51 @@ Tiling best_tiling(const SkinnyLinearParams& p, int x_rows, int min_rows) {
     Tiling best;
     for (int tile_rows = kMmaN * TileConfig::kMmaRows; tile_rows >= min_rows; tile_rows--) {
         const int64_t tiles = blocks_for(blocks_for(p.out_features, tile_rows), blocks);
-        const int64_t of_feature = tile_rows * static_cast<int64_t>(sizeof(Weight)) + x_rows + kProductBytes;
+        const int64_t of_feature = tile_rows * static_cast<int64_t>(sizeof(Act)) + x_rows + kProductBytes;
         Tiling t;
         t.tile_rows = tile_rows, t.cost = tiles * (of_feature * p.in_features + kTileBytes);
         t.stages = static_cast<int>(std::min<int64_t>(TileConfig::kDepth, std::max<int64_t>(tiles * stages, 1)));
-        t.bytes = Layout::of<TileConfig, Weight>(tile_rows, x_rows, t.stages).bytes();
+        t.bytes = Layout::of<TileConfig>(tile_rows, x_rows, t.stages).bytes();
         if (t.bytes <= memory && t.cost < best.cost) best = t;
     }
     return best;
 }
 
-template <typename Act, typename Weight, typename TileConfig>
+template <typename Act, typename TileConfig>
 void launch_tiles(const SkinnyLinearParams& p, int64_t m0, int x_rows, const Tiling& t, cudaStream_t stream) {
     const unsigned tiles = blocks_for(p.out_features, t.tile_rows),
                    max_blocks = static_cast<unsigned>(multiprocessors());
-    launch_with_memory(multiply_on_tensor_cores<Act, Weight, TileConfig>, dim3(std::min(tiles, max_blocks)),
+    launch_with_memory(multiply_on_tensor_cores<Act, TileConfig>, dim3(std::min(tiles, max_blocks)),
                        dim3(kWarps * kWarp), t.bytes, stream, p, m0, x_rows, t.tile_rows, t.stages);
 }
 
 // Whether there was memory enough for so many rows of x.
-template <typename Act, typename Weight>
+template <typename Act>
 bool start(const SkinnyLinearParams& p, int64_t m0, int x_rows, cudaStream_t stream) {
     using TileM8 = TileConfig<1, 2, 2, 4>;
     using TileM16 = TileConfig<2, 4, 2, 2>;
-    using TileM64 = TileConfig<8, sizeof(Weight) == 1 ? 4 : 8, sizeof(Weight) == 1 ? 2 : 1, 2>;
-    if (multiply_in_registers<Act, Weight>(p, m0, x_rows, stream)) return true;
+    using TileM64 = TileConfig<8, 8, 1, 2>;
+    if (multiply_in_registers<Act>(p, m0, x_rows, stream)) return true;
     if (x_rows <= kMmaN) {
-        launch_tiles<Act, Weight, TileM8>(p, m0, x_rows, best_tiling<Weight, TileM8>(p, x_rows, 1), stream);
+        launch_tiles<Act, TileM8>(p, m0, x_rows, best_tiling<Act, TileM8>(p, x_rows, 1), stream);
         return true;
     }
     const bool m16 = x_rows <= TileM16::kMmaColumns * kMmaN;
-    const Tiling t = m16 ? best_tiling<Weight, TileM16>(p, x_rows, 1) : best_tiling<Weight, TileM64>(p, x_rows, 1);
+    const Tiling t = m16 ? best_tiling<Act, TileM16>(p, x_rows, 1) : best_tiling<Act, TileM64>(p, x_rows, 1);
     if (t.tile_rows == 0) return false;
     if (m16) {
-        launch_tiles<Act, Weight, TileM16>(p, m0, x_rows, t, stream);
+        launch_tiles<Act, TileM16>(p, m0, x_rows, t, stream);
     } else {
-        launch_tiles<Act, Weight, TileM64>(p, m0, x_rows, t, stream);
+        launch_tiles<Act, TileM64>(p, m0, x_rows, t, stream);
     }
     return true;
 }
 
-template <typename Act, typename Weight>
+template <typename Act>
 void on_tensor_cores(const SkinnyLinearParams& p, cudaStream_t stream) {
     for (int64_t m0 = 0; m0 < p.rows;) {
         int x_rows = static_cast<int>(std::min<int64_t>(p.rows - m0, kMaxRows));
-        while (!start<Act, Weight>(p, m0, x_rows, stream)) x_rows /= 2;
+        while (!start<Act>(p, m0, x_rows, stream)) x_rows /= 2;
         m0 += x_rows;
     }
 }
@@ -310,7 +305,6 @@ __global__ void __launch_bounds__(kThreads, 3) multiply(SkinnyLinearParams p, in
             }
         }
     }
-    const float scale = sizeof(Weight) == 1 ? load(p.weight_scale + n) : 1.f;
 #pragma unroll
     for (int m = 0; m < M; m++) {
 #pragma unroll
@@ -319,7 +313,6 @@ __global__ void __launch_bounds__(kThreads, 3) multiply(SkinnyLinearParams p, in
             for (int i = 0; i < step; i++) sums[m][i] += sums[m][i + step];
         }
         float total = warp_reduce_sum<kWarp>(sums[m][0]);
-        if (sizeof(Weight) == 1) total *= scale;
         total *= p.y_scale;
         if (p.bias) total += load(p.bias + n);
         if (lane == 0) store_as(p.y_dtype, p.y, (m0 + m) * p.out_features + n, total);
@@ -342,18 +335,18 @@ void by_multiply_adds(const SkinnyLinearParams& p, cudaStream_t stream) {
 
 template <typename Act, typename Weight>
 void run(const SkinnyLinearParams& p, cudaStream_t stream) {
-    if constexpr (sizeof(Act) == 2 && (std::is_same<Act, Weight>::value || sizeof(Weight) == 1)) {
-        const int64_t stride = p.weight_row_stride * static_cast<int64_t>(sizeof(Weight));
+    if constexpr (sizeof(Act) == 2 && std::is_same<Act, Weight>::value) {
+        const int64_t stride = p.weight_row_stride * static_cast<int64_t>(sizeof(Act));
         const bool aligned = reinterpret_cast<uintptr_t>(p.weight) % kLaneBytes == 0 && stride % kLaneBytes == 0;
-        const bool in_groups = p.in_features % (kLaneBytes / static_cast<int>(sizeof(Weight))) == 0;
-        if (aligned && in_groups) return on_tensor_cores<Act, Weight>(p, stream);
+        const bool in_groups = p.in_features % (kLaneBytes / static_cast<int>(sizeof(Act))) == 0;
+        if (aligned && in_groups) return on_tensor_cores<Act>(p, stream);
     }
     by_multiply_adds<Act, Weight>(p, stream);
 }
 
 template <typename Act>
 void with_activations(const SkinnyLinearParams& p, cudaStream_t stream) {
-    if (p.weight_dtype == DType::int8) return run<Act, int8_t>(p, stream);
+    if (is_blocks(p.weight_dtype)) return multiply_blocks<Act>(p, stream);
     SM_DISPATCH_DTYPE(p.weight_dtype, run<Act, scalar_t>(p, stream));
 }
 
@@ -361,7 +354,8 @@ void with_activations(const SkinnyLinearParams& p, cudaStream_t stream) {
 
 void skinny_linear(const SkinnyLinearParams& given, cudaStream_t stream) {
     SkinnyLinearParams p = given;
-    if (p.out_features == 1) p.weight_row_stride = 0;  // so that rows that do not exist have aligned addresses
+    if (p.out_features == 1 && !is_blocks(p.weight_dtype))
+        p.weight_row_stride = 0;  // so that rows that do not exist have aligned addresses
     constexpr int64_t kMaxFeatures = INT32_MAX / 2 - 65536;
     if (p.in_features > kMaxFeatures || p.out_features > kMaxFeatures)
         throw std::invalid_argument("skinny_linear: too large for CUDA");

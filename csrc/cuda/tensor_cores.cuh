@@ -10,35 +10,6 @@ struct alignas(16) Packed8 {
     uint32_t pairs[4];
 };
 
-// Four integers, in order from the lowest byte on, as T, exactly.
-template <typename T>
-__device__ __forceinline__ void widen4(uint32_t four, uint32_t (&pairs)[2]) {
-#if defined(SM_HOST_SHIM)
-    for (int pair = 0; pair < 2; pair++) {
-        const auto value = [&](int i) {
-            return narrow<T>(widen(static_cast<int8_t>(four >> (16 * pair + 8 * i)))).bits;
-        };
-        pairs[pair] = value(0) | static_cast<uint32_t>(value(1)) << 16;
-    }
-#else
-    if (std::is_same<T, f16_t>::value) {  // 1024 + (128 + i), less 1152
-        const uint32_t shifted = four ^ 0x80808080u;
-#pragma unroll
-        for (int pair = 0; pair < 2; pair++) {
-            const uint32_t both = __byte_perm(shifted, 0x64646464u, pair ? 0x4342 : 0x4140);
-            asm("sub.f16x2 %0, %1, %2;" : "=r"(pairs[pair]) : "r"(both), "r"(0x64806480u));
-        }
-    } else {  // 128 + the lower seven bits, less 128 or, where the sign is set, 256
-#pragma unroll
-        for (int pair = 0; pair < 2; pair++) {
-            const uint32_t both = __byte_perm(four, 0x43434343u, pair ? 0x4342 : 0x4140);
-            const uint32_t lower = both & 0xff7fff7fu, sign = both & 0xff80ff80u, minus_one = 0xbf80bf80u;
-            asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pairs[pair]) : "r"(sign), "r"(minus_one), "r"(lower));
-        }
-    }
-#endif
-}
-
 // c += a b: a (16, 16), b (16, 8), c (16, 8), spread over the lanes of a warp as PTX's mma.m16n8k16 says.
 template <typename T>
 __device__ __forceinline__ void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from ..ops import attention_verify
-from ..ops.int8 import Int8Weight
+from ..ops.block_weight import BlockWeight
 from .cache import CAPACITY_STEP, AttentionCache, CacheSizes, Window, new_conv_cache
 from .model_ops import causal_conv1d_verify, rms_norm, skinny_linear
 
@@ -21,9 +21,9 @@ class Attention:
     inv_freq (R) float32 or None: rotary frequencies; out_proj (d, HP), out_bias or None.
     """
 
-    projections: tuple[torch.Tensor | Int8Weight, ...]
+    projections: tuple[torch.Tensor | BlockWeight, ...]
     biases: tuple[torch.Tensor | None, ...]
-    out_proj: torch.Tensor | Int8Weight
+    out_proj: torch.Tensor | BlockWeight
     n_heads: int
     n_kv_heads: int
     head_dim: int

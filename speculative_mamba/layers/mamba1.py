@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ..ops.int8 import Int8Weight
+from ..ops.block_weight import BlockWeight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
 from .materialize_state import MaterializeScanState
 from .model_ops import causal_conv1d_verify, rms_norm, selective_scan_verify, skinny_linear
@@ -18,22 +18,22 @@ REPLAY_IS_FASTER = False
 @dataclass(frozen=True)
 class Mamba1Mixer:
     """Weights of one mixer; R is the rank of dt. A, D and dt_bias are float32, whatever the other weights are;
-    only the four ``*_proj`` may be int8.
+    only the four ``*_proj`` may be in blocks.
 
     in_proj (2D, d), conv_weight (D, W), conv_bias (D) or None, x_proj (R+2N, D), dt_proj (D, R), dt_bias (D), A (D, N),
     D (D), out_proj (d, D); in_bias (2D) and out_bias (d) or None. norms: weights of RMS norms of
     dt (R), B (N) and C (N), or None.
     """
 
-    in_proj: torch.Tensor | Int8Weight
+    in_proj: torch.Tensor | BlockWeight
     conv_weight: torch.Tensor
     conv_bias: torch.Tensor | None
-    x_proj: torch.Tensor | Int8Weight
-    dt_proj: torch.Tensor | Int8Weight
+    x_proj: torch.Tensor | BlockWeight
+    dt_proj: torch.Tensor | BlockWeight
     dt_bias: torch.Tensor
     A: torch.Tensor
     D: torch.Tensor
-    out_proj: torch.Tensor | Int8Weight
+    out_proj: torch.Tensor | BlockWeight
     in_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None
     norms: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ..ops.int8 import Int8Weight
+from ..ops.block_weight import BlockWeight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
 from .mamba1 import REPLAY_IS_FASTER
 from .materialize_state import MaterializeScanState
@@ -21,18 +21,18 @@ class GroupedMamba1Mixer:
     None; dt_bias (D), A (D, N), D (D) float32; out_proj (d, D).
     """
 
-    z_proj: torch.Tensor | Int8Weight
-    x_proj: torch.Tensor | Int8Weight
-    B_proj: torch.Tensor | Int8Weight
-    C_proj: torch.Tensor | Int8Weight
-    dt_down: torch.Tensor | Int8Weight
-    dt_proj: torch.Tensor | Int8Weight
+    z_proj: torch.Tensor | BlockWeight
+    x_proj: torch.Tensor | BlockWeight
+    B_proj: torch.Tensor | BlockWeight
+    C_proj: torch.Tensor | BlockWeight
+    dt_down: torch.Tensor | BlockWeight
+    dt_proj: torch.Tensor | BlockWeight
     conv_weight: torch.Tensor
     conv_bias: torch.Tensor | None
     dt_bias: torch.Tensor
     A: torch.Tensor
     D: torch.Tensor
-    out_proj: torch.Tensor | Int8Weight
+    out_proj: torch.Tensor | BlockWeight
     backend: str = "auto"
 
     stateful: ClassVar[bool] = True

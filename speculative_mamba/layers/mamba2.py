@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ..ops import mlp_activation
-from ..ops.int8 import Int8Weight
+from ..ops.block_weight import BlockWeight
 from .cache import CacheSizes, MambaCache, Window, new_mamba_cache
 from .materialize_state import MaterializeSsdState
 from .model_ops import causal_conv1d_verify, rms_norm, skinny_linear, ssd_verify
@@ -29,7 +29,7 @@ class Mamba2Mixer:
     and D counts the copies.
     """
 
-    projections: tuple[torch.Tensor | Int8Weight, ...]
+    projections: tuple[torch.Tensor | BlockWeight, ...]
     biases: tuple[torch.Tensor | None, ...]
     conv_weight: torch.Tensor
     conv_bias: torch.Tensor | None
@@ -37,7 +37,7 @@ class Mamba2Mixer:
     D: torch.Tensor
     dt_bias: torch.Tensor
     norm_weight: torch.Tensor | None
-    out_proj: torch.Tensor | Int8Weight
+    out_proj: torch.Tensor | BlockWeight
     head_dim: int
     state_size: int
     heads: tuple[int, int, int]

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from ..ops import mlp_activation
-from ..ops.int8 import Int8Weight
+from ..ops.block_weight import BlockWeight
 from .cache import CacheSizes, Window
 from .model_ops import skinny_linear
 
@@ -16,9 +16,9 @@ class Mlp:
     """gate_proj (I, d), or None: not gated; up_proj (I, d), down_proj (d, I); their biases float32 or None. activation:
     of ``ops.mlp_activation``. gate_multiplier: of gate_proj's sums. It carries nothing between tokens."""
 
-    gate_proj: torch.Tensor | Int8Weight | None
-    up_proj: torch.Tensor | Int8Weight
-    down_proj: torch.Tensor | Int8Weight
+    gate_proj: torch.Tensor | BlockWeight | None
+    up_proj: torch.Tensor | BlockWeight
+    down_proj: torch.Tensor | BlockWeight
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ..ops.int8 import Int8Weight
+from ..ops.block_weight import BlockWeight
 from .cache import CacheSizes, ConvCache, Window, new_conv_cache
 from .model_ops import causal_conv1d_verify, skinny_linear
 
@@ -18,9 +18,9 @@ class ShortConv:
     or None. A slot is the window alone, so that ``rollback`` makes no difference.
     """
 
-    in_proj: torch.Tensor | Int8Weight
+    in_proj: torch.Tensor | BlockWeight
     conv_weight: torch.Tensor
-    out_proj: torch.Tensor | Int8Weight
+    out_proj: torch.Tensor | BlockWeight
     in_bias: torch.Tensor | None = None
     conv_bias: torch.Tensor | None = None
     out_bias: torch.Tensor | None = None

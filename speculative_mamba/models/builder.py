@@ -15,7 +15,7 @@ from ..layers.mamba1_grouped import GroupedMamba1Mixer
 from ..layers.mamba2 import Mamba2Mixer
 from ..layers.mlp import Mlp
 from ..layers.short_conv import ShortConv
-from ..ops.int8 import Int8Weight
+from ..ops.block_weight import BlockWeight
 from .config import (
     AttentionConfig,
     GroupedMamba1Config,
@@ -28,7 +28,7 @@ from .config import (
 from .formats import Names
 from .language_model import MambaLM
 
-Weight = torch.Tensor | Int8Weight
+Weight = torch.Tensor | BlockWeight
 
 
 class Source(Protocol):
@@ -45,7 +45,7 @@ class Source(Protocol):
         """Whether two tensors are stored with the same bits."""
 
     def matrix(self, name: str, *shape: int, rows: slice | None = None) -> Weight:
-        """A matrix that multiplies or is looked up; it may be int8. rows: only those of the named tensor."""
+        """A matrix that multiplies or is looked up; it may be in blocks. rows: only those of the named tensor."""
 
     def weight(self, name: str, *shape: int) -> torch.Tensor: ...
     def float32(self, name: str, *shape: int) -> torch.Tensor: ...

@@ -20,12 +20,12 @@ from .formats.fields import with_eos_token_ids
 from .gguf import GgufFile
 from .in_memory import SharedWeights, check_model, config_of, tensors_of
 from .language_model import ROLLBACKS, MambaLM
-from .sources import FLOAT_DTYPES, HeaderSource, StoredSource
+from .sources import FLOAT_DTYPES, QUANTIZED, HeaderSource, StoredSource, check_format
 from .tokenizer import clean_copy, load_tokenizer
 from .vocabulary import Vocabulary, check_same_vocabulary, read_tokens, tokens_of, vocabulary_of
 from .weights import StoredTensor, read_tensors
 
-WEIGHT_DTYPES = {**FLOAT_DTYPES, "int8": torch.int8}
+WEIGHT_DTYPES = {**FLOAT_DTYPES, **{name: name for name in QUANTIZED}}
 
 
 def load_model(
@@ -42,17 +42,19 @@ def load_model(
     """Loads a language model: Mamba-1, Mamba-2, Falcon-Mamba, Llama, or a hybrid of Mamba and attention.
 
     Args:
-        source: ``"builtin:target"`` or ``"builtin:draft"``, a folder, or a hub id (``"state-spaces/mamba-2.8b"``). A
-            folder holds ``config.json`` and weights in state-spaces format (``pytorch_model.bin``; also Mamba-2 and
+        source: ``"builtin:target"`` or ``"builtin:draft"``, a folder, a GGUF file of llama.cpp (``"model.gguf"``, which
+            holds all that belongs to a model), or a hub id (``"state-spaces/mamba-2.8b"``). A folder holds
+            ``config.json`` and weights in state-spaces format (``pytorch_model.bin``; also Mamba-2 and
             ``mamba2attn``) or Hugging Face format (``model.safetensors``, also sharded; ``MambaForCausalLM``,
             ``Mamba2ForCausalLM``, ``FalconMambaForCausalLM``, ``LlamaForCausalLM``, or with ``mamba_config.json`` a
             hybrid of *The Mamba in the Llama*), and for text ``tokenizer.json``. Ids that end a text are those of
             ``config.json`` and of ``generation_config.json``. Ids that the tokenizer lacks, or that without one lie
             beyond the stated size, are padding: no text can hold them.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` for the weights; None keeps the stored one,
-            which needs no copy: the weights stay in the mapped file. With ``"int8"`` the matrices and the embedding
-            are rounded to int8 with a scale per row, one by one, and the rest keeps its stored dtype. A, D and the dt
-            bias are float32 always, as is all arithmetic.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"q8_0"`` or ``"q4_0"`` for the weights; None keeps the
+            stored one, which needs no copy: the weights stay in the mapped file. With the last two the matrices and the
+            embedding are rounded to GGUF's blocks of 32 features with a scale, one by one, and the rest keeps its
+            stored dtype, as do matrices whose width is no multiple of 32. A, D and the dt bias are float32 always, as
+            is all arithmetic.
         state_dtype: the first three for the recurrent state, which is rounded after every token, and for cached keys
             and values; None is float32, whatever the weights are. Half the memory, but errors add up over the text, and
             a float16 state beyond 65504 becomes infinite.
@@ -135,7 +137,7 @@ def from_transformers(
 class _Options:
     """The arguments of ``load_model`` after they were checked."""
 
-    dtype: torch.dtype | None
+    dtype: torch.dtype | str | None
     state_dtype: torch.dtype
     rollback: str
     device: torch.device
@@ -266,6 +268,7 @@ class _Checkpoint:
 
     def load(self, options: _Options) -> MambaLM:
         stored = self.read()
+        check_format(self.path, stored, options.dtype)
         headers = HeaderSource(self.path, stored, self.described_by)
         build(self.config, self.names, headers, "reference")
         headers.refuse_others()
@@ -297,7 +300,7 @@ def _with_vocabulary(config: ModelConfig, tokens: dict[int, str] | None) -> tupl
     return dataclasses.replace(config, vocab_size=vocabulary.size, padded_vocab_size=padded), vocabulary
 
 
-def parse_dtype(dtype: object, name: str, known: dict[str, torch.dtype]) -> torch.dtype | None:
+def parse_dtype(dtype: object, name: str, known: dict[str, torch.dtype | str]) -> torch.dtype | str | None:
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in known.values()):
         return dtype
     if not isinstance(dtype, str) or dtype not in known:

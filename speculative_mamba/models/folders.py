@@ -102,6 +102,9 @@ def download(repository: str, patterns: list[str], revision: str | None = None) 
 def read_configs(folder: Path) -> tuple[dict, dict | None, dict]:
     """``config.json``, and if they are there ``mamba_config.json`` and ``generation_config.json``."""
     mamba, generation = folder / MAMBA_CONFIG, folder / GENERATION_CONFIG
+    gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+    if gguf is not None and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json; to load a GGUF file in it give its own name, such as {gguf}")
     return (
         read_json(folder / "config.json"),
         read_json(mamba) if mamba.is_file() else None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..ops.int8 import Int8Weight
+from ..ops.block_weight import BlockWeight
 from .language_model import MambaLM
 
 _SAMPLED = 32  # elements of a tensor that its model is known by
@@ -28,8 +28,8 @@ class IdentityKey:
 def weights_of(model: object) -> list[torch.Tensor]:
     """The tensors that a model computes with."""
     weights = [model.embedding, *model.weights()] if isinstance(model, MambaLM) else vars(model).values()
-    parts = ((w.values, w.scale) if isinstance(w, Int8Weight) else (w,) for w in weights)
-    return [tensor for part in parts for tensor in part if isinstance(tensor, torch.Tensor)]
+    weights = [weight.data if isinstance(weight, BlockWeight) else weight for weight in weights]
+    return [weight for weight in weights if isinstance(weight, torch.Tensor)]
 
 
 def options_of(model: object) -> tuple:

@@ -45,7 +45,7 @@ def _check_weights(model: torch.nn.Module) -> None:
         method = getattr(model, "quantization_method", None)
         raise ValueError(
             f"{_name(model)} is quantised ({getattr(method, 'value', method)}); load it in bfloat16, float16 or "
-            "float32, and give dtype='int8' if it is to be small"
+            "float32, and give dtype='q8_0' if it is to be small"
         )
     places, devices = set(map(str, getattr(model, "hf_device_map", {}).values())), set()
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from ..layers.block import Block, Mixer, Summands, add_and_norm
 from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, grown_capacity
 from ..layers.model_ops import skinny_linear
+from ..ops.block_weight import BlockWeight
 from ..ops.checks import check_follows, check_start_slot, token_ids
-from ..ops.int8 import Int8Weight
 from ..ops.recording import Recording, ResultPool, StaleRecordingError, next_stage
 from ..ops.sampling_params import SamplingParams
 from .chat import ChatTemplate
@@ -96,10 +96,10 @@ class MambaLM:
     """
 
     config: ModelConfig
-    embedding: torch.Tensor | Int8Weight
+    embedding: torch.Tensor | BlockWeight
     blocks: list[Block]
     norm_weight: torch.Tensor
-    head: torch.Tensor | Int8Weight
+    head: torch.Tensor | BlockWeight
     name: str = "model"
     load_tokenizer: Callable[[], Tokenizer | None] = _nothing
     backend: str = "auto"
@@ -122,7 +122,7 @@ class MambaLM:
         )
         return (
             f"MambaLM({self.name!r}: {kinds}; d_model {self.config.d_model}, {self.vocab_size} tokens; "
-            f"{str(self.embedding.dtype).removeprefix('torch.')} weights of {self.weight_bytes / 1e6:.1f} MB on "
+            f"{str(self.embedding.dtype).rpartition('.')[2]} weights of {self.weight_bytes / 1e6:.1f} MB on "
             f"{self.device}, backend {self.backend})"
         )
 
@@ -143,8 +143,11 @@ class MambaLM:
         if copy and isinstance(self.head, torch.Tensor):
             self.head = self.head.clone()
         ids = torch.tensor(list(tokens), dtype=torch.long, device=self.device)
-        head = self.head.values if isinstance(self.head, Int8Weight) else self.head
-        head.index_fill_(0, ids, 0)  # padding may hold anything, also NaN; a mapped file stays as it is
+        # Padding may hold anything, also NaN; a mapped file stays as it is.
+        if isinstance(self.head, BlockWeight):
+            self.head.zero_rows(ids)
+        else:
+            self.head.index_fill_(0, ids, 0)
         if self.head_bias is None:
             self.head_bias = torch.full((self.vocab_size,), -0.0, dtype=torch.float32, device=self.device)
         self.head_bias.index_fill_(0, ids, -torch.inf)
@@ -205,10 +208,10 @@ class MambaLM:
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What flows between layers: with the GPU's kernels as the weights, of int8 ones as the rest; else float32."""
+        """What flows between layers: with the GPU's kernels as the weights, or as the norm's if they are blocks."""
         if self.backend not in ("cuda", "triton"):
             return torch.float32
-        return (self.norm_weight if isinstance(self.embedding, Int8Weight) else self.embedding).dtype
+        return (self.norm_weight if isinstance(self.embedding, BlockWeight) else self.embedding).dtype
 
     @property
     def vocab_size(self) -> int:
@@ -228,7 +231,7 @@ class MambaLM:
         """Bytes of the weights that one step reads."""
         return sum(weight.nbytes for weight in self.weights())
 
-    def weights(self) -> Iterator[torch.Tensor | Int8Weight]:
+    def weights(self) -> Iterator[torch.Tensor | BlockWeight]:
         """Those that every step reads; of the embedding it reads a few rows."""
         yield from (self.norm_weight, self.head)
         if self.head_bias is not None:
@@ -238,7 +241,7 @@ class MambaLM:
         for mixer in self.mixers:
             for value in vars(mixer).values():
                 values = value if isinstance(value, tuple) else (value,)
-                yield from (weight for weight in values if isinstance(weight, torch.Tensor | Int8Weight))
+                yield from (weight for weight in values if isinstance(weight, torch.Tensor | BlockWeight))
 
     def new_cache(self, batch: int, slots: int) -> ModelCache:
         """An empty cache for ``batch`` rows whose windows have up to ``slots`` tokens. It grows with the texts where
@@ -346,7 +349,7 @@ class MambaLM:
         ids = token_ids(tokens.reshape(-1), table.shape[0])
         if out is not None and out.dtype is table.dtype:
             return torch.index_select(table, 0, ids, out=out)
-        rows = table.rows(ids) if isinstance(table, Int8Weight) else torch.embedding(table, ids)
+        rows = table.rows(ids) if isinstance(table, BlockWeight) else torch.embedding(table, ids)
         return rows.to(self.activation_dtype) if out is None else out.copy_(rows)
 
     def _blocks(
@@ -402,7 +405,7 @@ class MambaLM:
         own = Window(window.start_slot.clone(), window.write_slot, padding)
         hidden, recording = self._embed(tokens), Recording(self.norm_weight)
         kind = *key[1:], self.backend, self.rollback, *map(type, self.mixers)
-        weights = (part for part in parts if isinstance(part, torch.Tensor | Int8Weight))
+        weights = (part for part in parts if isinstance(part, torch.Tensor | BlockWeight))
         with recording.record(*weights, known=kind in self._recorded):
             logits, normed = self._logits(hidden, len(tokens), cache, own)
         self._recorded.add(kind)

@@ -1,17 +1,32 @@
 """Where the builder gets tensors from: the headers first, to check them all, then the mapped weights."""
 
+import sys
 from pathlib import Path
 
 import torch
 
-from ..ops.int8 import Int8Weight, quantised
+from ..ops.block_weight import BlockWeight, can_quantize, quantized
 from .files import MappedFile
 from .weights import StoredTensor, release_pages
 
+QUANTIZED = ("q8_0", "q4_0")  # formats of GGUF's blocks
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = (*FLOAT_DTYPES.values(), torch.float64)
 _COMPUTED = (".rotary_emb.inv_freq",)  # buffers that older versions of transformers stored; the config says the same
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_format(folder: Path, stored: dict[str, StoredTensor], dtype: torch.dtype | str | None) -> None:
+    """
+    Raises:
+        ValueError: blocks of one format would be made from those of another, whose rounding errors they would add to.
+    """
+    for name, tensor in stored.items():
+        if dtype in QUANTIZED and tensor.format not in (None, dtype):
+            raise ValueError(
+                f"{folder}: {name} is stored as {tensor.format}, so it cannot become {dtype}; leave dtype out, or make "
+                "the file anew from one in F16, BF16 or F32"
+            )
 
 
 class HeaderSource:
@@ -35,26 +50,34 @@ class HeaderSource:
         return False  # so that the builder asks for both
 
     def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor:
-        tensor = self.weight(name, *shape)
+        tensor = self._zeros(name, shape, may_be_blocks=True)
         return tensor if rows is None else tensor[rows]
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
+        return self._zeros(name, shape, may_be_blocks=False)
+
+    float32 = weight
+
+    def _zeros(self, name: str, shape: tuple[int, ...], may_be_blocks: bool) -> torch.Tensor:
         if name not in self._stored:
             raise ValueError(f"{self._folder}: the weights lack {name}, which {self._described_by} calls for")
-        tensor = self._stored[name].tensor
-        if tensor.shape != shape:
-            has, given = tuple(tensor.shape), f"{self._described_by} gives {shape}"
+        stored = self._stored[name]
+        if stored.shape != shape:
+            has, given = tuple(stored.shape), f"{self._described_by} gives {shape}"
             raise ValueError(f"{self._folder}: {name} has shape {has}, but {given}")
-        if tensor.dtype not in _STORED_DTYPES or tensor.layout is not torch.strided:
-            kind = str(tensor.dtype).removeprefix("torch.")
+        dtype = stored.tensor.dtype
+        if stored.format is not None:
+            if not may_be_blocks:
+                raise ValueError(f"{self._folder}: {name} is stored as {stored.format}; only matrices may be")
+            dtype = torch.float32
+        elif dtype not in _STORED_DTYPES or stored.tensor.layout is not torch.strided:
+            kind = str(dtype).removeprefix("torch.")
             raise ValueError(
                 f"{self._folder}: {name} is stored as {kind}; weights must be float32, bfloat16, float16 or float64 "
                 "(quantised checkpoints are not supported)"
             )
         self._asked.add(name)
-        return torch.zeros((), dtype=tensor.dtype, device=self.device).expand(shape)
-
-    float32 = weight
+        return torch.zeros((), dtype=dtype, device=self.device).expand(shape)
 
     def refuse_others(self) -> None:
         """After the builder has asked for everything.
@@ -74,6 +97,7 @@ class HeaderSource:
 class StoredSource:
     """Tensors of a checkpoint that ``HeaderSource`` has checked; those are converted that need it.
 
+    dtype: of the weights, None as stored; or a format of blocks for matrices, but not for those without full blocks.
     mapped: the files in which some of them still lie. With ``mmap`` false all are copied.
     """
 
@@ -81,13 +105,14 @@ class StoredSource:
         self,
         folder: Path,
         stored: dict[str, StoredTensor],
-        dtype: torch.dtype | None,
+        dtype: torch.dtype | str | None,
         device: torch.device,
         mmap: bool,
     ) -> None:
         self._folder, self._stored, self._dtype, self._mmap = folder, stored, dtype, mmap
         self.device = device
         self.mapped: dict[Path, MappedFile] = {}
+        self._said = False  # that a matrix is not in blocks
 
     def has(self, name: str) -> bool:
         return name in self._stored
@@ -104,17 +129,40 @@ class StoredSource:
             self._release(first, a)
         return same
 
-    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | Int8Weight:
-        stored = self._in_order(name)
-        stored = stored if rows is None else stored[rows]
-        if self._dtype is not torch.int8:
+    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | BlockWeight:
+        if self._stored[name].format is not None:
+            return self._from_blocks(name, rows)
+        stored = self._in_order(name, rows)
+        if self._dtype not in QUANTIZED:
+            return self._converted(name, stored, self._dtype_of(stored))
+        if not can_quantize(stored.shape[1]):
+            self._say_once(name, stored)
             return self._converted(name, stored, self._dtype_of(stored))
         try:
-            weight = quantised(stored)
+            weight = quantized(stored, self._dtype)
         except ValueError as error:
             raise ValueError(f"{self._folder}: {name}: {error}") from None
         self._release(name, stored)
-        return Int8Weight(weight.values.to(self.device), weight.scale.to(self.device))
+        return weight.to(self.device)
+
+    def _from_blocks(self, name: str, rows: slice | None = None) -> torch.Tensor | BlockWeight:
+        """A matrix that is stored in blocks, and stays so unless the dtype is one of numbers."""
+        stored, raw = self._stored[name], self._in_order(name, rows)
+        weight = BlockWeight.from_gguf(raw, stored.format, stored.shape[1])
+        self._release(name, raw)
+        if isinstance(self._dtype, torch.dtype):
+            return weight.dequantized().to(self.device, self._dtype)
+        return weight.to(self.device)
+
+    def _say_once(self, name: str, stored: torch.Tensor) -> None:
+        if not self._said:
+            kind = str(self._dtype_of(stored)).removeprefix("torch.")
+            print(
+                f"speculative_mamba: {self._folder}: {name} stays {kind}, and so does every matrix whose width, here "
+                f"{stored.shape[1]}, is no multiple of 32, as {self._dtype} has it",
+                file=sys.stderr,
+            )
+        self._said = True
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
         stored = self._in_order(name)
@@ -123,38 +171,40 @@ class StoredSource:
     def float32(self, name: str, *shape: int) -> torch.Tensor:
         return self._converted(name, self._in_order(name), torch.float32)
 
-    def _in_order(self, name: str) -> torch.Tensor:
+    def _in_order(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """In the order in which its rows are used; without an order in the memory of the file."""
         stored = self._stored[name]
-        if stored.order is None:
-            return stored.tensor
-        tensor = stored.tensor[stored.order]
-        self._release(name, stored.tensor)
-        return tensor
+        tensor = stored.tensor
+        if stored.order is not None:
+            tensor = tensor[stored.order]
+            self._release(name, stored.tensor)
+        return tensor if rows is None else tensor[rows]
+
+    def _is_shared(self, name: str, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() == self._stored[name].tensor.untyped_storage().data_ptr()
+
+    def _release(self, name: str, tensor: torch.Tensor) -> None:
+        """Gives back the pages of a file after a tensor that lies in them was copied."""
+        in_file = self._stored[name].file is not None and self._is_shared(name, tensor)
+        if in_file and tensor.is_contiguous():
+            release_pages(tensor)
 
     def _dtype_of(self, stored: torch.Tensor) -> torch.dtype:
         as_stored = stored.dtype if stored.dtype in FLOAT_DTYPES.values() else torch.float32
-        return as_stored if self._dtype in (None, torch.int8) else self._dtype
+        return self._dtype if isinstance(self._dtype, torch.dtype) else as_stored
 
     def _converted(self, name: str, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         tensor = stored.to(self.device, dtype).contiguous()
-        if tensor.data_ptr() != stored.data_ptr() or self._stored[name].order is not None:
-            copied = tensor
-        elif not self._mmap:
-            copied = tensor.clone()
-        else:
-            file = self._stored[name].file
-            if file is None:
-                return tensor
-            self.mapped[file.path] = file
-            return _trimmed(tensor)
-        if self._stored[name].order is None:
-            self._release(name, stored)
-        return copied
-
-    def _release(self, name: str, read: torch.Tensor) -> None:
-        """Pages of a file that have been read need no memory any more."""
-        if self._stored[name].file is not None and read.is_contiguous():
-            release_pages(read)
+        if self._is_shared(name, tensor):
+            if self._mmap:
+                file = self._stored[name].file
+                if file is None:
+                    return tensor
+                self.mapped[file.path] = file
+                return _trimmed(tensor)
+            tensor = tensor.clone()
+        self._release(name, stored)
+        return tensor
 
 
 def _trimmed(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.torch_version import TorchVersion
 
+from ..ops.block_formats import FORMATS
 from .files import UNREADABLE, MappedFile, check_readable, read_json
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -20,11 +21,20 @@ SAFE_UNPICKLING = (2, 10)  # before it torch.load could be made to run code: CVE
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in the memory of a mapped file, or None: of somebody else. order: of its rows, where they are used in
-    another than they lie in."""
+    another than they lie in. format: of the blocks whose bytes its rows are, None where they are numbers."""
 
     tensor: torch.Tensor
     file: MappedFile | None
     order: torch.Tensor | None = None
+    format: str | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        if self.format is None:
+            return self.tensor.shape
+        features = FORMATS[self.format].features
+        blocks = self.tensor.shape[1] // FORMATS[self.format].row_bytes(features)
+        return torch.Size((len(self.tensor), blocks * features))
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from .backend import resolve
+from .block_formats import GROUP
+from .block_weight import BlockWeight, find_format
 from .replay import ReplayBuffer
 from .sampling_tensors import SamplingTensors
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CONV_WIDTH = 8
+ON_GPU = ("q8_0", "q4_0")  # formats of blocks
 
 
 def check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor, dtype=torch.float32) -> None:
@@ -118,6 +121,19 @@ def check_activations(name: str, x: torch.Tensor, backend: str) -> None:
     """What flows between layers: float32, bfloat16 or float16; on backend ``cpu`` float32."""
     only_float32 = x.dtype is torch.float32 or resolve(backend, x.device.type) == "cpu"
     check(name, x, x.shape, x, torch.float32 if only_float32 else WEIGHT_DTYPES)
+
+
+def check_blocks(weight: BlockWeight, shape: tuple[int, int], like: torch.Tensor, backend: str) -> None:
+    """A weight in blocks, and whether the backend has kernels for its format."""
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")
+    kind = find_format(weight.format, shape[1])
+    groups = -(-shape[0] // GROUP), kind.group_bytes(shape[1])
+    check("weight.data", weight.data, groups, like, torch.uint8)
+    check_contiguous("weight.data", weight.data)
+    name = resolve(backend, like.device.type)
+    if name in ("cuda", "triton") and weight.format not in ON_GPU:
+        raise ValueError(f"backend '{name}' has kernels for {' and '.join(ON_GPU)}, not for {weight.format}; use cpu")
 
 
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:

@@ -3,6 +3,8 @@
 Needs the gguf package.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ import gguf
 import numpy as np
 import torch
 
+from ..models.config import AttentionConfig, Mamba1Config, Mamba2Config, MlpConfig, ModelConfig, ShortConvConfig
 from ..models.files import read_json
+from ..models.formats import Names, parse_config
 from ..models.weights import read_tensors
 
 ARCHITECTURES = {
@@ -24,7 +28,8 @@ _RENAMED = {
     "backbone.embeddings.",
 }  # fmt: skip
 _INTERLEAVED = ("llama", "granite", "granitemoehybrid", "bamba", "nemotron_h")
-_MAMBA1 = ("mamba", "falcon_mamba", "jamba")
+# Where a block has its halves, and what the size of weights is divided by there, if all other bits are random.
+_RANDOM = {"Q4_K": {0: 300.0, 2: 40.0}, "Q6_K": {208: 1400.0}}
 _ALWAYS_F32 = ("ssm_conv1d.weight", "shortconv.conv.weight", "norm.weight")
 
 
@@ -36,27 +41,30 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
     kind_of: Callable[[str], str | None] = lambda name: None,
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
     alignment: int | None = None,
 ) -> Path:
     """Writes the model of a folder as a GGUF file; one tensor at a time is widened.
 
     kind: the type of matrices; what has one dimension, convolutions and norms is F32. kind_of: the type of a tensor by
     its name in the file, or None for the rule. metadata: more keys and values, such as a tokenizer; a value of None
-    leaves a key out. tensors: more of them, in F32.
+    leaves a key out. tensors: more of them, in F32. change: gives the values of a tensor that the file has.
     """
     config = read_json(checkpoint / "config.json")
-    family = config["model_type"]
-    architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[family])
+    parsed, names = parse_config(config)
+    architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config["model_type"]])
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     if alignment is not None:
         writer.add_custom_alignment(alignment)
     prefix = gguf.MODEL_ARCH_NAMES[architecture]
-    entries = {f"{prefix}.{key}": value for key, value in _METADATA[family](config).items()}
+    entries = {f"{prefix}.{key}": value for key, value in _metadata(config, parsed, names).items()}
     entries |= {"tokenizer.ggml.model": "none"} | dict(metadata or {})
     for key, value in entries.items():
         _add(writer, key, value)
     stored = {name: stored.tensor for name, stored in read_tensors(checkpoint).items()}
-    converted = [*_converted(config, architecture, stored), *(tensors or {}).items()]
+    if parsed.tie_embeddings:
+        stored.pop(names.head, None)
+    converted = [*_converted(parsed, names, architecture, stored), *(tensors or {}).items()]
     kinds = []
     for name, tensor in converted:
         stays = tensor.ndim == 1 or name.endswith(_ALWAYS_F32) or ".weight" not in name
@@ -67,7 +75,8 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for (name, tensor), its in zip(converted, kinds, strict=True):
-        writer.write_tensor_data(_packed(_changed(config, name, tensor).float().contiguous(), its))
+        values = change(name, _changed(config, name, tensor).float())
+        writer.write_tensor_data(_packed(values.contiguous(), its))
     writer.close()
     return path
 
@@ -76,7 +85,20 @@ def _packed(tensor: torch.Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray
     exact = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name)
     if exact is not None:
         return tensor.to(exact).view(torch.uint8).numpy()
+    if kind.name in _RANDOM:
+        return _random_blocks(tensor, kind)
     return gguf.quants.quantize(tensor.numpy(), kind)
+
+
+def _random_blocks(tensor: torch.Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Blocks of a type that the gguf package reads only: any, with weights of the tensor's size."""
+    rng = np.random.default_rng(tensor.numel())
+    weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (tensor.numel() // weights, nbytes), np.uint8)
+    for at, divisor in _RANDOM[kind.name].items():
+        scale = tensor.square().mean().sqrt().item() / divisor * rng.uniform(0.5, 1.5, len(blocks))
+        blocks[:, at : at + 2] = scale.astype(np.float16)[:, None].view(np.uint8)
+    return blocks.reshape(*tensor.shape[:-1], -1)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -93,14 +115,12 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _converted(
-    config: dict[str, Any], architecture: gguf.MODEL_ARCH, tensors: Mapping[str, torch.Tensor]
+    c: ModelConfig, names: Names, architecture: gguf.MODEL_ARCH, tensors: Mapping[str, torch.Tensor]
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """Every tensor under its name in the file and in its shape there."""
-    names = gguf.get_tensor_name_map(architecture, _layers(config))
-    heads = config.get("n_groups", config.get("mamba_n_groups", 1))
+    known_names = gguf.get_tensor_name_map(architecture, 1 + max(_layer(norm) for norm, *_ in names.blocks))
+    mamba2 = next((mixer for mixers in c.mixers for mixer in mixers if isinstance(mixer, Mamba2Config)), None)
     for name, tensor in tensors.items():
-        if name == "lm_head.weight" and config.get("tie_word_embeddings", config.get("tie_embedding")):
-            continue
         for old, new in _RENAMED.items():
             name = name.replace(old, new)
         if name.endswith("shared_mlp.input_linear.weight"):
@@ -109,15 +129,15 @@ def _converted(
         else:
             pieces = [(name, tensor)]
         for name, piece in pieces:
-            known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            known = known_names.get_name(name, try_suffixes=(".weight", ".bias"))
             if known is None:
                 raise ValueError(f"llama.cpp has no name for {name}")
             if piece.ndim == 3:
                 piece = piece.squeeze(1)
-            elif known.endswith(("ssm_a", "ssm_d")) and config["model_type"] not in _MAMBA1:
+            elif known.endswith(("ssm_a", "ssm_d")) and mamba2 is not None:
                 piece = piece[:, None]
             elif known.endswith("ssm_norm.weight"):
-                piece = piece.view(heads, -1)
+                piece = piece.view(mamba2.norm_groups, -1)
             yield known, piece
 
 
@@ -157,122 +177,61 @@ def _falcon_h1_multiplier(config: dict[str, Any], name: str, tensor: torch.Tenso
     return torch.tensor(matching[0] if matching else 1.0)
 
 
-def _layers(config: dict[str, Any]) -> int:
-    return len(config["layers_block_type"]) if config["model_type"] == "nemotron_h" else config["num_hidden_layers"]
-
-
-def _common(config: dict[str, Any], eps: str) -> dict[str, Any]:
-    return {
-        "context_length": 2**20, "embedding_length": config["hidden_size"], "block_count": _layers(config),
-        "attention.layer_norm_rms_epsilon": config[eps], "vocab_size": config["vocab_size"], "feed_forward_length": 0,
-        "attention.head_count": 0,
-    }  # fmt: skip
-
-
-def _attention(config: dict[str, Any], attending: list[bool] | None = None) -> dict[str, Any]:
-    heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+def _metadata(config: dict[str, Any], c: ModelConfig, names: Names) -> dict[str, Any]:
+    """What the file says of the architecture, by key without its name."""
+    layers: dict[int, list[Any]] = defaultdict(list)
+    for (norm, *_), mixers in zip(names.blocks, c.mixers, strict=True):
+        layers[_layer(norm)] += mixers
+    mixers = {type(mixer): mixer for mixers in c.mixers for mixer in mixers}
     values = {
-        "attention.head_count": heads, "attention.key_length": head_dim, "attention.value_length": head_dim,
-        "attention.head_count_kv": shared if attending is None else [shared if it else 0 for it in attending],
+        "context_length": 2**20, "embedding_length": c.d_model, "block_count": len(layers), "attention.head_count": 0,
+        "attention.layer_norm_rms_epsilon": c.eps, "vocab_size": c.stored_vocab_size,
+        "feed_forward_length": _of_layers(layers, MlpConfig, "d_inner") if config["model_type"] == "nemotron_h" else 0,
     }  # fmt: skip
-    rotary = config.get("rope_parameters") or {}
-    if "rope_theta" in rotary:
-        values |= {"rope.freq_base": float(rotary["rope_theta"]), "rope.dimension_count": head_dim}
-    if "partial_rotary_factor" in rotary:
-        values["rope.dimension_count"] = int(head_dim * rotary["partial_rotary_factor"])
-    if rotary.get("rope_type") == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rotary["factor"])}
+    if MlpConfig in mixers and config["model_type"] != "nemotron_h":
+        values["feed_forward_length"] = mixers[MlpConfig].d_inner
+    if AttentionConfig in mixers:
+        values |= _attention(config, mixers[AttentionConfig], _of_layers(layers, AttentionConfig, "n_kv_heads"))
+    if ShortConvConfig in mixers:
+        values["shortconv.l_cache"] = mixers[ShortConvConfig].d_conv
+    if Mamba1Config in mixers:
+        m = mixers[Mamba1Config]
+        normed = m.norm_eps is not None and not m.weighted_norms
+        values |= {"ssm.time_step_rank": m.dt_rank, "ssm.dt_b_c_rms": normed}
+    if Mamba2Config in mixers:
+        m = mixers[Mamba2Config]
+        values |= {"ssm.time_step_rank": m.n_heads, "ssm.group_count": m.norm_groups}
+    if Mamba1Config in mixers or Mamba2Config in mixers:
+        values |= {"ssm.conv_kernel": m.d_conv, "ssm.inner_size": m.d_inner, "ssm.state_size": m.d_state}
+    if config["model_type"].startswith("granite"):
+        values |= {
+            "attention.scale": mixers[AttentionConfig].scale, "embedding_scale": c.embedding_multiplier,
+            "residual_scale": c.residual_multiplier, "logit_scale": c.logits_scaling,
+        }  # fmt: skip
+    if ARCHITECTURES[config["model_type"]].startswith("GRANITE"):
+        values["rope.scaling.finetuned"] = bool(mixers[AttentionConfig].inv_freq)
     return values
 
 
-def _mamba(config: dict[str, Any]) -> dict[str, Any]:
-    return _common(config, "layer_norm_epsilon") | {
-        "ssm.conv_kernel": config["conv_kernel"], "ssm.inner_size": config["intermediate_size"],
-        "ssm.state_size": config["state_size"], "ssm.time_step_rank": config["time_step_rank"],
-        "ssm.dt_b_c_rms": config["model_type"] == "falcon_mamba",
+def _layer(name: str) -> int:
+    return int(re.search(r"layers\.(\d+)\.", name)[1])
+
+
+def _of_layers(layers: Mapping[int, list[Any]], kind: type, field: str) -> int | list[int]:
+    """A size that is the same for all layers, or one for each, 0 where there is no mixer of that kind."""
+    sizes = [next((getattr(m, field) for m in layers[i] if isinstance(m, kind)), 0) for i in range(len(layers))]
+    return sizes if 0 in sizes else sizes[0]
+
+
+def _attention(config: dict[str, Any], c: AttentionConfig, shared: int | list[int]) -> dict[str, Any]:
+    values = {
+        "attention.head_count": c.n_heads, "attention.head_count_kv": shared, "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
     }  # fmt: skip
-
-
-def _mamba2(config: dict[str, Any]) -> dict[str, Any]:
-    return _common(config, "layer_norm_epsilon") | {
-        "ssm.conv_kernel": config["conv_kernel"], "ssm.inner_size": config["num_heads"] * config["head_dim"],
-        "ssm.state_size": config["state_size"], "ssm.time_step_rank": config["num_heads"],
-        "ssm.group_count": config["n_groups"],
-    }  # fmt: skip
-
-
-def _prefixed_mamba2(config: dict[str, Any], inner: int) -> dict[str, Any]:
-    return {
-        "ssm.conv_kernel": config["mamba_d_conv"], "ssm.inner_size": inner, "ssm.state_size": config["mamba_d_state"],
-        "ssm.time_step_rank": config["mamba_n_heads"], "ssm.group_count": config["mamba_n_groups"],
-    }  # fmt: skip
-
-
-def _llama(config: dict[str, Any]) -> dict[str, Any]:
-    return _common(config, "rms_norm_eps") | _attention(config) | {"feed_forward_length": config["intermediate_size"]}
-
-
-def _granite(config: dict[str, Any]) -> dict[str, Any]:
-    keys = {
-        "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
-    }  # fmt: skip
-    return _llama(config) | {key: float(config[name]) for key, name in keys.items()}
-
-
-def _granite_hybrid(config: dict[str, Any]) -> dict[str, Any]:
-    attending = [kind in ("attention", "full_attention") for kind in config["layer_types"]]
-    return _granite({"intermediate_size": config["shared_intermediate_size"]} | config) | _prefixed_mamba2(
-        config, config["mamba_expand"] * config["hidden_size"]
-    ) | _attention(config, attending) | {
-        "feed_forward_length": config["shared_intermediate_size"],
-        "rope.scaling.finetuned": config.get("position_embedding_type") == "rope",
-    }  # fmt: skip
-
-
-def _bamba(config: dict[str, Any]) -> dict[str, Any]:
-    attending = [i in config["attn_layer_indices"] for i in range(config["num_hidden_layers"])]
-    mamba = _prefixed_mamba2(config, config["mamba_expand"] * config["hidden_size"])
-    return _llama(config) | mamba | _attention(config, attending) | {"rope.scaling.finetuned": True}
-
-
-def _lfm2(config: dict[str, Any]) -> dict[str, Any]:
-    attending = [kind == "full_attention" for kind in config["layer_types"]]
-    inner = int(2 * config["intermediate_size"] / 3)
-    inner = -(-inner // config["block_multiple_of"]) * config["block_multiple_of"]
-    return _common(config, "norm_eps") | _attention(config, attending) | {
-        "feed_forward_length": inner, "shortconv.l_cache": config["conv_L_cache"],
-    }  # fmt: skip
-
-
-def _nemotron_h(config: dict[str, Any]) -> dict[str, Any]:
-    kinds = config["layers_block_type"]
-    inner = config["mamba_num_heads"] * config["mamba_head_dim"]
-    rotary = {"rope_parameters": None}
-    return _common(config, "layer_norm_epsilon") | {
-        "ssm.conv_kernel": config["conv_kernel"], "ssm.inner_size": inner, "ssm.state_size": config["ssm_state_size"],
-        "ssm.time_step_rank": config["mamba_num_heads"], "ssm.group_count": config["n_groups"],
-        "feed_forward_length": [config["intermediate_size"] if kind == "mlp" else 0 for kind in kinds],
-    } | _attention(config | rotary, [kind in ("attention", "full_attention") for kind in kinds])  # fmt: skip
-
-
-def _jamba(config: dict[str, Any]) -> dict[str, Any]:
-    period, offset = config["attn_layer_period"], config["attn_layer_offset"]
-    attending = [i % period == offset for i in range(config["num_hidden_layers"])]
-    return _common(config, "rms_norm_eps") | _attention(config | {"rope_parameters": None}, attending) | {
-        "ssm.conv_kernel": config["mamba_d_conv"], "ssm.inner_size": config["mamba_expand"] * config["hidden_size"],
-        "ssm.state_size": config["mamba_d_state"], "ssm.time_step_rank": config["mamba_dt_rank"],
-        "feed_forward_length": config["intermediate_size"], "expert_count": config["num_experts"],
-    }  # fmt: skip
-
-
-def _falcon_h1(config: dict[str, Any]) -> dict[str, Any]:
-    return _llama(config) | _prefixed_mamba2(config, config["mamba_d_ssm"])
-
-
-_METADATA = {
-    "mamba": _mamba, "falcon_mamba": _mamba, "mamba2": _mamba2, "llama": _llama, "granite": _granite,
-    "granitemoehybrid": _granite_hybrid, "bamba": _bamba, "lfm2": _lfm2, "nemotron_h": _nemotron_h, "jamba": _jamba,
-    "falcon_h1": _falcon_h1,
-}  # fmt: skip
+    if c.inv_freq:
+        rotary = config.get("rope_parameters") or {}
+        theta = rotary.get("rope_theta", config.get("rope_theta", 10000.0))
+        values |= {"rope.freq_base": float(theta), "rope.dimension_count": 2 * len(c.inv_freq)}
+        if rotary.get("rope_type") == "linear":
+            values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rotary["factor"])}
+    return values

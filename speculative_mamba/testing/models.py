@@ -18,7 +18,7 @@ from ..models.formats import Names, parse_config
 from ..models.formats.fields import rotary_frequencies
 from ..models.language_model import MambaLM
 from ..ops import backend as backends
-from ..ops.int8 import Int8Weight, quantised
+from ..ops.block_weight import BlockWeight, can_quantize, quantized
 from .hybrids import HYBRIDS
 
 # Published Mamba-1 shapes: (d_model, n_layer); vocabulary 50,280, d_state 16, d_conv 4.
@@ -64,11 +64,11 @@ def tiny_config(**other: int) -> ModelConfig:
     return mamba1_config(**{"d_model": 24, "n_layer": 2, "vocab_size": 61, "d_state": 5, "dt_rank": 3, **other})
 
 
-def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
-    """A tiny untied model of one of ``ARCHITECTURES``; seeds differ in some of its options."""
-    d, odd = 24, seed % 2 == 1
-    mamba1 = tiny_config(n_layer=1).blocks[0]
-    normed = tiny_config(n_layer=1, norm_eps=1e-6, weighted_norms=odd, bias=odd).blocks[0]
+def tiny_architecture(kind: str, seed: int = 0, d: int = 24) -> ModelConfig:
+    """A tiny untied model of one of ``ARCHITECTURES``, d wide; seeds differ in some of its options."""
+    odd = seed % 2 == 1
+    mamba1 = tiny_config(d_model=d, n_layer=1).blocks[0]
+    normed = tiny_config(d_model=d, n_layer=1, norm_eps=1e-6, weighted_norms=odd, bias=odd).blocks[0]
     mamba2 = mamba2_block(6, 8, 9, groups=2, norm=not odd, D_has_head_dim=odd, bias=odd)
     rotary = tuple(rotary_frequencies(10000.0, 6).tolist())
     attention = AttentionConfig(4, 2, 10, rotary, bias=odd, out_bias=odd)
@@ -100,23 +100,27 @@ def tiny_architecture(kind: str, seed: int = 0) -> ModelConfig:
     return ModelConfig(d, 61, blocks[kind], tie_embeddings=False, **multipliers.get(kind, {}))
 
 
-def as_dtype(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Int8Weight:
-    return quantised(weight) if dtype is torch.int8 else weight.to(dtype)
+def as_dtype(weight: torch.Tensor, dtype: torch.dtype | str) -> torch.Tensor | BlockWeight:
+    """In that dtype, or in the blocks of that format, if the rows are made of full ones."""
+    if isinstance(dtype, torch.dtype):
+        return weight.to(dtype)
+    return quantized(weight, dtype) if can_quantize(weight.shape[1]) else weight
 
 
-class _RandomTensors:
+class RandomTensors:
     """Random weights by name, scaled so that activations and state keep a useful size at any depth."""
 
-    def __init__(self, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype | str, seed: int, device: torch.device) -> None:
         self.generator = torch.Generator("cpu").manual_seed(seed)
-        self.dtype, self.rest_dtype, self.device = dtype, torch.float32 if dtype is torch.int8 else dtype, device
+        self.dtype, self.device = dtype, device
+        self.rest_dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
         # Values repeat within a large weight, memory does not: filling gigabytes with fresh numbers takes minutes.
         self.pool = torch.randn(1 << 20, generator=self.generator, dtype=torch.float32, device="cpu").to(device)
 
     def has(self, name: str) -> bool:
         return False
 
-    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | Int8Weight:
+    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | BlockWeight:
         scale = {"embedding": 1.0, "head": 0.3}.get(name, shape[1] ** -0.5)
         shape = shape if rows is None else (rows.stop - rows.start, shape[1])
         return as_dtype(self._normal(shape, scale), self.dtype)
@@ -150,21 +154,22 @@ class _RandomTensors:
 def random_model(
     config: ModelConfig,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     seed: int = 0,
     backend: str = "auto",
     device: torch.device | str = "cpu",
 ) -> MambaLM:
     """A model with random weights.
 
-    With ``torch.int8`` the matrices are int8, and the rest is float32: as ``load_model`` makes of a float32 checkpoint.
+    With ``"q8_0"`` or ``"q4_0"`` matrices are in blocks, and the rest is float32: as ``load_model`` makes of a float32
+    checkpoint.
     """
     blocks = tuple(
         (f"{i}.block_norm", *(f"{i}.{j}." for j in range(len(mixers)))) for i, mixers in enumerate(config.mixers)
     )
     names = Names(("embedding",), "final_norm", "head", blocks)
     device = torch.device(device)
-    model = build(config, names, _RandomTensors(dtype, seed, device), backends.resolve(backend, device.type))
+    model = build(config, names, RandomTensors(dtype, seed, device), backends.resolve(backend, device.type))
     model.name = "random"
     return model
 

@@ -12,13 +12,13 @@ from ..layers.mamba2 import Mamba2Mixer
 from ..layers.mlp import Mlp
 from ..layers.short_conv import ShortConv
 from ..models.language_model import MambaLM
-from ..ops.int8 import Int8Weight
+from ..ops.block_weight import BlockWeight
 
 
-def dense(weight: torch.Tensor | Int8Weight, dtype: torch.dtype) -> torch.Tensor:
+def dense(weight: torch.Tensor | BlockWeight, dtype: torch.dtype) -> torch.Tensor:
     """The values of a weight as a tensor."""
-    if isinstance(weight, Int8Weight):
-        return weight.values.to(dtype) * weight.scale.to(dtype)[:, None]
+    if isinstance(weight, BlockWeight):
+        return weight.dequantized().to(dtype)
     return weight.to(dtype)
 
 
@@ -47,7 +47,7 @@ def _norm(h: torch.Tensor, weight: torch.Tensor | float, eps: float) -> torch.Te
     return h / (h.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _linear(x: torch.Tensor, weight: torch.Tensor | BlockWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     y = x @ dense(weight, x.dtype).T
     return y if bias is None else y + bias.to(x.dtype)
 

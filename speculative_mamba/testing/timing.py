@@ -13,21 +13,23 @@ T = TypeVar("T")
 
 
 def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each function. They take turns, so that a slow moment of the machine meets all of them.
-
-    A turn starts with untimed calls: after a call to PyTorch its OpenMP threads keep spinning for some milliseconds,
-    which takes cores from whatever comes next.
-    """
+    """Median seconds of each function. They take turns, so that a slow moment of the machine meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            spun = time.perf_counter() + _SPIN_S
-            while time.perf_counter() < spun:
-                function()
-            started = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(timed_turn(function))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def timed_turn(function: Callable[[], object]) -> float:
+    """Seconds of a call after untimed ones: after a call to PyTorch its OpenMP threads keep spinning for some
+    milliseconds, which takes cores from whatever comes next."""
+    spun = time.perf_counter() + _SPIN_S
+    while time.perf_counter() < spun:
+        function()
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def read_bandwidth_gb_per_s(rounds: int = 9) -> float:

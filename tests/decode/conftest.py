@@ -27,10 +27,16 @@ def _near(target: sm.MambaLM, dtype: torch.dtype) -> sm.MambaLM:
     return dataclasses.replace(target, head=as_dtype(oracle.dense(target.head, torch.float32) + 0.08 * noise, dtype))
 
 
+def _width(dtype: torch.dtype | str) -> int:
+    """Of a tiny model: full blocks where it is to have any, or else no full registers."""
+    return 32 if isinstance(dtype, str) else 24
+
+
 @functools.cache
 def _pair(dtype: torch.dtype, backend: str) -> Pair:
     # Untied: with random weights a tied head only repeats the last token.
-    target = random_model(tiny_config(tie_embeddings=False), dtype=dtype, backend=backend)
+    config = tiny_config(tie_embeddings=False, d_model=_width(dtype))
+    target = random_model(config, dtype=dtype, backend=backend)
     near = _near(target, dtype)
     unrelated = random_model(tiny_config(d_model=16, n_layer=1), dtype=dtype, seed=1, backend=backend)
     return Pair(target, {"random": unrelated, "near": near, "equal": target})
@@ -44,7 +50,8 @@ def pair() -> Callable[..., Pair]:
 
 @functools.cache
 def _tiny(kind: str, seed: int, dtype: torch.dtype, backend: str) -> sm.MambaLM:
-    config = tiny_config(d_model=16, n_layer=1) if kind == "unrelated" else tiny_architecture(kind, seed)
+    unrelated = kind == "unrelated"
+    config = tiny_config(d_model=16, n_layer=1) if unrelated else tiny_architecture(kind, seed, _width(dtype))
     return random_model(config, dtype=dtype, seed=seed, backend=backend)
 
 

@@ -65,11 +65,11 @@ def test_any_draft_gives_the_plain_text(family, plain, prompts, kind, seed, mode
     ("dtype", "state_dtype", "backend"),
     [
         (torch.bfloat16, torch.float32, "cpu"),
-        (torch.int8, torch.bfloat16, "cpu"),
+        ("q8_0", torch.bfloat16, "cpu"),
         (torch.float32, torch.float16, "cpu"),
         (torch.float32, torch.float32, "reference"),
         (torch.bfloat16, torch.float16, "reference"),
-        (torch.int8, torch.bfloat16, "reference"),
+        ("q4_0", torch.bfloat16, "reference"),
     ],
     ids=str,
 )
@@ -86,7 +86,7 @@ def test_dtypes_and_backends(family, plain, prompts, kind, seed, mode, dtype, st
         check(result, target, prompts, plain, tokens)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, "q8_0"], ids=str)
 @pytest.mark.parametrize(("kind", "seed", "mode"), CASES)
 def test_against_a_forward_pass_over_the_whole_text(family, prompts, kind, seed, mode, dtype):
     """Nothing of the ops or the loop is in the oracle: float64, from scratch."""

@@ -17,9 +17,8 @@ from speculative_mamba.decode.lookahead import AdaptiveLookahead, FixedLookahead
 from speculative_mamba.decode.sampling import Sampler
 from speculative_mamba.decode.stats import GenerationStats
 from speculative_mamba.models.runner import ModelRunner
-from speculative_mamba.ops.int8 import Int8Weight, quantised
 from speculative_mamba.testing import recording
-from speculative_mamba.testing.models import TableModel
+from speculative_mamba.testing.models import TableModel, as_dtype
 from speculative_mamba.testing.recording import RecordingExecutor
 
 both_kinds = pytest.mark.parametrize("kind", [RecordingExecutor, EagerExecutor])
@@ -199,10 +198,9 @@ def test_a_capture_that_was_interrupted_is_begun_anew(family, prompt, monkeypatc
 
 
 def test_other_scales_or_options_of_a_model_are_seen(pair, prompt) -> None:
-    target, executor = dataclasses.replace(pair().target), RecordingExecutor()
-    target.head = quantised(target.head)
+    target, executor = dataclasses.replace(pair("q8_0").target), RecordingExecutor()
     changes = {
-        "head": Int8Weight(target.head.values, target.head.scale * 3),
+        "head": as_dtype(target.head.dequantized() * 3, "q8_0"),
         "config": dataclasses.replace(target.config, eps=0.1),
     }
     options = {"max_new_tokens": 4, "output_logits": True}

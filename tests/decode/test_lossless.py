@@ -73,7 +73,7 @@ def test_every_row_accepts_its_own_count(pair, plain, prompt):
     check(target, draft, prompts, plain, lookahead=5, tokens=24)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "q8_0", "q4_0"], ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("draft", ["random", "near"])
 def test_dtypes_and_backends(pair, plain, prompt, dtype, backend, draft):
@@ -171,7 +171,7 @@ def test_an_equal_draft_is_accepted_in_full(pair, prompt, lookahead, tokens):
         assert stats.rounds == math.ceil(tokens / (lookahead + 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, "q4_0"], ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("length", [1, 2, 13, 66])
 def test_against_a_forward_pass_over_the_whole_text(pair, prompt, dtype, backend, length):

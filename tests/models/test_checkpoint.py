@@ -103,7 +103,7 @@ def test_a_stored_head_is_used_whatever_the_config_says(checkpoint, layout, stat
     assert_parity(sm.load_model(written.folder, mmap=False), written.oracle)
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, "q8_0"])
 def test_a_stored_head_that_equals_the_embedding_is_no_second_one(checkpoint, dtype):
     folder = checkpoint("state-spaces", tie_word_embeddings=True).folder
     model = sm.load_model(folder, dtype=dtype)
@@ -258,11 +258,11 @@ def test_a_weights_file_may_be_deleted_or_replaced_by_another(checkpoint, layout
 def test_nothing_is_watched_that_was_copied(checkpoint):
     folder = checkpoint("sharded").folder
     assert len(sm.load_model(folder).files) > 1
-    for options in ({"mmap": False}, {"mmap": False, "dtype": "bfloat16"}, {"mmap": False, "dtype": "int8"}):
+    for options in ({"mmap": False}, {"mmap": False, "dtype": "bfloat16"}, {"mmap": False, "dtype": "q8_0"}):
         assert sm.load_model(folder, **options).files == ()
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, "q8_0"])
 @pytest.mark.parametrize("name", [*FORMATS, "mamba-in-llama-merged", "builtin:target"])
 def test_copies_of_a_model(name, dtype, tmp_path):
     """They hold their weights themselves, and each once."""
@@ -328,7 +328,7 @@ def test_a_model_is_shown_in_a_line(checkpoint):
 MEASURE = """
 import os, re, sys, torch, speculative_mamba as sm
 torch.set_num_threads(1)
-for dtype in (None, "bfloat16", "int8"):
+for dtype in (None, "bfloat16", "q8_0", "q4_0"):
     if os.fork() == 0:
         model = sm.load_model(sys.argv[1], dtype=dtype)
         sm.generate(model, [[1, 2, 3] * 30], max_new_tokens=2)
@@ -343,7 +343,7 @@ for dtype in (None, "bfloat16", "int8"):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("layout", ["safetensors", "state-spaces"])
 def test_peak_memory(tmp_path, layout):
-    """400 MB of float32 weights: at most the weights, 20 % and 300 MB, as stored and converted to bfloat16 and int8."""
+    """400 MB of float32 weights: at most the weights, 20 % and 300 MB, as stored and converted."""
     config = {"model_type": "mamba", "hidden_size": 1024, "num_hidden_layers": 14, "vocab_size": 4096}
     shapes = {
         "in_proj.weight": (4096, 1024), "conv1d.weight": (2048, 1, 4), "conv1d.bias": (2048,),
@@ -365,7 +365,8 @@ def test_peak_memory(tmp_path, layout):
     del tensors
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
-    for line, factor, dtype in zip(done.stdout.splitlines(), (1, 0.5, 0.25), ("None", "bfloat16", "int8"), strict=True):
+    kinds = {"as stored": 1, "bfloat16": 0.5, "q8_0": 0.26, "q4_0": 0.14}
+    for line, (dtype, factor) in zip(done.stdout.splitlines(), kinds.items(), strict=True):
         weights, peak = map(int, line.split())
         assert weights > 350e6 * factor
         assert peak <= 1.2 * weights + 300e6, f"{dtype}: peak {peak / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights"

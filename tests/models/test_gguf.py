@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_hugging_face_model
-from published import FORMATS
+from published import FORMATS, random_hugging_face_model
 from test_gguf_tokenizer import metadata, trained
 
 import speculative_mamba as sm
@@ -187,8 +186,7 @@ def test_the_command_line_takes_a_file(with_text: tuple[Path, Path], capsys: pyt
     folder, path = with_text
     texts = []
     for source in (folder, path):
-        assert not main(
-            ["--model_target", str(source), "--model_draft", str(path), "--prompt", "The cat", "--max_new_tokens", "9"]
-        )
+        options = f"--model_target {source} --model_draft {path} --prompt cat --n_tokens_to_generate 9"
+        assert not main(options.split())
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != ""

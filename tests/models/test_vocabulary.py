@@ -65,7 +65,7 @@ def all_texts(folder: Path, **options: object) -> list[torch.Tensor]:
 
 
 @state_spaces
-@pytest.mark.parametrize(("dtype", "value"), [(None, 9.0), (None, torch.nan), ("int8", 9.0)])
+@pytest.mark.parametrize(("dtype", "value"), [(None, 9.0), (None, torch.nan), ("q8_0", 9.0)])
 def test_rows_beyond_the_stated_size_are_never_drawn(name: str, dtype: str | None, value: float, tmp_path) -> None:
     FORMATS[name](tmp_path, 0, vocab_size=STATED, pad_vocab_size_multiple=16)
     rewrite(tmp_path, make_likely(slice(STATED, None), value))
@@ -78,7 +78,7 @@ def test_rows_beyond_the_stated_size_are_never_drawn(name: str, dtype: str | Non
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
     ("known", "dtype"),
-    [(range(STATED), "int8"), ([i for i in range(VOCABULARY) if i % 9 != 7], None)], ids=["short", "holes"],
+    [(range(STATED), "q4_0"), ([i for i in range(VOCABULARY) if i % 9 != 7], None)], ids=["short", "holes"],
 )  # fmt: skip
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(name: str, known: list[int], dtype: str | None, tmp_path) -> None:
     """And the logits of the others keep their bits."""

@@ -5,9 +5,9 @@ Each op's own tests and the questions that all of them are asked start from here
 import math
 
 import torch
-from description import BFLOAT16, FLOAT16, FLOAT32, INT8, Arguments, Op, Random
+from description import BFLOAT16, FLOAT16, FLOAT32, Arguments, Op, Random
 
-from speculative_mamba.ops.int8 import quantised
+from speculative_mamba.ops.block_weight import quantized
 from speculative_mamba.ops.replay import ReplayBuffer
 
 
@@ -296,10 +296,11 @@ class Linear(Op):
         {}, {"rows": 1}, {"rows": 2}, {"rows": 6}, {"rows": 7}, {"rows": 13}, {"rows": 64}, {"rows": 65},
         {"in_features": 1}, {"in_features": 15}, {"in_features": 16}, {"in_features": 33}, {"in_features": 1536},
         {"out_features": 1}, {"out_features": 3}, {"out_features": 64}, {"dtype": BFLOAT16}, {"dtype": FLOAT16},
-        {"dtype": INT8}, {"dtype": INT8, "in_features": 1}, {"dtype": INT8, "in_features": 5000, "out_features": 61},
+        {"dtype": "q8_0", "in_features": 32}, {"dtype": "q4_0", "in_features": 96, "out_features": 3},
+        {"dtype": "q8_0", "in_features": 4992, "out_features": 61}, {"dtype": "q4_0", "in_features": 4992},
         {"in_features": 5000, "out_features": 11, "rows": 11}, {"contiguous": True},
         {"contiguous": True, "in_features": 768, "dtype": BFLOAT16},
-        {"contiguous": True, "in_features": 1536, "dtype": INT8},
+        {"contiguous": True, "in_features": 1536, "dtype": "q8_0", "rows": 7},
     )  # fmt: skip
     large = {"in_features": 1537, "out_features": 801}  # 1.2 million weights: many chunks for any number of threads
     nan_change = {"bias": True}
@@ -310,10 +311,9 @@ class Linear(Op):
     def arguments(self, c: dict, r: Random) -> Arguments:
         outputs, x = c["out_features"], r.window(c["in_features"])
         weight = r(outputs, c["in_features"])
-        if c["dtype"] is INT8:
+        if isinstance(c["dtype"], str):
             # Rows differ in size, so that the scale of another row would show.
-            weight = quantised(weight * (1 + r.uniform(outputs, 1)))
-            weight = type(weight)(r.inside(weight.values, -128), r.inside(weight.scale))
+            weight = quantized(weight * (1 + r.uniform(outputs, 1)), c["dtype"])
         else:
             weight = r.inside(weight.to(c["dtype"]))
         return {"x": x, "weight": weight, "bias": r(outputs) if c["bias"] else None}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from speculative_mamba import ops
 
-FLOAT32, BFLOAT16, FLOAT16, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 Arguments = dict[str, Any]
 
 

@@ -13,12 +13,10 @@ PROMPTS = [[1, 2, 3, 4, 5], [6]]
 SAMPLED = sm.SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=3)
 
 
-def models(kind: str, dtype: torch.dtype, place: tuple[str, str]) -> tuple:
+def models(kind: str, dtype: torch.dtype | str, place: tuple[str, str]) -> tuple:
     """Target and draft, whose texts differ."""
-    backend, device = place
-    return tuple(
-        random_model(tiny_architecture(kind), dtype=dtype, seed=seed, backend=backend, device=device) for seed in (0, 1)
-    )
+    (backend, device), config = place, tiny_architecture(kind, d=32 if isinstance(dtype, str) else 24)
+    return tuple(random_model(config, dtype=dtype, seed=seed, backend=backend, device=device) for seed in (0, 1))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -56,9 +54,10 @@ def test_coupled_samples_are_those_without_a_draft(gpu_place: tuple[str, str]) -
         assert torch.equal(expected, sequence)
 
 
-def test_int8_weights(gpu_place: tuple[str, str]) -> None:
+@pytest.mark.parametrize("format", ["q8_0", "q4_0"])
+def test_weights_in_blocks(format: str, gpu_place: tuple[str, str]) -> None:
     """The rest of the model is float32, and so are the activations."""
-    target, draft = models("mamba1", torch.int8, gpu_place)
+    target, draft = models("mamba1", format, gpu_place)
     assert target.activation_dtype is torch.float32
     plain = sm.generate(target, PROMPTS, max_new_tokens=5, stop_token_ids=())
     result = sm.generate(target, PROMPTS, draft=draft, lookahead=2, max_new_tokens=5, stop_token_ids=())

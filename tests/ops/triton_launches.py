@@ -17,10 +17,10 @@ from importlib import import_module
 import torch
 
 from speculative_mamba.ops.commit_tokens import BatchState
-from speculative_mamba.ops.int8 import Int8Weight
 from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.ops.sampling_tensors import SamplingTensors
+from speculative_mamba.testing.models import as_dtype
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 ROW = torch.zeros(1, dtype=torch.int32)
@@ -62,9 +62,8 @@ def silu(dtype: torch.dtype) -> tuple:
     return torch.zeros(5, 14336, dtype=dtype), torch.zeros(5, 14336, dtype=dtype), 0
 
 
-def linear(dtype: torch.dtype, weight: torch.dtype, out_dtype: torch.dtype) -> tuple:
-    matrix = torch.zeros(2560, 5120, dtype=weight)
-    matrix = Int8Weight(matrix, torch.zeros(2560)) if weight is torch.int8 else matrix
+def linear(dtype: torch.dtype, weight: torch.dtype | str, out_dtype: torch.dtype) -> tuple:
+    matrix = as_dtype(torch.zeros(2560, 5120), weight)
     return torch.zeros(5, 5120, dtype=dtype), matrix, torch.zeros(2560), 1.0, out_dtype, False
 
 
@@ -115,7 +114,8 @@ CALLS = {
     ],
     "skinny_linear": [
         (linear, (FLOAT32, FLOAT32, FLOAT32)), (linear, (BFLOAT16, BFLOAT16, BFLOAT16)),
-        (linear, (BFLOAT16, torch.int8, FLOAT32)), (linear, (FLOAT32, BFLOAT16, FLOAT32)),
+        (linear, (BFLOAT16, "q8_0", FLOAT32)), (linear, (BFLOAT16, "q4_0", FLOAT32)),
+        (linear, (FLOAT32, BFLOAT16, FLOAT32)),
     ],
     "speculative_accept": [
         (accepting, (GREEDY, 5, False)), (accepting, (SAMPLED, 5, True)), (accepting, (SAMPLED, 1, True)),

@@ -56,7 +56,7 @@ def refuse_quantised(config: dict[str, Any]) -> None:
             method = config[key].get("quant_method", "?") if isinstance(config[key], dict) else config[key]
             raise ValueError(
                 f"config.json has {key} ({shown(method)}): quantised weights are not supported; take the checkpoint "
-                "in bfloat16, float16 or float32, and dtype='int8' if it is to be small"
+                "in bfloat16, float16 or float32, and dtype='q8_0' or 'q4_0' if it is to be small"
             )
 
 

@@ -27,7 +27,7 @@ _TYPES = {
 }  # fmt: skip
 _VALUES = ("B", "b", "H", "h", "I", "i", "f", "?", "string", "array", "Q", "q", "d")  # by number; codes of struct
 _LONGEST_HEADER = 2**28  # bytes; vocabularies of 256 thousand tokens need 2**24
-_LONGEST_NAME = 2**10
+_LONGEST_NAME = 2**8
 _MOST_DIMENSIONS = 4
 
 Value = int | float | bool | str | list
@@ -99,11 +99,15 @@ class _Reader:
         [value] = struct.unpack(f"<{code}", self.take(struct.calcsize(code)))
         return value
 
-    def text(self, limit: int = _LONGEST_HEADER) -> str:
-        size = self.number("Q")
-        if size > limit:
-            raise ValueError(f"the header has a name of {size} bytes; the file is corrupt")
-        return self.take(size).decode()
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode()
+
+    def name(self) -> str:
+        """A text that a message can hold."""
+        name = self.text()
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise ValueError("the header has a name that is none; the file is corrupt")
+        return name
 
     def value(self, key: str) -> Value:
         code = self._code(key)
@@ -140,7 +144,7 @@ def _read(reader: _Reader) -> tuple[dict[str, Value], dict[str, tuple]]:
     reader.expect(13 * entries + 24 * tensors)
     metadata: dict[str, Value] = {}
     for _ in range(entries):
-        key = reader.text(_LONGEST_NAME)
+        key = reader.name()
         if key in metadata:
             raise ValueError(f"metadata {key} is there twice; the file is corrupt")
         metadata[key] = reader.value(key)
@@ -148,7 +152,7 @@ def _read(reader: _Reader) -> tuple[dict[str, Value], dict[str, tuple]]:
         raise ValueError("one of several parts of a model; join them first: llama-gguf-split --merge FIRST_PART WHOLE")
     infos: dict[str, tuple] = {}
     for _ in range(tensors):
-        name = reader.text(_LONGEST_NAME)
+        name = reader.name()
         if name in infos:
             raise ValueError(f"tensor {name} is there twice; the file is corrupt")
         dimensions = reader.number("I")

@@ -23,20 +23,27 @@ def read_rope_factors(header: Header) -> list[float]:
 
 
 def read_gguf_tensors(header: Header, description: Description, file: MappedFile) -> dict[str, StoredTensor]:
-    """All tensors by name, except the factors of rotary frequencies. Those of floats lie in the mapped file.
+    """All tensors by name, except the factors of rotary frequencies; they lie in the mapped file.
 
     Raises:
-        ValueError: the file has been changed since its header was read.
+        ValueError: the file has been changed since its header was read; or blocks are no matrix.
     """
     data = torch.from_file(str(header.path), shared=False, size=file.size, dtype=torch.uint8)
     file.check(header.path)
     tensors = {}
     for name, info in header.tensors.items():
-        if name != ROPE_FACTORS:
-            part = data[info.offset : info.offset + info.nbytes]
-            heads = description.interleaved.get(name.rpartition(".")[0])
-            order = None if heads is None else _halves_of_heads(info.shape[0], heads)
-            tensors[name] = StoredTensor(part.view(_DTYPES[info.type]).view(_shape(name, info)), file, order)
+        if name == ROPE_FACTORS:
+            continue
+        part, dtype, format = data[info.offset : info.offset + info.nbytes], _DTYPES.get(info.type), None
+        if dtype is not None:
+            part = part.view(dtype).view(_shape(name, info))
+        elif len(info.shape) == 2:
+            part, format = part.view(info.shape[0], -1), info.type.lower()
+        else:
+            raise ValueError(f"{header.path}: tensor {name} of shape {info.shape} is {info.type}; only matrices may be")
+        heads = description.interleaved.get(name.rpartition(".")[0])
+        order = None if heads is None else _halves_of_heads(info.shape[0], heads)
+        tensors[name] = StoredTensor(part, file, order, format)
     return tensors
 
 

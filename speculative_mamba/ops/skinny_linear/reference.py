@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..int8 import Int8Weight
+from ..block_weight import BlockWeight
 from ..wide import is_narrow, widened
 from . import SkinnyLinearArgs
 
@@ -12,10 +12,8 @@ def skinny_linear(args: SkinnyLinearArgs) -> torch.Tensor:
     x, weight = args.x, args.weight
     if is_narrow(x):
         return skinny_linear(widened(args, "x")).to(args.out_dtype)
-    values = (weight.values if isinstance(weight, Int8Weight) else weight).to(x.dtype)
+    values = (weight.dequantized() if isinstance(weight, BlockWeight) else weight).to(x.dtype)
     y = torch.stack([F.linear(row, values) for row in x]) if len(x) else x.new_empty(0, weight.shape[0])
-    if isinstance(weight, Int8Weight):
-        y = y * weight.scale.to(x.dtype)
     if args.y_scale != 1:
         y = y * args.y_scale
     return y if args.bias is None else y + args.bias.to(x.dtype)

@@ -10,7 +10,7 @@ namespace {
 
 using shim::Use;
 
-int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::int8 ? 1 : 2; }
+int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 // Memory of `rows` × `columns` runs of `size` elements each.
 void announce(const void* base, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride, int64_t size,
@@ -151,9 +151,12 @@ void announce_all(const RmsNormParams& p) {
 
 void announce_all(const SkinnyLinearParams& p) {
     announce_activations(p, p.x, p.rows, p.x_row_stride, 1, 0, p.in_features);
-    const int64_t element = bytes_of(p.weight_dtype);
-    announce(p.weight, p.out_features, p.weight_row_stride, 1, 0, p.in_features, weights_of(p), element);
-    announce(p.weight_scale, p.out_features, weights_of(p));
+    if (is_blocks(p.weight_dtype)) {
+        announce_bytes(p.weight, (p.out_features + 15) / 16 * p.weight_row_stride, weights_of(p));
+    } else {
+        announce(p.weight, p.out_features, p.weight_row_stride, 1, 0, p.in_features, weights_of(p),
+                 bytes_of(p.weight_dtype));
+    }
     announce(p.bias, p.out_features, weights_of(p));
     announce(p.y, 1, 0, 1, 0, p.rows * p.out_features, Use::write, bytes_of(p.y_dtype));
 }
