@@ -1,1 +1,1 @@
-"""Programs that use the package; each is a folder with a README."""
+"""Programs that use the package."""

@@ -106,7 +106,8 @@ def speculative_generate(
             lookahead=_lookahead(lookahead, generation_config), acceptance=acceptance,
             max_new_tokens=_max_length(stopping_criteria, generation_config) - input_ids.shape[1],
             stop_token_ids=_eos_token_ids(stopping_criteria, model), stop_strings=(), logprobs=None,
-            output_logits=bool(generation_config.output_logits or generation_config.output_scores),
+            output_logits=bool(generation_config.return_dict_in_generate)
+            and bool(generation_config.output_logits or generation_config.output_scores),
             logits_processor=RowProcessors(rest, input_ids, prompts.padding) if rest else None, cache=None,
             executor=executor,
         )  # fmt: skip

@@ -47,15 +47,15 @@ def _check_weights(model: torch.nn.Module) -> None:
             f"{_name(model)} is quantised ({getattr(method, 'value', method)}); load it in bfloat16, float16 or "
             "float32, and give dtype='q8_0' if it is to be small"
         )
-    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
-    devices = set()
+    places, devices = set(map(str, getattr(model, "hf_device_map", {}).values())), set()
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    offloaded = len(places) > 1 and not places.isdisjoint(("cpu", "disk"))
     for name, weight in _weights(model):
-        if weight.device.type == "meta" or (places & {"cpu", "disk"} and len(places) > 1):
-            if places:
-                raise ValueError(
-                    f"{_name(model)} is offloaded ({', '.join(sorted(places))}); load it to one device, without "
-                    "device_map"
-                )
+        on_meta = weight.device.type == "meta"
+        if offloaded or (on_meta and hooked):
+            where = f" ({', '.join(sorted(places))})" if places else ""
+            raise ValueError(f"{_name(model)} is offloaded{where}; load it to one device, without device_map")
+        if on_meta:
             raise ValueError(f"{_name(model)} has no weights: {name} is on the meta device; load them first")
         if type(weight) not in (torch.Tensor, torch.nn.Parameter):
             raise ValueError(
@@ -78,7 +78,8 @@ def _check_forward(model: torch.nn.Module) -> None:
             )
         if any(not str(getattr(hook, "__module__", "")).startswith(_OWN_HOOKS) for hook in hooks):
             raise ValueError(f"{where} has forward hooks, which would not run; remove them first")
-        if "forward" in vars(module):
+        replaced = vars(module).get("forward")  # or put back by whoever replaced it
+        if replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward:
             raise ValueError(f"{where} has another forward than its class; it would not be called")
 
 

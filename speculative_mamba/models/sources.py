@@ -206,12 +206,13 @@ class StoredSource:
             self._release(name, stored.tensor)
         return tensor if rows is None else tensor[rows]
 
-    def _lies_in_file(self, name: str, tensor: torch.Tensor) -> bool:
+    def _is_shared(self, name: str, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() == self._stored[name].tensor.untyped_storage().data_ptr()
 
     def _release(self, name: str, tensor: torch.Tensor) -> None:
         """Gives back the pages of a file after a tensor that lies in them was copied."""
-        if self._stored[name].file is not None and self._lies_in_file(name, tensor) and tensor.is_contiguous():
+        in_file = self._stored[name].file is not None and self._is_shared(name, tensor)
+        if in_file and tensor.is_contiguous():
             release_pages(tensor)
 
     def _dtype_of(self, stored: torch.Tensor) -> torch.dtype:
@@ -220,11 +221,11 @@ class StoredSource:
 
     def _converted(self, name: str, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         tensor = stored.to(self.device, dtype).contiguous()
-        if self._lies_in_file(name, tensor):
-            file = self._stored[name].file
-            if file is None:
-                return tensor
+        if self._is_shared(name, tensor):
             if self._mmap:
+                file = self._stored[name].file
+                if file is None:
+                    return tensor
                 self.mapped[file.path] = file
                 return _trimmed(tensor)
             tensor = tensor.clone()

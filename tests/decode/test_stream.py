@@ -141,5 +141,8 @@ def test_log_probabilities(target, draft, acceptance):
             values, tokens = logprobs[at].topk(3)
             assert [token for token, _ in one.top] == tokens.tolist()
             assert [value for _, value in one.top] == pytest.approx(values.tolist(), abs=1e-5)
-    both = sm.generate(target, STORY, logprobs=0, output_logits=True, max_new_tokens=3)
-    assert len(both.logits[0]) == len(both.logprobs[0]) == 3 and both.logprobs[0][0].top == ()
+    both = sm.generate(target, [STORY, "He"], logprobs=0, output_logits=True, **options)
+    assert [[one.logprob for one in row] for row in both.logprobs] == [
+        [one.logprob for one in row] for row in result.logprobs
+    ]
+    assert len(both.logits[0]) == 14 and both.logprobs[0][0].top == ()

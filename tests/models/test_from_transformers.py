@@ -61,7 +61,7 @@ def test_mamba_with_other_options():
     assert not shared.embedding.requires_grad
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
 def test_another_dtype_is_a_copy_and_the_model_stays(dtype, tmp_path):
     """Catches: pages given back that no file can fill again."""
     model = random_hugging_face_model(hidden_size=64, vocab_size=512)
@@ -154,6 +154,13 @@ def test_ids_that_the_tokenizer_lacks_are_impossible_and_the_model_stays():
     assert_bitwise_equal(model.lm_head.weight, head, "the model's head")
 
 
+def test_a_forward_that_was_put_back_is_none():
+    """As hooks of accelerate leave it when they are removed."""
+    model = random_hugging_face_model()
+    model.backbone.norm_f.forward = model.backbone.norm_f.forward
+    sm.from_transformers(model)
+
+
 def test_hidden_states_may_have_been_recorded():
     """For which transformers leaves hooks of its own."""
     model = random_hugging_face_model()
@@ -177,6 +184,19 @@ def with_hook(kind: str) -> Any:
 def with_accelerate() -> Any:
     model = random_hugging_face_model()
     model.backbone.layers[0].mixer._hf_hook = object()
+    return model
+
+
+def compiled() -> Any:
+    """As torch.compile leaves it, which takes seconds to import."""
+    wrapper = type("OptimizedModule", (torch.nn.Module,), {})()
+    wrapper._orig_mod = random_hugging_face_model()
+    return wrapper
+
+
+def offloaded() -> Any:
+    model = on_meta()
+    model.backbone._hf_hook = object()
     return model
 
 
@@ -213,7 +233,7 @@ def on_meta() -> Any:
 Params4bit = type("Params4bit", (torch.nn.Parameter,), {})
 REFUSED = [
     (lambda: changed(training=True), "is in training mode; call model.eval()"),
-    (lambda: torch.compile(random_hugging_face_model()), "OptimizedModule is compiled"),
+    (compiled, "OptimizedModule is compiled"),
     (lambda: changed(_compiled_call_impl=len), "is compiled (torch.compile)"),
     (lambda: with_hook("register_forward_hook"), "MambaForCausalLM.backbone.layers.0 has forward hooks"),
     (lambda: with_hook("register_forward_pre_hook"), "has forward hooks"),
@@ -223,6 +243,7 @@ REFUSED = [
     (lambda: changed(is_quantized=True, quantization_method="bitsandbytes"), "is quantised (bitsandbytes)"),
     (lambda: with_weight(Params4bit(torch.zeros(96, 24))), "in_proj.weight as Params4bit"),
     (lambda: with_weight(torch.nn.Parameter(torch.zeros(96, 23))), "has shape (96, 23), but its config gives (96, 24)"),
+    (offloaded, "MambaForCausalLM is offloaded; load it to one device"),
     (on_meta, "has no weights: backbone.embeddings.weight is on the meta device"),
     (lambda: changed(hf_device_map={"backbone": 0, "lm_head": "disk"}), "is offloaded (0, disk)"),
     (lambda: of_class("MyMamba", "transformers.models"), "architecture ['MyMamba'] of model_type 'mamba'"),

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_hugging_face_model
-from published import FORMATS
+from published import FORMATS, random_hugging_face_model
 from test_gguf_tokenizer import metadata, trained
 
 import speculative_mamba as sm

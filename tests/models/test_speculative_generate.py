@@ -14,6 +14,7 @@ import speculative_mamba as sm
 from speculative_mamba.decode.call import Call
 from speculative_mamba.integrations import transformers as integration
 from speculative_mamba.integrations.transformers import speculative_generate
+from speculative_mamba.integrations.transformers_processors import sampling_of
 from speculative_mamba.testing.text import byte_level_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -160,6 +161,20 @@ def test_a_filter_of_another_kind_runs_before_the_draw(target: Any) -> None:
     )
     allowed = processors(PROMPT, target(PROMPT).logits[:, -1].detach())[0] > -torch.inf
     assert 1 < allowed.sum() < 8 and allowed[rows[:, -1]].all() and len(set(rows[:, -1].tolist())) > 1
+
+
+def test_only_the_end_of_the_list_that_is_in_the_samplers_order_is_the_samplers() -> None:
+    min_p, top_k = transformers.MinPLogitsWarper(0.1), transformers.TopKLogitsWarper(5)
+    penalty, padding = transformers.RepetitionPenaltyLogitsProcessor(1.3), torch.zeros(1, dtype=torch.int64)
+    for processors, rest, fields in (
+        ([penalty, top_k, min_p], [], {"repetition_penalty": 1.3, "top_k": 5, "min_p": 0.1}),
+        ([min_p, top_k], [min_p], {"top_k": 5}),
+        ([penalty, EveryThird(), min_p], 2, {"min_p": 0.1}),
+        ([top_k, transformers.TopPLogitsWarper(0.5, min_tokens_to_keep=2)], 2, {}),
+    ):
+        found = sampling_of(transformers.LogitsProcessorList(processors), True, 7, padding)
+        rest = processors[:rest] if isinstance(rest, int) else rest
+        assert found == (sm.SamplingParams(temperature=1.0, seed=7, **fields), rest)
 
 
 def test_seeds(target: Any) -> None:
