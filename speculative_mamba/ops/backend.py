@@ -174,8 +174,9 @@ def _refuse_gradients(op: str, args: tuple, prefix: str = "") -> None:
     names = args._fields if isinstance(args, tuple) else vars(args)
     for name in names:
         value = getattr(args, name)
-        if isinstance(value, torch.Tensor | tuple):
-            if any(part.requires_grad for part in (value if isinstance(value, tuple) else (value,))):
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(part, torch.Tensor) for part in parts):
+            if any(part.requires_grad for part in parts):
                 raise ValueError(
                     f"{prefix}{name} requires grad, which the kernels of {op} cannot give; "
                     'use torch.no_grad() or backend="reference"'
