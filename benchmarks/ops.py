@@ -97,7 +97,7 @@ def bench_experts(report: Report, config: ExpertsConfig, d_model: int) -> None:
     """gate (or up) and down projections of one layer, for tokens that choose at random: bytes are those of the experts
     chosen. The baseline is a product in PyTorch for every expert with its tokens, as transformers has it."""
     count, size = config.num_experts, config.num_experts * config.d_inner * d_model * 2
-    layers = max(2, CACHE_BYTES // size)
+    layers = max(2, min(50, CACHE_BYTES // size))
     for name, (out_features, in_features) in {
         "up": (config.d_inner, d_model), "down": (d_model, config.d_inner),
     }.items():  # fmt: skip
