@@ -2,7 +2,7 @@
 fault that is planted then.
 
     python tests/sanitize.py                                          # all
-    python tests/sanitize.py thread -n 0 -k threads                   # one of them; the rest are options of pytest
+    python tests/sanitize.py thread -n 2                              # one of them; the rest are options of pytest
 
 A build is made in a copy of the tree, in build/sanitize/, so the kernels in use stay what they are. Needs GCC and its
 sanitizers on Linux (Debian, Ubuntu: apt-get install g++). Exits with 1 if anything was reported, a test failed or a
@@ -21,17 +21,19 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt", "csrc", "speculative_mamba", "tests")
 KERNELS = "csrc/cpu/rms_norm.cpp"
+ROWS = "tests/ops/test_rms_norm.py", "-k", "not (reference or shim or triton)"
+THREADS = "tests/ops/test_window_contract.py", "-k", "threads and rms_norm and not (reference or shim or triton)"
 # C++ kernels alone, and not what bounds the address space, which the shadow memory of a sanitizer fills.
 TESTS = "not (reference or shim or triton or compiler or interpreter or boundary or does_not_give)"
 
 
 class Fault(NamedTuple):
-    """A piece of ``KERNELS``, what takes its place, what the report then says, and which test runs it."""
+    """A piece of ``KERNELS``, what takes its place, what the report then says, and what pytest is given to run it."""
 
     piece: str
     planted: str
     report: str
-    test: str
+    tests: tuple[str, ...]
 
 
 class Sanitizer(NamedTuple):
@@ -45,9 +47,9 @@ SANITIZERS = {
         "libasan.so",
         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
         (
-            Fault("load_n(weight + k, count)", "load(weight + k)", "heap-buffer-overflow", "rms_norm and batch"),
-            Fault("work = p.rows", "work = INT64_MAX * p.rows", "signed integer overflow", "rms_norm and batch"),
-            Fault("float* y = p.y", "float* y = (float*)(1 + (char*)p.y)", "misaligned address", "rms_norm and batch"),
+            Fault("load_n(weight + k, count)", "load(weight + k)", "heap-buffer-overflow", ROWS),
+            Fault("work = p.rows", "work = INT64_MAX * p.rows", "signed integer overflow", ROWS),
+            Fault("float* y = p.y", "float* y = (float*)(1 + (char*)p.y)", "misaligned address", ROWS),
         ),
     ),
     "thread": Sanitizer(
@@ -59,7 +61,7 @@ SANITIZERS = {
                 "for (int64_t i = first;",
                 "static int64_t rows; rows += last; for (int64_t i = first;",
                 "data race",
-                "threads and rms_norm",
+                THREADS,
             ),
         ),
     ),
@@ -72,14 +74,14 @@ def main(arguments: list[str]) -> int:
     for name in chosen:
         copy_tree(folder_of(name))
         build(name)
-        code, reports = run_tests(name, ["-k", TESTS, *options])
+        code, reports = run_tests(name, ["tests/ops", "-k", TESTS, *options])
         if code or reports:
             print(f"{name}: pytest ended with {code}, reports: {reports or 'none'}")
             return 1
         for fault in SANITIZERS[name].faults:
             with planted(fault, folder_of(name)):
                 build(name)
-                _, reports = run_tests(name, ["-x", "-k", f"({fault.test}) and not reference", *options])
+                _, reports = run_tests(name, [*options, "-x", *fault.tests])
             if fault.report not in reports:
                 print(f"{name}: '{fault.planted}' was planted, but not reported as {fault.report}: {reports or 'none'}")
                 return 1
@@ -131,7 +133,7 @@ def run_tests(name: str, options: list[str]) -> tuple[int, str]:
     environment |= {key: f"{value}:log_path={folder}/report" for key, value in sanitizer.options.items()}
     # Shadow memory has fixed places, which random ones of libraries may overlap.
     command = ["setarch", "--addr-no-randomize", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, "--reduced", "tests/ops", *options], cwd=folder, env=environment)
+    done = subprocess.run([*command, "--reduced", *options], cwd=folder, env=environment)
     return done.returncode, "\n".join(report.read_text() for report in sorted(folder.glob("report.*")))
 
 

@@ -95,13 +95,13 @@ DAMAGES = {
 }
 
 
-def use(folder: Path) -> None:
+def use(source: Path) -> None:
     """Everything that reads a file of a checkpoint."""
     try:
-        model = sm.load_model(folder)
+        model = sm.load_model(source)
         sampling, tokenizer, template = model.default_sampling, model.tokenizer, model.chat_template
     except ValueError as error:
-        assert any(name in str(error) for name in (str(folder), "_config.json")), f"no file is named: {error}"
+        assert any(name in str(error) for name in (str(source), "_config.json")), f"no file is named: {error}"
         raise
     sm.generate(model, [[0], [1, 2, 3]], max_new_tokens=3)
     sm.generate(model, [[1]], max_new_tokens=2, sampling=sampling)
@@ -113,14 +113,14 @@ def use(folder: Path) -> None:
             model.chat_prompt([{"role": "user", "content": "a"}])
 
 
-def check(folder: Path) -> str:
+def check(source: Path) -> str:
     """Whether the checkpoint is "used" or "refused".
 
     Raises:
         AssertionError: the checkpoint is refused, but not as it should be.
     """
     try:
-        use(folder)
+        use(source)
         return "used"
     except ValueError as error:
         message = str(error)
@@ -132,10 +132,11 @@ def check(folder: Path) -> str:
 def main(count: int, random_seed: int) -> None:
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    files = write_corpus(root)
+    sources = write_corpus(root)
+    files = list(sources)
     # Threads, pools and caches that last are there before memory is counted.
-    for folder in sorted({file.parent for file in files}):
-        use(folder)
+    for source in dict.fromkeys(sources.values()):
+        use(source)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -163,7 +164,7 @@ def main(count: int, random_seed: int) -> None:
         replace(file, damage(data.draw, content))
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         try:
-            outcomes[check(file.parent)] += 1
+            outcomes[check(sources[file])] += 1
         except BaseException:
             shutil.copytree(file.parent, root / "failed", dirs_exist_ok=True)
             raise

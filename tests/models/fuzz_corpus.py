@@ -123,8 +123,8 @@ class AskedFor:
         return self.weight(name, *shape)[rows or slice(None)]
 
 
-def write_corpus(root: Path) -> list[Path]:
-    """All files that may be damaged; each folder is a checkpoint that loads."""
+def write_corpus(root: Path) -> dict[Path, Path]:
+    """Every file that may be damaged, and the checkpoint it belongs to, as load_model takes it."""
     for name, (config, mamba_config) in CONFIGS.items():
         folder = root / name
         folder.mkdir()
@@ -139,7 +139,7 @@ def write_corpus(root: Path) -> list[Path]:
         tokenizer.save(str(root / name / "tokenizer.json"))
         write_documents(root / name, TOKENIZER_FILES)
     _with_shards(shutil.copytree(root / "bamba", root / "shards"))
-    return sorted(file for file in root.glob("*/*") if file.is_file())
+    return {file: file.parent for file in sorted(root.glob("*/*"))}
 
 
 def write_documents(folder: Path, documents: dict[str, object]) -> None:
