@@ -87,7 +87,7 @@ def _serve(connection: Connection, kind: type[Engine], source: Path, weights: st
                 value = getattr(engine, name)(*arguments)
         except EOFError:
             return
-        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        except (ValueError, RuntimeError, TypeError, AttributeError, ImportError, OSError) as error:
             connection.send((False, (str(error).splitlines() or [type(error).__name__])[0]))
             if engine is None:
                 return

@@ -18,7 +18,7 @@ constexpr bool kMultipliesBytes = true;
 constexpr bool kMultipliesBytes = false;
 #endif
 using part_t = std::conditional_t<kMultipliesBytes, int8_t, int16_t>;
-constexpr int kParts = kMultipliesBytes ? 3 : 2;
+constexpr int kParts = kMultipliesBytes ? 3 : 2;  // the last is c
 // Where the four features of a lane have their words: those that are multiplied together lie side by side.
 constexpr int kPlaces[] = {0, kMultipliesBytes ? 1 : 2, kMultipliesBytes ? 2 : 1, 3};
 
@@ -49,7 +49,7 @@ inline Floats load_signed(const uint8_t* p) {
 }
 inline Ints ints(int32_t a) { return _mm512_set1_epi32(a); }
 inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
-inline Ints join(Ints high, Ints low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
+inline Ints shifted(Ints a, Ints b) { return _mm512_add_epi32(_mm512_slli_epi32(a, 8), b); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 template <int Shift>
 inline Bytes bits(Bytes a, char mask) {
@@ -59,18 +59,24 @@ inline Bytes with_upper(Bytes a, Bytes upper) { return _mm512_or_si512(a, _mm512
 
 #if defined(__AVX512VNNI__)
 using Weights = Bytes;
+using Four = Ints;
 inline Weights prepared(Bytes a) { return a; }
-inline Ints dot(Ints sum, Weights w, const part_t* x) {
-    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(four_bytes(x)));
-}
+inline Four load_four(const part_t* x) { return _mm512_set1_epi32(four_bytes(x)); }
+inline Ints dot(Ints sum, Weights w, Four x) { return _mm512_dpbusd_epi32(sum, w, x); }
 #else
 struct Weights {
     __m512i even, odd;
 };
+using Four = Weights;
 inline Weights prepared(Bytes a) { return {_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srli_epi16(a, 8)}; }
-inline Ints dot(Ints sum, Weights w, const part_t* x) {
-    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.even, _mm512_set1_epi32(four_bytes(x))));
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(w.odd, _mm512_set1_epi32(four_bytes(x + 2))));
+inline Four load_four(const part_t* x) {
+    return {_mm512_set1_epi32(four_bytes(x)), _mm512_set1_epi32(four_bytes(x + 2))};
+}
+inline Ints dot(Ints sum, Weights w, Four x) {
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.even, x.even));
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.odd, x.odd));
+    asm("" : "+v"(sum));  // additions in another order would hold too many products at once
+    return sum;
 }
 #endif
 
@@ -95,7 +101,7 @@ inline Floats load_signed(const uint8_t* p) {
 }
 inline Ints ints(int32_t a) { return _mm256_set1_epi32(a); }
 inline Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
-inline Ints join(Ints high, Ints low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low); }
+inline Ints shifted(Ints a, Ints b) { return _mm256_add_epi32(_mm256_slli_epi32(a, 8), b); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 template <int Shift>
 inline Bytes bits(Bytes a, char mask) {
@@ -105,18 +111,24 @@ inline Bytes with_upper(Bytes a, Bytes upper) { return _mm256_or_si256(a, _mm256
 
 #if defined(__AVXVNNI__)
 using Weights = Bytes;
+using Four = Ints;
 inline Weights prepared(Bytes a) { return a; }
-inline Ints dot(Ints sum, Weights w, const part_t* x) {
-    return _mm256_dpbusd_avx_epi32(sum, w, _mm256_set1_epi32(four_bytes(x)));
-}
+inline Four load_four(const part_t* x) { return _mm256_set1_epi32(four_bytes(x)); }
+inline Ints dot(Ints sum, Weights w, Four x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
 #else
 struct Weights {
     __m256i even, odd;
 };
+using Four = Weights;
 inline Weights prepared(Bytes a) { return {_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srli_epi16(a, 8)}; }
-inline Ints dot(Ints sum, Weights w, const part_t* x) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.even, _mm256_set1_epi32(four_bytes(x))));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(w.odd, _mm256_set1_epi32(four_bytes(x + 2))));
+inline Four load_four(const part_t* x) {
+    return {_mm256_set1_epi32(four_bytes(x)), _mm256_set1_epi32(four_bytes(x + 2))};
+}
+inline Ints dot(Ints sum, Weights w, Four x) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.even, x.even));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.odd, x.odd));
+    asm("" : "+x"(sum));  // additions in another order would hold too many products at once
+    return sum;
 }
 #endif
 
@@ -151,7 +163,7 @@ inline Floats load_unsigned(const uint8_t* p) { return load_rows<uint8_t>(p); }
 inline Floats load_signed(const uint8_t* p) { return load_rows<int8_t>(p); }
 inline Ints ints(int32_t a) { return QuadInt{a, a, a, a}; }
 inline Floats to_floats(Ints a) { return __builtin_convertvector(a, Quad); }
-inline Ints join(Ints high, Ints low) { return (high << 8) + low; }
+inline Ints shifted(Ints a, Ints b) { return (a << 8) + b; }
 inline Bytes load_bytes(const uint8_t* p) {
     Bytes bytes;
     std::memcpy(&bytes, p, sizeof bytes);
@@ -166,11 +178,13 @@ inline Bytes with_upper(Bytes a, Bytes upper) { return a | upper << 4; }
 using Weights = Bytes;
 inline Weights prepared(Bytes a) { return a; }
 #if defined(__ARM_FEATURE_DOTPROD)
-inline Ints dot(Ints sum, Weights w, const part_t* x) {
-    return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(x))));
-}
+using Four = Ints;
+inline Four load_four(const part_t* x) { return ints(four_bytes(x)); }
+inline Ints dot(Ints sum, Weights w, Four x) { return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x); }
 #else
-inline Ints dot(Ints sum, Weights w, const part_t* x) {
+using Four = const part_t*;
+inline Four load_four(const part_t* x) { return x; }
+inline Ints dot(Ints sum, Weights w, Four x) {
     for (int i = 0; i < 4; i++) sum += (QuadInt)((QuadUnsigned)w >> 8 * i & 255u) * static_cast<int32_t>(x[kPlaces[i]]);
     return sum;
 }
@@ -187,11 +201,7 @@ constexpr int kExcess = 128;
 inline Bytes with_excess(Bytes a) { return a; }
 #endif
 
-// The products' sum, from those with the parts of x: rounded to float where it has more than 24 bits.
-inline Floats total(const Ints (&sums)[kParts]) {
-    Ints high = sums[0];
-    if constexpr (kMultipliesBytes) high = join(sums[0], sums[1]);
-    return fma(to_floats(high), floats(256), to_floats(sums[kParts - 1]));
-}
+// A sum of products from those with 2^8 a + b and with c: rounded to float where it has more than 24 bits.
+inline Floats total(Ints high, Ints low) { return fma(to_floats(high), floats(256), to_floats(low)); }
 
 }  // namespace speculative_mamba::SM_ISA

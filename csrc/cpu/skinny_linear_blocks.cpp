@@ -15,63 +15,19 @@ namespace {
 constexpr int kGroup = 16, kBlock = 32;
 constexpr int kLine = 64;              // bytes to a multiple of which a group's scales are padded
 constexpr int kPrefetch = 24 * kLine;  // ahead of the quants that are read
-// Rows of x at a time: as many as the register file takes.
-constexpr int kMaxTokens = kRows == 16 ? 6 : kRows == 8 ? 4 : 3;
+// Rows of x at a time, and registers of rows of W: as many as the register file takes.
+constexpr int kMaxTokens = 5, kTiles = 2;
 
 // 32 features of a row of x: scale · v, and v in the parts that dot() takes.
 struct Input {
     float scale;
-    float sum;                // of v, rounded as total() rounds
-    int32_t sums[3][kParts];  // of the parts: of both halves of the features, and of all
+    float sum;  // of v, rounded as total() rounds
+    // What sums of products are more than they should be, as weights lie above their value; of each run.
+    struct {
+        int32_t high, low;
+    } above[2];
     part_t parts[kParts][kBlock];
 };
-
-inline float power_of_2(int exponent) {  // from -149 to 127
-    const uint32_t bits = exponent < -126 ? 1u << (exponent + 149) : static_cast<uint32_t>(exponent + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    return power;
-}
-
-// The largest |v| is below 2^23 - 2^15 - 2^7, so that each part fits. To nearest, ties to even. What is not finite
-// makes the block's products NaN.
-inline void round_block(const float* x, Input& input) {
-    int32_t v[kBlock] = {};
-    uint32_t bits[kBlock], largest = 0;
-    std::memcpy(bits, x, sizeof bits);
-    for (int k = 0; k < kBlock; k++) {
-        const uint32_t magnitude = bits[k] & 0x7fffffffu;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    // From 0xfefeff on, as a mantissa of 24 bits, half of it would be rounded to too much.
-    const int exponent = static_cast<int>((largest + (0x1000000u - 0xfefeffu)) >> 23) - 127 - 22;  // of the scale
-    input.scale = power_of_2(exponent);
-    if (largest >= 0x7f800000u) {
-        const uint32_t nan = 0x7fc00000u;
-        std::memcpy(&input.scale, &nan, sizeof nan);
-    } else {
-        const float first = power_of_2(-exponent / 2), second = power_of_2(-exponent - -exponent / 2);
-        for (int k = 0; k < kBlock; k++) {
-            const float scaled = x[k] * first * second, big = scaled < 0 ? -0x1p23f : 0x1p23f;
-            v[k] = static_cast<int32_t>(scaled + big - big);
-        }
-    }
-    std::memset(input.sums, 0, sizeof input.sums);
-    for (int k = 0; k < kBlock; k++) {
-        const int place = k / 4 * 4 + kPlaces[k % 4];
-        int32_t rest = v[k];
-        for (int part = kParts - 1; part >= 0; part--) {
-            const int32_t digit = part ? ((rest + 128) & 255) - 128 : rest;
-            rest = (rest - digit) >> 8;
-            input.parts[part][place] = static_cast<part_t>(digit);
-            input.sums[k / 16][part] += digit;
-        }
-    }
-    for (int part = 0; part < kParts; part++) input.sums[2][part] = input.sums[0][part] + input.sums[1][part];
-    int32_t high = input.sums[2][0];
-    if (kMultipliesBytes) high = high * 256 + input.sums[2][1];
-    input.sum = static_cast<float>(high) * 256 + static_cast<float>(input.sums[2][kParts - 1]);
-}
 
 // Formats. kFeatures share kScaleBytes of scales in a group, and 32 have kQuantBytes; a block's sums are of kRuns equal
 // parts of its features, each with a scale of its own. `weights` gives vector i of a block, four features of each row
@@ -145,89 +101,185 @@ struct Q6_K {
     }
 };
 
-// Adds a block's products with each of M rows of x.
+inline float power_of_2(int exponent) {  // from -149 to 127
+    const uint32_t bits = exponent < -126 ? 1u << (exponent + 149) : static_cast<uint32_t>(exponent + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+inline void store_part(const int32_t (&values)[kBlock], part_t (&part)[kBlock]) {
+    for (int k = 0; k < kBlock; k += 4)
+        for (int i = 0; i < 4; i++) part[k + kPlaces[i]] = static_cast<part_t>(values[k + i]);
+}
+
+inline int32_t sum_of_half(const int32_t* values) {
+    int32_t sum = 0;
+    for (int k = 0; k < kBlock / 2; k++) sum += values[k];
+    return sum;
+}
+
+// The largest |v| is below 2^23 - 2^15 - 2^7, so that each part fits. To nearest, ties to even. What is not finite
+// makes the block's products NaN.
+template <typename Format>
+inline void round_block(const float* x, Input& input) {
+    int32_t v[kBlock] = {};
+    uint32_t bits[kBlock], largest = 0;
+    std::memcpy(bits, x, sizeof bits);
+    for (int k = 0; k < kBlock; k++) {
+        const uint32_t magnitude = bits[k] & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    // From 0xfefeff on, as a mantissa of 24 bits, half of it would be rounded to too much.
+    const int exponent = static_cast<int>((largest + (0x1000000u - 0xfefeffu)) >> 23) - 127 - 22;  // of the scale
+    input.scale = power_of_2(exponent);
+    if (largest >= 0x7f800000u) {
+        const uint32_t nan = 0x7fc00000u;
+        std::memcpy(&input.scale, &nan, sizeof nan);
+    } else {
+        const float first = power_of_2(-exponent / 2), second = power_of_2(-exponent - -exponent / 2);
+        for (int k = 0; k < kBlock; k++) {
+            const float scaled = x[k] * first * second, big = scaled < 0 ? -0x1p23f : 0x1p23f;
+            v[k] = static_cast<int32_t>(scaled + big - big);
+        }
+    }
+    int32_t a[kBlock], b[kBlock], ab[kBlock], c[kBlock];
+    for (int k = 0; k < kBlock; k++) c[k] = ((v[k] + 128) & 255) - 128;
+    for (int k = 0; k < kBlock; k++) ab[k] = (v[k] - c[k]) >> 8;
+    for (int k = 0; k < kBlock; k++) b[k] = ((ab[k] + 128) & 255) - 128;
+    for (int k = 0; k < kBlock; k++) a[k] = (ab[k] - b[k]) >> 8;
+    if (kMultipliesBytes) {
+        store_part(a, input.parts[0]);
+        store_part(b, input.parts[1]);
+    } else {
+        store_part(ab, input.parts[0]);
+    }
+    store_part(c, input.parts[kParts - 1]);
+    const int32_t high[] = {sum_of_half(ab), sum_of_half(ab + kBlock / 2)};
+    const int32_t low[] = {sum_of_half(c), sum_of_half(c + kBlock / 2)};
+    const int32_t all_high = high[0] + high[1], all_low = low[0] + low[1];
+    for (int run = 0; run < Format::kRuns; run++)
+        input.above[run] = {-Format::kZero * (Format::kRuns == 1 ? all_high : high[run]),
+                            -Format::kZero * (Format::kRuns == 1 ? all_low : low[run])};
+    input.sum = static_cast<float>(all_high) * 256 + static_cast<float>(all_low);
+}
+
+// kRows rows of W: those of a group from `row` on.
+struct Tile {
+    const uint8_t *scales, *quants;
+    int row;
+};
+
+// Adds a block's products with each of M rows of x. What is loaded of x serves all tiles.
 template <typename Format, int M>
-inline void add_block(const uint8_t* scales, int64_t block, int row, const uint8_t* quants, const Input* x,
-                      int64_t x_stride, Floats (&totals)[M]) {
+inline void add_block(const Tile (&tiles)[kTiles], int64_t block, const Input* x, int64_t x_stride,
+                      Floats (&totals)[kTiles][M]) {
     constexpr int kVectors = 8 / Format::kRuns;
-    const Format format(scales, block, row);
 #pragma GCC unroll 2
     for (int run = 0; run < Format::kRuns; run++) {
-        Ints sums[M][kParts];
-        for (int m = 0; m < M; m++)
-            for (int part = 0; part < kParts; part++)
-                sums[m][part] = ints(-Format::kZero * x[m * x_stride].sums[Format::kRuns == 1 ? 2 : run][part]);
+        Weights w[kTiles][kVectors];
+#pragma GCC unroll 2
+        for (int t = 0; t < kTiles; t++)
 #pragma GCC unroll 8
-        for (int i = run * kVectors; i < (run + 1) * kVectors; i++) {
-            const Weights w = prepared(Format::weights(quants, i, row));
+            for (int i = 0; i < kVectors; i++) {
+                const uint8_t* quants = tiles[t].quants + block * Format::kQuantBytes;
+                w[t][i] = prepared(Format::weights(quants, run * kVectors + i, tiles[t].row));
+            }
+        const auto add_part = [&](int part, Ints(&sums)[kTiles][M]) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; i++)
+                for (int m = 0; m < M; m++) {
+                    const Four four = load_four(x[m * x_stride].parts[part] + 4 * (run * kVectors + i));
+                    for (int t = 0; t < kTiles; t++) sums[t][m] = dot(sums[t][m], w[t][i], four);
+                }
+        };
+        Ints high[kTiles][M], low[kTiles][M];
+        for (int m = 0; m < M; m++)
+            for (int t = 0; t < kTiles; t++) high[t][m] = ints(kMultipliesBytes ? 0 : x[m * x_stride].above[run].high);
+        add_part(0, high);
+        if constexpr (kMultipliesBytes) {
             for (int m = 0; m < M; m++)
-                for (int part = 0; part < kParts; part++)
-                    sums[m][part] = dot(sums[m][part], w, x[m * x_stride].parts[part] + 4 * i);
+                for (int t = 0; t < kTiles; t++)
+                    high[t][m] = shifted(high[t][m], ints(x[m * x_stride].above[run].high));
+            add_part(1, high);
         }
-        for (int m = 0; m < M; m++) {
-            const Floats sum = format.scaled(total(sums[m]), run, x[m * x_stride]);
-            totals[m] = fma(sum, floats(x[m * x_stride].scale), totals[m]);
+        for (int m = 0; m < M; m++)
+            for (int t = 0; t < kTiles; t++) low[t][m] = ints(x[m * x_stride].above[run].low);
+        add_part(kParts - 1, low);
+        for (int t = 0; t < kTiles; t++) {
+            const Format format(tiles[t].scales, block, tiles[t].row);
+            for (int m = 0; m < M; m++) {
+                const Floats sum = format.scaled(total(high[t][m], low[t][m]), run, x[m * x_stride]);
+                totals[t][m] = fma(sum, floats(x[m * x_stride].scale), totals[t][m]);
+            }
         }
     }
 }
 
-// M rows of x from m0 on times a group of W.
+// M rows of x from m0 on times kTiles · kRows rows of W from n on.
 template <typename Format, int M>
-void group(const SkinnyLinearParams& p, const Input* x, int64_t m0, int64_t g) {
+void multiply(const SkinnyLinearParams& p, const Input* x, int64_t m0, int64_t n) {
     const int64_t blocks = p.in_features / kBlock;
-    const uint8_t* scales = static_cast<const uint8_t*>(p.weight) + g * p.weight_row_stride;
-    const uint8_t* quants = scales + divide_up(p.in_features / Format::kFeatures * Format::kScaleBytes, kLine) * kLine;
-    x += m0 * blocks;
-    Floats totals[kGroup / kRows][M];
-    for (auto& rows : totals)
-        for (Floats& total : rows) total = floats(0);
-    for (int64_t b = 0; b < blocks; b++) {
-        const uint8_t* block = quants + b * Format::kQuantBytes;
-        for (int i = 0; i < Format::kQuantBytes; i += kLine) __builtin_prefetch(block + kPrefetch + i, 0, 3);
-        for (int part = 0; part < kGroup / kRows; part++)
-            add_block<Format, M>(scales, b, part * kRows, block, x + b, blocks, totals[part]);
+    const int64_t scale_bytes = divide_up(p.in_features / Format::kFeatures * Format::kScaleBytes, kLine) * kLine;
+    const int64_t last = divide_up(p.out_features, kGroup) - 1;
+    Tile tiles[kTiles];
+    Floats totals[kTiles][M];
+    for (int t = 0; t < kTiles; t++) {
+        const int64_t first = n + t * kRows;
+        // A group that does not exist is the last one once more.
+        const uint8_t* group = static_cast<const uint8_t*>(p.weight) + min(first / kGroup, last) * p.weight_row_stride;
+        tiles[t] = {group, group + scale_bytes, static_cast<int>(first % kGroup)};
+        for (Floats& total : totals[t]) total = floats(0);
     }
-    const int64_t first = g * kGroup, count = min(kGroup, p.out_features - first);
-    for (int m = 0; m < M; m++) {
-        float y[kGroup];
-        for (int part = 0; part < kGroup / kRows; part++) store_rows(y + part * kRows, totals[part][m]);
-        for (int64_t n = 0; n < count; n++) {
-            if (p.y_scale != 1) y[n] *= p.y_scale;
-            p.y[(m0 + m) * p.out_features + first + n] = p.bias ? y[n] + p.bias[first + n] : y[n];
+    x += m0 * blocks;
+    for (int64_t b = 0; b < blocks; b++) {
+        for (int t = 0; t < kTiles; t += kRows < kGroup ? kTiles : 1)
+            for (int i = 0; i < Format::kQuantBytes; i += kLine)
+                __builtin_prefetch(tiles[t].quants + b * Format::kQuantBytes + kPrefetch + i, 0, 3);
+        add_block<Format, M>(tiles, b, x + b, blocks, totals);
+    }
+    for (int t = 0; t < kTiles; t++) {
+        const int64_t first = n + t * kRows;
+        for (int m = 0; m < M; m++) {
+            float y[kRows];
+            store_rows(y, totals[t][m]);
+            for (int64_t i = 0; i < kRows && first + i < p.out_features; i++) {
+                if (p.y_scale != 1) y[i] *= p.y_scale;
+                p.y[(m0 + m) * p.out_features + first + i] = p.bias ? y[i] + p.bias[first + i] : y[i];
+            }
         }
     }
 }
 
 template <typename Format, int M>
-void groups(const SkinnyLinearParams& p, const Input* x, int64_t m, int64_t first, int64_t last) {
-    for (int64_t g = first; g < last; g++) group<Format, M>(p, x, m, g);
+void multiply_range(const SkinnyLinearParams& p, const Input* x, int64_t m, int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; n += kTiles * kRows) multiply<Format, M>(p, x, m, n);
 }
 
 template <typename Format>
 void run(const SkinnyLinearParams& p, int threads) {
-    const int64_t blocks = p.in_features / kBlock, count = divide_up(p.out_features, kGroup);
+    const int64_t blocks = p.in_features / kBlock;
     thread_local Buffer buffer;
     Input* const x = buffer.reserve<Input>(p.rows * blocks);
-    for (int64_t m = 0; m < p.rows; m++)
-        for (int64_t b = 0; b < blocks; b++) round_block(p.x + m * p.x_row_stride + b * kBlock, x[m * blocks + b]);
+    const int64_t inputs = p.rows * blocks, work_of_one = 16 * kBlock;
+    parallel_for(inputs, divide_up(inputs, threads), inputs * work_of_one, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++)
+            round_block<Format>(p.x + i / blocks * p.x_row_stride + i % blocks * kBlock, x[i]);
+    });
     // Chunks of about 64 KiB of weights, as for those that are no blocks.
-    const int64_t bytes = p.weight_row_stride > 0 ? p.weight_row_stride : 1;
-    const int64_t grain = min(divide_up(64 * 1024, bytes), divide_up(count, 2 * threads));
-    parallel_for(count, grain > 0 ? grain : 1, p.rows * p.in_features * p.out_features, threads,
+    constexpr int64_t kStep = kTiles * kRows > kGroup ? kTiles * kRows : kGroup;
+    const int64_t bytes = divide_up(p.weight_row_stride * kStep, kGroup);
+    const int64_t grain = min(divide_up(64 * 1024, bytes), divide_up(p.out_features, 2 * threads * kStep)) * kStep;
+    parallel_for(p.out_features, grain, p.rows * p.in_features * p.out_features, threads,
                  [&p, x](int64_t first, int64_t last) {
                      int64_t m = 0;
-                     for (; m + kMaxTokens <= p.rows; m += kMaxTokens) groups<Format, kMaxTokens>(p, x, m, first, last);
+                     for (; m + kMaxTokens <= p.rows; m += kMaxTokens)
+                         multiply_range<Format, kMaxTokens>(p, x, m, first, last);
                      switch (p.rows - m) {
-                         case 1: return groups<Format, 1>(p, x, m, first, last);
-                         case 2: return groups<Format, 2>(p, x, m, first, last);
-                         case 3:
-                             if constexpr (kMaxTokens > 3) return groups<Format, 3>(p, x, m, first, last);
-                             break;
-                         case 4:
-                             if constexpr (kMaxTokens > 4) return groups<Format, 4>(p, x, m, first, last);
-                             break;
-                         case 5:
-                             if constexpr (kMaxTokens > 5) return groups<Format, 5>(p, x, m, first, last);
+                         case 1: return multiply_range<Format, 1>(p, x, m, first, last);
+                         case 2: return multiply_range<Format, 2>(p, x, m, first, last);
+                         case 3: return multiply_range<Format, 3>(p, x, m, first, last);
+                         case 4: return multiply_range<Format, 4>(p, x, m, first, last);
                      }
                  });
 }

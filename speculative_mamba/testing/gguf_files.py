@@ -188,6 +188,8 @@ def _metadata(config: dict[str, Any], c: ModelConfig, names: Names) -> dict[str,
         "attention.layer_norm_rms_epsilon": c.eps, "vocab_size": c.stored_vocab_size,
         "feed_forward_length": _of_layers(layers, MlpConfig, "d_inner") if config["model_type"] == "nemotron_h" else 0,
     }  # fmt: skip
+    if config["model_type"] == "nemotron_h":
+        values["attention.layer_norm_epsilon"] = c.eps
     if MlpConfig in mixers and config["model_type"] != "nemotron_h":
         values["feed_forward_length"] = mixers[MlpConfig].d_inner
     if AttentionConfig in mixers:

@@ -106,6 +106,15 @@ def test_multipliers_of_falcon_h1_are_part_of_the_weights(tmp_path: Path) -> Non
     assert greedy(model) == greedy(sm.load_model(folder))
 
 
+def test_either_name_of_the_epsilon_of_nemotron_h(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", "nemotron-h-hf", layer_norm_epsilon=0.1)
+    expected = logits(sm.load_model(folder))
+    for name in ("layer_norm_epsilon", "layer_norm_rms_epsilon"):
+        without = {f"nemotron_h.attention.{name}": None}
+        model = sm.load_model(gguf_files.write_gguf(folder, tmp_path / f"{name}.gguf", metadata=without))
+        assert torch.equal(logits(model), expected)
+
+
 def test_factors_of_rotary_frequencies_are_read(tmp_path: Path) -> None:
     """Llama 3's scaling, which a GGUF file has as what each frequency is divided by."""
     rope = {

@@ -11,6 +11,7 @@ from test_gguf import IDS, greedy, write
 import speculative_mamba as sm
 from benchmarks.peer_engines import LlamaCpp
 from benchmarks.peer_process import Remote
+from speculative_mamba.layers.attention import Attention
 from speculative_mamba.testing.oracle import full_forward
 
 pytest.importorskip("llama_cpp")
@@ -52,4 +53,5 @@ def test_greedy_text_is_that_of_llama_cpp(tmp_path: Path, name: str) -> None:
     text = greedy(model, TOKENS)
     assert logits.argmax(-1).tolist() == text[5:]
     exact = full_forward(model, text[:-1])[4:]
-    assert ((logits - exact).norm() / exact.norm()).item() < 1e-5
+    bound = 5e-3 if any(isinstance(mixer, Attention) for mixer in model.mixers) else 1e-5  # keys and values are F16
+    assert ((logits - exact).norm() / exact.norm()).item() < bound

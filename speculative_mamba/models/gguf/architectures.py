@@ -85,7 +85,10 @@ class _Metadata:
 
     @property
     def eps(self) -> float:
-        return self.read(epsilon, "attention.layer_norm_rms_epsilon", None)
+        """Nemotron-H's has two names, and a file need not have both."""
+        keys = [f"{self.architecture}.attention.{name}" for name in ("layer_norm_rms_epsilon", "layer_norm_epsilon")]
+        key = keys[self.architecture == "nemotron_h" and keys[0] not in self.values]
+        return epsilon(self.values, key, None)
 
     def of_layer(self, key: str, layer: int, default: int | None = None) -> int:
         """A number for all layers, or one for each, of which some may be 0."""
