@@ -17,7 +17,7 @@ OUTPUTS = 16  # rows of W
 SEARCHED = 64  # choices that are looked at a time
 LANES = 8
 BYTES = 64  # of a row of x that a lane takes of a block
-WARPS, STAGES = 4, 3
+WARPS, STAGES = 8, 3
 COMBINED = 512  # outputs of a program of the second kernel
 
 
