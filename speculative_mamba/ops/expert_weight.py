@@ -30,12 +30,12 @@ class ExpertWeight:
         places, size = self._data_ptrs(), self.matrices[0].element_size()
         if any((place - places[0]) % size for place in places):
             raise ValueError(f"experts must lie at a multiple of their {size} bytes per element; copy them")
-        offsets = torch.tensor([(place - places[0]) // size for place in places], dtype=torch.int64)
+        offsets = torch.tensor([(place - places[0]) // size for place in places], dtype=torch.int64, device="cpu")
         object.__setattr__(self, "_offsets", offsets.to(self.matrices[0].device))
         object.__setattr__(self, "_places", places)
 
     def __reduce__(self) -> tuple:
-        return ExpertWeight, (self.matrices,)  # copies lie elsewhere
+        return _of_one_tensor, (torch.stack(self.matrices),)  # a part of a tensor would be pickled with all of it
 
     def _data_ptrs(self) -> list[int]:
         return [matrix.data_ptr() for matrix in self.matrices]
@@ -62,3 +62,7 @@ class ExpertWeight:
         if self._places != self._data_ptrs():
             self.__post_init__()
         return self._offsets
+
+
+def _of_one_tensor(matrices: torch.Tensor) -> ExpertWeight:
+    return ExpertWeight(tuple(matrices))

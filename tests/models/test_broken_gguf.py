@@ -139,7 +139,7 @@ def test_a_file_that_is_cut_short(files: Callable[..., Path], tmp_path: Path) ->
         ("llama-hf", {"llama.rope.scaling.type": "yarn"}, ["llama.rope.scaling.type = 'yarn'"]),
         ("llama-hf", {"llama.rope.dimension_count": 4}, ["llama.rope.dimension_count = 4"]),
         ("llama-hf", {"llama.block_count": 3}, ["the weights lack blk.2.", "its metadata calls for"]),
-        ("llama-hf", {"llama.block_count": 1}, ["the weights hold blk.1.", "which its metadata does not call for"]),
+        ("llama-hf", {"llama.block_count": 1}, ["the weights hold 'blk.1.", "which its metadata does not call for"]),
         (
             "llama-hf",
             {"llama.feed_forward_length": 40},
