@@ -125,8 +125,8 @@ def from_transformers(
         state_dtype, rollback, backend: as of ``load_model``.
 
     Raises:
-        ValueError: the model is of another class, compiled, in training mode, quantised, offloaded, on the meta device
-            or on several; it has hooks or adapters; or an argument is out of range.
+        ValueError: the model is of another class or has experts; it is compiled, in training mode, quantised,
+            offloaded, on the meta device or on several; it has hooks or adapters; or an argument is out of range.
     """
     check_model(model)
     device = next(iter(tensors_of(model, "").values())).tensor.device
@@ -254,6 +254,8 @@ class _Checkpoint:
             parsed, names = parse_config(with_eos_token_ids(config, generation_config, "generation_config"))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{kind}: {error}") from None
+        if _has_experts(parsed):
+            raise ValueError(f"{kind} has experts, which from_transformers does not take; save it and use load_model")
         parsed, vocabulary = _with_vocabulary(parsed, None if own is None else tokens_of(own))
         return _Checkpoint(
             source=model.config.name_or_path or kind,
@@ -271,9 +273,7 @@ class _Checkpoint:
         )
 
     def load(self, options: _Options, on_load: Callable[[str, float], None] | None = None) -> MambaLM:
-        if options.dtype in QUANTIZED and any(
-            isinstance(m, ExpertsConfig) for block in self.config.mixers for m in block
-        ):
+        if options.dtype in QUANTIZED and _has_experts(self.config):
             print(f"speculative_mamba: {self.path}: experts stay as stored, not {options.dtype}", file=sys.stderr)
         stored = self.read()
         check_format(self.path, stored, options.dtype)
@@ -312,6 +312,10 @@ def _with_vocabulary(config: ModelConfig, tokens: dict[int, str] | None) -> tupl
     rows = config.stored_vocab_size
     padded = rows if rows > vocabulary.size else None
     return dataclasses.replace(config, vocab_size=vocabulary.size, padded_vocab_size=padded), vocabulary
+
+
+def _has_experts(config: ModelConfig) -> bool:
+    return any(isinstance(mixer, ExpertsConfig) for block in config.mixers for mixer in block)
 
 
 def parse_dtype(dtype: object, name: str, known: dict[str, torch.dtype | str]) -> torch.dtype | str | None:

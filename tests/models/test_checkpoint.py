@@ -433,7 +433,7 @@ show("someone/absent")
     assert "someone/absent" in lines[5] and "folder" in lines[5], "one line that says what to do"
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "int8"}, {"mmap": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dtype": "q8_0"}, {"mmap": False}], ids=str)
 def test_loading_tells_how_far_it_is(options):
     told = []
     models = sm.load_pair("builtin:target", "builtin:draft", on_load=lambda *what: told.append(what), **options)

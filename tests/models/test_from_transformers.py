@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def parts(model: sm.MambaLM) -> list[torch.Tensor]:
     return [model.embedding, *model.weights()]
 
 
-PUBLISHED = [name for name in FORMATS if name.endswith("-hf")]
+PUBLISHED = [name for name in FORMATS if name.endswith("-hf") and "-moe-" not in name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -255,6 +256,11 @@ REFUSED = [
     (lambda: None, "got NoneType"),
     (lambda: random_hugging_face_model(hidden_act="gelu"), "hidden_act"),
 ]
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^GraniteMoeForCausalLM has experts, which .* save it and use load_model$"):
+        sm.from_transformers(FORMATS["granite-moe-hf"](tmp_path, 0).model)
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
