@@ -17,7 +17,7 @@ from benchmarks.gpu.attention import Attention
 from benchmarks.gpu.cases import OPS, Case, cases
 from benchmarks.gpu.choices import FILTERS, Accept, Commit, Sample
 from benchmarks.gpu.recurrences import Conv, Recurrence, Scan, Ssd
-from benchmarks.gpu.row_ops import Linear, MlpActivation, Norm
+from benchmarks.gpu.row_ops import ExpertLinear, Linear, MlpActivation, Norm, SelectExperts
 from benchmarks.gpu.work import WindowWork, Work
 from speculative_mamba import ops
 from speculative_mamba.ops import backend as backends
@@ -48,6 +48,8 @@ def tiny_works() -> Iterator[tuple[str, Callable[[torch.device], Work]]]:
         yield f"skinny_linear-M{rows}-q8_0", partial(Linear, 32, 7, rows, "q8_0", torch.float32)
         yield f"rms_norm-M{rows}", partial(Norm, 24, rows)
         yield f"mlp_activation-M{rows}", partial(MlpActivation, 24, rows)
+        yield f"select_experts-M{rows}", partial(SelectExperts, 12, 3, rows)
+        yield f"expert_linear-M{rows}", partial(ExpertLinear, 24, 7, 5, 2, rows)
 
 
 TINY = dict(tiny_works())

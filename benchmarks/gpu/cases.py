@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from speculative_mamba.models.config import ModelConfig
+from speculative_mamba.models.config import ExpertsConfig, ModelConfig
 from speculative_mamba.models.sources import QUANTIZED
 from speculative_mamba.ops.block_weight import can_quantize
 from speculative_mamba.testing.models import published_config
@@ -15,7 +15,7 @@ from speculative_mamba.testing.models import published_config
 from .attention import Attention
 from .choices import FILTERS, Accept, Commit, Sample
 from .recurrences import MODES, Conv, Scan, Ssd
-from .row_ops import Linear, MlpActivation, Norm
+from .row_ops import ExpertLinear, Linear, MlpActivation, Norm, SelectExperts
 from .work import ACTIVATIONS, Work
 
 VOCABULARY = 50288
@@ -125,6 +125,26 @@ def _silu() -> Iterator[Case]:
         yield Case("mlp_activation", f"{MLP}", ACTIVATIONS, distance, {"rows": rows}, partial(MlpActivation, MLP, rows))
 
 
+def _experts_of_tiny() -> tuple[ExpertsConfig, int]:
+    """Those of Granite 4.0 H Tiny, and the width of its residual stream."""
+    config = published_config("granite-4.0-h-tiny")
+    return next(mixer for mixer in config.mixers[1] if isinstance(mixer, ExpertsConfig)), config.d_model
+
+
+def _select_experts() -> Iterator[Case]:
+    c, _ = _experts_of_tiny()
+    for distance, (rows,) in _product(ROWS):
+        make = partial(SelectExperts, c.num_experts, c.top_k, rows)
+        yield Case("select_experts", f"{c.top_k}/{c.num_experts}", torch.float32, distance, {"rows": rows}, make)
+
+
+def _expert_linear() -> Iterator[Case]:
+    c, d_model = _experts_of_tiny()
+    for distance, ((N, K), rows) in _product(((c.d_inner, d_model), (d_model, c.d_inner)), ROWS):
+        make, shape = partial(ExpertLinear, K, N, c.num_experts, c.top_k, rows), f"{c.top_k}/{c.num_experts}x{N}x{K}"
+        yield Case("expert_linear", shape, ACTIVATIONS, distance, {"rows": rows}, make)
+
+
 def _attention() -> Iterator[Case]:
     heads = HEADS, KV_HEADS, HEAD_DIM
     for distance, (context, tokens, batch) in _product(CONTEXTS, TOKENS, BATCHES):
@@ -159,6 +179,8 @@ OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "selective_scan_verify": _scan,
     "ssd_verify": _ssd,
     "skinny_linear": _linear,
+    "select_experts": _select_experts,
+    "expert_linear": _expert_linear,
     "rms_norm": _norm,
     "mlp_activation": _silu,
     "attention_verify": _attention,

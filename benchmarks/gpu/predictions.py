@@ -93,7 +93,7 @@ def _shown(every: Iterable[Case], config: ModelConfig) -> list[Case]:
     sizes = [{"rows": rows} for rows in (1, TOKENS)] + [{"tokens": TOKENS, "batch": batch} for batch in (1, 64)]
 
     def is_shown(case: Case) -> bool:
-        largest = case.shape in shapes or case.op == "attention_verify"
+        largest = case.shape in shapes or case.op in ("attention_verify", "select_experts", "expert_linear")
         return largest and case.sizes in sizes and case.mode in (None, *MODES, FILTERED) and case.dtype not in QUANTIZED
 
     return sorted(filter(is_shown, every), key=lambda case: (list(OPS).index(case.op), case.sizes.get("batch", 0)))

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from speculative_mamba.ops import mlp_activation, rms_norm, skinny_linear
+from speculative_mamba.ops import expert_linear, mlp_activation, rms_norm, select_experts, skinny_linear
 from speculative_mamba.ops.block_formats import FORMATS, GROUP
 from speculative_mamba.ops.block_weight import BlockWeight
+from speculative_mamba.ops.expert_weight import ExpertWeight
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
-from .work import Work, activations, assert_near, nbytes
+from .work import ACTIVATIONS, Work, activations, assert_near, nbytes
 
 
 class RowWork(Work):
@@ -86,3 +87,45 @@ class MlpActivation(RowWork):
 
     def baselines(self) -> dict[str, Callable[[], object]]:
         return {"torch": lambda: F.silu(self.gate) * self.up}
+
+
+class SelectExperts(RowWork):
+    """select_experts, softmax over those that are chosen."""
+
+    def __init__(self, experts: int, top_k: int, rows: int, device: torch.device) -> None:
+        self.logits, self.top_k = torch.randn(rows, experts, device=device), top_k
+        self.moved = self.logits.nbytes + 8 * rows * top_k
+
+    def of_rows(self, rows: slice, backend: str) -> torch.Tensor:
+        return select_experts(self.logits[rows], top_k=self.top_k, backend=backend)[0]
+
+    def baselines(self) -> dict[str, Callable[[], object]]:
+        return {"torch": lambda: self.logits.topk(self.top_k).values.softmax(-1)}
+
+
+class ExpertLinear(RowWork):
+    """expert_linear, whose tokens choose experts in turn; PyTorch goes from expert to expert, as transformers does."""
+
+    def __init__(
+        self, in_features: int, out_features: int, experts: int, top_k: int, rows: int, device: torch.device
+    ) -> None:
+        self.x = activations(device, rows, 1, in_features)
+        self.weights = activations(device, experts, out_features, in_features) * in_features**-0.5
+        self.weight = ExpertWeight(tuple(self.weights))
+        chosen = torch.arange(rows * top_k, dtype=torch.int32, device=device) % experts
+        self.experts, self.chosen = chosen.view(rows, top_k), min(rows * top_k, experts)
+        read = self.chosen * out_features * in_features * ACTIVATIONS.itemsize
+        self.moved = read + nbytes(self.x, self.experts) + rows * top_k * out_features * ACTIVATIONS.itemsize
+
+    def of_rows(self, rows: slice, backend: str) -> torch.Tensor:
+        return expert_linear(self.x[rows], self.experts[rows], None, self.weight, backend=backend)
+
+    def baselines(self) -> dict[str, Callable[[], object]]:
+        def one_by_one() -> torch.Tensor:
+            y = self.x.new_empty(*self.experts.shape, self.weights.shape[1])
+            for expert in range(self.chosen):
+                token, choice = torch.where(self.experts == expert)
+                y[token, choice] = F.linear(self.x[token, 0], self.weights[expert])
+            return y
+
+        return {"torch": one_by_one}

@@ -15,7 +15,7 @@ OP = "skinny_linear"  # has every kind of kernel
 FAR = 2**31
 NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE
 ROOM = 2**16  # elements for each tensor's last row, which lies beyond FAR
-NEAR = ("lengths", "residual")  # must be contiguous
+NEAR = ("lengths", "residual", "experts", "expert_weights")  # must be contiguous
 
 
 @pytest.fixture(scope="module")
