@@ -241,6 +241,20 @@ struct ExpertLinearParams {
               scratch_bytes)
 };
 
+// y = table[tokens], converted
+struct EmbedTokensParams {
+    int64_t batch, window, features;
+    const int64_t* tokens;  // (B, T), contiguous in T
+    int64_t tokens_row_stride;
+    const void* table;  // (V, D), features contiguous
+    DType table_dtype;
+    int64_t table_row_stride;
+    DType activations;  // of y
+    float* y;           // (B·T, D) contiguous
+
+    SM_FIELDS(batch, window, features, tokens, tokens_row_stride, table, table_dtype, table_row_stride, activations, y)
+};
+
 enum MlpActivation { kSilu, kRelu2 };  // in the order of ops/mlp_activation
 
 // y = act(gate) · up, or act(gate)
@@ -383,6 +397,7 @@ struct CommitTokensParams {
     OP(attention_verify, AttentionParams)           \
     OP(causal_conv1d_verify, CausalConv1dParams)    \
     OP(commit_tokens, CommitTokensParams)           \
+    OP(embed_tokens, EmbedTokensParams)             \
     OP(expert_linear, ExpertLinearParams)           \
     OP(mlp_activation, MlpActivationParams)         \
     OP(rms_norm, RmsNormParams)                     \

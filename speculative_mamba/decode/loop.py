@@ -118,7 +118,7 @@ class DecodeLoop:
         rows = [self.batch.rows[index] for index in active]
         if not self._executor.captures:  # what goes beyond every row's budget need not be drafted
             drafting = [row.remaining for row in rows if row.use_draft]
-            lookahead = min(lookahead, max(drafting, default=1) - 1)
+            lookahead = self.batch.round.trimmed(lookahead, max(drafting, default=1) - 1)
         self._skipped = not lookahead
         self.batch.launching()
         self._executor.launch(lookahead, any(row.output_logits for row in rows))

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from ..layers.cache import AttentionCache
+from ..models.language_model import MambaLM
 from ..models.runner import LanguageModel, ModelRunner
 from ..ops import commit_tokens
 from ..ops.commit_tokens import BatchState
+from ..ops.recording import torch_op
 from .drafts import Draft, Proposal
+from .recorded import RecordedParts
 from .sampling import Sampler
 
 
@@ -19,7 +22,7 @@ from .sampling import Sampler
 class RoundResult:
     """lookahead, proposed: tokens a row that were asked for, and that came. record: (B, 7 + proposed) int64, see
     ``commit_tokens``. logits: (B, 1 + proposed, V) of the target. A later round may write over both. draft_s, verify_s:
-    until the calls of the draft and of the target returned."""
+    until the calls of the draft, and of all the rest, returned."""
 
     lookahead: int
     proposed: int
@@ -32,8 +35,8 @@ class RoundResult:
 class Round:
     """What rounds work on, and how they are run. Between two rounds nothing has to be read by the host.
 
-    ``state`` says which rows take part; a round changes nothing of the others. captured: the whole round is captured,
-    so the models' calls are not recorded by themselves.
+    ``state`` says which rows take part; a round changes nothing of the others. captured: the whole round is captured.
+    Else its parts are recorded where compiled kernels do all of the work.
     """
 
     def __init__(
@@ -46,28 +49,63 @@ class Round:
     ) -> None:
         (steps, batch), device = state.slots.shape, state.last.device
         self.sampler, self.state = sampler, state
-        self.draft = draft and draft.allocate(batch, steps - 1, sampler, captured=captured)
-        self.target = ModelRunner(target, batch, steps, captured=captured)
+        self._parts = None if captured else _recorded_parts(target, draft, sampler, state)
+        recorded = self._parts is not None
+        drafts_recorded = recorded and draft is not None and draft.recordable
+        self.draft = draft and draft.allocate(batch, steps - 1, sampler, captured=captured or drafts_recorded)
+        self.target = ModelRunner(target, batch, steps, captured=captured or recorded)
         self._is_stop = torch.zeros(batch, target.vocab_size, dtype=torch.bool, device=device)
         self._max_drafted = torch.zeros(batch, dtype=torch.int32, device=device)
         self._row_status = torch.zeros(batch, dtype=torch.int32, device=device)
         self._no_proposal = Proposal(torch.empty(batch, 0, dtype=torch.int64, device=device))
+        self._recorded: set[int] = set()  # lookaheads
+        self._proposals: dict[tuple, Proposal] = {}
 
     def run(self, lookahead: int) -> RoundResult:
         """Drafts so many tokens for every row, or fewer if the draft has no more, and commits those that stand."""
         began = time.perf_counter()
-        state, sampler, target = self.state, self.sampler, self.target
-        proposal = self.draft.propose(state, lookahead) if lookahead else self._no_proposal
+        proposal = self._propose(lookahead) if lookahead else self._no_proposal
         proposed = time.perf_counter()
+        if self._parts is None:
+            result = self._verify(lookahead, proposal)
+        else:
+            tokens, text = proposal.tokens.shape[1], self.draft and self.draft.text
+            self._recorded.add(lookahead)
+            self._parts.work_on("target", self.target.before_step(1 + tokens))
+            self._parts.work_on("text", None if text is None else (text.data_ptr(), text.shape))
+            result = self._parts.run((lookahead, *_kind(proposal)), self._verify, lookahead, proposal)
+        result.draft_s, result.verify_s = proposed - began, time.perf_counter() - proposed
+        return result
+
+    def _propose(self, lookahead: int) -> Proposal:
+        """With parts that are recorded in memory that stays."""
+        draft, state = self.draft, self.state
+        if self._parts is None:
+            return draft.propose(state, lookahead)
+        if draft.recordable:
+            self._parts.work_on("draft", draft.before_propose(lookahead))
+            return self._parts.run((lookahead,), draft.propose, state, lookahead)
+        proposal = draft.propose(state, lookahead)
+        kept = self._proposals.setdefault(_kind(proposal), proposal)
+        if kept is not proposal:
+            for name, value in vars(kept).items():
+                if value is not None:
+                    value.copy_(getattr(proposal, name))
+        return kept
+
+    def _verify(self, lookahead: int, proposal: Proposal) -> RoundResult:
+        state, sampler, target = self.state, self.sampler, self.target
         tokens, window, num_tokens = proposal.tokens, state.last[:, 1:], None
         if tokens.shape[1]:
-            window = torch.cat([window, tokens], 1)
+            window = tokens.new_empty(tokens.shape[0], 1 + tokens.shape[1])
+            torch_op(torch.cat, (state.last[:, 1:], tokens), 1, out=window)
             # The last one of a budget need not be drafted.
-            num_tokens = torch.minimum(state.remaining - 1, self._max_drafted)
+            num_tokens = torch.empty_like(state.remaining)
+            torch_op(torch.sub, state.remaining, 1, out=num_tokens)
+            torch_op(torch.minimum, num_tokens, self._max_drafted, out=num_tokens)
             if proposal.num_tokens is not None:
-                num_tokens = torch.minimum(num_tokens, proposal.num_tokens)
+                torch_op(torch.minimum, num_tokens, proposal.num_tokens, out=num_tokens)
         logits = target.model.verify(window, target.layers, state.slots[0])
-        verified = time.perf_counter()
         accepted, next_token = sampler.accept(
             logits, tokens, proposal.probs, num_tokens, self._is_stop, self._row_status
         )
@@ -75,7 +113,12 @@ class Round:
             tokens, accepted, next_token, self._row_status, proposal.row_status, num_tokens, self._is_stop, state,
             output_counts=sampler.output_counts, text=self.draft and self.draft.text, backend=sampler.backend,
         )  # fmt: skip
-        return RoundResult(lookahead, tokens.shape[1], record, logits, proposed - began, verified - proposed)
+        return RoundResult(lookahead, tokens.shape[1], record, logits)
+
+    def trimmed(self, lookahead: int, needed: int) -> int:
+        """A lookahead where no more than ``needed`` tokens can become text. To draft more is sooner done than to record
+        rounds of another lookahead."""
+        return lookahead if lookahead in self._recorded else min(lookahead, needed)
 
     def admit(
         self, row: int, text: Sequence[int], remaining: int, stop_token_ids: Collection[int], use_draft: bool
@@ -119,3 +162,18 @@ class Round:
         """Memory of caches and texts."""
         own = [tensor for layer in self.target.layers for tensor in layer.tensors()]
         return own + (self.draft.tensors() if self.draft else [])
+
+
+def _recorded_parts(
+    target: LanguageModel, draft: Draft | None, sampler: Sampler, state: BatchState
+) -> RecordedParts | None:
+    """None where rounds cannot be recorded: a foreign model or other backends, or logits that Python changes."""
+    if not (isinstance(target, MambaLM) and target.recordable) or sampler.processor is not None:
+        return None
+    kinds = [model.step_kind for model in (target, draft and draft.model) if isinstance(model, MambaLM)]
+    return RecordedParts(state.last, (*kinds, *state.slots.shape, sampler.kind))
+
+
+def _kind(proposal: Proposal) -> tuple:
+    """What it has, and how many tokens."""
+    return proposal.tokens.shape[1], *[value is None for value in vars(proposal).values()]

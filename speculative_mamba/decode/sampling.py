@@ -8,6 +8,7 @@ import torch
 from ..ops import sample_tokens, speculative_accept
 from ..ops.commit_tokens import BatchState
 from ..ops.noise import Purpose
+from ..ops.recording import torch_op
 from ..ops.sampling_params import SamplingParams
 from ..ops.sampling_tensors import SamplingTensors
 
@@ -59,7 +60,12 @@ class Sampler:
         if self.tensors.has_penalties:
             self.prompt_mask = torch.zeros(batch, vocab_size, dtype=torch.bool, device=device)
             self.output_counts = torch.zeros(batch, vocab_size, dtype=torch.int32, device=device)
-        self._processor, self._texts = processor, texts
+        self.processor, self._texts = processor, texts
+
+    @property
+    def kind(self) -> tuple:
+        """Samplers of equal kinds call the same ops."""
+        return self.draws, self.coupled, self.tensors.has_penalties, self.tensors.bias_capacity > 0
 
     def admit(self, row: int, prompt: Sequence[int], params: SamplingParams, rng_key: Sequence[int]) -> None:
         """A row's tokens are from now on chosen by these parameters, with numbers of this seed and stream."""
@@ -92,15 +98,19 @@ class Sampler:
         Raises:
             ValueError: a row has no token that could be drawn.
         """
-        if self._processor is not None:
+        if self.processor is not None:
             logits = logits.clone()
             for row in self._texts.generating():
                 tokens = draft_tokens[row].tolist()
                 if not self._texts.ends_within(row, tokens):
                     logits[row] = self._process(row, tokens, logits[row])
-        behind = draft_tokens.shape[1]
-        positions = self._state.positions + behind if behind else self._state.positions
-        counted = None if self.output_counts is None else draft_tokens.contiguous()
+        positions, counted = self._state.positions, None
+        if behind := draft_tokens.shape[1]:
+            positions = torch.empty_like(positions)
+            torch_op(torch.add, self._state.positions, behind, out=positions)
+        if self.output_counts is not None:
+            counted = torch.empty(draft_tokens.shape, dtype=torch.int64, device=draft_tokens.device)
+            torch_op(counted.copy_, draft_tokens)
         try:
             return sample_tokens(
                 logits, self.tensors, self.rng_keys, positions, Purpose.TOKEN if self.coupled else Purpose.DRAFT,
@@ -120,7 +130,7 @@ class Sampler:
         row_status: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``speculative_accept`` for the rows that are generating. logits: (B, K+1, V) float32 of the target."""
-        if self._processor is not None:
+        if self.processor is not None:
             counts = [0] * len(logits) if num_draft_tokens is None else num_draft_tokens.tolist()
             logits = self._processed(logits, draft_tokens, counts)
         return speculative_accept(
@@ -145,7 +155,7 @@ class Sampler:
         return logits
 
     def _process(self, row: int, tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
-        processed = self._processor(row, self._texts.rows[row].tokens + tokens, logits.clone())
+        processed = self.processor(row, self._texts.rows[row].tokens + tokens, logits.clone())
         if not isinstance(processed, torch.Tensor) or processed.shape != logits.shape:
             what = tuple(processed.shape) if isinstance(processed, torch.Tensor) else type(processed).__name__
             raise ValueError(f"logits_processor must return logits of shape {tuple(logits.shape)}, got {what}")

@@ -13,10 +13,19 @@ from ..layers.block import Block, Mixer, Summands, add_and_norm
 from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, grown_capacity
 from ..layers.experts import Experts
 from ..layers.model_ops import skinny_linear
+from ..ops import embed_tokens
 from ..ops.block_weight import BlockWeight
 from ..ops.checks import check_follows, check_start_slot, token_ids
 from ..ops.expert_weight import ExpertWeight
-from ..ops.recording import Recording, ResultPool, StaleRecordingError, next_stage
+from ..ops.recording import (
+    Recording,
+    ResultPool,
+    StaleRecordingError,
+    is_recording,
+    new_result,
+    next_stage,
+    torch_op,
+)
 from ..ops.sampling_params import SamplingParams
 from .chat import ChatTemplate
 from .config import ModelConfig
@@ -55,7 +64,7 @@ class _RecordedStep:
     """A model's calls for one shape of step: tensors to fill, a recording to run, logits to read."""
 
     model: list[object]  # all that the recorded calls were made from
-    hidden: torch.Tensor
+    tokens: torch.Tensor
     window: Window
     recording: Recording
     logits: torch.Tensor
@@ -278,7 +287,7 @@ class MambaLM:
             return
         ids = _as_ids(tokens)
         for chunk in token_ids(ids, self.embedding.shape[0]).to(self.device).split(PREFILL_CHUNK):
-            self._blocks(self._embed(chunk), 1, one_row, window)
+            self._blocks(self._embed(chunk[None]), 1, one_row, window)
 
     def verify(
         self,
@@ -306,20 +315,22 @@ class MambaLM:
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.verify(tokens, cache, start_slot, write_slot, left_padding, hidden_states=hidden_states)
-        recorded = self.backend in ("cpu", "cuda") and isinstance(cache, ModelCache)
-        self._check_files(0.0 if not recorded or cache.watches_model else _FILES_ARE_LOOKED_AT_EVERY)
+        recorded = self.recordable and isinstance(cache, ModelCache)
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
         if hidden_states is not None and hidden_states.shape != (*tokens.shape, self.config.d_model):
             expected = (*tokens.shape, self.config.d_model)
             raise ValueError(f"hidden_states must have shape {expected}, got {tuple(hidden_states.shape)}")
-        self._ensure_capacity(cache, tokens.shape[1])
+        if not is_recording():
+            every = 0.0 if not recorded or cache.watches_model else _FILES_ARE_LOOKED_AT_EVERY
+            self.before_step(cache, tokens.shape[1], files_every=every)
         window = Window(start_slot, write_slot, left_padding)
+        tokens = token_ids(tokens, self.embedding.shape[0])
         if recorded:
             logits, normed = self._run_recorded(tokens, cache, window)
         else:
             self._check_depth(cache)
-            logits, normed = self._logits(self._embed(tokens), len(tokens), cache, window)
+            logits, normed = self._logits(tokens, cache, window)
         if hidden_states is not None:
             hidden_states.copy_(normed.view(hidden_states.shape))
         return logits.view(*tokens.shape, -1)
@@ -339,24 +350,45 @@ class MambaLM:
             cache.steps.clear()  # they work on the tensors from before
         return bool(grown)
 
-    def _ensure_capacity(self, cache: list[LayerCache], tokens: int) -> None:
-        """Makes memory for so many more tokens. Lengths are read only where their bound says that it may be needed."""
-        for layer in cache:
-            if isinstance(layer, AttentionCache) and layer.may_overflow(tokens):
+    def before_step(
+        self, cache: list[LayerCache], tokens: int, *, files_every: float = _FILES_ARE_LOOKED_AT_EVERY
+    ) -> list[int]:
+        """What a step does before its kernels, recorded or not: sees that no file was changed, unless it was looked
+        at so many seconds ago, and makes memory for so many more tokens. Lengths are read only where their bound says
+        that it may be needed. Returns where the keys lie: a step that was recorded on others is stale.
+
+        Raises:
+            ValueError: a file in which weights lie was changed.
+        """
+        self._check_files(files_every)
+        attention = [layer for layer in cache if isinstance(layer, AttentionCache)]
+        for layer in attention:
+            if layer.may_overflow(tokens):
                 self.reserve(cache, layer.at_most)
+        return [layer.keys.data_ptr() for layer in attention]
+
+    @property
+    def recordable(self) -> bool:
+        """Whether steps can be recorded: they are made of compiled kernels."""
+        return self.backend in ("cpu", "cuda")
+
+    @property
+    def step_kind(self) -> tuple:
+        """Steps of equal kinds call the same ops, whatever lies in the weights."""
+        return self.backend, self.rollback, *map(type, self.mixers)
 
     def _check_files(self, every: float = 0.0) -> None:
         for file in self.files:
             file.check(every=every)
 
-    def _embed(self, tokens: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows of the embedding (B·T, d) in ``activation_dtype``; in ``out`` if that is given."""
-        table = self.embedding
-        ids = token_ids(tokens.reshape(-1), table.shape[0])
-        if out is not None and out.dtype is table.dtype:
-            return torch.index_select(table, 0, ids, out=out)
-        rows = table.rows(ids) if isinstance(table, BlockWeight) else torch.embedding(table, ids)
-        return rows.to(self.activation_dtype) if out is None else out.copy_(rows)
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, T) int64 → rows of the embedding (B·T, d) in ``activation_dtype``."""
+        table, dtype = self.embedding, self.activation_dtype
+        if not isinstance(table, BlockWeight):
+            return embed_tokens(tokens, table, out_dtype=dtype, backend=self.backend)
+        hidden = new_result(self.norm_weight, tokens.numel(), self.config.d_model, dtype=dtype)
+        torch_op(lambda: hidden.copy_(table.rows(tokens.reshape(-1))))
+        return hidden
 
     def _blocks(
         self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window
@@ -368,10 +400,10 @@ class MambaLM:
         return summands, residual
 
     def _logits(
-        self, hidden: torch.Tensor, batch: int, cache: list[LayerCache], window: Window
+        self, tokens: torch.Tensor, cache: list[LayerCache], window: Window
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B·T, V), and the normed residual stream (B·T, d) that they are made from."""
-        summands, residual = self._blocks(hidden, batch, cache, window)
+        summands, residual = self._blocks(self._embed(tokens), len(tokens), cache, window)
         normed, _ = add_and_norm(summands, residual, self.norm_weight, self.config.eps, self.backend)
         logits = skinny_linear(
             normed, self.head, self.head_bias, y_scale=1 / self.config.logits_scaling, out_dtype=torch.float32,
@@ -396,7 +428,7 @@ class MambaLM:
         if window.write_slot and any(isinstance(layer, MambaCache) and layer.inputs is not None for layer in cache):
             check_follows(window.start_slot, window.write_slot)
         if step is not None and (step.model is parts or _are_same(step.model, parts)):
-            self._embed(tokens, step.hidden)
+            step.tokens.copy_(tokens)
             step.window.start_slot.copy_(window.start_slot)
             if window.left_padding is not None:
                 step.window.left_padding.copy_(window.left_padding)
@@ -409,13 +441,13 @@ class MambaLM:
             cache.steps = {other: steps for other, steps in cache.steps.items() if other[0] != id(self)}
         padding = None if window.left_padding is None else window.left_padding.clone()
         own = Window(window.start_slot.clone(), window.write_slot, padding)
-        hidden, recording = self._embed(tokens), Recording(self.norm_weight)
-        kind = *key[1:], self.backend, self.rollback, *map(type, self.mixers)
+        own_tokens, recording = tokens.clone(), Recording(self.norm_weight)
+        kind = *key[1:], *self.step_kind
         weights = (part for part in parts if isinstance(part, torch.Tensor | BlockWeight))
         with recording.record(*weights, known=kind in self._recorded):
-            logits, normed = self._logits(hidden, len(tokens), cache, own)
+            logits, normed = self._logits(own_tokens, cache, own)
         self._recorded.add(kind)
-        cache.steps[key] = _RecordedStep(parts, hidden, own, recording, logits, normed)
+        cache.steps[key] = _RecordedStep(parts, own_tokens, own, recording, logits, normed)
         return logits.clone(), normed
 
     def _parts(self, cache: ModelCache) -> list[object]:

@@ -43,7 +43,7 @@ class RowState:
 class ModelRunner:
     """A model, which stays as it is meanwhile, and its cache for rows that come and go.
 
-    layers: the cache. captured: its steps are captured from outside, so they are not recorded.
+    layers: the cache. captured: its steps are captured or recorded from outside, so not by the model.
     """
 
     def __init__(self, model: LanguageModel, batch: int, slots: int, *, captured: bool = False) -> None:
@@ -76,6 +76,10 @@ class ModelRunner:
     def snapshot(self, row: int, slot: int, tokens: list[int]) -> RowState:
         """A copy of the state in a row's slot, which is that after ``tokens``."""
         return RowState(tokens, [layer.snapshot(row, slot) for layer in self.layers])
+
+    def before_step(self, tokens: int) -> list[int]:
+        """``MambaLM.before_step``, for a step of so many tokens that is captured or recorded from outside."""
+        return self.model.before_step(self.layers, tokens) if isinstance(self.model, MambaLM) else []
 
     def reserve(self, entries: int) -> bool:
         """Makes memory for texts of so many tokens. Whether anything moved."""

@@ -11,6 +11,7 @@ result. Without it a call may follow whatever wrote its arguments.
 from .attention_verify import attention_verify
 from .causal_conv1d_verify import causal_conv1d_verify
 from .commit_tokens import commit_tokens
+from .embed_tokens import embed_tokens
 from .expert_linear import expert_linear
 from .mlp_activation import mlp_activation
 from .rms_norm import rms_norm
@@ -25,6 +26,7 @@ __all__ = [
     "attention_verify",
     "causal_conv1d_verify",
     "commit_tokens",
+    "embed_tokens",
     "expert_linear",
     "mlp_activation",
     "rms_norm",

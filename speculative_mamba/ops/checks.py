@@ -234,7 +234,7 @@ def token_ids(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """
     if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype is torch.bool:
         raise ValueError(f"tokens must be of an integer dtype, got {tokens.dtype}")
-    _check_ids("tokens", tokens, vocabulary)
+    check_token_ids("tokens", tokens, vocabulary)
     return tokens.long()
 
 
@@ -242,10 +242,11 @@ def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], vocabu
     """Token ids of the vocabulary; their values are cheap to check on the CPU, so they are."""
     check(name, tokens, shape, like, torch.int64)
     check_contiguous(name, tokens)
-    _check_ids(name, tokens, vocabulary)
+    check_token_ids(name, tokens, vocabulary)
 
 
-def _check_ids(name: str, tokens: torch.Tensor, vocabulary: int) -> None:
+def check_token_ids(name: str, tokens: torch.Tensor, vocabulary: int) -> None:
+    """Their values are cheap to check on the CPU, so they are."""
     if tokens.is_cpu and tokens.numel():
         ids = (tokens if tokens.ndim == 1 else tokens.reshape(-1)).tolist()
         if min(ids) < 0 or max(ids) >= vocabulary:

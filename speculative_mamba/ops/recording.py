@@ -25,13 +25,14 @@ class Recording:
     they are laid out may not. All of that memory lives as long as the recording; results of ops are shared as
     ``next_stage`` says.
 
-    PyTorch's own operations would not be run again. Inside ``record()`` they raise a ValueError that names them, but
-    for views and uninitialised memory.
+    PyTorch's own operations are run again where ``torch_op`` calls them. Else they raise a ValueError inside
+    ``record()`` that names them, but for views and uninitialised memory.
     """
 
     def __init__(self, like: torch.Tensor) -> None:
         self._like = like.new_empty(0)
-        self._program = compiled(like)[0].Program()
+        self._program = None  # the one to which ops are added
+        self._calls: list[Callable[[int], None]] = []  # runs of programs, and between them PyTorch's operations
         self._stages: tuple[list[torch.Tensor], ...] = ([], [])
         self._used = 0  # results of the current stage so far
         self._passed: list[torch.Tensor] = []  # to ops, by the caller
@@ -45,7 +46,7 @@ class Recording:
         relied_on: tensors of which the calls use parts. known: these calls were recorded before and held none of
         PyTorch's operations, so these need not be looked at, which costs some 10 µs each.
         """
-        self._program.record(self._program)
+        self._begin_program()
         recorder.recording, recorder.kernels = self, _KernelsOnly()
         recorder.kernels.use(*relied_on)
         try:
@@ -74,7 +75,26 @@ class Recording:
         if not unchanged and self._places != _places(self._passed):
             raise StaleRecordingError("a recorded op's tensor has other memory or size by now; record again")
         with current_device(self._like):
-            self._program.run(compiled(self._like)[1])
+            where = compiled(self._like)[1]
+            for call in self._calls:
+                call(where)
+
+    def _begin_program(self) -> None:
+        program = compiled(self._like)[0].Program()
+        program.record(program)
+        self._program = program
+        self._calls.append(lambda where: program.run(where))
+
+    def torch_op(self, function: Callable, arguments: tuple, options: dict[str, object]) -> None:
+        recorder.kernels.use(*arguments, *options.values())
+        self._program.record(None)
+        recorder.kernels.refuses = False
+        try:
+            function(*arguments, **options)
+        finally:
+            recorder.kernels.refuses = True
+        self._calls.append(lambda where: function(*arguments, **options))
+        self._begin_program()
 
     def next_stage(self) -> None:
         self._stages, self._used = self._stages[::-1], 0
@@ -95,6 +115,7 @@ class _KernelsOnly(TorchDispatchMode):
     """Refuses PyTorch's operations, but for views and uninitialised memory.
 
     used: tensors that were passed to ops or of which views were taken. made: the views and the memory. By identity.
+    refuses: not while ``torch_op`` calls one.
 
     Raises:
         ValueError: another operation is used.
@@ -104,6 +125,7 @@ class _KernelsOnly(TorchDispatchMode):
         super().__init__()
         self.used: dict[int, torch.Tensor] = {}
         self.made: dict[int, torch.Tensor] = {}
+        self.refuses = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -120,6 +142,8 @@ class _KernelsOnly(TorchDispatchMode):
                 self.use(*vars(value).values())
 
     def __torch_dispatch__(self, function: Callable, types: object, arguments: tuple = (), options: dict | None = None):
+        if not self.refuses:
+            return function(*arguments, **(options or {}))
         if not _computes_nothing(function):
             raise ValueError(f"{function} is PyTorch's and would not be run again, so it cannot be in a recorded step")
         self.use(*arguments)
@@ -169,6 +193,22 @@ def next_stage() -> None:
     """
     if recording := recorder.recording:
         recording.next_stage()
+
+
+def is_recording() -> bool:
+    """Whether this thread is inside ``record()``."""
+    return recorder.recording is not None
+
+
+def torch_op(function: Callable, *arguments: object, **options: object) -> None:
+    """Calls an operation of PyTorch, or what is made of some, that writes into memory which is given to it.
+
+    Inside ``record()`` it becomes part of the recording: it is called again on the same arguments.
+    """
+    if recording := recorder.recording:
+        recording.torch_op(function, arguments, options)
+    else:
+        function(*arguments, **options)
 
 
 def new_result(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -81,11 +81,11 @@ def sample_tokens(
     check_written({"probs": probs, "row_status": row_status}, read)
     args = SpeculativeAcceptArgs(
         logits.unsqueeze(1), draft_tokens, None, sampling, rng_keys, positions, False, prompt_mask, output_counts,
-        active, None, purpose=int(purpose), target_probs=probs,
+        active, None, purpose=int(purpose), target_probs=probs, row_status=row_status,
     )  # fmt: skip
     _, tokens, found = run("speculative_accept", backend, args)
     if row_status is None:
         raise_for(found)
-    else:
+    elif found is not row_status:
         row_status.copy_(found)
     return tokens

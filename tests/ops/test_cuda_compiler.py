@@ -15,7 +15,7 @@ from shim import CUDA
 REGISTERS = {
     "attention_verify": 128, "causal_conv1d_verify": 128, "commit_tokens": 48, "mlp_activation": 27, "rms_norm": 157,
     "selective_scan_verify": 128, "skinny_linear": 240, "speculative_accept": 110,
-    "ssd_verify": 167, "expert_linear": 158, "select_experts": 75,
+    "ssd_verify": 167, "expert_linear": 158, "select_experts": 75, "embed_tokens": 40,
 }  # fmt: skip
 FUNCTION = re.compile(r"Function \S+?_\d+_(\w+)_cu_[0-9a-f]{8}(\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 

@@ -100,6 +100,9 @@ CALLS: dict[str, tuple[Callable, Callable[[], dict]]] = {
             "start_slot": ROW,
         },
     ),
+    "embedding": (
+        ops.embed_tokens, lambda: {"tokens": torch.tensor([[1, 2], [0, 1]]), "table": normal(V, D).bfloat16()}
+    ),
     "experts": (
         ops.expert_linear,
         lambda: {

@@ -22,7 +22,7 @@ import triton_launches
 REGISTERS = {
     "attention_verify": 255, "skinny_linear": 128, "speculative_accept": 206,
     "causal_conv1d_verify": 56, "commit_tokens": 40, "mlp_activation": 40, "rms_norm": 64, "selective_scan_verify": 64,
-    "ssd_verify": 64, "expert_linear": 186, "select_experts": 64,
+    "ssd_verify": 64, "expert_linear": 186, "select_experts": 64, "embed_tokens": 40,
 }  # fmt: skip
 ARCHITECTURES = (80, 90, 100, 120)
 OPS = Path(__file__).parents[2] / "speculative_mamba" / "ops"

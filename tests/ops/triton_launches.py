@@ -97,6 +97,10 @@ def accepting(params: SamplingParams, tokens: int, everything: bool) -> tuple:
     return logits, drafted, q, sampling, keys, row, False, seen, seen.int(), active, limits, stops, 0, probs
 
 
+def embedding(table_dtype: torch.dtype, out_dtype: torch.dtype) -> tuple:
+    return torch.zeros(1, 5, dtype=torch.int64), torch.zeros(50280, 2560, dtype=table_dtype), out_dtype
+
+
 def committing(everything: bool) -> tuple:
     draft_tokens, row = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     seen, status = torch.zeros(1, 50280, dtype=torch.bool), torch.zeros(4, 1, dtype=torch.int32)
@@ -115,6 +119,7 @@ CALLS = {
         (conv, (BFLOAT16, 3, True)),
     ],
     "commit_tokens": [(committing, (False,)), (committing, (True,))],
+    "embed_tokens": [(embedding, (FLOAT32, FLOAT32)), (embedding, (BFLOAT16, BFLOAT16))],
     "expert_linear": [
         (experts_linear, (FLOAT32, BFLOAT16, False, 64)), (experts_linear, (BFLOAT16, BFLOAT16, True, 64)),
         (experts_linear, (BFLOAT16, BFLOAT16, False, 8)),

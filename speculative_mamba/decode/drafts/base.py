@@ -32,13 +32,15 @@ class Draft(ABC):
 
     vocab_size: that of the target. capturable: whether ``propose`` can be in a CUDA graph: it runs the same operations
     on the same memory every time, and no value that it depends on is read by the host. stateful: it follows the text by
-    being asked, so that after rounds without it a row is prefilled again from its ``snapshot``. model: whose weights it
+    being asked, so that after rounds without it a row is prefilled again from its ``snapshot``. recordable: whether
+    ``propose`` can be recorded: it is capturable, and calls PyTorch by ``torch_op`` alone. model: whose weights it
     reads. layers: that model's cache. text: (B, L) int64, where committed tokens are written for it.
     """
 
     vocab_size: int
     capturable: bool = False
     stateful: bool = False
+    recordable: bool = False
     model: LanguageModel | None = None
     layers: Sequence = ()
     text: torch.Tensor | None = None
@@ -51,6 +53,10 @@ class Draft(ABC):
     @abstractmethod
     def prefill(self, row: int, text: list[int], state: RowState | None = None) -> None:
         """A row, whatever it held before, goes on in slot 0 from this text, of which ``state`` has read some."""
+
+    def before_propose(self, lookahead: int) -> list[int]:
+        """What is done before each ``propose`` that is recorded. Returns where its memory lies that may move."""
+        return []
 
     def ready(self) -> None:  # noqa: B027 - most have nothing to do
         """All rows that have come since the last round are prefilled."""

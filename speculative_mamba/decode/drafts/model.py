@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from ...models.language_model import MambaLM
 from ...models.runner import LanguageModel, ModelRunner, RowState
 from ...ops.commit_tokens import BatchState
+from ...ops.recording import torch_op
 from ..sampling import Sampler
 from .base import Draft, Proposal
 
@@ -35,6 +37,7 @@ class ModelDrafter(Draft):
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.vocab_size = model.vocab_size
+        self.recordable = type(self) is ModelDrafter and isinstance(model, MambaLM) and model.recordable
 
     def identity(self) -> tuple:
         return super().identity()[1:] if type(self) is ModelDrafter else super().identity()
@@ -60,15 +63,17 @@ class ModelDrafter(Draft):
             self._steps[lookahead] = self._allocate_steps(lookahead)
         proposal, steps = self._steps[lookahead]
         # A text of one token has none before its last.
-        window, write_slot, left_padding = state.last, 0, (state.positions < 2).int()
+        left_padding = torch.empty_like(state.remaining)
+        torch_op(torch.lt, state.positions, 2, out=left_padding)
+        window, write_slot = state.last, 0
         for step in steps:
             logits = self.model.verify(window, self.layers, state.slots[step.index], write_slot, left_padding)[:, -1]
-            step.token.copy_(self._sampler.draft(logits, step.before, step.probs, step.row_status))
+            torch_op(step.token.copy_, self._sampler.draft(logits, step.before, step.probs, step.row_status))
             window, write_slot, left_padding = step.window, step.index + 2, None
         return replace(proposal)
 
     def _allocate_steps(self, lookahead: int) -> tuple[Proposal, list["_Step"]]:
-        tokens = torch.zeros(self._row_status.shape[1], lookahead, dtype=torch.int64, device=self.model.device)
+        tokens = torch.empty(self._row_status.shape[1], lookahead, dtype=torch.int64, device=self.model.device)
         probs = None if self._probs is None else self._probs[:, :lookahead]
         proposal = Proposal(tokens, probs, row_status=self._row_status[:lookahead])
         steps = [
@@ -79,6 +84,9 @@ class ModelDrafter(Draft):
             for index in range(lookahead)
         ]  # fmt: skip
         return proposal, steps
+
+    def before_propose(self, lookahead: int) -> list[int]:
+        return self._runner.before_step(lookahead + 1)
 
     def snapshot(self, row: int, slot: int, text: list[int]) -> RowState:
         return self._runner.snapshot(row, slot, text[:-2])

@@ -27,7 +27,8 @@ class SpeculativeAcceptArgs(NamedTuple):
     of which each has more:
 
     draft_tokens: (B, R) with R of at least K: the last K are tested, those before only count as text. None: R is 0.
-    purpose: of the noise that tokens are drawn with. target_probs: (B, V), None: **written** with K = 0.
+    purpose: of the noise that tokens are drawn with. target_probs: (B, V), None: **written** with K = 0. A backend
+    returns accepted, next token and row status, and may write the last into ``row_status``.
     """
 
     logits: torch.Tensor
@@ -44,6 +45,7 @@ class SpeculativeAcceptArgs(NamedTuple):
     is_stop: torch.Tensor | None = None
     purpose: int = int(Purpose.TOKEN)
     target_probs: torch.Tensor | None = None
+    row_status: torch.Tensor | None = None
 
     @property
     def text_tokens(self) -> torch.Tensor:
@@ -131,11 +133,11 @@ def speculative_accept(
     check_written({"row_status": row_status}, read | {"num_draft_tokens": num_draft_tokens, "is_stop": is_stop})
     args = SpeculativeAcceptArgs(
         logits, draft_tokens, draft_probs, sampling, rng_keys, positions, coupled, prompt_mask, output_counts, active,
-        num_draft_tokens, is_stop,
+        num_draft_tokens, is_stop, row_status=row_status,
     )  # fmt: skip
     accepted, next_token, found = run("speculative_accept", backend, args)
     if row_status is None:
         raise_for(found, accepted)
-    else:
+    elif found is not row_status:
         row_status.copy_(found)
     return accepted, next_token

@@ -3,16 +3,15 @@
 import torch
 
 from ..backend import compiled
-from ..recording import scratch
+from ..recording import new_result, scratch
 from . import SpeculativeAcceptArgs
 
 
 def speculative_accept(args: SpeculativeAcceptArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = args.logits
     batch, tokens, vocabulary = logits.shape
-    accepted = logits.new_empty(batch, dtype=torch.int32)
-    row_status = torch.empty_like(accepted)
-    next_token = logits.new_empty(batch, dtype=torch.int64)
+    accepted, next_token = new_result(logits, batch, dtype=torch.int32), new_result(logits, batch, dtype=torch.int64)
+    row_status = new_result(logits, batch, dtype=torch.int32) if args.row_status is None else args.row_status
     kernels, where = compiled(logits)
     kernels.speculative_accept(
         args, where, batch=batch, tokens=tokens, vocabulary=vocabulary,

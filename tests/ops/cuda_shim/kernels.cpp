@@ -155,6 +155,17 @@ void announce_all(const SelectExpertsParams& p) {
     announce(p.experts, p.rows * p.top_k, Use::write);
 }
 
+void announce_all(const EmbedTokensParams& p) {
+    announce(p.tokens, p.batch, p.tokens_row_stride, 1, 0, p.window);
+    const int64_t element = bytes_of(p.table_dtype);
+    for (int64_t i = 0; i < p.batch * p.window; i++) {
+        const int64_t token = p.tokens[i / p.window * p.tokens_row_stride + i % p.window];
+        const char* row = static_cast<const char*>(p.table) + element * token * p.table_row_stride;
+        announce(row, 1, 0, 1, 0, p.features, Use::read, element);
+    }
+    announce_result(p, p.batch * p.window * p.features);
+}
+
 void announce_all(const MlpActivationParams& p) {
     announce_activations(p, p.gate, p.rows, p.gate_row_stride, 1, 0, p.features);
     announce_activations(p, p.up, p.rows, p.up_row_stride, 1, 0, p.features);
