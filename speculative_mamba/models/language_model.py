@@ -326,6 +326,7 @@ class MambaLM:
             self.before_step(cache, tokens.shape[1], files_every=every)
         window = Window(start_slot, write_slot, left_padding)
         tokens = token_ids(tokens, self.embedding.shape[0])
+        tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
         if recorded:
             logits, normed = self._run_recorded(tokens, cache, window)
         else:

@@ -8,7 +8,7 @@ import torch
 
 from speculative_mamba.models.language_model import ModelCache
 from speculative_mamba.ops import mlp_activation, rms_norm, skinny_linear, ssd_verify
-from speculative_mamba.ops.recording import Recording, ResultPool, StaleRecordingError
+from speculative_mamba.ops.recording import Recording, ResultPool, StaleRecordingError, torch_op
 from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture, tiny_config
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
@@ -227,3 +227,21 @@ def test_a_first_step_imports_no_compiler():
         "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_pytorch_runs_again_between_kernels_where_torch_op_calls_it(cpu):
+    """Catches: the operation before or behind both kernels; another that is let through from then on."""
+    x, weight, doubled = torch.randn(2, 5), torch.randn(4, 5), torch.empty(2, 4)
+    recording = Recording(torch.empty(0))
+    with recording.record():
+        y = skinny_linear(x, weight, backend=cpu)
+        torch_op(torch.mul, y, 2, out=doubled)
+        z = mlp_activation(doubled, backend=cpu)
+        with pytest.raises(ValueError, match=r"^aten\.mul\.Tensor is PyTorch's"):
+            y * 2
+    for _ in range(2):
+        x.normal_()
+        recording.run()
+        assert_bitwise_equal(z, mlp_activation(2 * skinny_linear(x, weight, backend=cpu), backend=cpu))
+    torch_op(doubled.zero_)
+    assert not doubled.any()
