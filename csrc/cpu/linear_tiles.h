@@ -218,7 +218,7 @@ template <typename Store>
 inline void multiply_group_by_tiles(const LinearOperands<bf16_t>& p, const PackedTokens& x, int64_t m, int64_t first,
                                     int64_t last, const Store& store) {
     switch (column_tiles(x.rows)) {
-        case 1: return multiply_panels<4, 1>(p, x, m, first, last, store);
+        case 1: return multiply_panels<2, 1>(p, x, m, first, last, store);
         case 2: return multiply_panels<2, 2>(p, x, m, first, last, store);
         default: return multiply_panels<2, 3>(p, x, m, first, last, store);
     }
