@@ -12,6 +12,7 @@
 #include "buffer.h"
 #include "linear_rows.h"
 #include "tiles.h"
+#include "transpose.h"
 
 namespace speculative_mamba::SM_ISA {
 
@@ -19,38 +20,6 @@ constexpr int kTokenParts = 3, kTileFeatures = 32, kTileFloats = 256;
 constexpr int kGroupTokens = 16;  // rows of x whose parts are columns of kTokenParts tiles at most
 
 inline int64_t column_tiles(int64_t tokens) { return divide_up(tokens * kTokenParts, kTileRows); }
-
-// out[j][i] = in[i][j], of 32 bits.
-inline void transpose(const float* in, float* out) {
-#if defined(__AVX512F__)
-    __m512 a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(in + 16 * i);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    // a[i + j]: four times column j of rows i … i+3, from every fourth column.
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
-            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-    for (int j = 0; j < 4; j++) {
-        const __m512 even = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x88),
-                     odd = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xdd);
-        const __m512 even_below = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x88);
-        const __m512 odd_below = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xdd);
-        _mm512_storeu_ps(out + 16 * j, _mm512_shuffle_f32x4(even, even_below, 0x88));
-        _mm512_storeu_ps(out + 16 * (j + 4), _mm512_shuffle_f32x4(odd, odd_below, 0x88));
-        _mm512_storeu_ps(out + 16 * (j + 8), _mm512_shuffle_f32x4(even, even_below, 0xdd));
-        _mm512_storeu_ps(out + 16 * (j + 12), _mm512_shuffle_f32x4(odd, odd_below, 0xdd));
-    }
-#else
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++) std::memcpy(out + 16 * j + i, in + 16 * i + j, sizeof(float));
-#endif
-}
 
 // Up to kGroupTokens rows of x: for every kTileFeatures of them column_tiles() tiles. Part d of row m is column
 // d · rows + m.
@@ -129,9 +98,9 @@ class TokenGroups {
             const int64_t group = first / steps_, step = first % steps_, end = min(steps_, step + last - first);
             const float* const x = p.x + group * kGroupTokens * p.x_row_stride;
             const int rows = (*this)[group].rows;
-            pack_tokens(x, p.x_row_stride, rows, p.in_features, step, end, tiles_ + group * group_size());
             for (int m = 0; m < rows && step == 0; m++)
                 least_[group * kGroupTokens + m] = least_product(x + m * p.x_row_stride, p.in_features);
+            pack_tokens(x, p.x_row_stride, rows, p.in_features, step, end, tiles_ + group * group_size());
             first += end - step;
         }
     }
