@@ -289,15 +289,18 @@ inline void multiply_many_groups(const LinearOperands<bf16_t>& p, const TokenGro
             for (int64_t k = 0; k < p.in_features; k += kTileFeatures)
                 for (int64_t row = 0; row < kPanelRows; row += kTileRows) panel.copy(row, k, *tile++);
         }
-        const int64_t next = divide_up(block, x.count());  // rows, for each group
-        for (int64_t group = 0; group < x.count(); group++) {
-            for (int64_t n = end + group * next; n < min(end + (group + 1) * next, last); n++)
-                for (int64_t k = 0; k < p.in_features; k += kTileFeatures)
-                    __builtin_prefetch(p.weight + n * p.weight_row_stride + k, 0, 2);
-            for (int64_t n = begin; n < end; n += kPanelRows)
+        // Lines of the next block, for each panel and group of this one.
+        const int64_t lines = min(block, last - end) * steps;
+        const int64_t share = divide_up(lines, divide_up(end - begin, kPanelRows) * x.count());
+        int64_t line = 0;
+        for (int64_t group = 0; group < x.count(); group++)
+            for (int64_t n = begin; n < end; n += kPanelRows) {
+                for (const int64_t until = min(lines, line + share); line < until; line++)
+                    __builtin_prefetch(
+                        p.weight + (end + line / steps) * p.weight_row_stride + line % steps * kTileFeatures, 0, 2);
                 multiply_panel<kPanelTiles>(p, x[group], PackedRows{tiles + (n - begin) / kPanelRows * panel_tiles},
                                             group * kGroupTokens, n, last, store);
-        }
+            }
     }
 }
 

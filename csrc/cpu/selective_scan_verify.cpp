@@ -105,6 +105,16 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
     const float* x = p.x + s.row * p.x_batch_stride + s.first * p.x_token_stride + s.channel;
     const float* raw_dt = p.dt + s.row * p.dt_batch_stride + s.first * p.dt_token_stride + s.channel;
 
+    // Tokens are further apart than hardware looks ahead.
+    for (int64_t t = s.tokens; t < min(s.tokens + kSegment, p.tokens - s.first); t++) {
+        __builtin_prefetch(x + t * p.x_token_stride, 0, 2);
+        __builtin_prefetch(raw_dt + t * p.dt_token_stride, 0, 2);
+        __builtin_prefetch(p.y + (s.row * p.tokens + s.first + t) * p.channels + s.channel, 1, 2);
+        if (p.z) {
+            const float* z = p.z + s.row * p.z_batch_stride + (s.first + t) * p.z_token_stride + s.channel;
+            __builtin_prefetch(z, 0, 2);
+        }
+    }
     const Vec dt_bias = load_n(p.dt_bias + s.channel, s.count), skip = load_n(p.D + s.channel, s.count);
     for (int64_t t = 0; t < s.tokens; t++) {
         Vec input = load_n(x + t * p.x_token_stride, s.count);
