@@ -8,6 +8,7 @@ namespace speculative_mamba::SM_ISA {
 
 constexpr int kBlock = 32;
 constexpr int kPartStride = 2 * kBlock;  // from a part of a row of x to its next one
+constexpr int kSlack = 5;                // rows of x behind the last one that a tile may take in
 
 // What 32 features of a row have beside their parts.
 struct InputBlock {

@@ -15,6 +15,10 @@
 
 namespace speculative_mamba::SM_ISA {
 
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD) || defined(SM_TILES)
+#define SM_DIGITS  // bytes are multiplied
+#endif
+
 inline int32_t four_bytes(const void* p) {
     int32_t bits;
     std::memcpy(&bits, p, sizeof bits);
@@ -42,8 +46,11 @@ inline Floats load_signed(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 inline Ints ints(int32_t a) { return _mm512_set1_epi32(a); }
+inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Ints shifted(Ints a, Ints b) { return _mm512_add_epi32(_mm512_slli_epi32(a, 8), b); }
+inline Bytes less(Bytes a, char b) { return _mm512_sub_epi8(a, _mm512_set1_epi8(b)); }
+inline void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 template <int Shift>
 inline Bytes bits(Bytes a, char mask) {
@@ -51,7 +58,7 @@ inline Bytes bits(Bytes a, char mask) {
 }
 inline Bytes with_upper(Bytes a, Bytes upper) { return _mm512_or_si512(a, _mm512_slli_epi16(upper, 4)); }
 
-#if defined(__AVX512VNNI__)
+#if defined(SM_DIGITS)
 struct DigitDot {
     using part_t = int8_t;
     using Weights = Bytes;
@@ -129,8 +136,11 @@ inline Floats load_signed(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline Ints ints(int32_t a) { return _mm256_set1_epi32(a); }
+inline Ints load_ints(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 inline Ints shifted(Ints a, Ints b) { return _mm256_add_epi32(_mm256_slli_epi32(a, 8), b); }
+inline Bytes less(Bytes a, char b) { return _mm256_sub_epi8(a, _mm256_set1_epi8(b)); }
+inline void store_bytes(uint8_t* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 template <int Shift>
 inline Bytes bits(Bytes a, char mask) {
@@ -138,7 +148,7 @@ inline Bytes bits(Bytes a, char mask) {
 }
 inline Bytes with_upper(Bytes a, Bytes upper) { return _mm256_or_si256(a, _mm256_slli_epi16(upper, 4)); }
 
-#if defined(__AVXVNNI__)
+#if defined(SM_DIGITS)
 struct DigitDot {
     using part_t = int8_t;
     using Weights = Bytes;
@@ -148,7 +158,15 @@ struct DigitDot {
     static Weights prepared(Bytes a) { return a; }
     static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
     static Sum start(int32_t offset) { return ints(offset); }
+#if defined(__AVXVNNI__)
     static Sum add(Sum sum, Weights w, Four x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+#else
+    static Sum add(Sum sum, Weights w, Four x) {  // the same in more instructions
+        const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8)));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_srai_epi16(x, 8)));
+    }
+#endif
     static Ints finished(Sum sum, int32_t) { return sum; }
 };
 #else
@@ -243,7 +261,7 @@ inline Bytes bits(Bytes a, char mask) {
 }
 inline Bytes with_upper(Bytes a, Bytes upper) { return a | upper << 4; }
 
-#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(SM_DIGITS)
 struct DigitDot {
     using part_t = int8_t;
     using Weights = Bytes;
@@ -277,7 +295,7 @@ struct WordDot {
 #endif
 
 // For weights up to kLargest.
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#if defined(SM_DIGITS)
 template <int kLargest>
 using DotOf = DigitDot;
 #elif defined(__AVX2__)

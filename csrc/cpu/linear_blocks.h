@@ -5,41 +5,27 @@
 // multiply-add gives the same bits.
 #pragma once
 
-#include "block_formats.h"
+#include "block_operands.h"
 #include "buffer.h"
-#include "parallel_for.h"
+#if defined(SM_TILES)
+#include "linear_blocks_tiles.h"
+#endif
 
 namespace speculative_mamba::SM_ISA {
 
-constexpr int kMaxTokens = 16;         // rows of x that share a pass over W
-constexpr int kPrefetch = 24 * kLine;  // ahead of the quants that are read
-// A pass goes through kSpan rows of W. kTiles · kRows of them at a time are multiplied with one row of x after the
-// other: what is loaded of x serves all tiles.
-constexpr int kTiles = 2, kSpan = kTiles * kRows > kGroup ? kTiles * kRows : kGroup;
-
-// Where x (M, K) and W (N, K) lie.
-template <typename Format>
-struct BlockOperands {
-    using Dot = DotOf<Format::kLargest>;
-
-    BlockInputs<Dot> x;
-    const uint8_t* weight;
-    int64_t group_stride;  // in bytes
-    int64_t in_features, out_features;
-};
-
-// A sum of products from those with 2^8 a + b and with c: rounded to float where it has more than 24 bits.
-inline Floats total(Ints high, Ints low) { return fma(to_floats(high), floats(256), to_floats(low)); }
+// A pass goes through kSpan rows of W. Two registers of them at a time are multiplied with one row of x after the
+// other: what is loaded of x serves both.
+constexpr int kRegisters = 2, kSpan = kRegisters * kRows > kGroup ? kRegisters * kRows : kGroup;
 
 // Adds a run's products with a row of x to its totals.
 template <typename Format, typename Weights, typename part_t>
-inline void add_products(const Weights (&w)[kTiles][8 / Format::kRuns], const Format (&formats)[kTiles], int run,
-                         const InputBlock& block, const part_t* parts, float* totals) {
+inline void add_products(const Weights (&w)[kRegisters][8 / Format::kRuns], const Format (&formats)[kRegisters],
+                         int run, const InputBlock& block, const part_t* parts, float* totals) {
     using Dot = DotOf<Format::kLargest>;
     constexpr int kVectors = 8 / Format::kRuns;
     const auto above = block.above[run];
-    typename Dot::Sum sums[Dot::kParts][kTiles];
-    for (int t = 0; t < kTiles; t++) {
+    typename Dot::Sum sums[Dot::kParts][kRegisters];
+    for (int t = 0; t < kRegisters; t++) {
         sums[0][t] = Dot::start(0);
         sums[Dot::kParts - 2][t] = Dot::start(above.high);
         sums[Dot::kParts - 1][t] = Dot::start(above.low);
@@ -49,9 +35,9 @@ inline void add_products(const Weights (&w)[kTiles][8 / Format::kRuns], const Fo
 #pragma GCC unroll 3
         for (int part = 0; part < Dot::kParts; part++) {
             const auto four = Dot::load_four(parts + part * kPartStride + 4 * (run * kVectors + i));
-            for (int t = 0; t < kTiles; t++) sums[part][t] = Dot::add(sums[part][t], w[t][i], four);
+            for (int t = 0; t < kRegisters; t++) sums[part][t] = Dot::add(sums[part][t], w[t][i], four);
         }
-    for (int t = 0; t < kTiles; t++) {
+    for (int t = 0; t < kRegisters; t++) {
         Ints high = Dot::finished(sums[Dot::kParts - 2][t], above.high);
         if constexpr (Dot::kParts == 3) high = shifted(Dot::finished(sums[0][t], 0), high);
         const Ints low = Dot::finished(sums[Dot::kParts - 1][t], above.low);
@@ -60,44 +46,41 @@ inline void add_products(const Weights (&w)[kTiles][8 / Format::kRuns], const Fo
     }
 }
 
-// `count` rows of x from m0 on times kSpan rows of W from n on: calls store(m, n, sum) for each product.
+// `count` rows of x from m0 on times kSpan rows of W from n on: calls store(m, n, sums,
+// number of sums) for each row of x.
 template <typename Format, typename Store>
 void multiply_span(const BlockOperands<Format>& p, int64_t m0, int count, int64_t n, const Store& store) {
     using Dot = DotOf<Format::kLargest>;
     using Inputs = BlockInputs<Dot>;
     constexpr int kVectors = 8 / Format::kRuns, kGroups = kSpan / kGroup;
-    const int64_t scale_bytes = divide_up(p.in_features / Format::kFeatures * Format::kScaleBytes, kLine) * kLine;
-    const int64_t last = divide_up(p.out_features, kGroup) - 1;
+    const int64_t last = (divide_up(p.out_features, kGroup) - 1) * kGroup, quants_at = p.quants_at();
     const uint8_t* groups[kGroups];
     // A group that does not exist is the last one once more.
-    for (int g = 0; g < kGroups; g++) groups[g] = p.weight + min(n / kGroup + g, last) * p.group_stride;
+    for (int g = 0; g < kGroups; g++) groups[g] = p.group(min(n + g * kGroup, last));
     alignas(64) float totals[kMaxTokens * kSpan];
     for (int i = 0; i < count * kSpan; i++) totals[i] = 0;
     for (int64_t b = 0; b < p.in_features / kBlock; b++) {
-        for (int g = 0; g < kGroups; g++)
-            for (int i = 0; i < Format::kQuantBytes; i += kLine)
-                __builtin_prefetch(groups[g] + scale_bytes + b * Format::kQuantBytes + kPrefetch + i, 0, 3);
+        const int64_t quants = quants_at + b * Format::kQuantBytes;
+        for (int g = 0; g < kGroups; g++) prefetch_quants<Format>(groups[g] + quants);
         const InputBlock* const blocks = p.x.block(b, m0);
         const typename Dot::part_t* const parts = p.x.part(b, m0);
-        for (int row = 0; row < kSpan; row += kTiles * kRows) {
+        for (int row = 0; row < kSpan; row += kRegisters * kRows) {
             const auto group = [&](int t) { return groups[(row + t * kRows) / kGroup]; };
             const auto in_group = [&](int t) { return (row + t * kRows) % kGroup; };
-            Format formats[kTiles];
-            for (int t = 0; t < kTiles; t++) formats[t] = Format(group(t), b, in_group(t));
+            Format formats[kRegisters];
+            for (int t = 0; t < kRegisters; t++) formats[t] = Format(group(t), b, in_group(t));
             for (int run = 0; run < Format::kRuns; run++) {
-                typename Dot::Weights w[kTiles][kVectors];
-                for (int t = 0; t < kTiles; t++)
+                typename Dot::Weights w[kRegisters][kVectors];
+                for (int t = 0; t < kRegisters; t++)
 #pragma GCC unroll 8
                     for (int i = 0; i < kVectors; i++)
-                        w[t][i] = Dot::prepared(Format::weights(group(t) + scale_bytes + b * Format::kQuantBytes,
-                                                                run * kVectors + i, in_group(t)));
+                        w[t][i] = Dot::prepared(Format::weights(group(t) + quants, run * kVectors + i, in_group(t)));
                 for (int m = 0; m < count; m++)
                     add_products(w, formats, run, blocks[m], parts + m * Inputs::kRowStride, totals + m * kSpan + row);
             }
         }
     }
-    for (int m = 0; m < count; m++)
-        for (int64_t i = 0; i < kSpan && n + i < p.out_features; i++) store(m0 + m, n + i, totals[m * kSpan + i]);
+    for (int m = 0; m < count; m++) store(m0 + m, n, totals + m * kSpan, min(kSpan, p.out_features - n));
 }
 
 // Rounds rows of x, of which row_of(m) tells where it begins.
@@ -108,7 +91,8 @@ BlockInputs<DotOf<Format::kLargest>> rounded_rows(int64_t rows, int64_t in_featu
     thread_local Buffer blocks, parts;
     const int64_t count = in_features / kBlock, inputs = rows * count, work_of_one = 16 * kBlock;
     const Inputs x{blocks.reserve<InputBlock>(inputs),
-                   parts.reserve<typename Dot::part_t>(divide_up(count, 2) * rows * Inputs::kRowStride), rows};
+                   parts.reserve<typename Dot::part_t>((divide_up(count, 2) * rows + kSlack) * Inputs::kRowStride),
+                   rows};
     parallel_for(inputs, divide_up(inputs, threads), inputs * work_of_one, threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             const int64_t k = i / rows, m = i % rows;
@@ -122,7 +106,11 @@ BlockInputs<DotOf<Format::kLargest>> rounded_rows(int64_t rows, int64_t in_featu
 template <typename Format, typename Store>
 void multiply_blocks(const BlockOperands<Format>& p, int64_t m0, int64_t count, int64_t first, int64_t last,
                      const Store& store) {
-    for (int64_t m = 0; m < count; m += kMaxTokens)
+    int64_t m = 0;
+#if defined(SM_TILES)
+    m = multiply_blocks_tiles(p, m0, count, first, last, store);
+#endif
+    for (; m < count; m += kMaxTokens)
         for (int64_t n = first; n < last; n += kSpan)
             multiply_span(p, m0 + m, static_cast<int>(min(kMaxTokens, count - m)), n, store);
 }

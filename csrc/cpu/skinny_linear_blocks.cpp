@@ -12,10 +12,12 @@ void run(const SkinnyLinearParams& p, int threads) {
                                          static_cast<const uint8_t*>(p.weight), p.weight_row_stride, p.in_features,
                                          p.out_features};
     const int64_t grain = block_rows_of_chunk(p.weight_row_stride, p.out_features, threads);
-    const bool scaled = p.y_scale != 1;
-    const auto store = [&p, scaled](int64_t m, int64_t n, float total) {
-        if (scaled) total *= p.y_scale;
-        p.y[m * p.out_features + n] = p.bias ? total + p.bias[n] : total;
+    const auto store = [&p](int64_t m, int64_t n, const float* sums, int64_t count) {
+        float* const y = p.y + m * p.out_features + n;
+        for (int64_t i = 0; i < count; i++) {
+            const float sum = p.y_scale != 1 ? sums[i] * p.y_scale : sums[i];
+            y[i] = p.bias ? sum + p.bias[n + i] : sum;
+        }
     };
     parallel_for(p.out_features, grain, p.rows * p.in_features * p.out_features, threads,
                  [&](int64_t first, int64_t last) { multiply_blocks(operands, 0, p.rows, first, last, store); });
