@@ -30,7 +30,8 @@ class Buffer {
     }
 
  private:
-    static constexpr int64_t kLine = 64;  // bytes
+    static constexpr int64_t kAlignment = 64;  // of rows of tiles, and lines of caches
+    static constexpr int64_t kLine = 64;       // bytes
 
     void* data_ = nullptr;
     int64_t bytes_ = 0;
