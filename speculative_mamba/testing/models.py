@@ -1,5 +1,6 @@
 """Random models of any shape, and a model whose probabilities are a table."""
 
+import functools
 import math
 
 import torch
@@ -113,15 +114,22 @@ def as_dtype(weight: torch.Tensor, dtype: torch.dtype | str) -> torch.Tensor | B
     return quantized(weight, dtype) if can_quantize(weight.shape[1]) else weight
 
 
+@functools.lru_cache(maxsize=2)  # of a target and a draft
+def _pool(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A million normal numbers, and the state of the generator that drew them."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(1 << 20, generator=generator, dtype=torch.float32, device="cpu"), generator.get_state()
+
+
 class RandomTensors:
     """Random weights by name, scaled so that activations and state keep a useful size at any depth."""
 
     def __init__(self, dtype: torch.dtype | str, seed: int, device: torch.device) -> None:
-        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.dtype, self.device = dtype, device
         self.rest_dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
         # Values repeat within a large weight, memory does not: filling gigabytes with fresh numbers takes minutes.
-        self.pool = torch.randn(1 << 20, generator=self.generator, dtype=torch.float32, device="cpu").to(device)
+        pool, state = _pool(seed)
+        self.generator, self.pool = torch.Generator("cpu").set_state(state), pool.to(device)
 
     def has(self, name: str) -> bool:
         return False
@@ -151,7 +159,9 @@ class RandomTensors:
     def _normal(self, shape: tuple[int, ...], scale: float) -> torch.Tensor:
         offset = int(torch.randint(0, 1 << 16, (), generator=self.generator, device="cpu"))
         count = math.prod(shape)
-        values = (self.pool.roll(offset)[:count] * scale).to(self.rest_dtype)
+        start = (len(self.pool) - offset) % len(self.pool)
+        values = torch.cat([self.pool[start : start + count], self.pool[: min(count, start)]])[:count]
+        values = (values * scale).to(self.rest_dtype)
         return values.repeat(-(-count // len(values)))[:count].view(shape)
 
     def _uniform(self, shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:

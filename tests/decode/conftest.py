@@ -117,13 +117,21 @@ def assert_slot_holds() -> Callable[..., None]:
 
     Whatever its layer remembers, bit for bit: state and the W-1 inputs that end there, or keys and values.
     """
+    known = {}
+
+    def fresh(model: sm.MambaLM, tokens: tuple[int, ...]) -> list[tuple[torch.Tensor, ...]]:
+        """What each layer remembers of a prefill, which is computed once."""
+        key = id(model), tokens
+        if key not in known:
+            cache = model.new_cache(1, 1)
+            model.prefill(list(tokens), cache, 0)
+            known[key] = model, [layer.snapshot(0, 0) for layer in cache]
+        return known[key][1]
 
     def check(model: sm.MambaLM, cache: list, row: int, slot: int, tokens: list[int]) -> None:
-        fresh = model.new_cache(1, 1)
-        model.prefill(tokens, fresh, 0)
-        for index, (layer, expected) in enumerate(zip(cache, fresh, strict=True)):
+        for index, (layer, expected) in enumerate(zip(cache, fresh(model, tuple(tokens)), strict=True)):
             what = f"layer {index}, row {row}, slot {slot}, after {len(tokens)} tokens"
-            for part, right in zip(layer.snapshot(row, slot), expected.snapshot(0, 0), strict=True):
+            for part, right in zip(layer.snapshot(row, slot), expected, strict=True):
                 assert_bitwise_equal(part, right, what)
 
     return check

@@ -109,7 +109,7 @@ def test_number_of_threads(threads, backend):
     sizes = {"d_model": 200, "d_state": 16, "dt_rank": 13, "vocab_size": 1500, "tie_embeddings": False}
     target = random_model(tiny_config(**sizes), dtype=torch.bfloat16, backend=backend)
     draft = random_model(tiny_config(vocab_size=1500), seed=1, backend=backend)
-    prompts = [[1, 2, 3], list(range(70))]
+    prompts = [[1, 2, 3], list(range(70 if backend == "cpu" else 20))]  # the reference takes one token after another
     options = {"lookahead": 3, "max_new_tokens": 8, "stop_token_ids": (), "output_logits": True}
     expected = None
     for count, proposer in ((1, draft), (2, target), (3, draft)):

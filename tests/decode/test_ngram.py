@@ -179,8 +179,9 @@ def looping():
     return TableModel(torch.eye(11).roll(1, dims=1))
 
 
-@pytest.mark.parametrize("lookahead", range(1, 9))
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "lookahead"), [*(("cpu", k) for k in range(1, 9)), *(("reference", k) for k in (2, 7))]
+)
 def test_greedy_text_and_logits_are_those_of_plain_decoding(pair, plain, lookahead, backend):
     """Single tokens count as matches here, so that there are many proposals, right and wrong."""
     target, drafter = pair(backend=backend).target, NgramDrafter(61, shortest=1)

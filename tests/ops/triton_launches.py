@@ -4,7 +4,6 @@ As a program, prints what became of the kernels of each op that it reads: python
 """
 
 import functools
-import itertools
 import json
 import math
 import re
@@ -188,9 +187,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 def report(op: str, architectures: list[int]) -> list[dict]:
     """What became of the kernels of each call."""
     function, kernels = getattr(import_module(f"speculative_mamba.ops.{op}.triton"), op), []
-    for architecture, (arguments, choice) in itertools.product(architectures, CALLS[op]):
-        args = function.__annotations__["args"](*arguments(*choice))
-        for kernel in compiled(functools.partial(function, args), architecture):
+    for arguments, choice in CALLS[op]:
+        call = functools.partial(function, function.__annotations__["args"](*arguments(*choice)))
+        for architecture, kernel in ((each, kernel) for each in architectures for kernel in compiled(call, each)):
             about = {"kernel": kernel.metadata.name, "call": str(choice), "architecture": architecture}
             contractible = re.findall(r"\b(?:mul|add|sub)(?:\.ftz)?\.f32", kernel.asm["ptx"])
             kernels.append({**about, "contractible": contractible, **resources(kernel.asm["cubin"])})
