@@ -7,6 +7,9 @@
 namespace speculative_mamba::SM_ISA {
 namespace {
 
+// Of each expert's matrix a thread reads this much at a time: every change to another costs a wait for memory.
+constexpr int64_t kChunkBytes = 128 * 1024;
+
 // Of expert e: choices begin[e] … begin[e+1]-1.
 struct SortedChoices {
     const int64_t* begin;   // (E+1)
@@ -34,20 +37,30 @@ SortedChoices sorted_choices(const ExpertLinearParams& p) {
 template <typename scalar_t>
 void run(const ExpertLinearParams& p, int threads) {
     const SortedChoices sorted = sorted_choices(p);
-    const int64_t grain = rows_of_chunk<scalar_t>(p.in_features, p.out_features, threads), outputs = p.out_features;
+    const int64_t grain = rows_of_chunk<scalar_t>(p.in_features, p.out_features, threads, kChunkBytes);
+    const int64_t outputs = p.out_features;
     const int64_t work = p.tokens * p.top_k * p.in_features * outputs;
     parallel_for(outputs, grain, work, threads, [&](int64_t first, int64_t last) {
         if (p.expert_weights) {
             for (int64_t m = 0; m < p.tokens; m++)
                 for (int64_t n = first; n < last; n++) p.y[m * outputs + n] = 0.f;
         }
-        for (int64_t e = 0; e < p.num_experts; e++) {
+        const auto next_chosen = [&](int64_t e) {
+            while (e < p.num_experts && sorted.begin[e + 1] == sorted.begin[e]) e++;
+            return e;
+        };
+        const auto matrix = [&](int64_t e) { return static_cast<const scalar_t*>(p.weight) + p.offsets[e]; };
+        for (int64_t e = next_chosen(0), next; e < p.num_experts; e = next) {
+            next = next_chosen(e + 1);
             const int64_t begin = sorted.begin[e], rows = sorted.begin[e + 1] - begin;
-            if (rows == 0) continue;
             const int64_t* choice = sorted.choice + begin;
-            const LinearOperands<scalar_t> operands{sorted.x + begin * p.in_features, p.in_features,
-                                                    static_cast<const scalar_t*>(p.weight) + p.offsets[e],
-                                                    p.weight_row_stride, p.in_features};
+            const LinearOperands<scalar_t> operands{
+                sorted.x + begin * p.in_features,
+                p.in_features,
+                matrix(e),
+                p.weight_row_stride,
+                p.in_features,
+                next < p.num_experts ? matrix(next) + first * p.weight_row_stride : nullptr};
             if (p.expert_weights) {
                 multiply_rows(operands, rows, first, last, [&](int64_t m, int64_t n, float total) {
                     p.y[choice[m] / p.top_k * outputs + n] += p.expert_weights[choice[m]] * total;

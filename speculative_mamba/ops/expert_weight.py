@@ -46,7 +46,7 @@ class ExpertWeight:
         return _of_one_tensor, (torch.stack(self.matrices), self.format, self.matrix_shape)
 
     def _data_ptrs(self) -> list[int]:
-        return [matrix.data_ptr() for matrix in self.matrices]
+        return list(map(torch.Tensor.data_ptr, self.matrices))
 
     def __getitem__(self, expert: int) -> torch.Tensor | BlockWeight:
         """An expert's matrix."""
