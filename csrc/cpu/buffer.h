@@ -1,5 +1,5 @@
-// Memory that is kept from call to call. No std::vector: its code would be shared by all instruction sets, and the
-// linker might keep the copy of the widest.
+// Memory that is kept from call to call, in whole cache lines. No std::vector: its code would be shared by all
+// instruction sets, and the linker might keep the copy of the widest.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ class Buffer {
         const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
         if (bytes_ < bytes) {
             std::free(data_);
-            data_ = std::malloc(bytes);
+            data_ = std::aligned_alloc(kLine, (bytes + kLine - 1) / kLine * kLine);
             bytes_ = data_ ? bytes : 0;
             if (!data_) throw_out_of_memory();
         }
@@ -30,6 +30,8 @@ class Buffer {
     }
 
  private:
+    static constexpr int64_t kLine = 64;  // bytes
+
     void* data_ = nullptr;
     int64_t bytes_ = 0;
 };

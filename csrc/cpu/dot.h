@@ -4,6 +4,9 @@
 // Weights are unsigned bytes, four features of a row in each 32-bit lane. x has 24 bits: v = 2^16 a + 2^8 b + c with
 // digits a, b, c from -128 to 127. Where bytes are multiplied, its parts are the three digits; elsewhere they are the
 // words 2^8 a + b and c. Sums over 32 features do not overflow: 32 · 255 · 2^15 < 2^31.
+//
+// A Dot is a way to multiply: `start` and `add` sum up products of a part, of at most 32 features, to which `finished`
+// gives `offset` more.
 #pragma once
 
 #include <type_traits>
@@ -11,16 +14,6 @@
 #include "simd.h"
 
 namespace speculative_mamba::SM_ISA {
-
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
-constexpr bool kMultipliesBytes = true;
-#else
-constexpr bool kMultipliesBytes = false;
-#endif
-using part_t = std::conditional_t<kMultipliesBytes, int8_t, int16_t>;
-constexpr int kParts = kMultipliesBytes ? 3 : 2;  // the last is c
-// Where the four features of a lane have their words: those that are multiplied together lie side by side.
-constexpr int kPlaces[] = {0, kMultipliesBytes ? 1 : 2, kMultipliesBytes ? 2 : 1, 3};
 
 inline int32_t four_bytes(const void* p) {
     int32_t bits;
@@ -37,6 +30,7 @@ using Bytes = __m512i;
 inline Floats floats(float a) { return _mm512_set1_ps(a); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats load_rows(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_rows(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 inline Floats load_halves(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -58,26 +52,60 @@ inline Bytes bits(Bytes a, char mask) {
 inline Bytes with_upper(Bytes a, Bytes upper) { return _mm512_or_si512(a, _mm512_slli_epi16(upper, 4)); }
 
 #if defined(__AVX512VNNI__)
-using Weights = Bytes;
-using Four = Ints;
-inline Weights prepared(Bytes a) { return a; }
-inline Four load_four(const part_t* x) { return _mm512_set1_epi32(four_bytes(x)); }
-inline Ints dot(Ints sum, Weights w, Four x) { return _mm512_dpbusd_epi32(sum, w, x); }
-#else
-struct Weights {
-    __m512i even, odd;
+struct DigitDot {
+    using part_t = int8_t;
+    using Weights = Bytes;
+    using Four = Ints;
+    using Sum = Ints;
+    static constexpr int kParts = 3, kPlaces[] = {0, 1, 2, 3};
+    static Weights prepared(Bytes a) { return a; }
+    static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
+    static Sum start(int32_t offset) { return ints(offset); }
+    static Sum add(Sum sum, Weights w, Four x) { return _mm512_dpbusd_epi32(sum, w, x); }
+    static Ints finished(Sum sum, int32_t) { return sum; }
 };
-using Four = Weights;
-inline Weights prepared(Bytes a) { return {_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srli_epi16(a, 8)}; }
-inline Four load_four(const part_t* x) {
-    return {_mm512_set1_epi32(four_bytes(x)), _mm512_set1_epi32(four_bytes(x + 2))};
-}
-inline Ints dot(Ints sum, Weights w, Four x) {
-    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.even, x.even));
-    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.odd, x.odd));
-    asm("" : "+v"(sum));  // additions in another order would hold too many products at once
-    return sum;
-}
+#else
+struct WordDot {
+    using part_t = int16_t;
+    struct Weights {
+        __m512i even, odd;
+    };
+    using Four = Weights;
+    using Sum = Ints;
+    static constexpr int kParts = 2, kPlaces[] = {0, 2, 1, 3};  // even features lie side by side
+    static Weights prepared(Bytes a) { return {_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srli_epi16(a, 8)}; }
+    static Four load_four(const part_t* x) {
+        return {_mm512_set1_epi32(four_bytes(x)), _mm512_set1_epi32(four_bytes(x + 2))};
+    }
+    static Sum start(int32_t offset) { return ints(offset); }
+    static Sum add(Sum sum, Weights w, Four x) {
+        sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.even, x.even));
+        sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.odd, x.odd));
+        asm("" : "+v"(sum));  // additions in another order would hold too many products at once
+        return sum;
+    }
+    static Ints finished(Sum sum, int32_t) { return sum; }
+};
+
+// Of weights up to 15, 16 products fit into 16 bits.
+struct PairDot {
+    using part_t = int8_t;
+    using Weights = Bytes;
+    using Four = Ints;
+    using Sum = __m512i;
+    static constexpr int kParts = 3, kPlaces[] = {0, 1, 2, 3};
+    static Weights prepared(Bytes a) { return a; }
+    static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
+    static Sum start(int32_t) { return _mm512_setzero_si512(); }
+    static Sum add(Sum sum, Weights w, Four x) {
+        sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, x));
+        asm("" : "+v"(sum));  // as above
+        return sum;
+    }
+    static Ints finished(Sum sum, int32_t offset) {
+        return _mm512_add_epi32(_mm512_madd_epi16(sum, _mm512_set1_epi16(1)), ints(offset));
+    }
+};
 #endif
 
 #elif defined(__AVX2__)
@@ -89,6 +117,7 @@ using Bytes = __m256i;
 inline Floats floats(float a) { return _mm256_set1_ps(a); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats load_rows(const float* p) { return _mm256_loadu_ps(p); }
 inline void store_rows(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 inline Floats load_halves(const uint8_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -110,26 +139,60 @@ inline Bytes bits(Bytes a, char mask) {
 inline Bytes with_upper(Bytes a, Bytes upper) { return _mm256_or_si256(a, _mm256_slli_epi16(upper, 4)); }
 
 #if defined(__AVXVNNI__)
-using Weights = Bytes;
-using Four = Ints;
-inline Weights prepared(Bytes a) { return a; }
-inline Four load_four(const part_t* x) { return _mm256_set1_epi32(four_bytes(x)); }
-inline Ints dot(Ints sum, Weights w, Four x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
-#else
-struct Weights {
-    __m256i even, odd;
+struct DigitDot {
+    using part_t = int8_t;
+    using Weights = Bytes;
+    using Four = Ints;
+    using Sum = Ints;
+    static constexpr int kParts = 3, kPlaces[] = {0, 1, 2, 3};
+    static Weights prepared(Bytes a) { return a; }
+    static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
+    static Sum start(int32_t offset) { return ints(offset); }
+    static Sum add(Sum sum, Weights w, Four x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+    static Ints finished(Sum sum, int32_t) { return sum; }
 };
-using Four = Weights;
-inline Weights prepared(Bytes a) { return {_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srli_epi16(a, 8)}; }
-inline Four load_four(const part_t* x) {
-    return {_mm256_set1_epi32(four_bytes(x)), _mm256_set1_epi32(four_bytes(x + 2))};
-}
-inline Ints dot(Ints sum, Weights w, Four x) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.even, x.even));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.odd, x.odd));
-    asm("" : "+x"(sum));  // additions in another order would hold too many products at once
-    return sum;
-}
+#else
+struct WordDot {
+    using part_t = int16_t;
+    struct Weights {
+        __m256i even, odd;
+    };
+    using Four = Weights;
+    using Sum = Ints;
+    static constexpr int kParts = 2, kPlaces[] = {0, 2, 1, 3};  // even features lie side by side
+    static Weights prepared(Bytes a) { return {_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srli_epi16(a, 8)}; }
+    static Four load_four(const part_t* x) {
+        return {_mm256_set1_epi32(four_bytes(x)), _mm256_set1_epi32(four_bytes(x + 2))};
+    }
+    static Sum start(int32_t offset) { return ints(offset); }
+    static Sum add(Sum sum, Weights w, Four x) {
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.even, x.even));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.odd, x.odd));
+        asm("" : "+x"(sum));  // additions in another order would hold too many products at once
+        return sum;
+    }
+    static Ints finished(Sum sum, int32_t) { return sum; }
+};
+
+// Of weights up to 15, 16 products fit into 16 bits.
+struct PairDot {
+    using part_t = int8_t;
+    using Weights = Bytes;
+    using Four = Ints;
+    using Sum = __m256i;
+    static constexpr int kParts = 3, kPlaces[] = {0, 1, 2, 3};
+    static Weights prepared(Bytes a) { return a; }
+    static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
+    static Sum start(int32_t) { return _mm256_setzero_si256(); }
+    static Sum add(Sum sum, Weights w, Four x) {
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+        asm("" : "+x"(sum));  // as above
+        return sum;
+    }
+    static Ints finished(Sum sum, int32_t offset) {
+        return _mm256_add_epi32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)), ints(offset));
+    }
+};
 #endif
 
 #else  // registers of four lanes
@@ -149,18 +212,23 @@ inline Floats fma(Floats a, Floats b, Floats c) {
     return a * b + c;
 #endif
 }
+inline Floats load_rows(const float* p) {
+    Floats a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+}
 inline void store_rows(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
 inline float widen(uint8_t a) { return a; }
 inline float widen(int8_t a) { return a; }
 template <typename T>
-inline Floats load_rows(const uint8_t* p) {
+inline Floats load_lanes(const uint8_t* p) {
     T rows[kRows];
     std::memcpy(rows, p, sizeof rows);
     return Quad{widen(rows[0]), widen(rows[1]), widen(rows[2]), widen(rows[3])};
 }
-inline Floats load_halves(const uint8_t* p) { return load_rows<f16_t>(p); }
-inline Floats load_unsigned(const uint8_t* p) { return load_rows<uint8_t>(p); }
-inline Floats load_signed(const uint8_t* p) { return load_rows<int8_t>(p); }
+inline Floats load_halves(const uint8_t* p) { return load_lanes<f16_t>(p); }
+inline Floats load_unsigned(const uint8_t* p) { return load_lanes<uint8_t>(p); }
+inline Floats load_signed(const uint8_t* p) { return load_lanes<int8_t>(p); }
 inline Ints ints(int32_t a) { return QuadInt{a, a, a, a}; }
 inline Floats to_floats(Ints a) { return __builtin_convertvector(a, Quad); }
 inline Ints shifted(Ints a, Ints b) { return (a << 8) + b; }
@@ -175,21 +243,49 @@ inline Bytes bits(Bytes a, char mask) {
 }
 inline Bytes with_upper(Bytes a, Bytes upper) { return a | upper << 4; }
 
-using Weights = Bytes;
-inline Weights prepared(Bytes a) { return a; }
 #if defined(__ARM_FEATURE_DOTPROD)
-using Four = Ints;
-inline Four load_four(const part_t* x) { return ints(four_bytes(x)); }
-inline Ints dot(Ints sum, Weights w, Four x) { return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x); }
+struct DigitDot {
+    using part_t = int8_t;
+    using Weights = Bytes;
+    using Four = Ints;
+    using Sum = Ints;
+    static constexpr int kParts = 3, kPlaces[] = {0, 1, 2, 3};
+    static Weights prepared(Bytes a) { return a; }
+    static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
+    static Sum start(int32_t offset) { return ints(offset); }
+    static Sum add(Sum sum, Weights w, Four x) { return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x); }
+    static Ints finished(Sum sum, int32_t) { return sum; }
+};
 #else
-using Four = const part_t*;
-inline Four load_four(const part_t* x) { return x; }
-inline Ints dot(Ints sum, Weights w, Four x) {
-    for (int i = 0; i < 4; i++) sum += (QuadInt)((QuadUnsigned)w >> 8 * i & 255u) * static_cast<int32_t>(x[kPlaces[i]]);
-    return sum;
-}
+struct WordDot {
+    using part_t = int16_t;
+    using Weights = Bytes;
+    using Four = const part_t*;
+    using Sum = Ints;
+    static constexpr int kParts = 2, kPlaces[] = {0, 1, 2, 3};
+    static Weights prepared(Bytes a) { return a; }
+    static Four load_four(const part_t* x) { return x; }
+    static Sum start(int32_t offset) { return ints(offset); }
+    static Sum add(Sum sum, Weights w, Four x) {
+        for (int i = 0; i < 4; i++) sum += (QuadInt)((QuadUnsigned)w >> 8 * i & 255u) * static_cast<int32_t>(x[i]);
+        return sum;
+    }
+    static Ints finished(Sum sum, int32_t) { return sum; }
+};
 #endif
 
+#endif
+
+// For weights up to kLargest.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+template <int kLargest>
+using DotOf = DigitDot;
+#elif defined(__AVX2__)
+template <int kLargest>
+using DotOf = std::conditional_t<kLargest <= 15, PairDot, WordDot>;
+#else
+template <int kLargest>
+using DotOf = WordDot;
 #endif
 
 // Of the weights of Q8_0, which lie as 128 more than they are: what the instructions take, and what that is more.
@@ -200,8 +296,5 @@ inline Bytes with_excess(Bytes a) { return a ^ static_cast<uint8_t>(128); }
 constexpr int kExcess = 128;
 inline Bytes with_excess(Bytes a) { return a; }
 #endif
-
-// A sum of products from those with 2^8 a + b and with c: rounded to float where it has more than 24 bits.
-inline Floats total(Ints high, Ints low) { return fma(to_floats(high), floats(256), to_floats(low)); }
 
 }  // namespace speculative_mamba::SM_ISA

@@ -15,6 +15,12 @@ using Kernels = KernelTable<Where>;
 // Names of the instruction sets that this machine can run and this build contains, best first.
 std::vector<std::string> available_isas();
 
+// Those that can only be selected by name: they emulate instructions that the machine need not have, for tests.
+std::vector<std::string> emulated_isas();
+
+// Why there is no AMX; empty if it can be used. Asks the kernel for permission, once per process.
+const std::string& obstacle_to_amx();
+
 // The table in use: at first the best one.
 const Kernels& kernels();
 

@@ -1,5 +1,5 @@
 // The products of linear_rows.h; y_scale and the bias come last. Weights in blocks have a kernel of their own,
-// skinny_linear_blocks.cpp.
+// skinny_linear_blocks.cpp; where there are tiles, those in bfloat16 too.
 #include "../params.h"
 #include "linear_rows.h"
 
@@ -24,9 +24,13 @@ void run(const SkinnyLinearParams& p, int threads) {
 }  // namespace
 
 void skinny_linear_blocks(const SkinnyLinearParams& p, int threads);
+void skinny_linear_tiles(const SkinnyLinearParams& p, int threads);
 
 void skinny_linear(const SkinnyLinearParams& p, int threads) {
     if (is_blocks(p.weight_dtype)) return skinny_linear_blocks(p, threads);
+#if defined(SM_TILES)
+    if (p.weight_dtype == DType::bfloat16) return skinny_linear_tiles(p, threads);
+#endif
     SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t>(p, threads));
 }
 

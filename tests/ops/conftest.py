@@ -18,7 +18,9 @@ from speculative_mamba.ops import backend as backends
 OPS = Path(backends.__file__).parent
 MODULE = backends.extension()[0]
 ISAS = MODULE.available_isas() if MODULE else []
-DOT_ISAS = ("avx512_vnni", "avx_vnni", "neon_dotprod")  # others with kernels of their own for skinny_linear alone
+# Emulated instructions stand in where the machine has not those themselves.
+ISAS += [isa for isa in MODULE.emulated_isas() if isa.removesuffix("_emulated") not in ISAS] if MODULE else []
+LINEAR_ISAS = ("amx", "amx_emulated", "avx512_vnni", "avx_vnni", "neon_dotprod")  # only skinny_linear differs
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, which is when a test first runs it
@@ -51,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _isas_of(op: str) -> list[str]:
-    return [isa for isa in ISAS if op == "skinny_linear" or isa not in DOT_ISAS]
+    return [isa for isa in ISAS if op == "skinny_linear" or isa not in LINEAR_ISAS]
 
 
 def _kernels_of(op: str) -> list[str]:
