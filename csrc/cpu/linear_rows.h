@@ -68,7 +68,8 @@ inline void accumulate(const LinearOperands<scalar_t>& p, const float* x, const 
         for (int m = 0; m < M; m++) totals[r][m] = sums[r][m];
 }
 
-// M rows of x from m0 on times `tiles` · R rows of W from n0 on, a block of features at a time; then come those `after`.
+// M rows of x from m0 on times `tiles` · R rows of W from n0 on, a block of features at a time; then come those
+// `after`.
 template <typename scalar_t, int M, int R, typename Store>
 inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_t n0, int tiles, const scalar_t* after,
                            const Store& store) {
@@ -87,9 +88,7 @@ inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_
         const int64_t count = min(block, full - k);
         for (int t = 0; t < tiles; t++) {
             const scalar_t* here = weight + t * tile_stride + k;
-            const scalar_t* next = t + 1 < tiles      ? here + tile_stride
-                                   : k + block < full ? weight + k + block
-                                                      : after;
+            const scalar_t* next = t + 1 < tiles ? here + tile_stride : k + block < full ? weight + k + block : after;
             accumulate<scalar_t, M, R>(p, x + k, here, next, count, sums[t]);
         }
     }
