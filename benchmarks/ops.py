@@ -94,8 +94,9 @@ def bench_blocks(report: Report, in_features: int, out_features: int, rows_list:
 
 
 def bench_experts(report: Report, config: ExpertsConfig, d_model: int) -> None:
-    """gate (or up) and down projections of one layer, for tokens that choose at random: bytes are those of the experts
-    chosen. The baseline is a product in PyTorch for every expert with its tokens, as transformers has it."""
+    """gate (or up) and down projections of one layer, for tokens that choose at random, at each call anew: bytes are
+    those of the experts chosen, on average. The baseline is a product in PyTorch for every expert with its tokens, as
+    transformers has it."""
     count, size = config.num_experts, config.num_experts * config.d_inner * d_model * 2
     layers = max(2, min(50, CACHE_BYTES // size))
     for name, (out_features, in_features) in {
@@ -106,32 +107,31 @@ def bench_experts(report: Report, config: ExpertsConfig, d_model: int) -> None:
         weights = [whole.clone() for _ in range(layers)]
         experts_of = [ExpertWeight(tuple(weight)) for weight in weights]
         for tokens in (1, 2, 3, 5, 8):
-            experts = torch.rand(tokens, count).argsort(-1)[:, : config.top_k].int().contiguous()
+            choices = torch.rand(4 * layers + 1, tokens, count).argsort(-1)[..., : config.top_k].int().contiguous()
             x = torch.randn(tokens, 1 if name == "up" else config.top_k, in_features)
             sums = torch.rand(tokens, config.top_k) if name == "down" else None
-            chosen = experts.unique()
 
-            def theirs(weight: torch.Tensor, x=x, experts=experts, chosen=chosen) -> torch.Tensor:
+            def theirs(experts: torch.Tensor, weight: torch.Tensor, x=x) -> torch.Tensor:
                 y = x.new_empty(*experts.shape, weight.shape[1])
-                for expert in chosen:
+                for expert in experts.unique():
                     token, choice = torch.where(experts == expert)
                     rows = x[token, choice if x.shape[1] > 1 else 0].bfloat16()
                     y[token, choice] = F.linear(rows, weight[expert]).float()
                 return y
 
-            args = x, experts, sums
-            exact = expert_linear(*args, experts_of[0], backend="reference")
-            check("expert_linear", expert_linear(*args, experts_of[0]), exact)
-            next_weight, next_again = rotate(experts_of), rotate(weights)
+            exact = expert_linear(x, choices[0], sums, experts_of[0], backend="reference")
+            check("expert_linear", expert_linear(x, choices[0], sums, experts_of[0]), exact)
+            mine, again = (rotate(choices.unbind()), rotate(experts_of)), (rotate(choices.unbind()), rotate(weights))
             times = interleaved_medians(
                 {
-                    "ours": lambda args=args, mine=next_weight: expert_linear(*args, mine()),
-                    "F.linear per expert": lambda theirs=theirs, again=next_again: theirs(again()),
+                    "ours": lambda x=x, sums=sums, mine=mine: expert_linear(x, mine[0](), sums, mine[1]()),
+                    "F.linear per expert": lambda theirs=theirs, again=again: theirs(again[0](), again[1]()),
                 },
-                rounds=9,
+                rounds=25,
             )
             shape = f"{config.top_k}/{count}x{out_features}x{in_features}"
-            moved = len(chosen) * out_features * in_features * 2
+            chosen = sum(len(experts.unique()) for experts in choices) / len(choices)
+            moved = round(chosen * out_features * in_features * 2)
             _add(report, "expert_linear", shape, times, moved, "F.linear per expert", tokens=tokens)
 
 

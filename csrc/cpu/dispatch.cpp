@@ -19,15 +19,17 @@
 
 namespace speculative_mamba {
 
-// A set that is another one with kernels of its own for skinny_linear.
+// A set that is another one with kernels of its own for linear layers.
 #define SM_LINEAR_ISA(isa, other)                       \
     namespace isa {                                     \
     void skinny_linear(const SkinnyLinearParams&, int); \
+    void expert_linear(const ExpertLinearParams&, int); \
     const Kernels& table() {                            \
         static const Kernels table = [] {               \
             Kernels kernels = other::table;             \
             kernels.name = #isa;                        \
             kernels.skinny_linear = skinny_linear;      \
+            kernels.expert_linear = expert_linear;      \
             return kernels;                             \
         }();                                            \
         return table;                                   \

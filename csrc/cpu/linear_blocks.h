@@ -116,9 +116,9 @@ void multiply_blocks(const BlockOperands<Format>& p, int64_t m0, int64_t count, 
 }
 
 // Rows of W in a chunk that a thread takes: of about 64 KiB, as for those that are no blocks.
-inline int64_t block_rows_of_chunk(int64_t group_stride, int64_t out_features, int threads) {
-    const int64_t bytes = divide_up(group_stride * kSpan, kGroup);
-    return min(divide_up(64 * 1024, bytes), divide_up(out_features, 2 * threads * kSpan)) * kSpan;
+inline int64_t block_rows_of_chunk(int64_t group_stride, int64_t out_features, int threads, int64_t bytes = 64 * 1024) {
+    const int64_t span_bytes = divide_up(group_stride * kSpan, kGroup);
+    return min(divide_up(bytes, span_bytes), divide_up(out_features, 2 * threads * kSpan)) * kSpan;
 }
 
 }  // namespace speculative_mamba::SM_ISA

@@ -25,7 +25,7 @@ constexpr int64_t prefetch_bytes(int M) { return M == 1 ? 1024 : 2048; }
 #endif
 constexpr int kGroup = 8;  // rows of W that go through a block of features together
 
-// Where x (rows, K) and W (N, K) lie.
+// Where x (rows, K) and W (N, K) lie; and what is read after the last of the rows of W, if not what lies behind them.
 template <typename scalar_t>
 struct LinearOperands {
     const float* x;
@@ -33,6 +33,7 @@ struct LinearOperands {
     const scalar_t* weight;
     int64_t weight_row_stride;
     int64_t in_features;
+    const scalar_t* after = nullptr;
 };
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
@@ -67,9 +68,11 @@ inline void accumulate(const LinearOperands<scalar_t>& p, const float* x, const 
         for (int m = 0; m < M; m++) totals[r][m] = sums[r][m];
 }
 
-// M rows of x from m0 on times `tiles` · R rows of W from n0 on, a block of features at a time.
+// M rows of x from m0 on times `tiles` · R rows of W from n0 on, a block of features at a time; then come those
+// `after`.
 template <typename scalar_t, int M, int R, typename Store>
-inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_t n0, int tiles, const Store& store) {
+inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_t n0, int tiles, const scalar_t* after,
+                           const Store& store) {
     const int64_t full = p.in_features / kLanes * kLanes, rest = p.in_features - full;
     constexpr int64_t max_block = kBlockBytes / (M * static_cast<int64_t>(sizeof(float)));
     const int64_t blocks = divide_up(full, max_block);
@@ -85,9 +88,7 @@ inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_
         const int64_t count = min(block, full - k);
         for (int t = 0; t < tiles; t++) {
             const scalar_t* here = weight + t * tile_stride + k;
-            const scalar_t* next = t + 1 < tiles      ? here + tile_stride
-                                   : k + block < full ? weight + k + block
-                                                      : weight + tiles * tile_stride;
+            const scalar_t* next = t + 1 < tiles ? here + tile_stride : k + block < full ? weight + k + block : after;
             accumulate<scalar_t, M, R>(p, x + k, here, next, count, sums[t]);
         }
     }
@@ -107,8 +108,12 @@ inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_
 template <typename scalar_t, int M, typename Store>
 inline void multiply_tokens(const LinearOperands<scalar_t>& p, int64_t m, int64_t n, int64_t last, const Store& store) {
     constexpr int R = weight_rows(M);
-    for (; n + kGroup <= last; n += kGroup) multiply_group<scalar_t, M, R>(p, m, n, kGroup / R, store);
-    if (n < last) multiply_group<scalar_t, M, 1>(p, m, n, static_cast<int>(last - n), store);
+    const auto after = [&](int64_t end) {
+        return end < last || !p.after ? p.weight + end * p.weight_row_stride : p.after;
+    };
+    for (; n + kGroup <= last; n += kGroup)
+        multiply_group<scalar_t, M, R>(p, m, n, kGroup / R, after(n + kGroup), store);
+    if (n < last) multiply_group<scalar_t, M, 1>(p, m, n, static_cast<int>(last - n), after(last), store);
 }
 
 // All rows of x times rows first … last-1 of W: calls store(m, n, sum) for each product.
@@ -130,9 +135,9 @@ inline void multiply_rows(const LinearOperands<scalar_t>& p, int64_t rows, int64
 // Rows of W in a chunk that a thread takes: of about 64 KiB, long enough to hide their hand-out, short enough to end
 // together, and for many rows of x small enough to be found in the cache again by the next tile.
 template <typename scalar_t>
-inline int64_t rows_of_chunk(int64_t in_features, int64_t out_features, int threads) {
+inline int64_t rows_of_chunk(int64_t in_features, int64_t out_features, int threads, int64_t bytes = 64 * 1024) {
     const int64_t row_bytes = in_features * static_cast<int64_t>(sizeof(scalar_t));
-    const int64_t rows = divide_up(64 * 1024, row_bytes > 0 ? row_bytes : 1);
+    const int64_t rows = divide_up(bytes, row_bytes > 0 ? row_bytes : 1);
     return divide_up(min(rows, divide_up(out_features, 2 * threads)), kGroup) * kGroup;
 }
 

@@ -1,6 +1,6 @@
 """From named tensors to the blocks of a model: every shape is checked against the config, dtypes are converted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -49,6 +49,9 @@ class Source(Protocol):
 
     def matrix(self, name: str, *shape: int, rows: slice | None = None) -> Weight:
         """A matrix that multiplies or is looked up; it may be in blocks. rows: only those of the named tensor."""
+
+    def experts(self, names: str | Sequence[str], *shape: int, rows: slice | None = None) -> ExpertWeight:
+        """Matrices (E, N, K) of one tensor, or of one (N, K) each. rows: only those of each."""
 
     def weight(self, name: str, *shape: int) -> torch.Tensor: ...
     def float32(self, name: str, *shape: int) -> torch.Tensor: ...
@@ -294,25 +297,23 @@ class _Builder:
         return -torch.exp(self.source.float32(self._named(p, "A_log"), *shape))
 
     def experts(self, p: str, c: ExpertsConfig) -> Experts:
-        """Their matrices are one tensor (E, N, K), gate and up in turn, or one each."""
+        """Their matrices are one tensor (E, N, K), gate and up in turn or apart, or one each."""
         s, d, count = self.source, self.d_model, c.num_experts
+        inner, outer = (count, c.d_inner, d), (count, d, c.d_inner)
         if "gate_up_proj" in self.renamed:
-            both, down = self._named(p, "gate_up_proj"), self._named(p, "down_proj")
-            gate_up = s.weight(f"{both}.weight", count, 2 * c.d_inner, d)
-            matrices = {"gate_proj": gate_up[:, : c.d_inner], "up_proj": gate_up[:, c.d_inner :]}
-            matrices["down_proj"] = s.weight(f"{down}.weight", count, d, c.d_inner)
+            both, rows = (self._named(p, "gate_up_proj.weight"), count, 2 * c.d_inner, d), slice(0, c.d_inner)
+            gate, up = s.experts(*both, rows=rows), s.experts(*both, rows=slice(c.d_inner, 2 * c.d_inner))
+            down = s.experts(self._named(p, "down_proj.weight"), *outer)
         else:
-            shapes = {"gate_proj": (c.d_inner, d)} if c.gated else {}
-            shapes |= {"up_proj": (c.d_inner, d), "down_proj": (d, c.d_inner)}
-            matrices = {
-                name: [s.weight(self._named(f"{p}experts.{e}.", name) + ".weight", *shape) for e in range(count)]
-                for name, shape in shapes.items()
-            }
-        weights = {name: ExpertWeight(tuple(part)) for name, part in matrices.items()}
+            gate = s.experts(self._expert_names(p, "gate", count), *inner) if c.gated else None
+            up = s.experts(self._expert_names(p, "up", count), *inner)
+            down = s.experts(self._expert_names(p, "down", count), *outer)
         return Experts(
             router=s.weight(self._named(p, "router") + ".weight", count, d),
             router_bias=self._bias(c.bias, self._named(p, "router_bias"), count),
-            **{"gate_proj": None, **weights},
+            gate_proj=gate,
+            up_proj=up,
+            down_proj=down,
             top_k=c.top_k,
             score=c.score,
             groups=c.groups,
@@ -323,6 +324,12 @@ class _Builder:
             activation=c.activation,
             backend=self.backend,
         )
+
+    def _expert_names(self, p: str, part: str, count: int) -> str | list[str]:
+        """Of the one tensor that has all gates, or of a tensor for each."""
+        if f"{part}_exps" in self.renamed:
+            return self._named(p, f"{part}_exps.weight")
+        return [self._named(f"{p}experts.{e}.", f"{part}_proj.weight") for e in range(count)]
 
     def _named(self, p: str, name: str) -> str:
         stem, dot, suffix = name.partition(".")

@@ -1,7 +1,6 @@
 """From a folder, a GGUF file, a hub id, the embedded pair or a model of transformers to a model."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from ..ops import backend as backends
 from ..ops.values import shown
 from .builder import build
 from .chat import ChatTemplate, chat_template_of, read_chat_template
-from .config import ExpertsConfig, ModelConfig
+from .config import ModelConfig
 from .folders import GENERATION_CONFIG, download, fetch_weights, find_model, read_configs
 from .formats import Names, parse_config
 from .formats.fields import with_eos_token_ids
@@ -125,11 +124,11 @@ def from_transformers(
         state_dtype, rollback, backend: as of ``load_model``.
 
     Raises:
-        ValueError: the model is of another class or has experts; it is compiled, in training mode, quantised,
-            offloaded, on the meta device or on several; it has hooks or adapters; or an argument is out of range.
+        ValueError: the model is of another class; it is compiled, in training mode, quantised, offloaded, on the meta
+            device or on several; it has hooks or adapters; or an argument is out of range.
     """
     check_model(model)
-    device = next(iter(tensors_of(model, "").values())).tensor.device
+    device = next(model.parameters()).device
     options = _Options.of(dtype, state_dtype, rollback, device, backend)
     shared = SharedWeights(model)
     converted = _Checkpoint.of_model(model, tokenizer).load(options)
@@ -254,8 +253,6 @@ class _Checkpoint:
             parsed, names = parse_config(with_eos_token_ids(config, generation_config, "generation_config"))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{kind}: {error}") from None
-        if _has_experts(parsed):
-            raise ValueError(f"{kind} has experts, which from_transformers does not take; save it and use load_model")
         parsed, vocabulary = _with_vocabulary(parsed, None if own is None else tokens_of(own))
         return _Checkpoint(
             source=model.config.name_or_path or kind,
@@ -264,7 +261,7 @@ class _Checkpoint:
             config=parsed,
             names=names,
             vocabulary=vocabulary,
-            read=partial(tensors_of, model, names.norm.partition(".")[0]),
+            read=partial(tensors_of, model, names),
             load_tokenizer=partial(_given, own),
             load_chat_template=partial(chat_template_of, tokenizer),
             generation_config=generation_config,
@@ -273,8 +270,6 @@ class _Checkpoint:
         )
 
     def load(self, options: _Options, on_load: Callable[[str, float], None] | None = None) -> MambaLM:
-        if options.dtype in QUANTIZED and _has_experts(self.config):
-            print(f"speculative_mamba: {self.path}: experts stay as stored, not {options.dtype}", file=sys.stderr)
         stored = self.read()
         check_format(self.path, stored, options.dtype)
         headers = HeaderSource(self.path, stored, self.described_by)
@@ -312,10 +307,6 @@ def _with_vocabulary(config: ModelConfig, tokens: dict[int, str] | None) -> tupl
     rows = config.stored_vocab_size
     padded = rows if rows > vocabulary.size else None
     return dataclasses.replace(config, vocab_size=vocabulary.size, padded_vocab_size=padded), vocabulary
-
-
-def _has_experts(config: ModelConfig) -> bool:
-    return any(isinstance(mixer, ExpertsConfig) for block in config.mixers for mixer in block)
 
 
 def parse_dtype(dtype: object, name: str, known: dict[str, torch.dtype | str]) -> torch.dtype | str | None:

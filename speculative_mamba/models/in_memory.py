@@ -2,11 +2,12 @@
 
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from ..ops.values import shown
+from .formats import Names
 from .weights import StoredTensor
 
 _OWN_HOOKS = "transformers.utils."  # with which transformers records hidden states; they change nothing
@@ -97,13 +98,33 @@ def config_of(part: object) -> dict:
     return {} if part is None else json.loads(part.to_json_string(use_diff=False))
 
 
-def tensors_of(model: torch.nn.Module, prefix: str) -> dict[str, StoredTensor]:
-    """Its weights by the names that they have in files, where those of the backbone begin with ``prefix``."""
-    own, tensors = f"{model.base_model_prefix}.", {}
+def tensors_of(model: torch.nn.Module, names: Names) -> dict[str, StoredTensor]:
+    """Its weights by the names that they have in files."""
+    own, prefix, tensors = f"{model.base_model_prefix}.", names.norm.partition(".")[0], {}
     for name, weight in _weights(model):
         name = f"{prefix}.{name.removeprefix(own)}" if name.startswith(own) else name
-        tensors[name] = StoredTensor(weight.detach(), None)
+        for renamed, part in _as_in_files(name, weight.detach(), names.renamed):
+            tensors[renamed] = StoredTensor(part, None)
     return tensors
+
+
+def _as_in_files(name: str, weight: torch.Tensor, renamed: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers holds the experts of a layer in tensors (E, N, K), gates before ups; files of some families do so
+    under other names, those of the others have a matrix for each."""
+    layer, experts, part = name.rpartition(".experts.")
+    if experts and weight.ndim == 3:
+        if "gate_up_proj" in renamed:
+            yield f"{layer}.{renamed.get(part, part)}.weight", weight
+            return
+        parts = {"gate_proj": 0, "up_proj": 1} if part == "gate_up_proj" else {part: 0}
+        for stem, at in parts.items():
+            for e, matrix in enumerate(weight):
+                yield f"{layer}.experts.{e}.{renamed.get(stem, stem)}.weight", matrix.chunk(len(parts))[at]
+        return
+    router = renamed.get("router", "")
+    if "." in router and name.endswith(f".{router.partition('.')[0]}.weight"):
+        name = f"{name.removesuffix('weight')}{router.partition('.')[2]}.weight"
+    yield name, weight
 
 
 class SharedWeights:

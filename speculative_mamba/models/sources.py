@@ -2,12 +2,14 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ..ops.block_weight import BlockWeight, can_quantize, quantized
+from ..ops.expert_weight import ExpertWeight
 from ..ops.values import shown
 from .files import MappedFile
 from .weights import StoredTensor, release_pages
@@ -17,6 +19,8 @@ FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 _STORED_DTYPES = (*FLOAT_DTYPES.values(), torch.float64)
 _COMPUTED = (".rotary_emb.inv_freq",)  # buffers that older versions of transformers stored; the config says the same
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_Weight = TypeVar("_Weight", torch.Tensor, BlockWeight, ExpertWeight)
 
 
 def check_format(folder: Path, stored: dict[str, StoredTensor], dtype: torch.dtype | str | None) -> None:
@@ -55,6 +59,13 @@ class HeaderSource:
     def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor:
         tensor = self._zeros(name, shape, may_be_blocks=True)
         return tensor if rows is None else tensor[rows]
+
+    def experts(self, names: str | Sequence[str], *shape: int, rows: slice | None = None) -> ExpertWeight:
+        if isinstance(names, str):
+            matrices = self._zeros(names, shape, may_be_blocks=True)
+        else:
+            matrices = [self._zeros(name, shape[1:], may_be_blocks=True) for name in names]
+        return ExpertWeight(tuple(matrix if rows is None else matrix[rows] for matrix in matrices))
 
     def weight(self, name: str, *shape: int) -> torch.Tensor:
         return self._zeros(name, shape, may_be_blocks=False)
@@ -108,13 +119,16 @@ class CountingSource:
     def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | BlockWeight:
         return self._counted(self._source.matrix(name, *shape, rows=rows), shape)
 
+    def experts(self, names: str | Sequence[str], *shape: int, rows: slice | None = None) -> ExpertWeight:
+        return self._counted(self._source.experts(names, *shape, rows=rows), shape)
+
     def weight(self, name: str, *shape: int) -> torch.Tensor:
         return self._counted(self._source.weight(name, *shape), shape)
 
     def float32(self, name: str, *shape: int) -> torch.Tensor:
         return self._counted(self._source.float32(name, *shape), shape)
 
-    def _counted(self, weight: torch.Tensor | BlockWeight, shape: tuple[int, ...]) -> torch.Tensor | BlockWeight:
+    def _counted(self, weight: _Weight, shape: tuple[int, ...]) -> _Weight:
         self.elements += math.prod(shape)
         self._tell(self.elements)
         return weight
@@ -156,9 +170,21 @@ class StoredSource:
         return same
 
     def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor | BlockWeight:
+        return self._matrix(name, self._in_order(name, rows))
+
+    def experts(self, names: str | Sequence[str], *shape: int, rows: slice | None = None) -> ExpertWeight:
+        if isinstance(names, str):
+            parts = [(names, part) for part in self._stored[names].tensor]
+        else:
+            parts = [(name, self._in_order(name)) for name in names]
+        matrices = [self._matrix(name, part if rows is None else part[rows]) for name, part in parts]
+        blocks = isinstance(matrices[0], BlockWeight)
+        return ExpertWeight.of_blocks(matrices) if blocks else ExpertWeight(tuple(matrices))
+
+    def _matrix(self, name: str, stored: torch.Tensor) -> torch.Tensor | BlockWeight:
+        """stored: rows of the named tensor."""
         if self._stored[name].format is not None:
-            return self._from_blocks(name, rows)
-        stored = self._in_order(name, rows)
+            return self._from_blocks(name, stored)
         if self._dtype not in QUANTIZED:
             return self._converted(name, stored, self._dtype_of(stored))
         if not can_quantize(stored.shape[1]):
@@ -171,10 +197,10 @@ class StoredSource:
         self._release(name, stored)
         return weight.to(self.device)
 
-    def _from_blocks(self, name: str, rows: slice | None = None) -> torch.Tensor | BlockWeight:
+    def _from_blocks(self, name: str, raw: torch.Tensor) -> torch.Tensor | BlockWeight:
         """A matrix that is stored in blocks, and stays so unless the dtype is one of numbers."""
-        stored, raw = self._stored[name], self._in_order(name, rows)
-        weight = BlockWeight.from_gguf(raw, stored.format, stored.shape[1])
+        stored = self._stored[name]
+        weight = BlockWeight.from_gguf(raw, stored.format, stored.shape[-1])
         self._release(name, raw)
         if isinstance(self._dtype, torch.dtype):
             return weight.dequantized().to(self.device, self._dtype)

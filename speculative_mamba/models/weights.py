@@ -34,8 +34,8 @@ class StoredTensor:
         if self.format is None:
             return self.tensor.shape
         features = FORMATS[self.format].features
-        blocks = self.tensor.shape[1] // FORMATS[self.format].row_bytes(features)
-        return torch.Size((len(self.tensor), blocks * features))
+        blocks = self.tensor.shape[-1] // FORMATS[self.format].row_bytes(features)
+        return torch.Size((*self.tensor.shape[:-1], blocks * features))
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -1,21 +1,28 @@
 """The matrices of a layer's experts, wherever they lie."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from .block_weight import BlockWeight
+
 
 @dataclass(frozen=True)
 class ExpertWeight:
-    """E matrices (N, K) of one dtype, whose rows are equally far apart.
+    """E matrices (N, K) of one dtype, whose rows are equally far apart; or all in the blocks of one format.
 
     Some checkpoints store one tensor (E, N, K), others a matrix per expert; both are used where they are.
+
+    matrices: of each expert; in blocks the data of a ``BlockWeight``, and format and matrix_shape, (N, K), are its too.
 
     Raises:
         ValueError: there are none, or they differ in shape, dtype, device or strides, or are not dense float matrices.
     """
 
     matrices: tuple[torch.Tensor, ...]
+    format: str | None = None
+    matrix_shape: torch.Size | None = None
     _offsets: torch.Tensor = field(init=False, compare=False, repr=False)
     _places: list[int] = field(init=False, compare=False, repr=False)
 
@@ -35,17 +42,24 @@ class ExpertWeight:
         object.__setattr__(self, "_places", places)
 
     def __reduce__(self) -> tuple:
-        return _of_one_tensor, (torch.stack(self.matrices),)  # a part of a tensor would be pickled with all of it
+        # A part of a tensor would be pickled with all of it.
+        return _of_one_tensor, (torch.stack(self.matrices), self.format, self.matrix_shape)
 
     def _data_ptrs(self) -> list[int]:
-        return [matrix.data_ptr() for matrix in self.matrices]
+        return list(map(torch.Tensor.data_ptr, self.matrices))
+
+    def __getitem__(self, expert: int) -> torch.Tensor | BlockWeight:
+        """An expert's matrix."""
+        matrix = self.matrices[expert]
+        return matrix if self.format is None else BlockWeight(matrix, self.format, self.matrix_shape)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return len(self.matrices), *self.matrices[0].shape
+        return len(self.matrices), *(self.matrices[0].shape if self.format is None else self.matrix_shape)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the matrices; uint8 where they are in blocks."""
         return self.matrices[0].dtype
 
     @property
@@ -63,6 +77,17 @@ class ExpertWeight:
             self.__post_init__()
         return self._offsets
 
+    @staticmethod
+    def of_blocks(matrices: Sequence[BlockWeight]) -> "ExpertWeight":
+        """
+        Raises:
+            ValueError: they differ in format, shape or device.
+        """
+        first = matrices[0]
+        if {(weight.format, weight.shape) for weight in matrices} != {(first.format, first.shape)}:
+            raise ValueError("experts must be in blocks of one format and shape")
+        return ExpertWeight(tuple(weight.data for weight in matrices), first.format, first.shape)
 
-def _of_one_tensor(matrices: torch.Tensor) -> ExpertWeight:
-    return ExpertWeight(tuple(matrices))
+
+def _of_one_tensor(matrices: torch.Tensor, format: str | None, matrix_shape: torch.Size | None) -> ExpertWeight:
+    return ExpertWeight(tuple(matrices), format, matrix_shape)

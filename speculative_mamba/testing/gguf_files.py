@@ -13,7 +13,15 @@ import gguf
 import numpy as np
 import torch
 
-from ..models.config import AttentionConfig, Mamba1Config, Mamba2Config, MlpConfig, ModelConfig, ShortConvConfig
+from ..models.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    Mamba1Config,
+    Mamba2Config,
+    MlpConfig,
+    ModelConfig,
+    ShortConvConfig,
+)
 from ..models.files import read_json
 from ..models.formats import Names, parse_config
 from ..models.weights import read_tensors
@@ -21,16 +29,17 @@ from ..models.weights import read_tensors
 ARCHITECTURES = {
     "mamba": "MAMBA", "falcon_mamba": "MAMBA", "mamba2": "MAMBA2", "llama": "LLAMA", "granite": "GRANITE",
     "granitemoehybrid": "GRANITE_HYBRID", "bamba": "GRANITE_HYBRID", "lfm2": "LFM2", "nemotron_h": "NEMOTRON_H",
-    "jamba": "JAMBA", "falcon_h1": "FALCON_H1",
+    "jamba": "JAMBA", "falcon_h1": "FALCON_H1", "granitemoe": "GRANITE_MOE", "lfm2_moe": "LFM2MOE",
 }  # fmt: skip
 _RENAMED = {
     ".shared_mlp.output_linear.": ".mlp.down_proj.", ".dt_bias": ".dt_proj.bias", "backbone.embedding.":
-    "backbone.embeddings.",
+    "backbone.embeddings.", ".expert_bias": ".expert_bias.bias", ".e_score_correction_bias": ".e_score_correction.bias",
 }  # fmt: skip
-_INTERLEAVED = ("llama", "granite", "granitemoehybrid", "bamba", "nemotron_h")
+_EXPERT_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_INTERLEAVED = ("llama", "granite", "granitemoe", "granitemoehybrid", "bamba", "nemotron_h")
 # Where a block has its halves, and what the size of weights is divided by there, if all other bits are random.
 _RANDOM = {"Q4_K": {0: 300.0, 2: 40.0}, "Q6_K": {208: 1400.0}}
-_ALWAYS_F32 = ("ssm_conv1d.weight", "shortconv.conv.weight", "norm.weight")
+_ALWAYS_F32 = ("ssm_conv1d.weight", "shortconv.conv.weight", "norm.weight", "ffn_gate_inp.weight")
 
 
 def write_gguf(
@@ -52,7 +61,9 @@ def write_gguf(
     """
     config = read_json(checkpoint / "config.json")
     parsed, names = parse_config(config)
-    architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config["model_type"]])
+    routed = any(isinstance(mixer, ExpertsConfig) for mixers in parsed.mixers for mixer in mixers)
+    architecture = "NEMOTRON_H_MOE" if routed and config["model_type"] == "nemotron_h" else None
+    architecture = getattr(gguf.MODEL_ARCH, architecture or ARCHITECTURES[config["model_type"]])
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     if alignment is not None:
         writer.add_custom_alignment(alignment)
@@ -64,7 +75,7 @@ def write_gguf(
     stored = {name: stored.tensor for name, stored in read_tensors(checkpoint).items()}
     if parsed.tie_embeddings:
         stored.pop(names.head, None)
-    converted = [*_converted(parsed, names, architecture, stored), *(tensors or {}).items()]
+    converted = [*_converted(parsed, names, architecture, _with_experts_together(stored)), *(tensors or {}).items()]
     kinds = []
     for name, tensor in converted:
         stays = tensor.ndim == 1 or name.endswith(_ALWAYS_F32) or ".weight" not in name
@@ -120,25 +131,47 @@ def _converted(
     """Every tensor under its name in the file and in its shape there."""
     known_names = gguf.get_tensor_name_map(architecture, 1 + max(_layer(norm) for norm, *_ in names.blocks))
     mamba2 = next((mixer for mixers in c.mixers for mixer in mixers if isinstance(mixer, Mamba2Config)), None)
+    routed = any(isinstance(mixer, ExpertsConfig) for mixers in c.mixers for mixer in mixers)
     for name, tensor in tensors.items():
+        if routed:  # beside which the shared MLP has names of its own
+            name = name.replace("shared_mlp.output_linear", "mlp.shared_mlp.down_proj")
         for old, new in _RENAMED.items():
             name = name.replace(old, new)
         if name.endswith("shared_mlp.input_linear.weight"):
-            parts = zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True)
-            pieces = [(name.replace("shared_mlp.input_linear", f"mlp.{part}"), half) for part, half in parts]
+            parts, mlp = zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True), "mlp.shared_mlp" * routed or "mlp"
+            pieces = [(name.replace("shared_mlp.input_linear", f"{mlp}.{part}"), half) for part, half in parts]
         else:
             pieces = [(name, tensor)]
         for name, piece in pieces:
             known = known_names.get_name(name, try_suffixes=(".weight", ".bias"))
             if known is None:
                 raise ValueError(f"llama.cpp has no name for {name}")
-            if piece.ndim == 3:
+            if "conv" in known and piece.ndim == 3:
                 piece = piece.squeeze(1)
             elif known.endswith(("ssm_a", "ssm_d")) and mamba2 is not None:
                 piece = piece[:, None]
             elif known.endswith("ssm_norm.weight"):
                 piece = piece.view(mamba2.norm_groups, -1)
             yield known, piece
+
+
+def _with_experts_together(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of a layer in one tensor (E, N, K), gates and ups apart, as the package knows their names."""
+    apart, result = defaultdict(list), {}
+    for name, tensor in tensors.items():
+        found = re.search(r"layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight$", name)
+        if found is not None:
+            layer, expert, part = found.groups()
+            apart[layer, _EXPERT_PARTS.get(part, part)].append((int(expert), tensor))
+        elif name.endswith("block_sparse_moe.input_linear.weight"):
+            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2, 1), strict=True):
+                result[f"model.layers.{_layer(name)}.mlp.experts.{part}.weight"] = half
+        else:
+            result[name] = tensor
+    for (layer, part), experts in apart.items():
+        matrices = [tensor for _, tensor in sorted(experts, key=lambda pair: pair[0])]
+        result[f"model.layers.{layer}.mlp.experts.{part}.weight"] = torch.stack(matrices)
+    return result
 
 
 def _changed(config: dict[str, Any], name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -192,6 +225,8 @@ def _metadata(config: dict[str, Any], c: ModelConfig, names: Names) -> dict[str,
         values["attention.layer_norm_epsilon"] = c.eps
     if MlpConfig in mixers and config["model_type"] != "nemotron_h":
         values["feed_forward_length"] = mixers[MlpConfig].d_inner
+    if ExpertsConfig in mixers:
+        values |= _experts(config, mixers[ExpertsConfig], mixers.get(MlpConfig), layers)
     if AttentionConfig in mixers:
         values |= _attention(config, mixers[AttentionConfig], _of_layers(layers, AttentionConfig, "n_kv_heads"))
     if ShortConvConfig in mixers:
@@ -213,6 +248,26 @@ def _metadata(config: dict[str, Any], c: ModelConfig, names: Names) -> dict[str,
     if ARCHITECTURES[config["model_type"]].startswith("GRANITE"):
         values["rope.scaling.finetuned"] = bool(mixers[AttentionConfig].inv_freq)
     return values
+
+
+def _experts(
+    config: dict[str, Any], e: ExpertsConfig, mlp: MlpConfig | None, layers: Mapping[int, list[Any]]
+) -> dict[str, Any]:
+    values = {"expert_count": e.num_experts, "expert_used_count": e.top_k}
+    if config["model_type"].startswith("granite"):
+        shared = {} if mlp is None else {"expert_shared_feed_forward_length": mlp.d_inner}
+        return values | shared | {"feed_forward_length": e.d_inner}
+    if config["model_type"] == "jamba":
+        return values
+    values |= {"expert_gating_func": 2, "expert_feed_forward_length": e.d_inner, "expert_weights_norm": e.normalize}
+    values |= {"expert_weights_scale": e.scale}
+    if config["model_type"] == "lfm2_moe":
+        return values | {"leading_dense_block_count": config["num_dense_layers"]}
+    return values | {
+        "feed_forward_length": _of_layers(layers, ExpertsConfig, "d_inner"), "expert_shared_count": 1,
+        "expert_shared_feed_forward_length": mlp.d_inner, "expert_group_count": e.groups,
+        "expert_group_used_count": e.top_k_groups,
+    }  # fmt: skip
 
 
 def _layer(name: str) -> int:

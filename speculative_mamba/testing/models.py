@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -21,6 +22,7 @@ from ..models.formats.fields import rotary_frequencies
 from ..models.language_model import MambaLM
 from ..ops import backend as backends
 from ..ops.block_weight import BlockWeight, can_quantize, quantized
+from ..ops.expert_weight import ExpertWeight
 from .hybrids import HYBRIDS
 
 # Published Mamba-1 shapes: (d_model, n_layer); vocabulary 50,280, d_state 16, d_conv 4.
@@ -139,10 +141,17 @@ class RandomTensors:
         shape = shape if rows is None else (rows.stop - rows.start, shape[1])
         return as_dtype(self._normal(shape, scale), self.dtype)
 
+    def experts(self, names: str | Sequence[str], *shape: int, rows: slice | None = None) -> ExpertWeight:
+        N = shape[1] if rows is None else rows.stop - rows.start
+        values = self._normal((shape[0], N, shape[2]), shape[2] ** -0.5)
+        matrices = [as_dtype(matrix, self.dtype) for matrix in values]
+        blocks = isinstance(matrices[0], BlockWeight)
+        return ExpertWeight.of_blocks(matrices) if blocks else ExpertWeight(tuple(matrices))
+
     def weight(self, name: str, *shape: int) -> torch.Tensor:
         if "conv1d" in name:
             return self._normal(shape, shape[-1] ** -0.5)
-        if "_proj" in name or "router" in name:  # of experts, which are never int8
+        if "router" in name:
             return self._normal(shape, shape[-1] ** -0.5)
         return (1 + self._normal(shape, 0.1)).to(self.rest_dtype)
 

@@ -177,9 +177,9 @@ def _experts(m: Experts, h: torch.Tensor) -> torch.Tensor:
         weights = weights / (weights.sum(-1, keepdim=True) + m.epsilon)
     y = torch.zeros_like(h)
     for expert in range(scores.shape[-1]):
-        up, gate = (None if w is None else w.matrices[expert].to(h.dtype) for w in (m.up_proj, m.gate_proj))
+        up, gate = (None if w is None else dense(w[expert], h.dtype) for w in (m.up_proj, m.gate_proj))
         inner = act(h @ up.T) if gate is None else act(h @ gate.T) * (h @ up.T)
-        y = y + m.scale * weights[:, expert, None] * (inner @ m.down_proj.matrices[expert].to(h.dtype).T)
+        y = y + m.scale * weights[:, expert, None] * (inner @ dense(m.down_proj[expert], h.dtype).T)
     return y
 
 

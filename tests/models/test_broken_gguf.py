@@ -152,6 +152,26 @@ def test_a_file_that_is_cut_short(files: Callable[..., Path], tmp_path: Path) ->
         ("mamba2-hf", {"mamba2.ssm.conv_kernel": 1}, ["mamba2.ssm.conv_kernel = 1"]),
         ("granite-hf", {"granite.residual_scale": -1.0}, ["granite.residual_scale = -1.0"]),
         ("lfm2-hf", {"lfm2.attention.head_count_kv": [0, 0, 0]}, ["the weights lack blk.1.shortconv.in_proj.weight"]),
+        ("granite-moe-hf", {"granitemoe.expert_count": None}, ["granitemoe.expert_count = None"]),
+        ("granite-moe-hf", {"granitemoe.expert_count": 2**31}, ["granitemoe.expert_count = 2147483648"]),
+        ("granite-moe-hf", {"granitemoe.expert_count": 5}, ["has shape (6, 13, 24)", "gives (5, 13, 24)"]),
+        ("granite-moe-hf", {"granitemoe.expert_used_count": 7}, ["granitemoe.expert_used_count = 7", "1 to 6"]),
+        ("granite-moe-hf", {"granitemoe.expert_weights_scale": 2.0}, ["granitemoe.expert_weights_scale = 2.0"]),
+        ("jamba-moe-hf", {"jamba.expert_gating_func": 2}, ["jamba.expert_gating_func = 2"]),
+        ("jamba-moe-hf", {"jamba.feed_forward_length": 21}, ["gives (21, 24)"]),
+        (
+            "nemotron-h-moe-hf",
+            {"nemotron_h_moe.expert_group_count": 5},
+            ["expert_group_count: 12 is not a multiple of 5"],
+        ),
+        ("nemotron-h-moe-hf", {"nemotron_h_moe.expert_group_count": 12}, ["group_count = 12", "at least two"]),
+        ("nemotron-h-moe-hf", {"nemotron_h_moe.nextn_predict_layers": 1}, ["nextn_predict_layers = 1"]),
+        ("nemotron-h-moe-hf", {"nemotron_h_moe.moe_latent_size": 8}, ["moe_latent_size = 8"]),
+        (
+            "granite-moe-hybrid-hf",
+            {"granitehybrid.expert_shared_feed_forward_length": 1},
+            ["ffn_gate_shexp", "(1, 24)"],
+        ),
     ],
 )
 def test_metadata_that_make_no_sense(
@@ -160,9 +180,10 @@ def test_metadata_that_make_no_sense(
     refused(files(name, metadata=metadata), *words)
 
 
-def test_mixtures_of_experts_are_refused(files: Callable[..., Path]) -> None:
+def test_experts_of_other_architectures_are_refused(files: Callable[..., Path]) -> None:
+    path = files(tensors={"blk.0.ffn_up_exps.weight": torch.ones(2)})
     refused(
-        files(tensors={"blk.0.ffn_up_exps.weight": torch.ones(2)}), "mixture of experts", "blk.0.ffn_up_exps.weight"
+        path, "mixture of experts", "blk.0.ffn_up_exps.weight", "not supported for llama; supported for: granitemoe"
     )
 
 
@@ -208,10 +229,10 @@ def mutated(content: bytes, rng: random.Random, end: int) -> bytes:
 
 def test_changed_headers_load_or_are_refused_in_one_line(files: Callable[..., Path], tmp_path: Path) -> None:
     rng, path, loaded = random.Random(0), tmp_path / "changed.gguf", 0
-    for name in ("llama-hf", "granite-hybrid-hf", "mamba2-hf"):
+    for name in ("llama-hf", "granite-hybrid-hf", "mamba2-hf", "nemotron-h-moe-hf"):
         source = files(name)
         content, end = source.read_bytes(), min(info.offset for info in read_header(source).tensors.values())
-        for _ in range(CASES // 3):
+        for _ in range(CASES // 4):
             path.write_bytes(mutated(content, rng, end))
             started = time.perf_counter()
             try:

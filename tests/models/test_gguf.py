@@ -39,6 +39,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("jamba-hf", {}),
     ("jamba-hf", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     ("falcon-h1-hf", ONES),
+    ("granite-moe-hf", {}),
+    ("granite-moe-hybrid-hf", {}),
+    ("lfm2-moe-hf", {"routed_scaling_factor": 1.5, "tie_word_embeddings": True}),
+    ("lfm2-moe-hf", {"use_expert_bias": False, "norm_topk_prob": False, "tie_word_embeddings": True}),
+    ("nemotron-h-moe-hf", {}),
+    ("jamba-moe-hf", {}),
 ]
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

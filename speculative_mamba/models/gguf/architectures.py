@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from ...ops.select_experts import MAX_EXPERTS
 from ..config import (
     AttentionConfig,
     BlockConfig,
+    ExpertsConfig,
     Mamba1Config,
     Mamba2Config,
     MlpConfig,
@@ -38,13 +40,16 @@ from ..formats.fields import (
 from .header import Value
 
 ROPE_FACTORS = "rope_freqs.weight"
+EXPERTS = "_exps.weight"  # with which names of tensors (E, N, K) end
 _RENAMED = {
     "in_proj": "ssm_in", "conv1d": "ssm_conv1d", "x_proj": "ssm_x", "dt_proj": "ssm_dt", "dt_layernorm": "ssm_dt_norm",
     "b_layernorm": "ssm_b_norm", "c_layernorm": "ssm_c_norm", "A": "ssm_a", "D": "ssm_d", "norm": "ssm_norm",
     "out_proj": "ssm_out", "dt_bias": "ssm_dt.bias", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
     "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up", "down_proj": "ffn_down",
+    "up_proj": "ffn_up", "down_proj": "ffn_down", "gate_exps": "ffn_gate_exps", "up_exps": "ffn_up_exps",
+    "down_exps": "ffn_down_exps", "router": "ffn_gate_inp", "router_bias": "exp_probs_b.bias",
 }  # fmt: skip
+_SHARED = {f"{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")}  # an MLP beside experts
 _SHORT_CONV = {"in_proj": "shortconv.in_proj", "conv1d": "shortconv.conv", "out_proj": "shortconv.out_proj"}
 
 
@@ -87,7 +92,7 @@ class _Metadata:
     def eps(self) -> float:
         """Nemotron-H's has two names, and a file need not have both."""
         keys = [f"{self.architecture}.attention.{name}" for name in ("layer_norm_rms_epsilon", "layer_norm_epsilon")]
-        key = keys[self.architecture == "nemotron_h" and keys[0] not in self.values]
+        key = keys[self.architecture in _NEMOTRON_H and keys[0] not in self.values]
         return epsilon(self.values, key, None)
 
     def of_layer(self, key: str, layer: int, default: int | None = None) -> int:
@@ -165,9 +170,55 @@ class _Metadata:
         return MlpConfig(
             d_inner=self.of_layer("feed_forward_length", layer),
             bias=self.has(layer, "ffn_down.bias"),
-            activation="relu2" if self.architecture == "nemotron_h" else "silu",
-            gated=gated or self.architecture != "nemotron_h",
+            activation=self._activation,
+            gated=gated or self.architecture not in _NEMOTRON_H,
         )
+
+    def feed_forward(self, layer: int) -> BlockConfig:
+        """An MLP, or experts, or both in the order in which the family's other format has them."""
+        if not self.has(layer, "ffn_gate_inp.weight"):
+            return self.mlp(layer)
+        experts, gated = self.experts(layer), self.architecture not in _NEMOTRON_H
+        if not self.has(layer, "ffn_up_shexp.weight"):
+            return experts
+        size = self.read(required, "expert_shared_feed_forward_length")
+        mlp = MlpConfig(size, activation=self._activation, gated=gated)
+        return (mlp, experts) if gated else (experts, mlp)
+
+    def experts(self, layer: int) -> ExpertsConfig:
+        """What of the choice is not in the file is the family's."""
+        sigmoid = self.architecture in _SIGMOID
+        for key, values in {
+            "expert_gating_func": (2 if sigmoid else 1,), "moe_latent_size": (0,), "nextn_predict_layers": (0,),
+            **({} if sigmoid else {"expert_weights_scale": (0.0, 1.0)}),
+        }.items():  # fmt: skip
+            self.read(refuse_other, key, *values)
+        count = self.read(required, "expert_count", limit=MAX_EXPERTS)
+        groups = self.read(required, "expert_group_count", 1)
+        size = count // divides(groups, count, f"{self.architecture}.expert_group_count")
+        if groups > 1 and size < 2:
+            key = f"{self.architecture}.expert_group_count"
+            refuse(key, groups, f"at least two of the {count} experts in a group")
+        top_k_groups = self.read(required, "expert_group_used_count", 1, limit=groups)
+        own = f"{self.architecture}.expert_feed_forward_length" in self.values
+        return ExpertsConfig(
+            num_experts=count,
+            top_k=self.read(required, "expert_used_count", limit=size * top_k_groups),
+            d_inner=self.of_layer("expert_feed_forward_length" if own else "feed_forward_length", layer),
+            activation=self._activation,
+            gated=self.architecture not in _NEMOTRON_H,
+            bias=self.has(layer, "exp_probs_b.bias"),
+            score="sigmoid" if sigmoid else "softmax",
+            groups=groups,
+            top_k_groups=top_k_groups,
+            normalize=self.read(flag, "expert_weights_norm", self.architecture not in ("jamba", *_NEMOTRON_H)),
+            epsilon={"lfm2moe": 1e-6, "nemotron_h_moe": 1e-20}.get(self.architecture, 0.0),
+            scale=self.read(number, "expert_weights_scale", 1.0) if sigmoid else 1.0,
+        )
+
+    @property
+    def _activation(self) -> str:
+        return "relu2" if self.architecture in _NEMOTRON_H else "silu"
 
     def _head_dim(self, heads: int) -> int:
         stated = f"{self.architecture}.attention.key_length"
@@ -180,7 +231,7 @@ class _Metadata:
     @property
     def _rotates(self) -> bool:
         """Granite's files say it in a field that is there for another purpose."""
-        if self.architecture in ("jamba", "nemotron_h"):
+        if self.architecture in ("jamba", *_NEMOTRON_H):
             return False
         return not self.architecture.startswith("granite") or self.read(flag, "rope.scaling.finetuned", True)
 
@@ -211,13 +262,13 @@ class _Metadata:
 
 
 def _hybrid(recurrent: Callable[[_Metadata, int], BlockConfig]) -> Callable[[_Metadata, int], tuple[BlockConfig, ...]]:
-    return lambda m, i: (m.attention(i) if m.attends(i) else recurrent(m, i), m.mlp(i))
+    return lambda m, i: (m.attention(i) if m.attends(i) else recurrent(m, i), m.feed_forward(i))
 
 
 def _nemotron_h(m: _Metadata, layer: int) -> tuple[BlockConfig, ...]:
     if m.attends(layer):
         return (m.attention(layer),)
-    return (m.mlp(layer) if m.of_layer("feed_forward_length", layer) else m.mamba2(layer),)
+    return (m.feed_forward(layer) if m.of_layer("feed_forward_length", layer) else m.mamba2(layer),)
 
 
 # The blocks of a layer.
@@ -226,13 +277,19 @@ _LAYERS: dict[str, Callable[[_Metadata, int], tuple[BlockConfig, ...]]] = {
     "mamba2": lambda m, i: (m.mamba2(i),),
     "llama": lambda m, i: (m.attention(i), m.mlp(i)),
     "granite": lambda m, i: (m.attention(i), m.mlp(i)),
+    "granitemoe": lambda m, i: (m.attention(i), m.feed_forward(i)),
     "granitehybrid": _hybrid(_Metadata.mamba2),
     "lfm2": _hybrid(_Metadata.short_conv),
+    "lfm2moe": _hybrid(_Metadata.short_conv),
     "nemotron_h": _nemotron_h,
+    "nemotron_h_moe": _nemotron_h,
     "jamba": _hybrid(_Metadata.mamba1),
     "falcon-h1": lambda m, i: ((m.mamba2(i), m.attention(i)), m.mlp(i)),
 }
-_INTERLEAVED = ("llama", "granite", "granitehybrid", "nemotron_h")
+_NEMOTRON_H = ("nemotron_h", "nemotron_h_moe")
+_WITH_EXPERTS = ("granitemoe", "granitehybrid", "lfm2moe", "nemotron_h_moe", "jamba")
+_SIGMOID = ("lfm2moe", "nemotron_h_moe")  # how their experts are chosen
+_INTERLEAVED = ("llama", "granite", "granitemoe", "granitehybrid", *_NEMOTRON_H)
 _NORMS = (("attn_norm.weight",), ("ffn_norm.weight", "ffn_norm"))
 
 
@@ -253,8 +310,11 @@ def describe(
             f"general.architecture {shown(architecture)} is not supported; supported: {', '.join(_LAYERS)}"
         )
     experts = next((name for name in stored if "_exps" in name), None)
-    if experts is not None:
-        raise ValueError(f"a mixture of experts (it has {experts}), which is not supported; dense models are")
+    if experts is not None and architecture not in _WITH_EXPERTS:
+        raise ValueError(
+            f"a mixture of experts (it has {experts}), which is not supported for {architecture}; supported for: "
+            f"{', '.join(_WITH_EXPERTS)}"
+        )
     m = _Metadata(values, architecture, frozenset(stored), rope_factors)
     layers = [_LAYERS[architecture](m, i) for i in range(m.layers)]
     names, interleaved = [], {}
@@ -281,5 +341,7 @@ def describe(
     norm = next(
         (name for name in ("output_norm.weight", "token_embd_norm.weight") if name in stored), "output_norm.weight"
     )
-    renamed = _RENAMED | _SHORT_CONV if architecture == "lfm2" else _RENAMED
+    renamed = _RENAMED | (_SHORT_CONV if architecture.startswith("lfm2") else {})
+    if any("_shexp." in name for name in stored):
+        renamed |= _SHARED
     return Description(config, Names(("token_embd.weight",), norm, "output.weight", tuple(names), renamed), interleaved)

@@ -4,7 +4,7 @@ import torch
 
 from ..files import MappedFile
 from ..weights import StoredTensor
-from .architectures import ROPE_FACTORS, Description
+from .architectures import EXPERTS, ROPE_FACTORS, Description
 from .header import Header, TensorInfo
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,8 +37,8 @@ def read_gguf_tensors(header: Header, description: Description, file: MappedFile
         part, dtype, format = data[info.offset : info.offset + info.nbytes], _DTYPES.get(info.type), None
         if dtype is not None:
             part = part.view(dtype).view(_shape(name, info))
-        elif len(info.shape) == 2:
-            part, format = part.view(info.shape[0], -1), info.type.lower()
+        elif len(info.shape) == (3 if name.endswith(EXPERTS) else 2):
+            part, format = part.view(*info.shape[:-1], -1), info.type.lower()
         else:
             raise ValueError(f"{header.path}: tensor {name} of shape {info.shape} is {info.type}; only matrices may be")
         heads = description.interleaved.get(name.rpartition(".")[0])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..backend import run
-from ..checks import WEIGHT_DTYPES, check, check_activations, check_contiguous
+from ..checks import WEIGHT_DTYPES, check, check_activations, check_blocks, check_contiguous
 from ..expert_weight import ExpertWeight
 from ..library import operator
 
@@ -24,10 +24,11 @@ def _result(
     experts: torch.Tensor,
     expert_weights: torch.Tensor | None,
     weight_matrices: list[torch.Tensor],
+    weight_matrix_shape: list[int] | None,
     **_: object,
 ) -> torch.Tensor:
     rows = experts.shape[1] if expert_weights is None else 1
-    return x.new_empty(x.shape[0], rows, weight_matrices[0].shape[0])
+    return x.new_empty(x.shape[0], rows, (weight_matrix_shape or weight_matrices[0].shape)[0])
 
 
 @operator(returns=_result)
@@ -46,12 +47,13 @@ def expert_linear(
     | x              | (M, J, K) | activations; J is k, or 1: the same for all of a token's experts |
     | experts        | (M, k)    | int32 in [0, E), as ``select_experts`` gives them        |
     | expert_weights | (M, k)    | float32, or None                                         |
-    | weight         | (E, N, K) | `ExpertWeight` of float32, bfloat16, float16             |
+    | weight         | (E, N, K) | `ExpertWeight` of float32, bfloat16, float16, or in blocks |
     | returns        | (M, k, N) | as x; with expert_weights (M, 1, N): the sum over a token's experts |
 
-    Equivalent to ``y[m, j] = weight[experts[m, j]].float() @ x[m, j]`` with float32 accumulation. Weights are used as
-    stored. A call reads each chosen expert once, whatever the number of tokens that have chosen it, and no other. A
-    token's result has the same bits for every M, every neighbour and every number of threads.
+    Equivalent to ``y[m, j] = weight[experts[m, j]].float() @ x[m, j]`` with float32 accumulation, where x is rounded as
+    ``skinny_linear`` says if weights are in blocks. Weights are used as stored. A call reads each chosen expert once,
+    whatever the number of tokens that have chosen it, and no other. A token's result has the same bits for every M,
+    every neighbour and every number of threads.
 
     Raises:
         ValueError: a shape, dtype, stride or device does not fit; an expert that does not exist, on the CPU, where that
@@ -71,8 +73,10 @@ def expert_linear(
     if expert_weights is not None:
         check("expert_weights", expert_weights, (tokens, top_k), x)
         check_contiguous("expert_weights", expert_weights)
-    check("weight", weight.matrices[0], weight.shape[1:], x, WEIGHT_DTYPES)
-    check("weight.offsets", weight.offsets, weight.shape[:1], x, torch.int64)
+    if weight.format is None:
+        check("weight", weight.matrices[0], weight.shape[1:], x, WEIGHT_DTYPES)
+    else:
+        check_blocks(weight[0], weight.shape[1:], x, backend)
     if experts.is_cpu and experts.numel():
         chosen = {expert for row in experts.tolist() for expert in row}
         if min(chosen) < 0 or max(chosen) >= weight.shape[0]:

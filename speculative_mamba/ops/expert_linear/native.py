@@ -15,7 +15,7 @@ def expert_linear(args: ExpertLinearArgs) -> torch.Tensor:
     kernels, where = compiled(x)
     kernels.expert_linear(
         args, where, activations=x.dtype, tokens=tokens, top_k=top_k, inputs=x.shape[1], num_experts=weight.shape[0],
-        in_features=in_features, out_features=out_features, weight=weight.matrices[0], offsets=weight.offsets, y=y,
+        in_features=in_features, out_features=out_features, weight=weight[0], offsets=weight.offsets, y=y,
         scratch=scratch(x),
     )  # fmt: skip
     return y

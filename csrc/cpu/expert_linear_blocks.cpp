@@ -1,0 +1,38 @@
+// Experts in blocks: the products of linear_blocks.h for the choices of expert_choices.h.
+#include "expert_choices.h"
+#include "linear_blocks.h"
+
+namespace speculative_mamba::SM_ISA {
+namespace {
+
+template <typename Format>
+void run(const ExpertLinearParams& p, int threads) {
+    const SortedChoices choices(p);
+    const auto x =
+        rounded_rows<Format>(choices.size(), p.in_features, threads, [&choices](int64_t i) { return choices.x(i); });
+    const int64_t grain = block_rows_of_chunk(p.weight_row_stride, p.out_features, threads, kExpertChunkBytes);
+    parallel_for(p.out_features, grain, choices.size() * p.in_features * p.out_features, threads,
+                 [&](int64_t first, int64_t last) {
+                     choices.collect(first, last, [&](int64_t e, int64_t, const auto& store) {
+                         const auto* weight = static_cast<const uint8_t*>(p.weight) + p.offsets[e];
+                         const BlockOperands<Format> operands{x, weight, p.weight_row_stride, p.in_features,
+                                                              p.out_features};
+                         const int64_t begin = choices.begin(e), count = choices.begin(e + 1) - begin;
+                         multiply_blocks(operands, begin, count, first, last, store);
+                     });
+                 });
+}
+
+}  // namespace
+
+void expert_linear_blocks(const ExpertLinearParams& p, int threads) {
+    switch (p.weight_dtype) {
+        case DType::q8_0: return run<Q8_0>(p, threads);
+        case DType::q4_0: return run<Q4_0>(p, threads);
+        case DType::q4_k: return run<Q4_K>(p, threads);
+        case DType::q6_k: return run<Q6_K>(p, threads);
+        default: throw_unknown_dtype(p.weight_dtype);
+    }
+}
+
+}  // namespace speculative_mamba::SM_ISA
