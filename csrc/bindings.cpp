@@ -4,6 +4,7 @@
 
 PYBIND11_MODULE(_C, m) {
     define_ops(m);
+    m.attr("version") = SM_VERSION;
     m.def("available_isas", &available_isas, "Instruction sets that can run here, best first.");
     m.def("select_isa", &select_isa, "Uses the named instruction set from now on.");
     m.def("isa", [] { return kernels().name; }, "The instruction set in use.");
