@@ -218,8 +218,11 @@ if int(setuptools.__version__.partition(".")[0]) < SETUPTOOLS:
     sys.exit(
         f"speculative_mamba: setuptools {setuptools.__version__} is too old; pip install 'setuptools>={SETUPTOOLS}'"
     )
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    sys.exit("speculative_mamba: this Python is free-threaded, for which the kernels are not made; take one with a GIL")
 mode, sanitize = map(chosen, CHOICES)
-extensions = [Extension("speculative_mamba._C", sources=[])]
-if mode == "on" or (mode == "auto" and find_nvcc()):
-    extensions.append(Extension("speculative_mamba._C_cuda", sources=[], optional=mode == "auto"))
-setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":  # wheels/cuda/setup.py takes what is above
+    extensions = [Extension("speculative_mamba._C", sources=[])]
+    if mode == "on" or (mode == "auto" and find_nvcc()):
+        extensions.append(Extension("speculative_mamba._C_cuda", sources=[], optional=mode == "auto"))
+    setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})

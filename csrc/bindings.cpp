@@ -4,6 +4,7 @@
 
 PYBIND11_MODULE(_C, m) {
     define_ops(m);
+    m.attr("version") = SM_VERSION;
     m.def("available_isas", &available_isas, "Instruction sets that can run here, best first.");
     m.def("emulated_isas", &emulated_isas, "Instruction sets for tests, which can be selected but never are at first.");
     m.def("obstacle_to_amx", &obstacle_to_amx, "Why there is no AMX; empty if it can be used.");

@@ -4,6 +4,7 @@
 
 PYBIND11_MODULE(_C_cuda, m) {
     define_ops(m);
+    m.attr("version") = SM_VERSION;
     m.attr("architectures") = kernels().name;
     m.def(
         "problem",

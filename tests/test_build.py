@@ -72,9 +72,8 @@ def build(tmp_path: Path) -> Build:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def script() -> dict[str, Any]:
     """The names of setup.py, of which nothing is run."""
-    monkeypatch.setattr("setuptools.setup", lambda **_: None)
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
@@ -151,6 +150,13 @@ class TestTheLastLineSaysWhatIsNeeded:
     def test_an_old_setuptools(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("setuptools.__version__", "65.5.0")
         with pytest.raises(SystemExit, match=r"setuptools 65\.5\.0 is too old; pip install 'setuptools>=77'"):
+            runpy.run_path(str(ROOT / "setup.py"))
+
+    def test_a_free_threaded_python(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sysconfig.get_config_var", lambda name: name == "Py_GIL_DISABLED")
+        with pytest.raises(
+            SystemExit, match=r"^speculative_mamba: this Python is free-threaded, [^\n]*; take one with"
+        ):
             runpy.run_path(str(ROOT / "setup.py"))
 
     @pytest.mark.parametrize(

@@ -1,42 +1,33 @@
 """The backends of every op: an ordered table, each with a probe that answers (ok, reason)."""
 
 import functools
-import importlib
+import importlib.util
 import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from . import installation
 from .threads import num_threads
 
-_REBUILD = "SPECULATIVE_MAMBA_CUDA=on pip install -e ."
+_CUDA_WHEEL = "speculative_mamba_cuda"
 _SOURCE = {"cpu": "native", "cuda": "native", "triton": "triton", "reference": "reference"}  # file of each op
-
-
-def _cure(name: str, build: str) -> str:
-    """What to do about a compiled module that cannot be loaded; another copy of the package may have it."""
-    here = Path(__file__).resolve().parents[1]
-    for entry in sys.path:
-        folder = Path(entry, "speculative_mamba").resolve()
-        if folder != here and any((folder / f"{name}{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
-            return f"{here} hides the installed copy in {folder}, which has it: run from another folder or use {build}"
-    return f"build it with: {build}"
 
 
 @functools.cache
 def extension() -> tuple[ModuleType | None, str]:
-    """The compiled CPU kernels, or None, and the reason."""
+    """The compiled CPU kernels, or None, and the reason. Where two versions are on the path, stderr says so, once."""
+    warning = installation.ambiguity()
+    if warning:
+        print(f"speculative_mamba: {warning}", file=sys.stderr)
     try:
-        module = importlib.import_module("speculative_mamba._C")
+        module = installation.load("_C")
     except ImportError as error:
-        first_line = str(error).splitlines()[0]
-        return None, f"speculative_mamba._C cannot be loaded ({first_line}); {_cure('_C', 'pip install -e .')}"
+        return None, f"{error}; {installation.cure('_C', 'pip install -e .', 'speculative-mamba')}"
     isa = os.environ.get("SPECULATIVE_MAMBA_ISA")
     if isa:
         try:
@@ -58,21 +49,37 @@ def cuda_extension() -> tuple[ModuleType | None, str]:
     if not torch.cuda.is_available():
         return None, "torch sees no CUDA device"
     try:
-        module = importlib.import_module("speculative_mamba._C_cuda")
+        module = _load_cuda()
     except ImportError as error:
-        first_line = str(error).splitlines()[0]
-        return (
-            None,
-            f"speculative_mamba._C_cuda cannot be loaded ({first_line}); with nvcc, {_cure('_C_cuda', _REBUILD)}",
-        )
+        return None, f"{error}; {_cuda_cure()}"
     if module.problem():
         return None, f"the CUDA kernels cannot run: {module.problem()}"
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         if not runs_on(module.architectures, capability):
             card = f"{torch.cuda.get_device_name(index)} (sm_{capability[0]}{capability[1]})"
-            return None, f"the CUDA kernels are built for {module.architectures}, not for {card}; {_REBUILD}"
+            return None, f"the CUDA kernels are built for {module.architectures}, not for {card}; {_cuda_cure()}"
     return module, f"CUDA kernels for {module.architectures}"
+
+
+def _cuda_cure() -> str:
+    return installation.cure("_C_cuda", "SPECULATIVE_MAMBA_CUDA=on pip install -e .", "speculative-mamba-cuda")
+
+
+def _load_cuda() -> ModuleType:
+    """The CUDA kernels of this folder, or those of the wheel speculative-mamba-cuda.
+
+    Raises:
+        ImportError: in one line, why neither can be loaded.
+    """
+    try:
+        return installation.load("_C_cuda")
+    except ImportError as error:
+        if importlib.util.find_spec(_CUDA_WHEEL) is None:
+            raise
+        if installation.has("_C_cuda"):
+            print(f"speculative_mamba: {error}; {_CUDA_WHEEL} is taken instead", file=sys.stderr)
+    return installation.load("_C_cuda", _CUDA_WHEEL)
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:

@@ -25,7 +25,7 @@ CUDA = ROOT / "csrc" / "cuda"
 def built_shim() -> ModuleType:
     """The module, built once for all processes and until a source changes."""
     pybind11 = pytest.importorskip("pybind11")
-    options = ["-fvisibility=hidden"]
+    options = ["-fvisibility=hidden", '-DSM_VERSION="of the shim"']
     options += [f"-I{include}" for include in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     sources = [ROOT / "csrc" / "bindings_cuda.cpp", SHIM / "kernels.cpp", *sorted(CUDA.glob("*.cu"))]
     read = sorted(path for folder in (SHIM, CUDA, CUDA.parent) for path in folder.iterdir() if path.is_file())

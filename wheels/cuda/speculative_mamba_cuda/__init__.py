@@ -1,0 +1,1 @@
+"""The CUDA kernels of speculative_mamba, which finds them here."""
