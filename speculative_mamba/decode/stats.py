@@ -18,7 +18,7 @@ class GenerationStats:
     were compared with the target, that is all up to and including the first rejection, and none behind a stop.
     accepted: tested tokens that became text. The lists count by position in the window.
     setup_s covers memory and CUDA graphs, where they are not there from an earlier call; prefill_s both models'
-    prompts; decode_s everything after, of which draft_s and verify_s are the models' calls (0 with executor "graph",
+    prompts; decode_s everything after, of which draft_s is proposing and verify_s all else of rounds (0 with "graph",
     where a whole round is one call).
     draft_dropped_at: with lookahead "auto", after how many rounds the draft was given up because it did not pay; None:
     never. peak_bytes: the most memory that the process ever had, weights that were read from their file included; on a

@@ -156,7 +156,7 @@ void announce_all(const SelectExpertsParams& p) {
 }
 
 void announce_all(const EmbedTokensParams& p) {
-    announce(p.tokens, p.batch, p.tokens_row_stride, 1, 0, p.window);
+    announce(p.tokens, p.batch, p.tokens_row_stride, 1, 0, p.window, Use::read, 8);
     const int64_t element = bytes_of(p.table_dtype);
     for (int64_t i = 0; i < p.batch * p.window; i++) {
         const int64_t token = p.tokens[i / p.window * p.tokens_row_stride + i % p.window];
