@@ -72,7 +72,8 @@ inline void pack_tokens(const float* x, int64_t x_row_stride, int rows, int64_t 
     }
 }
 
-// All rows of x in groups, packed by the threads.
+// All rows of x in groups, packed by so many threads in memory of the calling one, which has them already if `threads`
+// is 0.
 class TokenGroups {
  public:
     TokenGroups(const LinearOperands<bf16_t>& p, int64_t rows, int threads)
@@ -80,6 +81,7 @@ class TokenGroups {
         thread_local Buffer tiles, least;
         tiles_ = tiles.reserve<bf16_t>(count() * group_size());
         least_ = least.reserve<float>(rows);
+        if (threads == 0) return;
         const int64_t items = count() * steps_, work_of_item = 2 * kGroupTokens * kTileFeatures;
         parallel_for(items, divide_up(items, 2 * threads), items * work_of_item, threads,
                      [&](int64_t first, int64_t last) { pack(p, first, last); });
@@ -197,6 +199,25 @@ inline void add_parts(const float* sums, int rows, float* totals) {
         for (int i = 0; i < kTileFloats; i++) added[i] = (sums[2 * kTileFloats + i] + sums[kTileFloats + i]) + sums[i];
         return transpose(added, totals);
     }
+#if defined(__AVX512F__)
+    if (T == 1 && rows == 1) {  // needs three columns alone
+        __m512 four[4];         // columns of rows i, i+4, i+8, i+12
+        for (int i = 0; i < 4; i++) {
+            four[i] = _mm512_broadcast_f32x4(_mm_loadu_ps(sums + i * kTileRows));
+            for (int j = 1; j < 4; j++)
+                four[i] = _mm512_mask_broadcast_f32x4(four[i], static_cast<__mmask16>(15 << 4 * j),
+                                                      _mm_loadu_ps(sums + (i + 4 * j) * kTileRows));
+        }
+        const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(four[0], four[1]));
+        const __m512d low_below = _mm512_castps_pd(_mm512_unpacklo_ps(four[2], four[3]));
+        const __m512 first = _mm512_castpd_ps(_mm512_unpacklo_pd(low, low_below));
+        const __m512 second = _mm512_castpd_ps(_mm512_unpackhi_pd(low, low_below));
+        const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(four[0], four[1]));
+        const __m512d high_below = _mm512_castps_pd(_mm512_unpackhi_ps(four[2], four[3]));
+        const __m512 third = _mm512_castpd_ps(_mm512_unpacklo_pd(high, high_below));
+        return _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_add_ps(third, second), first));
+    }
+#endif
     float columns[T * kTileFloats];
     for (int t = 0; t < T; t++) transpose(sums + t * kTileFloats, columns + t * kTileFloats);
     const float *first = columns, *second = first + rows * kTileRows, *third = second + rows * kTileRows;
@@ -313,9 +334,9 @@ inline void multiply_rows_by_tiles(const LinearOperands<bf16_t>& p, const TokenG
 }
 
 // Rows of W in a chunk that a thread takes: a few panels, or what is packed at once, four times.
-inline int64_t rows_of_chunk(const LinearOperands<bf16_t>& p, const TokenGroups& x, int64_t out_features, int threads) {
+inline int64_t rows_of_chunk(const LinearOperands<bf16_t>& p, int64_t tokens, int64_t out_features, int threads) {
     const int64_t row_bytes = divide_up(p.in_features, kTileFeatures) * kTileBytes + 1;
-    const int64_t rows = x.count() <= kFewGroups ? 2 * kPanelRows : 4 * kResidentBytes / row_bytes;
+    const int64_t rows = tokens <= kFewGroups * kGroupTokens ? 2 * kPanelRows : 4 * kResidentBytes / row_bytes;
     return divide_up(min(rows, divide_up(out_features, 2 * threads)), kPanelRows) * kPanelRows;
 }
 

@@ -23,7 +23,7 @@ TOKENS = 10
 def model() -> Iterator[sm.MambaLM]:
     before = MODULE.isa()
     MODULE.select_isa(TILED[0])
-    yield random_model(tiny_config(d_model=40, d_state=16), dtype=torch.bfloat16, backend="cpu")
+    yield random_model(tiny_config(d_model=528, n_layer=1, d_state=16), dtype=torch.bfloat16, backend="cpu")
     MODULE.select_isa(before)
 
 
