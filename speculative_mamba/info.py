@@ -27,6 +27,7 @@ def describe() -> str:
     module, _ = backends.extension()
     if module is not None:
         lines.append(f"instruction sets  {', '.join(module.available_isas())} (in use: {module.isa()})")
+        lines.append(f"AMX               {module.obstacle_to_amx() or 'permitted'}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(f"CUDA devices      {', '.join(devices) or 'none'}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@
 #include "buffer.h"
 #include "linear_rows.h"
 #include "tiles.h"
+#include "transpose.h"
 
 namespace speculative_mamba::SM_ISA {
 
@@ -20,44 +21,12 @@ constexpr int kGroupTokens = 16;  // rows of x whose parts are columns of kToken
 
 inline int64_t column_tiles(int64_t tokens) { return divide_up(tokens * kTokenParts, kTileRows); }
 
-// out[j][i] = in[i][j], of 32 bits.
-inline void transpose(const float* in, float* out) {
-#if defined(__AVX512F__)
-    __m512 a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(in + 16 * i);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    // a[i + j]: four times column j of rows i … i+3, from every fourth column.
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
-            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-    for (int j = 0; j < 4; j++) {
-        const __m512 even = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x88),
-                     odd = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xdd);
-        const __m512 even_below = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x88);
-        const __m512 odd_below = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xdd);
-        _mm512_storeu_ps(out + 16 * j, _mm512_shuffle_f32x4(even, even_below, 0x88));
-        _mm512_storeu_ps(out + 16 * (j + 4), _mm512_shuffle_f32x4(odd, odd_below, 0x88));
-        _mm512_storeu_ps(out + 16 * (j + 8), _mm512_shuffle_f32x4(even, even_below, 0xdd));
-        _mm512_storeu_ps(out + 16 * (j + 12), _mm512_shuffle_f32x4(odd, odd_below, 0xdd));
-    }
-#else
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++) std::memcpy(out + 16 * j + i, in + 16 * i + j, sizeof(float));
-#endif
-}
-
 // Up to kGroupTokens rows of x: for every kTileFeatures of them column_tiles() tiles. Part d of row m is column
 // d · rows + m.
 struct PackedTokens {
     int rows;
     const bf16_t* tiles;
-    const float* least;  // products of row m that are smaller in magnitude are computed again
+    const float* least;  // products of a row that are smaller in magnitude are computed again
 };
 
 // Below this, parts of x could be subnormal; of the largest magnitude in a row.
@@ -103,23 +72,86 @@ inline void pack_tokens(const float* x, int64_t x_row_stride, int rows, int64_t 
     }
 }
 
+// All rows of x in groups, packed by so many threads in memory of the calling one, which has them already if `threads`
+// is 0.
+class TokenGroups {
+ public:
+    TokenGroups(const LinearOperands<bf16_t>& p, int64_t rows, int threads)
+        : rows_(rows), steps_(divide_up(p.in_features, kTileFeatures)) {
+        thread_local Buffer tiles, least;
+        tiles_ = tiles.reserve<bf16_t>(count() * group_size());
+        least_ = least.reserve<float>(rows);
+        if (threads == 0) return;
+        const int64_t items = count() * steps_, work_of_item = 2 * kGroupTokens * kTileFeatures;
+        parallel_for(items, divide_up(items, 2 * threads), items * work_of_item, threads,
+                     [&](int64_t first, int64_t last) { pack(p, first, last); });
+    }
+    int64_t count() const { return divide_up(rows_, kGroupTokens); }
+    int64_t group_size() const { return steps_ * kTokenParts * kTileRows * kTileFeatures; }
+    PackedTokens operator[](int64_t group) const {
+        const int64_t m = group * kGroupTokens;
+        return {static_cast<int>(min(kGroupTokens, rows_ - m)), tiles_ + group * group_size(), least_ + m};
+    }
+
+ private:
+    // Items are groups times steps.
+    void pack(const LinearOperands<bf16_t>& p, int64_t first, int64_t last) const {
+        while (first < last) {
+            const int64_t group = first / steps_, step = first % steps_, end = min(steps_, step + last - first);
+            const float* const x = p.x + group * kGroupTokens * p.x_row_stride;
+            const int rows = (*this)[group].rows;
+            for (int m = 0; m < rows && step == 0; m++)
+                least_[group * kGroupTokens + m] = least_product(x + m * p.x_row_stride, p.in_features);
+            pack_tokens(x, p.x_row_stride, rows, p.in_features, step, end, tiles_ + group * group_size());
+            first += end - step;
+        }
+    }
+
+    int64_t rows_, steps_;
+    bf16_t* tiles_;
+    float* least_;
+};
+
+// Rows of W in a panel: as many streams as memory serves at once.
+constexpr int kPanelTiles = 2, kPanelRows = kPanelTiles * kTileRows;
+
 // Rows of W from some row on; those beyond `rows` do not exist.
 struct WeightRows {
     const bf16_t* weight;
     int64_t row_stride, features, rows;
+
+    // Sixteen rows from `row` on and 32 features from k on. What does not exist is zero.
+    template <int T>
+    void load(int64_t row, int64_t k) const {
+        const bf16_t* source = weight + row * row_stride + k;
+        if (row + kTileRows <= rows && k + kTileFeatures <= features)
+            return tile_loadd<T>(source, row_stride * static_cast<int64_t>(sizeof(bf16_t)));
+        alignas(kTileBytes) bf16_t tile[kTileRows][kTileFeatures];
+        copy(row, k, tile);
+        tile_loadd<T>(tile, kTileBytes);
+    }
+    void copy(int64_t row, int64_t k, bf16_t (*tile)[kTileFeatures]) const {
+        const int64_t count = min(kTileFeatures, features - k);
+        for (int64_t r = row; r < row + kTileRows; r++, tile++) {
+            if (r < rows && count == kTileFeatures) {
+                std::memcpy(*tile, weight + r * row_stride + k, kTileBytes);
+            } else {
+                std::memset(*tile, 0, kTileBytes);
+                if (r < rows) std::memcpy(*tile, weight + r * row_stride + k, count * sizeof(bf16_t));
+            }
+        }
+    }
 };
 
-// Sixteen rows from `row` on and 32 features from k on. What does not exist is zero.
-template <int T>
-inline void load_weights(const WeightRows& p, int64_t row, int64_t k) {
-    const bf16_t* source = p.weight + row * p.row_stride + k;
-    if (row + kTileRows <= p.rows && k + kTileFeatures <= p.features)
-        return tile_loadd<T>(source, p.row_stride * static_cast<int64_t>(sizeof(bf16_t)));
-    alignas(kTileBytes) bf16_t padded[kTileRows][kTileFeatures] = {};
-    const int64_t rows = min(kTileRows, p.rows - row), count = min(kTileFeatures, p.features - k);
-    for (int64_t r = 0; r < rows; r++) std::memcpy(padded[r], source + r * p.row_stride, count * sizeof(bf16_t));
-    tile_loadd<T>(padded, kTileBytes);
-}
+// A panel as tiles side by side, which many rows of x find sooner.
+struct PackedRows {
+    const bf16_t (*tiles)[kTileRows][kTileFeatures];
+
+    template <int T>
+    void load(int64_t row, int64_t k) const {
+        tile_loadd<T>(tiles[k / kTileFeatures * kPanelTiles + row / kTileRows], kTileBytes);
+    }
+};
 
 template <int I>
 struct Index {
@@ -136,20 +168,20 @@ inline void unrolled(const Body& body) {
 }
 
 // R tiles of W's rows times T tiles of columns, into R · T tiles of sums.
-template <int R, int T>
-inline void multiply_tiles(const WeightRows& w, const bf16_t* x, float* sums) {
+template <int R, int T, typename Weights>
+inline void multiply_tiles(const Weights& w, const bf16_t* x, int64_t features, float* sums) {
     // Several sums hide how long a product takes. All tiles of x are held where there is room.
     constexpr int kX = R * T, kHeld = kX + T < kTiles ? T : 1, kW = kX + kHeld, kWeights = kTiles - kW;
     static_assert(kWeights > 0, "too many sums");
     unrolled<R * T>([](auto i) { tile_zero<i.value>(); });
-    for (int64_t k = 0; k < w.features; k += kTileFeatures, x += T * 2 * kTileFloats) {
+    for (int64_t k = 0; k < features; k += kTileFeatures, x += T * 2 * kTileFloats) {
         const auto load_tokens = [x](auto t) {
             tile_loadd<kX + t.value % kHeld>(x + t.value * 2 * kTileFloats, kTileBytes);
         };
         if constexpr (kHeld == T) unrolled<T>(load_tokens);
         unrolled<R>([&](auto r) {
             constexpr int kRow = r.value, kWeight = kW + kRow % kWeights;
-            load_weights<kWeight>(w, kRow * kTileRows, k);
+            w.template load<kWeight>(kRow * kTileRows, k);
             unrolled<T>([&](auto t) {
                 if constexpr (kHeld < T) load_tokens(t);
                 tile_dpbf16ps<kRow * T + t.value, kWeight, kX + t.value % kHeld>();
@@ -167,61 +199,145 @@ inline void add_parts(const float* sums, int rows, float* totals) {
         for (int i = 0; i < kTileFloats; i++) added[i] = (sums[2 * kTileFloats + i] + sums[kTileFloats + i]) + sums[i];
         return transpose(added, totals);
     }
+#if defined(__AVX512F__)
+    if (T == 1 && rows == 1) {  // needs three columns alone
+        __m512 four[4];         // columns of rows i, i+4, i+8, i+12
+        for (int i = 0; i < 4; i++) {
+            four[i] = _mm512_broadcast_f32x4(_mm_loadu_ps(sums + i * kTileRows));
+            for (int j = 1; j < 4; j++)
+                four[i] = _mm512_mask_broadcast_f32x4(four[i], static_cast<__mmask16>(15 << 4 * j),
+                                                      _mm_loadu_ps(sums + (i + 4 * j) * kTileRows));
+        }
+        const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(four[0], four[1]));
+        const __m512d low_below = _mm512_castps_pd(_mm512_unpacklo_ps(four[2], four[3]));
+        const __m512 first = _mm512_castpd_ps(_mm512_unpacklo_pd(low, low_below));
+        const __m512 second = _mm512_castpd_ps(_mm512_unpackhi_pd(low, low_below));
+        const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(four[0], four[1]));
+        const __m512d high_below = _mm512_castps_pd(_mm512_unpackhi_ps(four[2], four[3]));
+        const __m512 third = _mm512_castpd_ps(_mm512_unpacklo_pd(high, high_below));
+        return _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_add_ps(third, second), first));
+    }
+#endif
     float columns[T * kTileFloats];
     for (int t = 0; t < T; t++) transpose(sums + t * kTileFloats, columns + t * kTileFloats);
     const float *first = columns, *second = first + rows * kTileRows, *third = second + rows * kTileRows;
     for (int i = 0; i < rows * kTileRows; i++) totals[i] = (third[i] + second[i]) + first[i];
 }
 
-inline bool all_settled(const float* totals, float least) {
-    int unsettled = 0;
-    for (int i = 0; i < kTileRows; i++) {
-        const float magnitude = __builtin_fabsf(totals[i]);
-        unsettled |= !(magnitude >= least) | !(magnitude <= __FLT_MAX__);
-    }
-    return !unsettled;
+// Whether a product can stay as tiles have it; the bits of magnitudes compare as they do.
+inline bool is_settled(uint32_t total, uint32_t least) {
+    const uint32_t magnitude = total & 0x7fffffffu;
+    return (magnitude >= least) & (magnitude < 0x7f800000u);
 }
 
-// A group of rows of x from m on times R · 16 rows of W from n on.
-template <int R, int T, typename Store>
-inline void multiply_panel(const LinearOperands<bf16_t>& p, const PackedTokens& x, int64_t m, int64_t n, int64_t last,
-                           const Store& store) {
+inline bool all_settled(const float* totals, float least) {
+    uint32_t bits[kTileRows], limit, settled = 1;
+    std::memcpy(bits, totals, sizeof bits);
+    std::memcpy(&limit, &least, sizeof limit);
+    for (int i = 0; i < kTileRows; i++) settled &= is_settled(bits[i], limit);
+    return settled;
+}
+
+// Computes those again that are not settled: row m of x times `count` rows of W from n on.
+inline void settle(const LinearOperands<bf16_t>& p, int64_t m, int64_t n, int count, float least, float* totals) {
+    for (int i = 0; i < count; i++)
+        if (!(__builtin_fabsf(totals[i]) >= least) || !(__builtin_fabsf(totals[i]) <= __FLT_MAX__))
+            multiply_tokens<bf16_t, 1>(p, m, n + i, n + i + 1,
+                                       [&](int64_t, int64_t, float total) { totals[i] = total; });
+}
+
+// A group of rows of x from m on times R · 16 rows of W, `weights`, from n on; those from `last` on do not count.
+template <int R, int T, typename Weights, typename Store>
+inline void multiply_panel(const LinearOperands<bf16_t>& p, const PackedTokens& x, const Weights& weights, int64_t m,
+                           int64_t n, int64_t last, const Store& store) {
     alignas(kTileBytes) float sums[R * T * kTileFloats];
-    multiply_tiles<R, T>({p.weight + n * p.weight_row_stride, p.weight_row_stride, p.in_features, last - n}, x.tiles,
-                         sums);
+    multiply_tiles<R, T>(weights, x.tiles, p.in_features, sums);
     for (int r = 0; r < R && n < last; r++, n += kTileRows) {
         float totals[kTileFloats];
         const int count = static_cast<int>(min(kTileRows, last - n));
         add_parts<T>(sums + r * T * kTileFloats, x.rows, totals);
         for (int i = 0; i < x.rows; i++) {
             float* const row = totals + i * kTileRows;
-            if (!all_settled(row, x.least[i]))
-                for (int j = 0; j < count; j++)
-                    if (!(__builtin_fabsf(row[j]) >= x.least[i]) || !(__builtin_fabsf(row[j]) <= __FLT_MAX__))
-                        multiply_tokens<bf16_t, 1>(p, m + i, n + j, n + j + 1,
-                                                   [row, j](int64_t, int64_t, float total) { row[j] = total; });
+            if (!all_settled(row, x.least[i])) settle(p, m + i, n, count, x.least[i], row);
             store(m + i, n, row, count);
         }
     }
 }
 
-template <int R, int T, typename Store>
-inline void multiply_panels(const LinearOperands<bf16_t>& p, const PackedTokens& x, int64_t m, int64_t n, int64_t last,
-                            const Store& store) {
-    for (; n + R * kTileRows <= last; n += R * kTileRows) multiply_panel<R, T>(p, x, m, n, last, store);
-    for (; n < last; n += kTileRows) multiply_panel<1, T>(p, x, m, n, last, store);
+template <int R, typename Weights, typename Store>
+inline void multiply_panel(const LinearOperands<bf16_t>& p, const PackedTokens& x, const Weights& weights, int64_t m,
+                           int64_t n, int64_t last, const Store& store) {
+    switch (column_tiles(x.rows)) {
+        case 1: return multiply_panel<R, 1>(p, x, weights, m, n, last, store);
+        case 2: return multiply_panel<R, 2>(p, x, weights, m, n, last, store);
+        default: return multiply_panel<R, 3>(p, x, weights, m, n, last, store);
+    }
 }
 
-// A group of rows of x from m on times rows first … last-1 of W: calls store(m, n, sums, count) for `count` of W's rows
-// from n on.
+// So many groups of rows of x are few: weights are not packed for them.
+constexpr int64_t kFewGroups = 2;
+// Bytes of packed weights that stay in the second-level cache while all rows of x pass.
+constexpr int64_t kResidentBytes = 1 << 19;
+
+// Weights as they lie, panel by panel.
 template <typename Store>
-inline void multiply_group_by_tiles(const LinearOperands<bf16_t>& p, const PackedTokens& x, int64_t m, int64_t first,
-                                    int64_t last, const Store& store) {
-    switch (column_tiles(x.rows)) {
-        case 1: return multiply_panels<2, 1>(p, x, m, first, last, store);
-        case 2: return multiply_panels<2, 2>(p, x, m, first, last, store);
-        default: return multiply_panels<2, 3>(p, x, m, first, last, store);
+inline void multiply_few_groups(const LinearOperands<bf16_t>& p, const TokenGroups& x, int64_t first, int64_t last,
+                                const Store& store) {
+    for (int64_t n = first; n < last; n += kPanelRows) {
+        const WeightRows panel{p.weight + n * p.weight_row_stride, p.weight_row_stride, p.in_features, last - n};
+        for (int64_t group = 0; group < x.count(); group++) {
+            if (n + kTileRows < last)
+                multiply_panel<kPanelTiles>(p, x[group], panel, group * kGroupTokens, n, last, store);
+            else multiply_panel<1>(p, x[group], panel, group * kGroupTokens, n, last, store);
+        }
     }
+}
+
+// Weights are packed block by block. While one is in use, the next is on its way.
+template <typename Store>
+inline void multiply_many_groups(const LinearOperands<bf16_t>& p, const TokenGroups& x, int64_t first, int64_t last,
+                                 const Store& store) {
+    thread_local Buffer buffer;
+    const int64_t steps = divide_up(p.in_features, kTileFeatures), panel_tiles = steps * kPanelTiles;
+    const int64_t panels = kResidentBytes / (panel_tiles * kTileRows * kTileBytes) + 1, block = panels * kPanelRows;
+    auto* const tiles = reinterpret_cast<bf16_t(*)[kTileRows][kTileFeatures]>(
+        buffer.reserve<bf16_t>(panels * panel_tiles * kTileRows * kTileFeatures));
+    for (int64_t begin = first; begin < last; begin += block) {
+        const int64_t end = min(begin + block, last);
+        auto* tile = tiles;
+        for (int64_t n = begin; n < end; n += kPanelRows) {
+            const WeightRows panel{p.weight + n * p.weight_row_stride, p.weight_row_stride, p.in_features, last - n};
+            for (int64_t k = 0; k < p.in_features; k += kTileFeatures)
+                for (int64_t row = 0; row < kPanelRows; row += kTileRows) panel.copy(row, k, *tile++);
+        }
+        // Lines of the next block, for each panel and group of this one.
+        const int64_t lines = min(block, last - end) * steps;
+        const int64_t share = divide_up(lines, divide_up(end - begin, kPanelRows) * x.count());
+        int64_t line = 0;
+        for (int64_t group = 0; group < x.count(); group++)
+            for (int64_t n = begin; n < end; n += kPanelRows) {
+                for (const int64_t until = min(lines, line + share); line < until; line++)
+                    __builtin_prefetch(
+                        p.weight + (end + line / steps) * p.weight_row_stride + line % steps * kTileFeatures, 0, 2);
+                multiply_panel<kPanelTiles>(p, x[group], PackedRows{tiles + (n - begin) / kPanelRows * panel_tiles},
+                                            group * kGroupTokens, n, last, store);
+            }
+    }
+}
+
+// All rows of x times rows first … last-1 of W: calls store(m, n, sums, count) for `count` of W's rows from n on.
+template <typename Store>
+inline void multiply_rows_by_tiles(const LinearOperands<bf16_t>& p, const TokenGroups& x, int64_t first, int64_t last,
+                                   const Store& store) {
+    if (x.count() <= kFewGroups) return multiply_few_groups(p, x, first, last, store);
+    multiply_many_groups(p, x, first, last, store);
+}
+
+// Rows of W in a chunk that a thread takes: a few panels, or what is packed at once, four times.
+inline int64_t rows_of_chunk(const LinearOperands<bf16_t>& p, int64_t tokens, int64_t out_features, int threads) {
+    const int64_t row_bytes = divide_up(p.in_features, kTileFeatures) * kTileBytes + 1;
+    const int64_t rows = tokens <= kFewGroups * kGroupTokens ? 2 * kPanelRows : 4 * kResidentBytes / row_bytes;
+    return divide_up(min(rows, divide_up(out_features, 2 * threads)), kPanelRows) * kPanelRows;
 }
 
 }  // namespace speculative_mamba::SM_ISA

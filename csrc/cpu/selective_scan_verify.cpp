@@ -1,11 +1,14 @@
 // Lanes run over channels for what is per channel (softplus, gate) and over states for the recurrence, whose state
-// stays in registers for up to kSegment tokens and for the kept inputs before them.
+// stays in registers for up to kSegment tokens and for the kept inputs before them. Where only the last state is asked
+// for (prefill), lanes run over channels for the recurrence too: the same operations, so the same bits, and no sums
+// over lanes.
 #include <cstring>
 
 #include "../params.h"
 #include "buffer.h"
 #include "parallel_for.h"
 #include "simd_math.h"
+#include "transpose.h"
 
 namespace speculative_mamba::SM_ISA {
 namespace {
@@ -50,6 +53,51 @@ inline Vec replay(const SelectiveScanParams& p, const Segment<State>& s, int64_t
     return state;
 }
 
+// Whether sixteen states of sixteen channels can go through a segment by recur_by_channels.
+template <typename State>
+inline bool lanes_are_channels(const SelectiveScanParams& p, const Segment<State>& s) {
+    const int64_t last = s.channel + s.count - 1;
+    return s.end && !s.slots && !s.replayed && !s.kept && s.count == kLanes && p.state_size % kLanes == 0 &&
+           group(s.channel, p.b_groups, p.channels) == group(last, p.b_groups, p.channels) &&
+           group(s.channel, p.c_groups, p.channels) == group(last, p.c_groups, p.channels);
+}
+
+// As sum() of sixteen lanes adds them.
+inline Vec add_states(Vec (&v)[kLanes]) {
+    for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) v[i] = add(v[i], v[i + half]);
+    return v[0];
+}
+
+// States n … n+15 of sixteen channels through the tokens of a segment; adds to y.
+template <typename State>
+void recur_by_channels(const SelectiveScanParams& p, const Segment<State>& s, int64_t n, const float (*dt)[kLanes],
+                       const float (*dt_x)[kLanes], float (*y)[kLanes]) {
+    alignas(64) float rows[kLanes][kLanes], A[kLanes][kLanes], states[kLanes][kLanes];
+    for (int c = 0; c < kLanes; c++) store(rows[c], load(p.A + (s.channel + c) * p.state_size + n));
+    transpose(rows[0], A[0]);
+    for (int c = 0; c < kLanes; c++) store(rows[c], load(s.start + c * p.state_size + n));
+    transpose(rows[0], states[0]);
+    const float* B = p.B + s.row * p.B_batch_stride + s.first * p.B_token_stride +
+                     group(s.channel, p.b_groups, p.channels) * p.state_size + n;
+    const float* C = p.C + s.row * p.C_batch_stride + s.first * p.C_token_stride +
+                     group(s.channel, p.c_groups, p.channels) * p.state_size + n;
+    for (int64_t t = 0; t < s.tokens; t++, B += p.B_token_stride, C += p.C_token_stride) {
+        const Vec delta = load(dt[t]), delta_x = load(dt_x[t]);
+        Vec products[kLanes];
+        for (int i = 0; i < kLanes; i++) {
+            const Vec state = load(states[i]), decay = exp(mul(delta, load(A[i])));
+            const Vec next = fma(decay, state, mul(delta_x, broadcast(B[i])));
+            const Vec kept = rounded<State>(if_zero(delta, state, next));
+            store(states[i], kept);
+            products[i] = mul(kept, broadcast(C[i]));
+        }
+        store(y[t], add(load(y[t]), add_states(products)));
+    }
+    transpose(states[0], rows[0]);
+    for (int c = 0; c < kLanes; c++) store(s.end + c * p.state_size + n, load(rows[c]));
+}
+
 template <typename State>
 void segment(const SelectiveScanParams& p, const Segment<State>& s) {
     alignas(64) float dt[kSegment][kLanes], dt_x[kSegment][kLanes], y[kSegment][kLanes];
@@ -57,6 +105,16 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
     const float* x = p.x + s.row * p.x_batch_stride + s.first * p.x_token_stride + s.channel;
     const float* raw_dt = p.dt + s.row * p.dt_batch_stride + s.first * p.dt_token_stride + s.channel;
 
+    // Tokens are further apart than hardware looks ahead.
+    for (int64_t t = s.tokens; t < min(s.tokens + kSegment, p.tokens - s.first); t++) {
+        __builtin_prefetch(x + t * p.x_token_stride, 0, 2);
+        __builtin_prefetch(raw_dt + t * p.dt_token_stride, 0, 2);
+        __builtin_prefetch(p.y + (s.row * p.tokens + s.first + t) * p.channels + s.channel, 1, 2);
+        if (p.z) {
+            const float* z = p.z + s.row * p.z_batch_stride + (s.first + t) * p.z_token_stride + s.channel;
+            __builtin_prefetch(z, 0, 2);
+        }
+    }
     const Vec dt_bias = load_n(p.dt_bias + s.channel, s.count), skip = load_n(p.D + s.channel, s.count);
     for (int64_t t = 0; t < s.tokens; t++) {
         Vec input = load_n(x + t * p.x_token_stride, s.count);
@@ -66,7 +124,12 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
         store(dt_x[t], mul(delta, input));
         store(y[t], mul(skip, input));
     }
+    const bool by_channels = lanes_are_channels(p, s);
     for (int64_t n = 0; n < p.state_size; n += kLanes) {
+        if (by_channels) {
+            recur_by_channels(p, s, n, dt, dt_x, y);
+            continue;
+        }
         const int64_t lanes = min(kLanes, p.state_size - n);
         for (int64_t c = 0; c < s.count; c++) {
             const int64_t channel = s.channel + c, offset = c * p.state_size + n;

@@ -55,6 +55,10 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 inline bool any_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ) != 0; }
+// Lanes of `a` where `when` is zero, else of `b`.
+inline Vec if_zero(Vec when, Vec a, Vec b) {
+    return {_mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(when.v, _mm512_setzero_ps(), _CMP_EQ_OQ), a.v)};
+}
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // 2^a for integers a in [-126, 127]; infinity for 128.
 inline Vec exp2_integral(Vec a) {
@@ -120,6 +124,10 @@ inline bool any_equal(Vec a, Vec b) {
     __m256 lo = _mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ), hi = _mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ);
     return _mm256_movemask_ps(_mm256_or_ps(lo, hi)) != 0;
 }
+inline __m256 if_zero(__m256 when, __m256 a, __m256 b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(when, _mm256_setzero_ps(), _CMP_EQ_OQ));
+}
+inline Vec if_zero(Vec when, Vec a, Vec b) { return {if_zero(when.lo, a.lo, b.lo), if_zero(when.hi, a.hi, b.hi)}; }
 inline Vec round(Vec a) {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(a.lo, mode), _mm256_round_ps(a.hi, mode)};
@@ -235,6 +243,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { SM_LANEWISE(a.q[i] * b.q[i] + c.q[i]); }
 inline Quad select(QuadInt mask, Quad a, Quad b) { return (Quad)((mask & (QuadInt)a) | (~mask & (QuadInt)b)); }
 inline Vec max(Vec a, Vec b) { SM_LANEWISE(select(a.q[i] > b.q[i], a.q[i], b.q[i])); }
 inline Vec min(Vec a, Vec b) { SM_LANEWISE(select(a.q[i] < b.q[i], a.q[i], b.q[i])); }
+inline Vec if_zero(Vec when, Vec a, Vec b) { SM_LANEWISE(select(when.q[i] == Quad{}, a.q[i], b.q[i])); }
 inline bool any_greater(Vec a, Vec b) {
     QuadInt any = (a.q[0] > b.q[0]) | (a.q[1] > b.q[1]) | (a.q[2] > b.q[2]) | (a.q[3] > b.q[3]);
     return (any[0] | any[1] | any[2] | any[3]) != 0;

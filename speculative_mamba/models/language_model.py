@@ -13,6 +13,7 @@ from ..layers.block import Block, Mixer, Summands, add_and_norm
 from ..layers.cache import AttentionCache, CacheSizes, LayerCache, MambaCache, Window, grown_capacity
 from ..layers.experts import Experts
 from ..layers.model_ops import skinny_linear
+from ..ops.backend import has_tiles
 from ..ops.block_weight import BlockWeight
 from ..ops.checks import check_follows, check_start_slot, token_ids
 from ..ops.expert_weight import ExpertWeight
@@ -26,7 +27,8 @@ from .sampling_defaults import default_sampling
 from .tokenizer import encode, text_tokenizer
 from .vocabulary import Vocabulary
 
-PREFILL_CHUNK = 64
+PREFILL_CHUNK = 64  # tokens in one pass
+PREFILL_CHUNK_OF_TILES = 256  # where arithmetic costs so little that weights are to be read less often
 ROLLBACKS = ("auto", "snapshots", "replay")
 _FILES_ARE_LOOKED_AT_EVERY = 0.05  # seconds, between the rounds of one call
 
@@ -277,8 +279,12 @@ class MambaLM:
         if not len(tokens):
             return
         ids = _as_ids(tokens)
-        for chunk in token_ids(ids, self.embedding.shape[0]).to(self.device).split(PREFILL_CHUNK):
+        for chunk in token_ids(ids, self.embedding.shape[0]).to(self.device).split(self._prefill_chunk()):
             self._blocks(self._embed(chunk), 1, one_row, window)
+
+    def _prefill_chunk(self) -> int:
+        by_tiles = self.backend == "cpu" and self.embedding.dtype == torch.bfloat16 and has_tiles()
+        return PREFILL_CHUNK_OF_TILES if by_tiles else PREFILL_CHUNK
 
     def verify(
         self,

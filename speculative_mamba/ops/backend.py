@@ -46,6 +46,12 @@ def extension() -> tuple[ModuleType | None, str]:
     return module, f"C++ kernels, instruction set {module.isa()}"
 
 
+def has_tiles() -> bool:
+    """Whether the CPU kernels in use multiply bfloat16 by tiles (AMX)."""
+    module = extension()[0]
+    return module is not None and module.isa().startswith("amx")
+
+
 @functools.cache
 def cuda_extension() -> tuple[ModuleType | None, str]:
     """The compiled CUDA kernels, or None, and the reason."""

@@ -223,10 +223,16 @@ def test_threads_do_not_change_a_bit(op: Op, processor: str) -> None:
 
 @of_all
 def test_instruction_sets_with_fused_multiply_add_agree(op: Op, fused_isas: list[str], select_isa: object) -> None:
-    """Catches: lanes that are summed in another order where they are more."""
+    """But tiles, which have an order of their own for a weight in bfloat16 (``test_linear_tiles.py``).
+
+    Catches: lanes that are summed in another order where they are more.
+    """
     for row in op.rows():
         results = []
+        by_tiles = op.name == "skinny_linear" and row.change.get("dtype", op.base.get("dtype")) == torch.bfloat16
         for isa in fused_isas:
+            if by_tiles and isa.startswith("amx"):
+                continue
             select_isa(isa)
             results.append(op.results(row.make(), "cpu"))
             assert_same(results[-1], results[0], f"of {row}")
