@@ -139,8 +139,8 @@ class _Q6K(BlockFormat):
         low = torch.cat([low & 15, low >> 4], -2).unflatten(-1, (2, 32)).flatten(-3, -2)  # (G, 16, blocks, 2, 4, 32)
         high = torch.stack([high >> shift & 3 for shift in (0, 2, 4, 6)], -2)
         low, high = (part.flatten(2, 4) for part in (low, high))  # (G, 16, blocks of 32, 32)
-        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device)[:, None]
-        pairs = (high.unflatten(-1, (2, 4, 4)) << shifts).sum(-2, dtype=torch.uint8).flatten(-2)
+        first, second, third, fourth = high.unflatten(-1, (2, 4, 4)).unbind(-2)
+        pairs = (first | second << 2 | third << 4 | fourth << 6).flatten(-2)
         quants = _in_fours(torch.cat([_as_halves_of_bytes(low), pairs], -1))
         small = blocks[..., 192:208].transpose(1, 2).transpose(2, 3).flatten(2)
         return torch.cat([blocks[..., 208:].transpose(1, 2).flatten(2), small], -1).flatten(1), quants

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from .block_formats import BLOCK, FORMATS, GROUP, BlockFormat
 
 _CHUNK = 1 << 18  # weights converted at a time
-_HALF_ZERO = np.float32(2.0**-25)  # the largest number that is 0 as a half
+_HALF_ZERO = 2.0**-25  # the largest number that is 0 as a half
 
 
 @dataclass(frozen=True)
@@ -125,38 +124,37 @@ def quantized(weight: torch.Tensor, format: str) -> BlockWeight:
     kind, quantize = find_format(format, weight.shape[1]), _QUANTIZE[format]
     result = BlockWeight(_empty(kind, weight.shape, torch.device("cpu")), format, weight.shape)
     for rows in _chunks(weight.shape):
-        blocks = weight[rows].float().cpu().numpy().reshape(-1, BLOCK)
-        with np.errstate(all="ignore"):
-            scale, quants = quantize(blocks)
-            scale = scale.astype(np.float16)
-        if not np.isfinite(scale).all():
+        scale, quants = quantize(weight[rows].to("cpu", torch.float32).reshape(-1, BLOCK))
+        scale = scale.half()
+        if not scale.isfinite().all():
             raise ValueError(f"a weight that is NaN, infinite or too large for a half cannot be {format}")
-        raw = np.concatenate([scale.view(np.uint8), quants.view(np.uint8)], 1)
-        result._set(rows, torch.from_numpy(raw).view(rows.stop - rows.start, -1))
+        raw = torch.cat([scale.view(torch.uint8), quants.view(torch.uint8)], 1)
+        result._set(rows, raw.view(rows.stop - rows.start, -1))
     return result.to(weight.device)
 
 
-def _quantize_q8_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _quantize_q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale (B, 1) and 32 integers (B, 32) of each block (B, 32); halves are rounded away from zero."""
-    scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+    scale = blocks.abs().amax(1, keepdim=True) / 127
     scaled = blocks * _inverse(scale)
-    size = np.abs(scaled)
-    whole = np.floor(size)
-    return scale, (np.sign(scaled) * (whole + np.floor(2 * (size - whole)))).astype(np.int8)
+    whole = scaled.trunc()
+    return scale, scaled.sub_(whole).mul_(2).trunc_().add_(whole).to(torch.int8)
 
 
-def _quantize_q4_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The largest weight becomes -8. Features i and 16+i share a byte (B, 16)."""
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
-    scale = largest / np.float32(-8)
-    levels = np.trunc(blocks.astype(np.float64) * _inverse(scale).astype(np.float64) + 8.5)
-    levels = levels.clip(0, 15).astype(np.uint8)
+def _quantize_q4_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest weight, of equal ones the first, becomes -8. Features i and 16+i share a byte (B, 16)."""
+    high, low = blocks.amax(1, keepdim=True), blocks.amin(1, keepdim=True)
+    largest = torch.where(high > -low, high, low)
+    tied = (high == -low)[:, 0].nonzero()[:, 0]  # few, and an argmax takes long
+    largest[tied] = blocks[tied].gather(1, blocks[tied].abs().argmax(1, keepdim=True))
+    scale = largest / -8
+    levels = (blocks.double() * _inverse(scale)).add_(8.5).clamp_(0, 15).to(torch.uint8)
     return scale, levels[:, :16] | levels[:, 16:] << 4
 
 
-def _inverse(scale: np.ndarray) -> np.ndarray:
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
     """0 where there is none, or where the scale is 0 as a half, so that its integers do not count."""
-    return np.where(np.abs(scale) <= _HALF_ZERO, np.float32(0), np.float32(1) / scale)
+    return torch.where(scale.abs() <= _HALF_ZERO, 0, 1 / scale)
 
 
 _QUANTIZE = {"q8_0": _quantize_q8_0, "q4_0": _quantize_q4_0}

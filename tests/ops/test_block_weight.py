@@ -25,10 +25,12 @@ def gguf_of(format: str) -> tuple:
 
 
 def weights() -> torch.Tensor:
-    """(1203, 320): more than one chunk, a part of a group; rows from what a half cannot hold up, one of zeros."""
+    """(1203, 320): more than one chunk, a part of a group; rows from what a half cannot hold up; one of zeros, one of
+    weights that are equal but for their sign."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1203, 320, generator=generator) * torch.logspace(-12, 4, 1203)[:, None]
     weight[17] = 0
+    weight[900] = weight[900].sign()
     return weight
 
 
