@@ -1,5 +1,6 @@
 """What all tests share: memory that nobody wrote holds NaN, the number of threads, and the command line."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,12 @@ from speculative_mamba import cli
 from speculative_mamba.decode.lookahead import remembered_costs
 
 pytest_plugins = ["reduced"]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Modules and thousands of tests are there to stay, so the search for garbage need not look through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
