@@ -22,7 +22,15 @@ WIDE: dict[str, dict[str, Any]] = {  # rows of full blocks
     "mamba2-hf": {"hidden_size": 256, "num_heads": 8, "head_dim": 64, "num_hidden_layers": 2},
     "llama-hf": {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64},
     "granite-hybrid-hf": {"hidden_size": 256, "shared_intermediate_size": 256, "mamba_n_heads": 8, "head_dim": 64},
-}
+    "granite-moe-hybrid-hf": {
+        "hidden_size": 256, "shared_intermediate_size": 256, "intermediate_size": 256, "mamba_n_heads": 8,
+        "head_dim": 64, "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2,
+    },
+    "nemotron-h-moe-hf": {
+        "hidden_size": 256, "moe_intermediate_size": 256, "moe_shared_expert_intermediate_size": 256, "head_dim": 64,
+        "mamba_num_heads": 8, "mamba_head_dim": 64,
+    },
+}  # fmt: skip
 
 
 def write_blocks(folder: Path, name: str, kind: str, path: Path, **options: Any) -> Path:
