@@ -59,15 +59,13 @@ def test_a_product_with_blocks_has_the_bits_of_skinny_linear(cpu: str, format: s
 
 def test_experts_in_blocks_of_two_formats_are_refused() -> None:
     first, second = (BlockWeight.from_gguf(random_blocks(16, 64, format), format, 64) for format in ("q8_0", "q4_0"))
-    with pytest.raises(ValueError, match="^experts must be in blocks of one format and shape$"):
+    with pytest.raises(ValueError, match=r"^experts must be in blocks of one format and shape$"):
         ExpertWeight.of_blocks([first, second])
 
 
 def test_gpus_have_no_kernels_for_experts_in_blocks(gpu_kernels: str) -> None:
     weight = ExpertWeight.of_blocks([BlockWeight.from_gguf(random_blocks(16, 64, "q8_0"), "q8_0", 64)])
-    with pytest.raises(
-        ValueError, match="has no kernels for experts in blocks; load them as bfloat16$"
-    ):
+    with pytest.raises(ValueError, match=r"has no kernels for experts in blocks; load them as bfloat16$"):
         expert_linear(torch.ones(1, 1, 64), torch.zeros(1, 1).int(), None, weight, backend=gpu_kernels)
 
 
