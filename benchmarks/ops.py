@@ -135,6 +135,37 @@ def bench_experts(report: Report, config: ExpertsConfig, d_model: int) -> None:
             _add(report, "expert_linear", shape, times, moved, "F.linear per expert", tokens=tokens)
 
 
+def bench_expert_blocks(report: Report, config: ExpertsConfig, d_model: int) -> None:
+    """Experts of an up projection in blocks against our own bf16, if their rows are made of full ones."""
+    if not can_quantize(d_model):
+        return
+    count, N, K = config.num_experts, config.d_inner, d_model
+    progress(f"drawing {count} experts of {N}x{K} in blocks")
+    whole = (torch.randn(count, N, K) * K**-0.5).bfloat16()
+    layers = max(2, min(50, CACHE_BYTES // whole.nbytes))
+    wide = [ExpertWeight(tuple(whole.clone())) for _ in range(layers)]
+    for format in QUANTIZED:
+        blocks = [quantized(matrix, format) for matrix in whole]
+        narrow = [
+            ExpertWeight.of_blocks([BlockWeight(b.data.clone(), format, b.shape) for b in blocks])
+            for _ in range(2 * layers)
+        ]
+        for tokens in TOKENS:
+            choices = torch.rand(4 * layers + 1, tokens, count).argsort(-1)[..., : config.top_k].int().contiguous()
+            x = torch.randn(tokens, 1, K)
+            exact = expert_linear(x, choices[0], None, narrow[0], backend="reference")
+            check(f"expert_linear {format}", expert_linear(x, choices[0], None, narrow[0]), exact)
+
+            def turns(weights: list[ExpertWeight], x=x, choices=choices) -> Callable[[], torch.Tensor]:
+                next_choice, next_weight = rotate(choices.unbind()), rotate(weights)
+                return lambda: expert_linear(x, next_choice(), None, next_weight())
+
+            times = interleaved_medians({"ours": turns(narrow), "bf16": turns(wide)}, rounds=25)
+            chosen = sum(len(experts.unique()) for experts in choices) / len(choices)
+            shape = f"{config.top_k}/{count}x{N}x{K}"
+            _add(report, "expert_linear", shape, times, round(chosen * blocks[0].nbytes), "bf16", format, tokens=tokens)
+
+
 def bench_norm(report: Report, config: ModelConfig) -> None:
     weight = torch.randn(config.d_model).bfloat16()
     for rows in TOKENS:
@@ -346,7 +377,9 @@ def main() -> None:
     bench_linear(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
     bench_blocks(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
     tiny = published_config("granite-4.0-h-tiny")
-    bench_experts(report, next(c for c in tiny.mixers[1] if isinstance(c, ExpertsConfig)), tiny.d_model)
+    experts = next(c for c in tiny.mixers[1] if isinstance(c, ExpertsConfig))
+    bench_experts(report, experts, tiny.d_model)
+    bench_expert_blocks(report, experts, tiny.d_model)
     bench_accept(report)
     for name in ("mamba2-130m", "mamba2-2.7b"):
         bench_ssd(report, published_config(name))

@@ -1,13 +1,20 @@
 """The same weights as files for three engines: a Hugging Face checkpoint, and GGUF made from it."""
 
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 import speculative_mamba as sm
+from speculative_mamba.models.builder import build
+from speculative_mamba.models.formats import parse_config
+from speculative_mamba.ops.expert_weight import ExpertWeight
 from speculative_mamba.ops.threads import num_threads
+from speculative_mamba.testing.models import RandomTensors
 
 
 def write_checkpoint(model: sm.MambaLM, folder: Path) -> None:
@@ -34,6 +41,47 @@ def write_checkpoint(model: sm.MambaLM, folder: Path) -> None:
         tensors |= {f"{layer}mixer.{name}": tensor for name, tensor in mixer.items()}
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+class _Written(RandomTensors):
+    """Random weights that are kept by the names under which a checkpoint has them."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.bfloat16, 0, torch.device("cpu"))
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+    def _keep(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if name not in self.tensors:
+            self.tensors[name] = make().contiguous()
+        return self.tensors[name]
+
+    def matrix(self, name: str, *shape: int, rows: slice | None = None) -> torch.Tensor:
+        return self._keep(name, partial(super().matrix, name, *shape))[rows or slice(None)]
+
+    def weight(self, name: str, *shape: int) -> torch.Tensor:
+        return self._keep(name, partial(super().weight, name, *shape))
+
+    def float32(self, name: str, *shape: int) -> torch.Tensor:
+        return self._keep(name, partial(super().float32, name, *shape))
+
+    def experts(self, names: str | Sequence[str], *shape: int, rows: slice | None = None) -> ExpertWeight:
+        if isinstance(names, str):
+            matrices = self._keep(names, partial(self._normal, shape, shape[2] ** -0.5))
+        else:
+            matrices = [self._keep(name, partial(self._normal, shape[1:], shape[2] ** -0.5)) for name in names]
+        return ExpertWeight(tuple(matrix[rows or slice(None)] for matrix in matrices))
+
+
+def write_random_checkpoint(settings: dict[str, Any], folder: Path) -> None:
+    """Random bf16 weights of a config.json, in Hugging Face format."""
+    source = _Written()
+    build(*parse_config(settings), source, "reference")
+    folder.mkdir()
+    save_file(source.tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings))
 
 

@@ -34,11 +34,12 @@ import torch
 
 import speculative_mamba as sm
 from speculative_mamba.models.config import ModelConfig, mamba1_config
+from speculative_mamba.testing.hybrids import HYBRIDS
 from speculative_mamba.testing.models import SHAPES, published_config, random_model
 
 from .decode import PROMPT_TOKENS
 from .peer_engines import RATE, WINDOW, Engine, LlamaCpp, Ours, Transformers
-from .peer_files import gguf_file, write_checkpoint
+from .peer_files import gguf_file, write_checkpoint, write_random_checkpoint
 from .peer_process import EngineError, Remote
 from .report import Report, number, parser, progress, seconds, share
 
@@ -183,14 +184,20 @@ def add_failure(report: Report, model: str, name: str, weights: str, reason: str
 def bench(report: Report, model: str, kinds: list[type[Engine]], options: argparse.Namespace) -> None:
     """One model's shape. ``kinds`` begins with ours. float32 is always compared, and timed if it was asked for."""
     config = TINY if model == "tiny" else published_config(model)
+    if model in HYBRIDS and Transformers in kinds:
+        print(f"{model} transformers not timed: of its models only Mamba's is")
+        kinds = [kind for kind in kinds if kind is not Transformers]
     longest = max(512, options.prefill)
     prompt = torch.randint(0, config.vocab_size, (longest,), generator=torch.Generator().manual_seed(0)).tolist()
     short = prompt[:PROMPT_TOKENS]
     failed, expected = set(), None
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         checkpoint = Path(folder) / "checkpoint"
-        progress(f"writing a random checkpoint of mamba-{model}")
-        write_checkpoint(random_model(config, dtype=torch.bfloat16), checkpoint)
+        progress(f"writing a random checkpoint of {model}")
+        if model in HYBRIDS:
+            write_random_checkpoint(HYBRIDS[model], checkpoint)
+        else:
+            write_checkpoint(random_model(config, dtype=torch.bfloat16), checkpoint)
         for weights in dict.fromkeys(("float32", *options.dtypes)):
             names, errors = DTYPES[weights][0], dict[Remote, float]()
             if weights.startswith("q") and LlamaCpp not in kinds:
@@ -241,7 +248,7 @@ def draw(rows: list[dict], file: Path) -> None:
     pyplot.gca().invert_yaxis()
     pyplot.xlim(right=1.12 * max(speed for speed, _ in speeds.values()))
     pyplot.xlabel("tokens per second")
-    pyplot.title(f"mamba-{model} shape, one row, greedy")
+    pyplot.title(f"{model} shape, one row, greedy")
     pyplot.tight_layout()
     pyplot.savefig(file, dpi=110)
     pyplot.close()
@@ -249,7 +256,9 @@ def draw(rows: list[dict], file: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     known = parser(__doc__.splitlines()[0])
-    known.add_argument("--models", nargs="*", default=["370m"], choices=[*SHAPES, "tiny"], help="whose shapes to run")
+    known.add_argument(
+        "--models", nargs="*", default=["370m"], choices=[*SHAPES, *HYBRIDS, "tiny"], help="whose shapes to run"
+    )
     known.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=DTYPES, help="formats of weights")
     known.add_argument("--tokens", type=int, default=48, help="tokens per text")
     known.add_argument("--prefill", type=int, default=512, help="tokens of a prefill")

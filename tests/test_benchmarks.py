@@ -57,6 +57,7 @@ def test_ops_say_what_they_do_before_each_timing(monkeypatch, capsys):
     for bench in (ops.bench_norm, ops.bench_conv, ops.bench_scan):
         bench(None, config)
     ops.bench_experts(None, ExpertsConfig(8, 3, 20), 24)
+    ops.bench_expert_blocks(None, ExpertsConfig(8, 3, 20), 32)
     ops.bench_accept(None, vocabulary=50, lookahead=2)
     lines = [line for line in capsys.readouterr().err.splitlines() if "timing" in line]
     assert [line.split()[2].rstrip(",") for line in lines] == rows

@@ -13,7 +13,8 @@ import torch
 import speculative_mamba as sm
 from benchmarks import peers
 from benchmarks.peer_engines import Ours
-from benchmarks.peer_files import write_checkpoint
+from benchmarks.peer_files import write_checkpoint, write_random_checkpoint
+from speculative_mamba.testing.hybrids import HYBRIDS
 from speculative_mamba.testing.models import random_model
 
 KEYS = {
@@ -127,3 +128,17 @@ def test_the_checkpoint_holds_the_model(tmp_path: Path) -> None:
         torch.testing.assert_close(mine.mixers[0].A, theirs.mixers[0].A)
         for name in ("in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "D", "out_proj"):
             assert torch.equal(getattr(mine.mixers[0], name), getattr(theirs.mixers[0], name)), name
+
+
+def test_checkpoints_of_hybrids_are_the_same_model_in_both_formats(tmp_path: Path) -> None:
+    gguf_files = pytest.importorskip("speculative_mamba.testing.gguf_files", reason="needs the gguf package")
+    other = {
+        "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "layer_types": ["mamba", "attention"], "shared_intermediate_size": 20, "intermediate_size": 13,
+        "mamba_n_heads": 6, "mamba_d_head": 8, "num_local_experts": 5, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    write_random_checkpoint(HYBRIDS["granite-4.0-h-tiny"] | other, tmp_path / "checkpoint")
+    models = [tmp_path / "checkpoint", gguf_files.write_gguf(tmp_path / "checkpoint", tmp_path / "f32.gguf")]
+    first, second = (sm.load_model(path, dtype="float32") for path in models)
+    text, other = (sm.generate(model, [[1, 2, 3]], max_new_tokens=8, output_logits=True) for model in (first, second))
+    assert torch.equal(text.logits[0], other.logits[0])

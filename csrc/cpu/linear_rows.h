@@ -24,6 +24,9 @@ constexpr int64_t kBlockBytes = 40 * 1024;
 constexpr int64_t prefetch_bytes(int M) { return M == 1 ? 1024 : 2048; }
 #endif
 constexpr int kGroup = 8;  // rows of W that go through a block of features together
+// Shorter rows of W are read as R long pieces of memory side by side instead of row by row: processors fetch ahead by
+// themselves what is read in order, but see one order in a page of memory, which has several such rows.
+constexpr int64_t kShortRowBytes = 2048;
 
 // Where x (rows, K) and W (N, K) lie; and what is read after the last of the rows of W, if not what lies behind them.
 template <typename scalar_t>
@@ -38,11 +41,11 @@ struct LinearOperands {
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// Adds `count` features of M rows of x times R rows of W to their sums. What will be read after these weights is
-// fetched towards their end, so that nothing starts cold.
+// Adds `count` features of M rows of x times R rows of W, so far apart, to their sums. What will be read after these
+// weights is fetched towards their end, so that nothing starts cold.
 template <typename scalar_t, int M, int R>
-inline void accumulate(const LinearOperands<scalar_t>& p, const float* x, const scalar_t* weight, const scalar_t* next,
-                       int64_t count, Vec (&totals)[R][M]) {
+inline void accumulate(const LinearOperands<scalar_t>& p, const float* x, const scalar_t* weight, int64_t row_stride,
+                       const scalar_t* next, int64_t count, Vec (&totals)[R][M]) {
     Vec sums[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) sums[r][m] = totals[r][m];
@@ -50,7 +53,7 @@ inline void accumulate(const LinearOperands<scalar_t>& p, const float* x, const 
         for (; k < last; k += kLanes) {
             Vec w[R];
             for (int r = 0; r < R; r++) {
-                const scalar_t* source = weight + r * p.weight_row_stride + k;
+                const scalar_t* source = weight + r * row_stride + k;
                 w[r] = load(source);
                 prefetch(source + ahead);
             }
@@ -68,18 +71,18 @@ inline void accumulate(const LinearOperands<scalar_t>& p, const float* x, const 
         for (int m = 0; m < M; m++) totals[r][m] = sums[r][m];
 }
 
-// M rows of x from m0 on times `tiles` · R rows of W from n0 on, a block of features at a time; then come those
-// `after`.
+// M rows of x from m0 on times `tiles` tiles of R rows of W, a block of features at a time; then come those `after`.
+// Row r of tile t is row n0 + t · tile_step + r · row_step.
 template <typename scalar_t, int M, int R, typename Store>
-inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_t n0, int tiles, const scalar_t* after,
-                           const Store& store) {
+inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_t n0, int tiles, int64_t tile_step,
+                           int64_t row_step, const scalar_t* after, const Store& store) {
     const int64_t full = p.in_features / kLanes * kLanes, rest = p.in_features - full;
     constexpr int64_t max_block = kBlockBytes / (M * static_cast<int64_t>(sizeof(float)));
     const int64_t blocks = divide_up(full, max_block);
     const int64_t block = blocks > 1 ? divide_up(full, blocks * kLanes) * kLanes : full;
     const float* x = p.x + m0 * p.x_row_stride;
     const scalar_t* weight = p.weight + n0 * p.weight_row_stride;
-    const int64_t tile_stride = R * p.weight_row_stride;
+    const int64_t tile_stride = tile_step * p.weight_row_stride, row_stride = row_step * p.weight_row_stride;
     Vec sums[kGroup / R][R][M];
     for (int t = 0; t < tiles; t++)
         for (int r = 0; r < R; r++)
@@ -89,14 +92,14 @@ inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_
         for (int t = 0; t < tiles; t++) {
             const scalar_t* here = weight + t * tile_stride + k;
             const scalar_t* next = t + 1 < tiles ? here + tile_stride : k + block < full ? weight + k + block : after;
-            accumulate<scalar_t, M, R>(p, x + k, here, next, count, sums[t]);
+            accumulate<scalar_t, M, R>(p, x + k, here, row_stride, next, count, sums[t]);
         }
     }
     Vec input[M];
     for (int m = 0; m < M; m++) input[m] = rest ? load_partial(x + m * p.x_row_stride + full, rest) : zero();
     for (int t = 0; t < tiles; t++)
         for (int r = 0; r < R; r++) {
-            const int64_t n = t * R + r;
+            const int64_t n = t * tile_step + r * row_step;
             if (rest) {
                 Vec w = load_partial(weight + n * p.weight_row_stride + full, rest);
                 for (int m = 0; m < M; m++) sums[t][r][m] = fma(w, input[m], sums[t][r][m]);
@@ -107,13 +110,19 @@ inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_
 
 template <typename scalar_t, int M, typename Store>
 inline void multiply_tokens(const LinearOperands<scalar_t>& p, int64_t m, int64_t n, int64_t last, const Store& store) {
-    constexpr int R = weight_rows(M);
-    const auto after = [&](int64_t end) {
-        return end < last || !p.after ? p.weight + end * p.weight_row_stride : p.after;
-    };
+    constexpr int R = weight_rows(M), kTiles = kGroup / R;
+    const auto row = [&p](int64_t n) { return p.weight + n * p.weight_row_stride; };
+    const auto after = [&](int64_t end) { return end < last || !p.after ? row(end) : p.after; };
+    if (p.in_features * static_cast<int64_t>(sizeof(scalar_t)) < kShortRowBytes) {
+        const int64_t tiles = (last - n) / kGroup * kTiles;  // and so many rows has each of the R pieces
+        for (int64_t t = 0; t < tiles; t += kTiles)
+            multiply_group<scalar_t, M, R>(p, m, n + t, kTiles, 1, tiles,
+                                           t + kTiles < tiles ? row(n + t + kTiles) : after(n + R * tiles), store);
+        n += R * tiles;
+    }
     for (; n + kGroup <= last; n += kGroup)
-        multiply_group<scalar_t, M, R>(p, m, n, kGroup / R, after(n + kGroup), store);
-    if (n < last) multiply_group<scalar_t, M, 1>(p, m, n, static_cast<int>(last - n), after(last), store);
+        multiply_group<scalar_t, M, R>(p, m, n, kTiles, R, 1, after(n + kGroup), store);
+    if (n < last) multiply_group<scalar_t, M, 1>(p, m, n, static_cast<int>(last - n), 1, 1, after(last), store);
 }
 
 // All rows of x times rows first … last-1 of W: calls store(m, n, sum) for each product.

@@ -152,7 +152,7 @@ class StoredSource:
         self._folder, self._stored, self._dtype, self._mmap = folder, stored, dtype, mmap
         self.device = device
         self.mapped: dict[Path, MappedFile] = {}
-        self._said = False  # that a matrix is not in blocks
+        self._said = self._said_experts = False  # that a matrix, that experts are not in blocks
 
     def has(self, name: str) -> bool:
         return name in self._stored
@@ -177,9 +177,26 @@ class StoredSource:
             parts = [(names, part) for part in self._stored[names].tensor]
         else:
             parts = [(name, self._in_order(name)) for name in names]
-        matrices = [self._matrix(name, part if rows is None else part[rows]) for name, part in parts]
+        parts = [(name, part if rows is None else part[rows]) for name, part in parts]
+        if self.device.type == "cuda":
+            return ExpertWeight(tuple(self._no_blocks(name, part) for name, part in parts))
+        matrices = [self._matrix(name, part) for name, part in parts]
         blocks = isinstance(matrices[0], BlockWeight)
         return ExpertWeight.of_blocks(matrices) if blocks else ExpertWeight(tuple(matrices))
+
+    def _no_blocks(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """An expert's matrix on a GPU, which has no kernels for those in blocks."""
+        format = self._stored[name].format
+        if isinstance(self._dtype, torch.dtype):
+            return self._matrix(name, stored)
+        if format is not None:
+            raise ValueError(
+                f"{self._folder}: {name} is stored as {format}, which experts on a GPU cannot be; give a dtype"
+            )
+        if self._dtype is not None and not self._said_experts:
+            print(f"speculative_mamba: {self._folder}: experts stay as stored, not {self._dtype}", file=sys.stderr)
+            self._said_experts = True
+        return self._converted(name, stored, self._dtype_of(stored))
 
     def _matrix(self, name: str, stored: torch.Tensor) -> torch.Tensor | BlockWeight:
         """stored: rows of the named tensor."""

@@ -10,6 +10,7 @@ import torch
 from test_gguf import IDS, greedy, logits, write
 
 import speculative_mamba as sm
+from speculative_mamba.layers.experts import Experts
 from speculative_mamba.ops.block_weight import BlockWeight
 from speculative_mamba.testing.oracle import full_forward
 
@@ -22,7 +23,15 @@ WIDE: dict[str, dict[str, Any]] = {  # rows of full blocks
     "mamba2-hf": {"hidden_size": 256, "num_heads": 8, "head_dim": 64, "num_hidden_layers": 2},
     "llama-hf": {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64},
     "granite-hybrid-hf": {"hidden_size": 256, "shared_intermediate_size": 256, "mamba_n_heads": 8, "head_dim": 64},
-}
+    "granite-moe-hybrid-hf": {
+        "hidden_size": 256, "shared_intermediate_size": 256, "intermediate_size": 256, "mamba_n_heads": 8,
+        "head_dim": 64, "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2,
+    },
+    "nemotron-h-moe-hf": {
+        "hidden_size": 256, "moe_intermediate_size": 256, "moe_shared_expert_intermediate_size": 256, "head_dim": 64,
+        "mamba_num_heads": 8, "mamba_head_dim": 64,
+    },
+}  # fmt: skip
 
 
 def write_blocks(folder: Path, name: str, kind: str, path: Path, **options: Any) -> Path:
@@ -67,6 +76,26 @@ def test_any_draft_leaves_the_text_as_it_is(tmp_path: Path) -> None:
         for draft in (*drafts, paths[KINDS[KINDS.index(kind) - 1]]):
             target, small = sm.load_pair(path, draft)
             assert greedy(target, draft=small) == text, (kind, draft)
+
+
+def test_experts_in_blocks_are_read_once_and_leave_the_text_as_it_is(tmp_path: Path) -> None:
+    """Of a file, and made when a folder or a file is loaded; with a draft, in logits and text."""
+    folder = write(tmp_path / "moe", "granite-moe-hybrid-hf", **WIDE["granite-moe-hybrid-hf"])
+    plain = gguf_files.write_gguf(folder, tmp_path / "f32.gguf")
+    made = sm.load_model(folder, dtype="q8_0")
+    experts = next(mixer for mixer in made.mixers if isinstance(mixer, Experts))
+    assert {weight.format for weight in (experts.gate_proj, experts.up_proj, experts.down_proj)} == {"q8_0"}
+    assert experts.router.dtype is torch.float32 and made.weight_bytes < 0.4 * sm.load_model(folder).weight_bytes
+    assert torch.equal(logits(made), logits(sm.load_model(plain, dtype="q8_0")))
+    path = write_blocks(folder, "granite-moe-hybrid-hf", "Q4_K", tmp_path / "q4_k.gguf")
+    for target in (made, sm.load_model(path)):
+        expected = sm.generate(target, [IDS[:5]], max_new_tokens=16, stop_token_ids=(), output_logits=True)
+        for draft in (sm.load_model(folder), target):
+            result = sm.generate(
+                target, [IDS[:5]], draft=draft, max_new_tokens=16, stop_token_ids=(), output_logits=True
+            )
+            assert torch.equal(result.sequences[0], expected.sequences[0])
+            assert torch.equal(result.logits[0], expected.logits[0])
 
 
 def test_formats_are_refused_where_they_would_lose_bits_again(tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ import torch
 from cases import EXPERT_LINEAR
 
 from speculative_mamba.ops import expert_linear, skinny_linear
+from speculative_mamba.ops.block_formats import FORMATS
+from speculative_mamba.ops.block_weight import BlockWeight
 from speculative_mamba.ops.expert_weight import ExpertWeight
+from speculative_mamba.testing.blocks import random_blocks
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 SHAPE = (6, 10, 40)  # E, N, K
@@ -27,6 +30,43 @@ def test_a_product_has_the_bits_of_skinny_linear(cpu: str) -> None:
     for m, chosen in enumerate(experts.tolist()):
         for j, expert in enumerate(chosen):
             assert_bitwise_equal(y[m, j], skinny_linear(x[m], weight[expert], backend=cpu)[0])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_product_with_blocks_has_the_bits_of_skinny_linear(cpu: str, format: str) -> None:
+    """Also a weighted sum, whose products are added in the order of experts. 40 rows: a part of a group."""
+    N, K = 40, 512
+    raw = [random_blocks(N, K, format, seed) for seed in range(6)]
+    weight = ExpertWeight.of_blocks([BlockWeight.from_gguf(part, format, K) for part in raw])
+    x, expert_weights = torch.randn(9, 2, K), torch.rand(9, 2)
+    experts = torch.tensor([[e % 6, (e * e + 1) % 6] for e in range(9)], dtype=torch.int32)
+    y = expert_linear(x, experts, None, weight, backend=cpu)
+    summed = expert_linear(x, experts, expert_weights, weight, backend=cpu)
+    for m, chosen in enumerate(experts.tolist()):
+        total = torch.zeros(N)
+        for expert, j in sorted((expert, j) for j, expert in enumerate(chosen)):
+            assert_bitwise_equal(y[m, j], skinny_linear(x[m, j : j + 1], weight[expert], backend=cpu)[0])
+            total = torch.addcmul(total, expert_weights[m, j], y[m, j])
+        torch.testing.assert_close(summed[m, 0], total, rtol=1e-6, atol=1e-5)
+    exact = expert_linear(x, experts, expert_weights, weight, backend="reference")
+    assert (summed - exact).norm() < 1e-6 * exact.norm()
+    copied = pickle.loads(pickle.dumps(weight))
+    assert_bitwise_equal(expert_linear(x, experts, None, copied, backend=cpu), y)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert_bitwise_equal(expert_linear(x[:1], experts[:1], None, weight, backend=cpu), y[:1])
+
+
+def test_experts_in_blocks_of_two_formats_are_refused() -> None:
+    first, second = (BlockWeight.from_gguf(random_blocks(16, 64, format), format, 64) for format in ("q8_0", "q4_0"))
+    with pytest.raises(ValueError, match=r"^experts must be in blocks of one format and shape$"):
+        ExpertWeight.of_blocks([first, second])
+
+
+def test_gpus_have_no_kernels_for_experts_in_blocks(gpu_kernels: str) -> None:
+    weight = ExpertWeight.of_blocks([BlockWeight.from_gguf(random_blocks(16, 64, "q8_0"), "q8_0", 64)])
+    with pytest.raises(ValueError, match=r"has no kernels for experts in blocks; load them as bfloat16$"):
+        expert_linear(torch.ones(1, 1, 64), torch.zeros(1, 1).int(), None, weight, backend=gpu_kernels)
 
 
 def test_an_expert_that_is_chosen_twice_counts_twice(backend: str) -> None:

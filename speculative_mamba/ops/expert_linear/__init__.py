@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..backend import run
+from ..backend import resolve, run
 from ..checks import WEIGHT_DTYPES, check, check_activations, check_blocks, check_contiguous
 from ..expert_weight import ExpertWeight
 from ..library import operator
@@ -56,8 +56,8 @@ def expert_linear(
     every neighbour and every number of threads.
 
     Raises:
-        ValueError: a shape, dtype, stride or device does not fit; an expert that does not exist, on the CPU, where that
-            is cheap to check.
+        ValueError: a shape, dtype, stride or device does not fit; weights are in blocks on a GPU; an expert that does
+            not exist, on the CPU, where that is cheap to check.
     """
     if x.ndim != 3 or experts.ndim != 2:
         raise ValueError(f"x must be (M, J, K) and experts (M, k), got {tuple(x.shape)} and {tuple(experts.shape)}")
@@ -77,6 +77,9 @@ def expert_linear(
         check("weight", weight.matrices[0], weight.shape[1:], x, WEIGHT_DTYPES)
     else:
         check_blocks(weight[0], weight.shape[1:], x, backend)
+        name = resolve(backend, x.device.type)
+        if name in ("cuda", "triton"):
+            raise ValueError(f"backend '{name}' has no kernels for experts in blocks; load them as bfloat16")
     if experts.is_cpu and experts.numel():
         chosen = {expert for row in experts.tolist() for expert in row}
         if min(chosen) < 0 or max(chosen) >= weight.shape[0]:
