@@ -15,6 +15,9 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import speculative_mamba
 
 ROOT = Path(__file__).parents[1]
 CMAKE = """#!/bin/sh
@@ -242,6 +245,14 @@ def claimed_pythons() -> list[str]:
     return versions
 
 
+def test_the_version_is_in_one_place_and_repeated_by_the_citation() -> None:
+    """CHANGELOG has a date for each release."""
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f"\nversion: {speculative_mamba.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert all(re.fullmatch(r"Unreleased|\d+\.\d+\.\d+ \(\d{4}-\d\d-\d\d\)", heading) for heading in headings)
+
+
 def pins() -> list[tuple[Requirement, SpecifierSet]]:
     """The constraints, each with the Requires-Python of its release, which is its comment."""
     lines = [line for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
@@ -258,6 +269,23 @@ def test_every_python_that_is_claimed_has_one_pin_of_each_package(version: str) 
     assert sorted(pin.name for pin, _ in here) == sorted({pin.name for pin, _ in pins()})
     for pin, pythons in here:
         assert pythons.contains(f"{version}.0"), f"{pin} is not for Python {version}"
+
+
+def test_every_requirement_is_pinned_within_its_bounds() -> None:
+    """Those of extras too, but for what only the site and the embedded pair's makers install.
+
+    Catches: a dependency without a pin, and a bound that was raised above its pin.
+    """
+    text = (ROOT / "pyproject.toml").read_text("utf-8").split("[project.scripts]")[0].split("\ndependencies = ")[1]
+    wanted = [line for line in text.splitlines() if not line.startswith(("docs", "embedded-pair"))]
+    named = {canonicalize_name(pin.name): pin for pin, _ in pins()}
+    for requirement in map(Requirement, re.findall(r'"([a-z][^"]*)"', "\n".join(wanted))):
+        name = canonicalize_name(requirement.name)
+        if name in ("speculative-mamba", "llama-cpp-python"):  # this package; compiled by whoever wants the benchmark
+            continue
+        assert name in named, f"{requirement} has no pin"
+        versions = [next(iter(pin.specifier)).version for pin, _ in pins() if canonicalize_name(pin.name) == name]
+        assert all(requirement.specifier.contains(version) for version in versions), requirement
 
 
 def test_the_constraints_tell_the_truth_about_what_is_installed() -> None:
