@@ -18,7 +18,10 @@ void run(const ExpertLinearParams& p, int threads) {
                          const BlockOperands<Format> operands{x, weight, p.weight_row_stride, p.in_features,
                                                               p.out_features};
                          const int64_t begin = choices.begin(e), count = choices.begin(e + 1) - begin;
-                         multiply_blocks(operands, begin, count, first, last, store);
+                         multiply_blocks(operands, begin, count, first, last,
+                                         [&store](int64_t m, int64_t n, const float* sums, int64_t outputs) {
+                                             for (int64_t i = 0; i < outputs; i++) store(m, n + i, sums[i]);
+                                         });
                      });
                  });
 }
