@@ -246,7 +246,7 @@ def test_a_draft_of_ngrams_loads_no_model(run):
     repetitive = ["--prompt", "and the LORD said, " * 4, "--n_tokens_to_generate", "60", "--model_draft", "./absent"]
     code, out, err = run(*repetitive, "--draft", "ngram", "--compare", "--json")
     report = json.loads(out)
-    assert code == 0 and "with draft ngram, backend" in err.splitlines()[0] and "the tokens are equal" in err
+    assert code == 0 and "with draft ngram, backend" in err and "the tokens are equal" in err
     assert report["compare"]["tokens_equal"] is True
     assert set(report["stats"]) == STATS and 0 < report["stats"]["accepted"] <= report["stats"]["tested"]
     assert report["text"] == generated(repetitive[1], 60)[len(repetitive[1]) :]
