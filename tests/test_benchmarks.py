@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from benchmarks import decode, drift, ngram, ops, report, rollback, serve, serve
 from speculative_mamba.models.builder import build
 from speculative_mamba.models.config import AttentionConfig, ExpertsConfig
 from speculative_mamba.models.formats import parse_config
+from speculative_mamba.ops.expert_weight import ExpertWeight
 from speculative_mamba.testing.hybrids import HYBRIDS
 from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture, tiny_config
 
@@ -101,6 +103,10 @@ class CountedTensors:
         return torch.empty(shape, device=self.device)
 
     weight = float32 = matrix
+
+    def experts(self, names: str | Sequence[str], *shape: int, rows: slice | None = None) -> ExpertWeight:
+        outputs = shape[1] if rows is None else rows.stop - rows.start
+        return ExpertWeight(tuple(self.matrix(str(names), outputs, shape[2]) for _ in range(shape[0])))
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

@@ -17,7 +17,7 @@ from benchmarks.gpu.attention import Attention
 from benchmarks.gpu.cases import OPS, Case, cases
 from benchmarks.gpu.choices import FILTERS, Accept, Commit, Sample
 from benchmarks.gpu.recurrences import Conv, Recurrence, Scan, Ssd
-from benchmarks.gpu.row_ops import ExpertLinear, Linear, MlpActivation, Norm, SelectExperts
+from benchmarks.gpu.row_ops import Embedding, ExpertLinear, Linear, MlpActivation, Norm, SelectExperts
 from benchmarks.gpu.work import WindowWork, Work
 from speculative_mamba import ops
 from speculative_mamba.ops import backend as backends
@@ -48,6 +48,7 @@ def tiny_works() -> Iterator[tuple[str, Callable[[torch.device], Work]]]:
         yield f"skinny_linear-M{rows}-q8_0", partial(Linear, 32, 7, rows, "q8_0", torch.float32)
         yield f"rms_norm-M{rows}", partial(Norm, 24, rows)
         yield f"mlp_activation-M{rows}", partial(MlpActivation, 24, rows)
+        yield f"embed_tokens-M{rows}", partial(Embedding, 67, 24, rows)
         yield f"select_experts-M{rows}", partial(SelectExperts, 12, 3, rows)
         yield f"expert_linear-M{rows}", partial(ExpertLinear, 24, 7, 5, 2, rows)
 
@@ -114,6 +115,7 @@ def test_sizes_are_known_without_memory(name: str) -> None:
         (Linear(64, 32, 5, "q4_0", torch.bfloat16, META), 32 * 2 * 18 + 2 * 5 * 64 + 2 * 5 * 32),
         (Norm(24, 5, META), 2 * (2 * 120 + 24) + 4 * 2 * 120),
         (MlpActivation(24, 5, META), 2 * 3 * 120),
+        (Embedding(67, 24, 5, META), 2 * 2 * 120),
         # 37 entries read and 5 written of keys and values, q and y, k and v
         (Attention(4, 2, 8, 37, 3, 5, META), 2 * 2 * 3 * 2 * 8 * 42 + 2 * 2 * 3 * 5 * (32 + 16)),
         (Sample(67, FILTERS["top-p"], 3, META), 4 * 2 * 3 * 67),

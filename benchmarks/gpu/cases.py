@@ -15,7 +15,7 @@ from speculative_mamba.testing.models import published_config
 from .attention import Attention
 from .choices import FILTERS, Accept, Commit, Sample
 from .recurrences import MODES, Conv, Scan, Ssd
-from .row_ops import ExpertLinear, Linear, MlpActivation, Norm, SelectExperts
+from .row_ops import Embedding, ExpertLinear, Linear, MlpActivation, Norm, SelectExperts
 from .work import ACTIVATIONS, Work
 
 VOCABULARY = 50288
@@ -120,6 +120,14 @@ def _norm() -> Iterator[Case]:
         yield Case("rms_norm", f"{d}", ACTIVATIONS, distance, {"rows": rows}, partial(Norm, d, rows))
 
 
+def _embedding() -> Iterator[Case]:
+    configs = _published(MODELS)
+    for distance, (model, rows) in _product(MODELS, ROWS):
+        d = configs[model].d_model
+        make = partial(Embedding, VOCABULARY, d, rows)
+        yield Case("embed_tokens", f"{VOCABULARY}x{d}", ACTIVATIONS, distance, {"rows": rows}, make)
+
+
 def _silu() -> Iterator[Case]:
     for distance, (rows,) in _product(ROWS):
         yield Case("mlp_activation", f"{MLP}", ACTIVATIONS, distance, {"rows": rows}, partial(MlpActivation, MLP, rows))
@@ -183,6 +191,7 @@ OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "expert_linear": _expert_linear,
     "rms_norm": _norm,
     "mlp_activation": _silu,
+    "embed_tokens": _embedding,
     "attention_verify": _attention,
     "sample_tokens": _sample,
     "speculative_accept": _accept,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from speculative_mamba.ops import expert_linear, mlp_activation, rms_norm, select_experts, skinny_linear
+from speculative_mamba.ops import embed_tokens, expert_linear, mlp_activation, rms_norm, select_experts, skinny_linear
 from speculative_mamba.ops.block_formats import FORMATS, GROUP
 from speculative_mamba.ops.block_weight import BlockWeight
 from speculative_mamba.ops.expert_weight import ExpertWeight
@@ -75,6 +75,21 @@ class Norm(RowWork):
             return F.rms_norm(residual, weight.shape, weight, 1e-5).to(self.x.dtype), residual
 
         return {"torch": normed}
+
+
+class Embedding(RowWork):
+    """embed_tokens, a row of another token each."""
+
+    def __init__(self, vocabulary: int, features: int, rows: int, device: torch.device) -> None:
+        self.table = activations(device, vocabulary, features)
+        self.tokens = torch.arange(rows, device=device)[:, None] * 7919 % vocabulary
+        self.moved = 2 * rows * self.table[0].nbytes
+
+    def of_rows(self, rows: slice, backend: str) -> torch.Tensor:
+        return embed_tokens(self.tokens[rows], self.table, out_dtype=self.table.dtype, backend=backend)
+
+    def baselines(self) -> dict[str, Callable[[], object]]:
+        return {"torch": lambda: F.embedding(self.tokens[:, 0], self.table)}
 
 
 class MlpActivation(RowWork):

@@ -116,9 +116,10 @@ class Round:
         return RoundResult(lookahead, tokens.shape[1], record, logits)
 
     def trimmed(self, lookahead: int, needed: int) -> int:
-        """A lookahead where no more than ``needed`` tokens can become text. To draft more is sooner done than to record
-        rounds of another lookahead."""
-        return lookahead if lookahead in self._recorded else min(lookahead, needed)
+        """A lookahead where no more than ``needed`` tokens can become text. A model drafts more sooner than rounds of
+        another lookahead are recorded."""
+        recorded = lookahead in self._recorded and self.draft is not None and self.draft.recordable
+        return lookahead if recorded else min(lookahead, needed)
 
     def admit(
         self, row: int, text: Sequence[int], remaining: int, stop_token_ids: Collection[int], use_draft: bool

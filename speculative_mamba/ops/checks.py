@@ -248,7 +248,7 @@ def check_tokens(name: str, tokens: torch.Tensor, shape: tuple[int, ...], vocabu
 def check_token_ids(name: str, tokens: torch.Tensor, vocabulary: int) -> None:
     """Their values are cheap to check on the CPU, so they are."""
     if tokens.is_cpu and tokens.numel():
-        ids = (tokens if tokens.ndim == 1 else tokens.reshape(-1)).tolist()
+        ids = tokens.tolist() if tokens.ndim < 2 else [id for row in tokens.tolist() for id in row]
         if min(ids) < 0 or max(ids) >= vocabulary:
             raise ValueError(f"{name} must hold token ids from 0 to {vocabulary - 1}, got {tokens.tolist()}")
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import speculative_mamba as sm
+from speculative_mamba.decode import round
 from speculative_mamba.layers import mamba1
 from speculative_mamba.layers.block import Block
+from speculative_mamba.ops.recording import Recording
 from speculative_mamba.testing.models import random_model, tiny_config
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -132,10 +134,19 @@ def rings(monkeypatch, owner, name, is_hit, call, error, after):
     return lambda: monkeypatch.setattr(owner, name, counted), lambda: monkeypatch.setattr(owner, name, whole)
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.fixture
+def unrecorded(monkeypatch):
+    """Rounds run as Python, where every call of a part of a model can be counted."""
+    monkeypatch.setattr(round, "_recorded_parts", lambda *arguments: None)
+
+
+before_and_after = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+
+
+@before_and_after
 @pytest.mark.parametrize("place", ["verify", "second block", "scan", "prefill"])
 @pytest.mark.parametrize("victim", ["target", "draft"])
-def test_a_model_that_is_interrupted(pair, draft, break_off, monkeypatch, victim, place, after):
+def test_a_model_that_is_interrupted(pair, draft, break_off, unrecorded, monkeypatch, victim, place, after):
     """At the n-th call of one of its parts; the scan comes when the convolution has already written its window.
 
     Catches: slots trusted after an interruption.
@@ -155,6 +166,16 @@ def test_a_model_that_is_interrupted(pair, draft, break_off, monkeypatch, victim
     assert interrupted >= 4
 
 
+@before_and_after
+def test_recorded_rounds_that_are_interrupted(break_off, monkeypatch, after):
+    """Before or after the n-th part that is run again: a draft's proposal, or the rest of a round."""
+    interrupted = 0
+    for call in range(9):
+        start, stop = rings(monkeypatch, Recording, "run", lambda recording: True, call, KeyboardInterrupt(), after)
+        interrupted += break_off(KeyboardInterrupt(), "greedy" if call % 2 else "sampled", start, stop)
+    assert interrupted >= 4
+
+
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_a_logits_processor_that_raises(break_off, draft, sampling):
     for call in range(0, 60, 7):
@@ -165,7 +186,7 @@ def test_a_logits_processor_that_raises(break_off, draft, sampling):
 
 
 @pytest.mark.parametrize("victim", ["target", "draft"])
-def test_logits_that_become_nan(pair, draft, break_off, monkeypatch, victim):
+def test_logits_that_become_nan(pair, draft, break_off, unrecorded, monkeypatch, victim):
     model, whole = pair().target if victim == "target" else draft, sm.MambaLM.verify
     for call in range(5):
         count = -1

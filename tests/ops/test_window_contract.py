@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from cases import ATTENTION, OPS, SCANS, WINDOWS
+from cases import ATTENTION, EXPERT_LINEAR, LINEAR, OPS, SCANS, WINDOWS
 from description import Arguments, Op, Row
 
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
@@ -213,6 +213,8 @@ def test_prefill_equals_verify_wherever_it_is_cut(op: Op, dtype: torch.dtype, ro
 @of_all
 def test_threads_do_not_change_a_bit(op: Op, processor: str) -> None:
     """Catches: a pool that drops or repeats a chunk."""
+    if processor == "reference" and op in (LINEAR, EXPERT_LINEAR):
+        pytest.skip("PyTorch promises no bits for products of matrices")
     for other in ({}, {"final_state_only": True}) if op.written else ({},):
         arguments, results = op.make(op.large), []
         for threads in (1, 2, 4, 4, 4, 3):
@@ -229,7 +231,8 @@ def test_instruction_sets_with_fused_multiply_add_agree(op: Op, fused_isas: list
     """
     for row in op.rows():
         results = []
-        by_tiles = op.name == "skinny_linear" and row.change.get("dtype", op.base.get("dtype")) == torch.bfloat16
+        weight = row.make().get("weight") if op is LINEAR else None
+        by_tiles = isinstance(weight, torch.Tensor) and weight.dtype == torch.bfloat16 and weight.shape[1] >= 512
         for isa in fused_isas:
             if by_tiles and isa.startswith("amx"):
                 continue
