@@ -1,20 +1,24 @@
 """Times an engine against its width, and the second turn of a chat with and without the prefix cache.
 
 python -m benchmarks.serve [--models embedded 130m] [--widths 1 2 4 8 16 32 64] [--chat 8192] [--plot FILE]
+                           [--llama_server PROGRAM]
 
 Twice as many requests as there are rows arrive at once, so that half of them join while others run. Their prompts have
 32 tokens, their budgets are 0.75, 1 and 1.25 times --tokens. "embedded" is the embedded pair on text that it has not
 seen, four tokens drafted; the published shapes have random bf16 weights and no draft. static is ``generate`` with as
 many rows of one budget, which takes turns with the engine; ratio of the seconds, cpu_ratio of the CPU time of the
 process, prompts included. Every text of the engine is compared with the one that ``generate`` gives before a time is
-printed. Under many clients: ``benchmarks.serve_load``.
+printed. With --llama_server llama.cpp's server takes turns too, on the same weights of a published shape, with as many
+slots as there are rows and the same requests over HTTP. Under many clients: ``benchmarks.serve_load``.
 A chat's first turn has as many tokens as --chat says, the second 20 more. first_s is the time from ``submit`` to the
 first token of the second turn; ratio, the same without a prefix cache over it.
 """
 
+import contextlib
 import importlib.util
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +32,7 @@ from .report import Report, number, parser, progress, seconds
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 PROMPT_TOKENS = 32
+PORT = 18080  # of llama.cpp's server
 BUDGETS = (0.75, 1.0, 1.25)
 
 
@@ -76,26 +81,40 @@ def timed(run: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float, f
     return texts, tokens / (time.perf_counter() - began), tokens / (time.process_time() - cpu)
 
 
-def bench_width(report: Report, name: str, widths: list[int], tokens: int, repeats: int) -> None:
+def bench_width(
+    report: Report, name: str, widths: list[int], tokens: int, repeats: int, llama_server: Path | None, folder: Path
+) -> None:
     target, draft, text = models_of(name)
+    compared = llama_server is not None and name in SHAPES
+    if compared:
+        from . import llama_server as peer  # needs gguf
+
+        file = peer.write_file(target, folder)
     for width in widths:
         requests = requests_of(text, 2 * width, tokens)
-        mine, static = [], []
-        with sm.Engine(target, draft=draft, max_batch_size=width) as engine:
+        longest = PROMPT_TOKENS + max(request.max_new_tokens for request in requests)
+        mine, static, theirs = [], [], []
+        with contextlib.ExitStack() as running:
+            engine = running.enter_context(sm.Engine(target, draft=draft, max_batch_size=width))
+            other = compared and running.enter_context(peer.running(llama_server, file, width, longest, PORT))
             for repeat in range(repeats + 1):
                 progress(f"{name}: {width} rows, {'untimed' if not repeat else f'{repeat} of {repeats}'}")
                 texts, *speeds = timed(lambda engine=engine, requests=requests: served(engine, requests))
                 mine.append(speeds)
                 expected, *speeds = timed(lambda requests=requests: batches(target, draft, requests, tokens))
                 static.append(speeds)
-                for text_of_mine, other in zip(texts, expected, strict=True):
-                    if text_of_mine[: len(other)] != other[: len(text_of_mine)]:
+                if other:
+                    began = time.perf_counter()
+                    theirs.append(sum(other.served(requests)) / (time.perf_counter() - began))
+                for text_of_mine, known in zip(texts, expected, strict=True):
+                    if text_of_mine[: len(known)] != known[: len(text_of_mine)]:
                         raise SystemExit(f"{name}, {width} rows: another text than that of generate; not timed")
         speed, per_cpu_s = map(statistics.median, zip(*mine[1:], strict=True))
         static_speed, static_per_cpu_s = map(statistics.median, zip(*static[1:], strict=True))
         report.add(
             op="engine", case=name, batch=width, tokens_per_s=speed, static=static_speed, ratio=speed / static_speed,
             cpu_ratio=per_cpu_s / static_per_cpu_s, median_s=1 / speed, baseline="static batches of as many rows",
+            llama_cpp=statistics.median(theirs[1:]) if theirs else None,
         )  # fmt: skip
 
 
@@ -133,6 +152,8 @@ def draw(rows: list[dict], file: Path) -> None:
         widths = [row["batch"] for row in points]
         axes.plot(widths, [row["tokens_per_s"] for row in points], "ko-", label="engine, rows join and leave")
         axes.plot(widths, [row["static"] for row in points], "k:", label="static batch")
+        if all(row.get("llama_cpp") for row in points):
+            axes.plot(widths, [row["llama_cpp"] for row in points], "s--", color="tab:gray", label="llama.cpp's server")
         axes.set_xscale("log", base=2)
         axes.set_xticks(widths, [str(width) for width in widths])
         axes.set_xlabel("rows")
@@ -154,14 +175,17 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=48, help="tokens of a request, on average")
     arguments.add_argument("--repeats", type=int, default=3, help="interleaved runs of each case; medians are shown")
     arguments.add_argument("--chat", type=int, default=8192, metavar="TOKENS", help="length of a chat; 0: none")
+    arguments.add_argument("--llama_server", type=Path, metavar="PROGRAM", help="llama.cpp's, to run beside the engine")
     arguments.add_argument("--plot", type=Path, metavar="FILE", help="also draw the speeds, as PNG")
     options = arguments.parse_args()
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         sys.exit("--plot needs matplotlib: pip install matplotlib")
-    columns = {"op": str, "case": str, "batch": str, "tokens_per_s": number, "static": number}
+    columns = {"op": str, "case": str, "batch": str, "tokens_per_s": number, "static": number, "llama_cpp": number}
     report = Report({**columns, "ratio": number, "cpu_ratio": number, "first_s": seconds, "cached_tokens": str})
     for name in options.models if options.widths else ():
-        bench_width(report, name, options.widths, options.tokens, options.repeats)
+        with tempfile.TemporaryDirectory(prefix="serve-") as folder:
+            sizes = options.widths, options.tokens, options.repeats
+            bench_width(report, name, *sizes, options.llama_server, Path(folder))
     if options.plot is not None:
         draw([row for row in report.rows if row["op"] == "engine"], options.plot)
     for name in options.models if options.chat else ():
