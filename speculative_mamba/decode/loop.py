@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from ..models.identity import IdentityKey, backend_of
 from ..models.runner import LanguageModel
 from ..ops.commit_tokens import BatchState, Record
@@ -61,7 +63,9 @@ class DecodeLoop:
         drafted = () if draft is None else draft.identity()
         key = (IdentityKey(target), *drafted, len(batch.rows), lookahead.all, bias_capacity(params), coupled)
         entries = prompt_length + min(max_new_tokens, AHEAD) + self._window
-        batch.round = executor.prepare(key, make, entries, lookahead.all)
+        # An engine's thread and an executor's later calls work on this memory, where there may be no inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            batch.round = executor.prepare(key, make, entries, lookahead.all)
         self._draft = batch.round.draft
         self.stats.setup_s = time.perf_counter() - began
 
@@ -140,7 +144,8 @@ class DecodeLoop:
         executor = self._executor
         if executor.captures and not executor.fits(max(entries, self._entries(executor.pending * self._window))):
             self._drain()
-            executor.grow(max(entries, self._entries(AHEAD)))
+            with torch.inference_mode(False), torch.no_grad():
+                executor.grow(max(entries, self._entries(AHEAD)))
 
     def _entries(self, tokens: int) -> int:
         """What the longest text takes when each row has so many more, within its budget, and a window is verified."""

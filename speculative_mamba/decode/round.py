@@ -85,12 +85,15 @@ class Round:
         if draft.recordable:
             self._parts.work_on("draft", draft.before_propose(lookahead))
             return self._parts.run((lookahead,), draft.propose, state, lookahead)
+        # What the draft gave may be kept, changed or given again by it, and have elements that share memory.
         proposal = draft.propose(state, lookahead)
-        kept = self._proposals.setdefault(_kind(proposal), proposal)
-        if kept is not proposal:
-            for name, value in vars(kept).items():
-                if value is not None:
-                    value.copy_(getattr(proposal, name))
+        given = {name: value for name, value in vars(proposal).items() if value is not None}
+        kept = self._proposals.get(_kind(proposal))
+        if kept is None:
+            own = {name: value.new_empty(value.shape) for name, value in given.items()}
+            kept = self._proposals[_kind(proposal)] = Proposal(**own)
+        for name, value in given.items():
+            getattr(kept, name).copy_(value)
         return kept
 
     def _verify(self, lookahead: int, proposal: Proposal) -> RoundResult:

@@ -202,11 +202,11 @@ def stream_options(name: str, value: object) -> dict:
 
 
 _SHARED: dict[str, Reader] = {
-    "model": text, "max_tokens": integer(1, MAX_NEW_TOKENS), "n": integer(1, MAX_CHOICES), "seed": sampling,
-    "stop": stop, "stream": flag, "stream_options": stream_options, "temperature": sampling, "top_p": sampling,
-    "presence_penalty": sampling, "frequency_penalty": sampling, "logit_bias": logit_bias,
-    "top_k": top_k, "min_p": sampling, "repetition_penalty": sampling, "ignore_eos": flag, "stop_token_ids": token_ids,
-    "use_draft": flag,
+    "model": text, "max_tokens": integer(1, MAX_NEW_TOKENS), "n": integer(1, MAX_CHOICES),
+    "seed": integer(0, 2**63 - 1), "stop": stop, "stream": flag, "stream_options": stream_options,
+    "temperature": sampling, "top_p": sampling, "top_k": top_k, "min_p": sampling, "repetition_penalty": sampling,
+    "presence_penalty": sampling, "frequency_penalty": sampling, "logit_bias": logit_bias, "ignore_eos": flag,
+    "stop_token_ids": token_ids, "use_draft": flag,
 }  # fmt: skip
 COMPLETION: dict[str, Reader] = _SHARED | {
     "prompt": prompt, "echo": flag, "logprobs": integer(0, MAX_LOGPROBS), "add_special_tokens": flag,

@@ -71,10 +71,10 @@ class Scheduler:
         """
         Raises:
             QueueFullError: too many wait.
-            RuntimeError: the engine is closed.
+            RuntimeError: the engine is closed, or is that of a process from which this one was forked.
         """
         with self._changed:
-            if self._closing:
+            if not self.alive:
                 raise RuntimeError("the engine is closed")
             if len(self._waiting) >= self._max_queue_size:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already; retry later")

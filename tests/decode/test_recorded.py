@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import speculative_mamba as sm
-from speculative_mamba.decode.drafts import ModelDrafter, as_draft
+from speculative_mamba.decode.drafts import ModelDrafter, Proposal, as_draft
 from speculative_mamba.decode.lookahead import FixedLookahead
 from speculative_mamba.ops.recording import Recording
 from speculative_mamba.testing.models import random_model, tiny_architecture
@@ -75,3 +75,54 @@ def test_a_draft_that_calls_pytorch_cannot_say_that_it_is_recordable() -> None:
     drafter.recordable = True
     with pytest.raises(ValueError, match=r"^aten\.add\.Tensor is PyTorch's and would not be run again"):
         sm.generate(target, [[1, 2]], draft=drafter, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("sampling", [sm.SamplingParams(), sm.SamplingParams(temperature=1.0, seed=3)])
+def test_what_a_draft_proposes_is_only_read(sampling: sm.SamplingParams) -> None:
+    """Catches: a later proposal was written over the first one, which the draft may keep and may have expanded."""
+
+    class Table:
+        vocab_size = 61
+
+        def __init__(self) -> None:
+            self.tokens = [torch.full((2, LOOKAHEAD), token) for token in range(self.vocab_size)]
+            self.probs = torch.full((self.vocab_size,), 1 / self.vocab_size)
+
+        def begin(self, prompts: object, lookahead: int, sampler: object) -> None: ...
+
+        def propose(self, rows: list[list[int]], accepted: torch.Tensor, lookahead: int) -> tuple:
+            probs = self.probs.expand(2, lookahead, -1)
+            return self.tokens[rows[0][-1]][:, :lookahead], None if sampling.greedy else probs
+
+    target, table, prompts = hybrid(0), Table(), [[1, 2, 3], [4]]
+    drafted = sm.generate(target, prompts, draft=table, lookahead=LOOKAHEAD, max_new_tokens=20, sampling=sampling)
+    assert all((tokens == at).all() for at, tokens in enumerate(table.tokens))
+    assert (table.probs == table.probs[0]).all()
+    if sampling.greedy:
+        plain = sm.generate(target, prompts, max_new_tokens=20)
+        assert all(map(torch.equal, drafted.sequences, plain.sequences))
+
+
+def test_a_draft_may_give_one_proposal_again_with_other_tokens() -> None:
+    """Catches: rounds went on with the tokens that it held when they were recorded."""
+    target = hybrid(0)
+    text = sm.generate(target, [[1, 2, 3]], max_new_tokens=30).sequences[0]
+
+    class Oracle(sm.Draft):
+        vocab_size = target.vocab_size
+
+        def allocate(self, batch: int, lookahead: int, sampler: object, *, captured: bool) -> "Oracle":
+            self.proposal = None
+            return self
+
+        def prefill(self, row: int, text: list[int], state: object = None) -> None: ...
+
+        def propose(self, state: object, lookahead: int) -> Proposal:
+            at = int(state.positions[0])
+            tokens = text[None, at : at + lookahead]
+            self.proposal = self.proposal or Proposal(tokens)
+            self.proposal.tokens = tokens
+            return self.proposal
+
+    stats = sm.generate(target, [[1, 2, 3]], draft=Oracle(), lookahead=LOOKAHEAD, max_new_tokens=30).stats
+    assert stats.accepted == stats.tested > 15

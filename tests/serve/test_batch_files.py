@@ -117,6 +117,7 @@ BAD = [
     ({}, 400, "prompt is missing"),
     ({"prompt": "a", "speed": 3}, 400, "speed"),
     ({"prompt": "a", "seed": -1}, 400, "seed"),
+    ({"prompt": "a", "seed": []}, 400, "seed"),
 ]
 
 

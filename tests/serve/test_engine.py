@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import os
 import random
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -373,3 +375,28 @@ def test_prompts_are_read_between_rounds(monkeypatch) -> None:
         for one, completion in zip(asked, completions, strict=True):
             assert_is_alone(target, one, completion.result(WAIT), alone(target, one))
     assert ended == [[3], [5] * 1500]
+
+
+@torch.inference_mode()
+def test_an_engine_that_is_opened_in_inference_mode() -> None:
+    """Catches: its own thread could not write into memory that was made there."""
+    target, draft = pair("mamba1")
+    asked = sm.Request([1, 2, 3], 12)
+    with sm.Engine(target, draft=draft, max_batch_size=2) as engine:
+        assert_is_alone(target, asked, engine.submit(asked).result(WAIT), alone(target, asked))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_has_no_engine() -> None:
+    """Catches: whoever submitted there waited for ever, since threads are not forked."""
+    target, _ = pair("mamba1")
+    with sm.Engine(target) as engine:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            try:
+                engine.submit(sm.Request([1], 2)).result(WAIT)
+            except RuntimeError as error:
+                os._exit(str(error) != "the engine is closed")
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0

@@ -75,6 +75,7 @@ def test_values_of_every_wrong_type_for_every_field(url, chat):
         ({"max_tokens": 0}, (400, "max_tokens", None)), ({"n": 0}, (400, "n", None)), ({"n": 129}, (400, "n", None)),
         ({"prompt": ["a", "b"], "n": 65}, (400, "n", None)), ({"logprobs": 21}, (400, "logprobs", None)),
         ({"echo": True, "logprobs": 0}, (400, "echo", "unsupported_value")), ({"seed": 2**63}, (400, "seed", None)),
+        ({"seed": [1]}, (400, "seed", None)),
         ({"stop": ""}, (400, "stop", None)), ({"stop": ["a"] * 17}, (400, "stop", None)),
         ({"stop": "a" * 257}, (400, "stop", None)), ({"stop": ["a", 1]}, (400, "stop", None)),
         ({"stop": "\ud800"}, (400, "stop", None)), ({"top_p": 0}, (400, "top_p", None)),
