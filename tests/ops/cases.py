@@ -337,7 +337,8 @@ class ExpertLinear(Op):
         {"in_features": 1}, {"in_features": 16, **SUMMED}, {"in_features": 1536, "out_features": 5},
         {"out_features": 1}, {"dtype": BFLOAT16, **SUMMED}, {"dtype": FLOAT16}, {"contiguous": True},
         {"contiguous": True, "in_features": 512, "dtype": BFLOAT16, "num_experts": 64, "top_k": 6},
-        {"contiguous": True, "top_k": 6, "inputs": 6, "weighted": True, "rows": 3, "num_experts": 20, "out_features": 301},
+        {"contiguous": True, "top_k": 6, "inputs": 6, "weighted": True, "rows": 3, "num_experts": 20,
+         "out_features": 301},
     )  # fmt: skip
     large = {"in_features": 257, "out_features": 401, "rows": 9, **SUMMED}
     nan_change = {"weighted": True}

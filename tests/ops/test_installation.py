@@ -29,6 +29,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(speculative_mamba, "__path__", [str(folder)])
     real = Path(speculative_mamba.__file__).parents[1]
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).resolve() != real])
+    editable = [finder for finder in sys.meta_path if getattr(finder, "__module__", "").startswith("__editable__")]
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if finder not in editable])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name in ("_C", "_C_cuda"):
@@ -43,7 +45,7 @@ def cuda_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.SimpleN
     folder = tmp_path / "site" / "speculative_mamba_cuda"
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
-    monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.setattr(sys, "path", [str(folder.parent), *sys.path])
     module = types.SimpleNamespace(
         version=speculative_mamba.__version__, architectures="90", problem=lambda: "", folder=folder
     )
@@ -84,7 +86,7 @@ def test_a_module_of_another_version(package: Path, monkeypatch: pytest.MonkeyPa
 def test_two_versions_on_the_path(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     other = tmp_path / "old" / "speculative_mamba"
     other.mkdir(parents=True)
-    monkeypatch.syspath_prepend(str(other.parent))
+    monkeypatch.setattr(sys, "path", [str(other.parent), *sys.path])
     mine = speculative_mamba.__version__
     (other / "__init__.py").write_text(f'__version__ = "{mine}"\n')
     backends.extension.__wrapped__()
