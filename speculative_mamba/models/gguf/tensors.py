@@ -39,6 +39,8 @@ def read_gguf_tensors(header: Header, description: Description, file: MappedFile
             part = part.view(dtype).view(_shape(name, info))
         elif len(info.shape) == (3 if name.endswith(EXPERTS) else 2):
             part, format = part.view(*info.shape[:-1], -1), info.type.lower()
+            if format == "q5_0":
+                part, format = _q5_0_as_q8_0(part), "q8_0"
         else:
             raise ValueError(f"{header.path}: tensor {name} of shape {info.shape} is {info.type}; only matrices may be")
         heads = description.interleaved.get(name.rpartition(".")[0])
@@ -55,6 +57,16 @@ def _shape(name: str, info: TensorInfo) -> tuple[int, ...]:
     if name.endswith(".ssm_norm.weight") or (name.endswith((".ssm_a", ".ssm_d")) and shape[-1] == 1):
         return (-1,)
     return shape
+
+
+def _q5_0_as_q8_0(part: torch.Tensor) -> torch.Tensor:
+    """The same values in blocks of another format: a half as the scale, then a byte for each weight instead of four
+    bits, after the fifth ones of all."""
+    blocks = part.view(*part.shape[:-1], -1, 22)
+    fifth = (blocks[..., 2:6, None] >> torch.arange(8, dtype=torch.uint8)).flatten(-2) & 1
+    low = torch.cat([blocks[..., 6:] & 15, blocks[..., 6:] >> 4], -1)
+    values = (low | fifth << 4).view(torch.int8) - 16
+    return torch.cat([blocks[..., :2], values.view(torch.uint8)], -1).flatten(-2)
 
 
 def _halves_of_heads(rows: int, heads: int) -> torch.Tensor | None:
