@@ -225,21 +225,21 @@ inline void add_parts(const float* sums, int rows, float* totals) {
 }
 
 // Whether a product can stay as tiles have it; the bits of magnitudes compare as they do.
-inline bool is_settled(uint32_t total, uint32_t least) {
+inline bool is_accurate(uint32_t total, uint32_t least) {
     const uint32_t magnitude = total & 0x7fffffffu;
     return (magnitude >= least) & (magnitude < 0x7f800000u);
 }
 
-inline bool all_settled(const float* totals, float least) {
-    uint32_t bits[kTileRows], limit, settled = 1;
+inline bool all_accurate(const float* totals, float least) {
+    uint32_t bits[kTileRows], limit, accurate = 1;
     std::memcpy(bits, totals, sizeof bits);
     std::memcpy(&limit, &least, sizeof limit);
-    for (int i = 0; i < kTileRows; i++) settled &= is_settled(bits[i], limit);
-    return settled;
+    for (int i = 0; i < kTileRows; i++) accurate &= is_accurate(bits[i], limit);
+    return accurate;
 }
 
-// Computes those again that are not settled: row m of x times `count` rows of W from n on.
-inline void settle(const LinearOperands<bf16_t>& p, int64_t m, int64_t n, int count, float least, float* totals) {
+// Computes those again that are not accurate: row m of x times `count` rows of W from n on.
+inline void recompute(const LinearOperands<bf16_t>& p, int64_t m, int64_t n, int count, float least, float* totals) {
     for (int i = 0; i < count; i++)
         if (!(__builtin_fabsf(totals[i]) >= least) || !(__builtin_fabsf(totals[i]) <= __FLT_MAX__))
             multiply_tokens<bf16_t, 1>(p, m, n + i, n + i + 1,
@@ -258,7 +258,7 @@ inline void multiply_panel(const LinearOperands<bf16_t>& p, const PackedTokens& 
         add_parts<T>(sums + r * T * kTileFloats, x.rows, totals);
         for (int i = 0; i < x.rows; i++) {
             float* const row = totals + i * kTileRows;
-            if (!all_settled(row, x.least[i])) settle(p, m + i, n, count, x.least[i], row);
+            if (!all_accurate(row, x.least[i])) recompute(p, m + i, n, count, x.least[i], row);
             store(m + i, n, row, count);
         }
     }

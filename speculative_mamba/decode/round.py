@@ -87,13 +87,13 @@ class Round:
             return self._parts.run((lookahead,), draft.propose, state, lookahead)
         # What the draft gave may be kept, changed or given again by it, and have elements that share memory.
         proposal = draft.propose(state, lookahead)
-        given = {name: value for name, value in vars(proposal).items() if value is not None}
-        kept = self._proposals.get(_kind(proposal))
-        if kept is None:
-            own = {name: value.new_empty(value.shape) for name, value in given.items()}
+        given = vars(proposal)
+        if (kept := self._proposals.get(_kind(proposal))) is None:
+            own = {name: value.new_empty(value.shape) for name, value in given.items() if value is not None}
             kept = self._proposals[_kind(proposal)] = Proposal(**own)
-        for name, value in given.items():
-            getattr(kept, name).copy_(value)
+        for name, memory in vars(kept).items():
+            if memory is not None:
+                memory.copy_(given[name])
         return kept
 
     def _verify(self, lookahead: int, proposal: Proposal) -> RoundResult:
