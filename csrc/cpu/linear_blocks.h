@@ -121,4 +121,21 @@ inline int64_t block_rows_of_chunk(int64_t group_stride, int64_t out_features, i
     return min(divide_up(bytes, span_bytes), divide_up(out_features, 2 * threads * kSpan)) * kSpan;
 }
 
+template <typename Format>
+struct FormatTag {
+    using type = Format;
+};
+
+// Calls call(FormatTag<Format>()) for the format of a weight in blocks.
+template <typename Call>
+void with_format(DType dtype, const Call& call) {
+    switch (dtype) {
+        case DType::q8_0: return call(FormatTag<Q8_0>());
+        case DType::q4_0: return call(FormatTag<Q4_0>());
+        case DType::q4_k: return call(FormatTag<Q4_K>());
+        case DType::q6_k: return call(FormatTag<Q6_K>());
+        default: throw_unknown_dtype(dtype);
+    }
+}
+
 }  // namespace speculative_mamba::SM_ISA

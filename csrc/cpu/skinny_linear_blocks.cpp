@@ -26,13 +26,7 @@ void run(const SkinnyLinearParams& p, int threads) {
 }  // namespace
 
 void skinny_linear_blocks(const SkinnyLinearParams& p, int threads) {
-    switch (p.weight_dtype) {
-        case DType::q8_0: return run<Q8_0>(p, threads);
-        case DType::q4_0: return run<Q4_0>(p, threads);
-        case DType::q4_k: return run<Q4_K>(p, threads);
-        case DType::q6_k: return run<Q6_K>(p, threads);
-        default: throw_unknown_dtype(p.weight_dtype);
-    }
+    with_format(p.weight_dtype, [&](auto format) { run<typename decltype(format)::type>(p, threads); });
 }
 
 }  // namespace speculative_mamba::SM_ISA
