@@ -7,6 +7,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reduced", action="store_true", help="not every combination of a test's parameters")
+    parser.addoption("--full", action="store_true", help="more combinations on kernels of the GPU that are emulated")
 
 
 @pytest.hookimpl(trylast=True)  # after -k, which may leave out what would have been chosen

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -414,11 +415,18 @@ def start(*arguments, **options):
     )  # fmt: skip
 
 
-def test_as_script_and_as_module_from_anywhere(tmp_path):
-    modules = ("speculative_mamba.run", "speculative_mamba", "speculative_mamba.cli")
-    for program in ((SCRIPT,), *(("-m", module) for module in modules)):
-        process = start(*program, *SHORT, cwd=tmp_path)
-        assert process.communicate()[0] == generated() + "\n" and process.returncode == 0
+def test_as_script_from_anywhere(tmp_path):
+    process = start(SCRIPT, *SHORT, cwd=tmp_path)
+    assert process.communicate()[0] == generated() + "\n" and process.returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", ["speculative_mamba.run", "speculative_mamba", "speculative_mamba.cli"])
+def test_as_module(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, *SHORT])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert not end.value.code and capsys.readouterr().out == generated() + "\n"
 
 
 def test_bad_input_of_a_real_process():

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from device import on_device
+from emulated import INTERPRETED, SHIM, without_most_emulated
 from interpreter import repair
-from sampling import INTERPRETED, without_most_interpreted
 from shim import CUDA, built_shim, synchronize
 
 from speculative_mamba.ops import backend as backends
@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = without_most_interpreted(items)
+    kept = without_most_emulated(items, config.getoption("full"))
     config.hook.pytest_deselected(items=list(set(items) - set(kept)))
     items[:] = kept
 
@@ -60,7 +60,7 @@ def _kernels_of(op: str) -> list[str]:
     """C++ once for each instruction set, CUDA and Triton where the op has them."""
     kernels = _isas_of(op)
     if (CUDA / f"{op}.cu").is_file():
-        kernels += ["cuda on shim", *(["cuda on gpu"] if HAS_GPU else [])]
+        kernels += [SHIM, *(["cuda on gpu"] if HAS_GPU else [])]
     if importlib.util.find_spec("triton") and (OPS / op / "triton.py").is_file():
         kernels += ["triton on gpu" if HAS_GPU else INTERPRETED]
     return kernels

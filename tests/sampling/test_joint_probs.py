@@ -22,7 +22,7 @@ from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.testing.models import TableModel
 from speculative_mamba.testing.sampling import tensors
 
-SAMPLES, ROWS, PROMPT = 4000, 400, [4, 2]  # texts of a case, and of a call
+SAMPLES, ROWS, PROMPT = 4000, 1000, [4, 2]  # texts of a case, and of a call
 FILTERS = {
     "plain": {},
     "cold": {"temperature": 0.6},
