@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from cli_runs import PROMPT, SHORT, generated
 
 import speculative_mamba as sm
 from speculative_mamba import cli
@@ -19,22 +17,11 @@ from speculative_mamba.cli.generate import PROMPT as DEFAULT_PROMPT
 from speculative_mamba.decode.inputs import ACCEPTANCES
 from speculative_mamba.decode.lookahead import AdaptiveLookahead
 
-PROMPT = "She had not"
-SCRIPT = Path(sm.__file__).parent / "run.py"
-SHORT = ["--prompt", PROMPT, "--n_tokens_to_generate", "12"]
 STATS = {
     "prompt_tokens", "tokens", "rounds", "row_rounds", "drafted", "tested", "accepted", "tested_per_position",
     "accepted_per_position", "draft_dropped_at", "setup_s", "prefill_s", "decode_s", "draft_s", "verify_s",
     "acceptance_rate", "tokens_per_round", "tokens_per_s", "peak_bytes",
 }  # fmt: skip
-
-
-def generated(prompt=PROMPT, tokens=12):
-    """The text that the Python interface gives for the same run."""
-    target = sm.load_model("builtin:target")
-    ids = target.tokenizer.encode(prompt).ids
-    sequence = sm.generate(target, [ids], max_new_tokens=tokens).sequences[0].tolist()
-    return target.tokenizer.decode(sequence)
 
 
 def test_text_on_stdout_the_rest_on_stderr(run):
@@ -408,41 +395,6 @@ def test_cuda_without_one(run):
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and "cuda" in err
 
 
-def start(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(sm.__file__).parents[1])}, **options,
-    )  # fmt: skip
-
-
-def test_as_script_from_anywhere(tmp_path):
-    process = start(SCRIPT, *SHORT, cwd=tmp_path)
-    assert process.communicate()[0] == generated() + "\n" and process.returncode == 0
-
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("module", ["speculative_mamba.run", "speculative_mamba", "speculative_mamba.cli"])
-def test_as_module(module, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [module, *SHORT])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    assert not end.value.code and capsys.readouterr().out == generated() + "\n"
-
-
-def test_bad_input_of_a_real_process():
-    process = start(SCRIPT, "--model_target", "./absent", "--device", "cpu")
-    out, err = process.communicate()
-    assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1 and "Traceback" not in err
-
-
-def test_reader_of_stdout_that_leaves():
-    process = start(SCRIPT, "--stream", "--n_tokens_to_generate", "3000", "--draft", "none")
-    process.stdout.read(len(DEFAULT_PROMPT) + 1)
-    process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait(60) == 0 and "Traceback" not in err and "BrokenPipe" not in err
-
-
 def test_ctrl_c_without_a_stream(run, monkeypatch):
     def interrupted(target, prompts, *, on_commit, **options):
         for token in target.tokenizer.encode(" heard").ids:
@@ -477,21 +429,6 @@ def test_ctrl_c_while_comparing_keeps_the_text(run, monkeypatch):
     code, out, _ = run(*SHORT, "--compare", "--json")
     report = json.loads(out)
     assert code == 130 and report["stats"]["tokens"] == len(report["tokens"]) and "compare" not in report
-
-
-def test_without_the_compiled_kernels():
-    """A broken or missing extension: one line, and the reference backend gives the same text."""
-    program = (
-        "import sys; sys.modules['speculative_mamba._C'] = None\n"
-        "from speculative_mamba.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    process = start("-c", program, *SHORT, "--threads", "1")
-    out, err = process.communicate()
-    assert process.returncode == 0 and out == generated() + "\n"
-    assert sum("_C" in line for line in err.splitlines()) == 1 and "backend reference" in err
-    process = start("-c", program, *SHORT, "--backend", "cpu")
-    out, err = process.communicate()
-    assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
 
 
 def test_a_draft_that_was_dropped_is_mentioned(capsys, monkeypatch):
