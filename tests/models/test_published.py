@@ -216,6 +216,24 @@ LLAMA3 = {
 OPTIONS += [("llama-hf", {"rope_parameters": LLAMA3, "older_fields": older, "head_dim": 16}) for older in (False, True)]
 
 
+# family -> a second set of options, of those that change what a state is or how it goes on
+HYBRIDS = {
+    "granite-hybrid-hf": {
+        "position_embedding_type": "rope", "num_key_value_heads": 4, "mamba_n_groups": 2, "mamba_proj_bias": True,
+        "time_step_limit": (0.2, 0.9),
+    },
+    "granite-moe-hybrid-hf": {"num_experts_per_tok": 8, "mamba_d_conv": 2, "mamba_conv_bias": False},
+    "lfm2-hf": {"conv_L_cache": 4, "conv_bias": True, "head_dim": 10},
+    "lfm2-moe-hf": {"use_expert_bias": False, "norm_topk_prob": False, "conv_L_cache": 4},
+    "nemotron-h-hf": {"mlp_hidden_act": "silu", "n_groups": 3, "conv_kernel": 2, "use_bias": True},
+    "nemotron-h-moe-hf": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "mlp_bias": True},
+    "jamba-hf": {"attn_layer_offset": 0, "mamba_d_state": 16, "mamba_expand": 3, "mamba_proj_bias": True},
+    "jamba-moe-hf": {"expert_layer_period": 1, "expert_layer_offset": 0, "mamba_d_conv": 2},
+    "bamba-hf": {"attn_layer_indices": [0, 2], "intermediate_size": 20, "mamba_n_groups": 2, "attention_bias": True},
+    "falcon-h1-hf": {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 2},
+}  # fmt: skip
+
+
 def logits(model: sm.MambaLM, ids: list[int] = IDS) -> torch.Tensor:
     return model.verify(torch.tensor([ids]), model.new_cache(1, len(ids)), torch.zeros(1, dtype=torch.int32))[0]
 
@@ -307,37 +325,29 @@ def test_older_fields_of_nemotron_h(written: dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("lookahead", "rollback"), [(1, "snapshots"), (4, "replay")])
 @pytest.mark.parametrize(
-    "name",
-    [
-        "granite-hybrid-hf",
-        "granite-moe-hybrid-hf",
-        "lfm2-hf",
-        "nemotron-h-hf",
-        "nemotron-h-moe-hf",
-        "jamba-hf",
-        "bamba-hf",
-        "falcon-h1-hf",
-    ],
+    ("name", "options"), [(name, options) for name, other in HYBRIDS.items() for options in ({}, other)]
 )
-def test_a_hybrid_with_any_draft_is_itself(name: str, lookahead: int, rollback: str, tmp_path: Path) -> None:
+def test_a_hybrid_with_any_draft_is_itself(
+    name: str, options: dict[str, Any], lookahead: int, rollback: str, tmp_path: Path
+) -> None:
     """A model without Mamba, prompt lookup, and the model itself: greedy bits, and the text of one seed."""
     models = {}
     for part in (name, "granite-hf", "llama-hf"):
         (tmp_path / part).mkdir()
-        FORMATS[part](tmp_path / part, 3)
+        FORMATS[part](tmp_path / part, 3, **(options if part == name else {}))
         models[part] = sm.load_model(tmp_path / part, rollback=rollback)
     target, sampling = models.pop(name), sm.SamplingParams(temperature=0.9, seed=5)
-    options = {"stop_token_ids": (), "output_logits": True}
-    plain = sm.generate(target, [IDS], max_new_tokens=64, **options)
-    sampled = sm.generate(target, [IDS], max_new_tokens=16, sampling=sampling, **options)
+    request = {"stop_token_ids": (), "output_logits": True}
+    plain = sm.generate(target, [IDS], max_new_tokens=64, **request)
+    sampled = sm.generate(target, [IDS], max_new_tokens=16, sampling=sampling, **request)
     for draft in (*models.values(), "ngram", target):
-        result = sm.generate(target, [IDS], draft=draft, lookahead=lookahead, max_new_tokens=64, **options)
+        result = sm.generate(target, [IDS], draft=draft, lookahead=lookahead, max_new_tokens=64, **request)
         assert torch.equal(result.sequences[0], plain.sequences[0]) and torch.equal(result.logits[0], plain.logits[0])
         assert result.stats.tested or draft == "ngram"
         assert draft is not target or result.stats.accepted == result.stats.tested
         result = sm.generate(
             target, [IDS], draft=draft, lookahead=lookahead, max_new_tokens=16, sampling=sampling, acceptance="coupled",
-            **options,
+            **request,
         )  # fmt: skip
         assert torch.equal(result.sequences[0], sampled.sequences[0])
 
