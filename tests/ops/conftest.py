@@ -18,9 +18,13 @@ from speculative_mamba.ops import backend as backends
 OPS = Path(backends.__file__).parent
 MODULE = backends.extension()[0]
 ISAS = MODULE.available_isas() if MODULE else []
-# Emulated instructions stand in where the machine has not those themselves.
-ISAS += [isa for isa in MODULE.emulated_isas() if isa.removesuffix("_emulated") not in ISAS] if MODULE else []
-LINEAR_ISAS = ("amx", "amx_emulated", "avx512_vnni", "avx_vnni", "neon_dotprod")  # only skinny_linear differs
+# Emulated instructions stand in where the machine has not those themselves, or a sanitizer would not see what they read.
+EMULATED = MODULE.emulated_isas() if MODULE else []
+ISAS += [
+    isa for isa in EMULATED if isa.removesuffix("_emulated") not in ISAS or "SPECULATIVE_MAMBA_SANITIZE" in os.environ
+]
+LINEAR_ISAS = ("amx", "amx_emulated", "avx512_vnni", "avx_vnni", "neon_dotprod")
+LINEAR_OPS = ("skinny_linear", "expert_linear")  # only they differ there
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, which is when a test first runs it
@@ -53,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _isas_of(op: str) -> list[str]:
-    return [isa for isa in ISAS if op == "skinny_linear" or isa not in LINEAR_ISAS]
+    return [isa for isa in ISAS if op in LINEAR_OPS or isa not in LINEAR_ISAS]
 
 
 def _kernels_of(op: str) -> list[str]:
