@@ -18,7 +18,8 @@ from speculative_mamba.ops import backend as backends
 OPS = Path(backends.__file__).parent
 MODULE = backends.extension()[0]
 ISAS = MODULE.available_isas() if MODULE else []
-# Emulated instructions stand in where the machine has not those themselves, or a sanitizer would not see what they read.
+# Emulated instructions stand in where the machine has not those themselves, and for sanitizers, which do not see what
+# those read.
 EMULATED = MODULE.emulated_isas() if MODULE else []
 ISAS += [
     isa for isa in EMULATED if isa.removesuffix("_emulated") not in ISAS or "SPECULATIVE_MAMBA_SANITIZE" in os.environ
