@@ -42,7 +42,7 @@ class _Part:
         """What the operator gets where the op got ``value``."""
         if self.holder:
             value = getattr(value, self.field) if isinstance(value, self.holder) else None
-        elif dataclasses.is_dataclass(value):
+        elif not isinstance(value, torch.Tensor) and dataclasses.is_dataclass(value):
             return None
         return list(value) if isinstance(value, tuple) else value
 
@@ -74,7 +74,8 @@ class _Operator:
             name: None if its.default is inspect.Parameter.empty else its.default
             for name, its in inspect.signature(op).parameters.items()
         }
-        self._parts = [part for name in self._defaults for part in _parts(name, hints[name])]
+        self._names = list(self._defaults)
+        self._parts = [part for name in self._names for part in _parts(name, hints[name])]
         written = iter("abcdefghijklmnopqrstuvwxyz")
         arguments = []
         for part in self._parts:
@@ -96,7 +97,10 @@ class _Operator:
         """Those of the operator for a call of the op."""
         if unknown := [name for name in kwargs if name not in self._defaults]:
             raise TypeError(f"{self._op.__name__} takes no argument {unknown[0]}")
-        given = self._defaults | dict(zip(self._defaults, args, strict=False)) | kwargs
+        if len(args) > len(self._names):
+            raise TypeError(f"{self._op.__name__} takes {len(self._names)} arguments at most, got {len(args)}")
+        # In words that torch 2.6 traces: no zip, no | of dicts.
+        given = {**self._defaults, **{self._names[i]: value for i, value in enumerate(args)}, **kwargs}
         return [part.of(given[part.argument]) for part in self._parts]
 
     def _run(self, *values: object) -> object:
