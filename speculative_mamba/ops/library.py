@@ -26,11 +26,15 @@ _SCHEMA = {
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """An argument of an operator. It is that of the op, or where there is a holder one of its fields."""
+    """An argument of an operator. It is that of the op, or where there is a holder one of its fields.
+
+    holders: what else the op's argument may be, whose fields are other parts.
+    """
 
     argument: str
     schema: str
     optional: bool
+    holders: tuple[type, ...] = ()
     holder: type | None = None
     field: str = ""
 
@@ -42,7 +46,7 @@ class _Part:
         """What the operator gets where the op got ``value``."""
         if self.holder:
             value = getattr(value, self.field) if isinstance(value, self.holder) else None
-        elif not isinstance(value, torch.Tensor) and dataclasses.is_dataclass(value):
+        elif isinstance(value, self.holders):
             return None
         return list(value) if isinstance(value, tuple) else value
 
@@ -54,14 +58,15 @@ def _options(hint: object) -> tuple:
 def _parts(argument: str, hint: object) -> Iterator[_Part]:
     options = _options(hint)
     optional = len(options) > 1
+    holders = tuple(filter(dataclasses.is_dataclass, options))
     for option in options:
         if option in _SCHEMA:
-            yield _Part(argument, _SCHEMA[option], optional)
-        elif dataclasses.is_dataclass(option):
+            yield _Part(argument, _SCHEMA[option], optional, holders)
+        elif option in holders:
             hints = get_type_hints(option)
             for field in (field.name for field in dataclasses.fields(option) if field.init):
                 kind, *others = _options(hints[field])
-                yield _Part(argument, _SCHEMA[kind], optional or bool(others), option, field)
+                yield _Part(argument, _SCHEMA[kind], optional or bool(others), (), option, field)
 
 
 class _Operator:
