@@ -52,6 +52,7 @@ void multiply_groups(const BlockOperands<Format>& p, TileBuffers& buffers, int64
         }
     };
     const auto add_scaled = [&](int64_t b, int g, int first, int last) {
+        if (b < 0) return;  // before the first block there is nothing, not even to read
         const InputBlock* const x = p.x.block(b, m0);
         for (int row = 0; row < kGroup; row += kRows) {
             const Format format(groups[g], b, row);
@@ -73,7 +74,7 @@ void multiply_groups(const BlockOperands<Format>& p, TileBuffers& buffers, int64
         tile_loadd<1>(buffers.tile(0, b), kTileBytes);
         tile_loadd<2>(buffers.tile(1, b), kTileBytes);
         for (int h = 0; h < Height; h++) {
-            const int first = count * h / Height, last = b > 0 ? count * (h + 1) / Height : 0;
+            const int first = count * h / Height, last = count * (h + 1) / Height;
             tile_loadd<0>(digits + h * kTileRows * kPartStride, kPartStride);
             tile_zero<3>();
             tile_dpbssd<3, 0, 1>();

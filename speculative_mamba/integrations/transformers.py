@@ -66,17 +66,20 @@ def speculative_generate(
     ``from_transformers`` does, once, and again when their weights have changed.
 
     Args:
-        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as transformers passes
-            them. Processors of logits other than temperature, top-k, top-p, min-p and the repetition penalty run in
-            Python, for one row and position at a time: they must depend on their arguments alone. Criteria see the
-            rows together, as ever.
+        model: as transformers passes it, like all that has no other word here.
+        input_ids: the prompts.
+        logits_processor: others than temperature, top-k, top-p, min-p and the repetition penalty run in Python, for one
+            row and position at a time: they must depend on their arguments alone.
+        stopping_criteria: see the rows together, as ever.
+        generation_config: a field without meaning here is refused by name.
         draft: a model of transformers or one that is loaded already, a ``Drafter``, a ``Draft`` or ``"ngram"``; None
             decodes plainly. ``assistant_model`` is read too, but with models that have a state transformers refuses it
             before it calls anybody.
         lookahead: as of ``generate``; None is ``num_assistant_tokens`` of the configuration where it was set, else 4.
-        acceptance, executor: as of ``generate``.
+        acceptance: as of ``generate``.
         seed: None is that of the configuration, if it has one, else drawn from PyTorch's global generator, which
             ``transformers.set_seed`` seeds.
+        executor: as of ``generate``.
         streamer: as ``generate`` of transformers takes it. With several rows it gets a token of each row at a time.
 
     Returns what ``generate`` of transformers does, without caches, attentions and hidden states.

@@ -121,7 +121,9 @@ def from_transformers(
         tokenizer: for text, a fast one of transformers or a ``tokenizers.Tokenizer``, of which a copy is made, without
             padding and truncation; with its chat template. Ids that it lacks are impossible; without one all are text.
         dtype: None keeps the model's, which needs no copy.
-        state_dtype, rollback, backend: as of ``load_model``.
+        state_dtype: as of ``load_model``.
+        rollback: as of ``load_model``.
+        backend: as of ``load_model``.
 
     Raises:
         ValueError: the model is of another class; it is compiled, in training mode, quantised, offloaded, on the meta

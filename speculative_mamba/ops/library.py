@@ -26,11 +26,15 @@ _SCHEMA = {
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """An argument of an operator. It is that of the op, or where there is a holder one of its fields."""
+    """An argument of an operator. It is that of the op, or where there is a holder one of its fields.
+
+    holders: what else the op's argument may be, whose fields are other parts.
+    """
 
     argument: str
     schema: str
     optional: bool
+    holders: tuple[type, ...] = ()
     holder: type | None = None
     field: str = ""
 
@@ -42,7 +46,7 @@ class _Part:
         """What the operator gets where the op got ``value``."""
         if self.holder:
             value = getattr(value, self.field) if isinstance(value, self.holder) else None
-        elif dataclasses.is_dataclass(value):
+        elif isinstance(value, self.holders):
             return None
         return list(value) if isinstance(value, tuple) else value
 
@@ -54,14 +58,15 @@ def _options(hint: object) -> tuple:
 def _parts(argument: str, hint: object) -> Iterator[_Part]:
     options = _options(hint)
     optional = len(options) > 1
+    holders = tuple(filter(dataclasses.is_dataclass, options))
     for option in options:
         if option in _SCHEMA:
-            yield _Part(argument, _SCHEMA[option], optional)
-        elif dataclasses.is_dataclass(option):
+            yield _Part(argument, _SCHEMA[option], optional, holders)
+        elif option in holders:
             hints = get_type_hints(option)
             for field in (field.name for field in dataclasses.fields(option) if field.init):
                 kind, *others = _options(hints[field])
-                yield _Part(argument, _SCHEMA[kind], optional or bool(others), option, field)
+                yield _Part(argument, _SCHEMA[kind], optional or bool(others), (), option, field)
 
 
 class _Operator:
@@ -74,7 +79,8 @@ class _Operator:
             name: None if its.default is inspect.Parameter.empty else its.default
             for name, its in inspect.signature(op).parameters.items()
         }
-        self._parts = [part for name in self._defaults for part in _parts(name, hints[name])]
+        self._names = list(self._defaults)
+        self._parts = [part for name in self._names for part in _parts(name, hints[name])]
         written = iter("abcdefghijklmnopqrstuvwxyz")
         arguments = []
         for part in self._parts:
@@ -96,7 +102,10 @@ class _Operator:
         """Those of the operator for a call of the op."""
         if unknown := [name for name in kwargs if name not in self._defaults]:
             raise TypeError(f"{self._op.__name__} takes no argument {unknown[0]}")
-        given = self._defaults | dict(zip(self._defaults, args, strict=False)) | kwargs
+        if len(args) > len(self._names):
+            raise TypeError(f"{self._op.__name__} takes {len(self._names)} arguments at most, got {len(args)}")
+        # In words that torch 2.6 traces: no zip, no | of dicts.
+        given = {**self._defaults, **{self._names[i]: value for i, value in enumerate(args)}, **kwargs}
         return [part.of(given[part.argument]) for part in self._parts]
 
     def _run(self, *values: object) -> object:

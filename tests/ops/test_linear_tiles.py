@@ -14,6 +14,7 @@ MODULE = backends.extension()[0]
 TILED = [isa for isa in (*MODULE.available_isas(), *MODULE.emulated_isas()) if isa.startswith("amx")] if MODULE else []
 FUSED = [isa for isa in MODULE.available_isas() if isa not in ("amx", "baseline")] if MODULE else []
 pytestmark = pytest.mark.skipif(not TILED or not FUSED, reason="tiles are emulated by AVX2")
+tiled = pytest.mark.parametrize("isa", TILED[:1] or ["none"])
 # Few rows and many, alone in their tile and not; edges of tiles, of panels and of groups in every direction.
 FEW = [(1, 512, 32), (5, 525, 37), (6, 2560, 48), (10, 545, 5), (16, 640, 100), (17, 543, 16)]
 SHAPES = [*FEW, (40, 608, 33), (70, 715, 81)]
@@ -53,7 +54,7 @@ def test_the_emulation_gives_the_bits_of_the_processor(shape: tuple[int, int, in
         assert_bitwise_equal(by("amx_emulated", x, weight), by("amx", x, weight))
 
 
-@pytest.mark.parametrize("isa", TILED[:1])
+@tiled
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_special_values_are_those_of_other_instruction_sets(shape: tuple[int, int, int], isa: str) -> None:
     """Catches: infinity times the zero that is a part of x, a subnormal number that counts as zero."""
@@ -67,7 +68,7 @@ def test_special_values_are_those_of_other_instruction_sets(shape: tuple[int, in
     assert (error <= 1e-6 * size + 1e-43)[finite].all()
 
 
-@pytest.mark.parametrize("isa", TILED[:1])
+@tiled
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_the_error_is_within_twice_that_of_pytorch(rows: int, isa: str) -> None:
     """Catches: a part of x too few."""
@@ -78,7 +79,7 @@ def test_the_error_is_within_twice_that_of_pytorch(rows: int, isa: str) -> None:
         assert_accurate(y, x @ weight.float().T, x.double() @ weight.double().T, what=f"{large} times")
 
 
-@pytest.mark.parametrize("isa", TILED[:1])
+@tiled
 def test_many_rows_are_the_same_alone_and_on_any_number_of_threads(isa: str) -> None:
     """Catches: a block of packed weights that another thread or the next block writes over."""
     x, weight = make(70, 1100, 700)
@@ -88,7 +89,7 @@ def test_many_rows_are_the_same_alone_and_on_any_number_of_threads(isa: str) -> 
         assert_bitwise_equal(by(isa, x, weight), expected, f"{threads} threads")
 
 
-@pytest.mark.parametrize("isa", TILED[:1])
+@tiled
 def test_bias_and_scale(isa: str) -> None:
     x, weight = make(40, 600, 33)
     bias = torch.arange(33.0)
