@@ -26,8 +26,8 @@ void run(const SkinnyLinearParams& p, int threads) {
 void skinny_linear_blocks(const SkinnyLinearParams& p, int threads);
 void skinny_linear_tiles(const SkinnyLinearParams& p, int threads);
 
-// Whether tiles come sooner. They read sixteen rows a line of the cache at a time, which is fast where rows are long, and
-// where they are one line or two.
+// Whether tiles come sooner. They read sixteen rows a line of the cache at a time, which is fast where rows are long,
+// and where they are one line or two.
 [[maybe_unused]] bool are_tiled(int64_t features) { return features >= 512 || features == 32 || features == 64; }
 
 void skinny_linear(const SkinnyLinearParams& p, int threads) {
