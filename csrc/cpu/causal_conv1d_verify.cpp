@@ -6,6 +6,9 @@
 namespace speculative_mamba::SM_ISA {
 namespace {
 
+// Tokens whose lines are fetched ahead: they are further apart than hardware looks ahead.
+constexpr int64_t kAhead = 8;
+
 // Where sixteen channels find theirs in a token of x.
 struct Source {
     bool contiguous;
@@ -54,6 +57,10 @@ void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, in
         for (int k = 0; k < width - 1; k++) store_n(window + k * p.window_row_stride, inputs[k], count);
     }
     for (int64_t t = 0; t < p.tokens; t++) {
+        if (t + kAhead < p.tokens) {
+            __builtin_prefetch(x + (t + kAhead) * p.x_token_stride + from.channels[0], 0, 3);
+            __builtin_prefetch(y + (t + kAhead) * p.channels, 1, 3);
+        }
         Vec input = t < left_padding ? zero() : load_source(x + t * p.x_token_stride, from, count);
         if (input_gate && t >= left_padding) {
             input = mul(input, load_source(input_gate + t * p.input_gate_token_stride, from, count));

@@ -97,15 +97,36 @@ inline void multiply_group(const LinearOperands<scalar_t>& p, int64_t m0, int64_
     }
     Vec input[M];
     for (int m = 0; m < M; m++) input[m] = rest ? load_partial(x + m * p.x_row_stride + full, rest) : zero();
-    for (int t = 0; t < tiles; t++)
+    for (int t = 0; t < tiles && rest; t++)
         for (int r = 0; r < R; r++) {
             const int64_t n = t * tile_step + r * row_step;
-            if (rest) {
-                Vec w = load_partial(weight + n * p.weight_row_stride + full, rest);
-                for (int m = 0; m < M; m++) sums[t][r][m] = fma(w, input[m], sums[t][r][m]);
-            }
-            for (int m = 0; m < M; m++) store(m0 + m, n0 + n, sum(sums[t][r][m]));
+            Vec w = load_partial(weight + n * p.weight_row_stride + full, rest);
+            for (int m = 0; m < M; m++) sums[t][r][m] = fma(w, input[m], sums[t][r][m]);
         }
+    if (tiles < kGroup / R) {
+        for (int t = 0; t < tiles; t++)
+            for (int r = 0; r < R; r++)
+                for (int m = 0; m < M; m++) store(m0 + m, n0 + t * tile_step + r * row_step, sum(sums[t][r][m]));
+        return;
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m += 2) {  // the sums of two rows of x
+        const int last = m + 1 < M ? m + 1 : m;
+        Vec lanes[kLanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < kGroup; i++) {
+            lanes[i] = sums[i / R][i % R][m];
+            lanes[kGroup + i] = sums[i / R][i % R][last];
+        }
+        float totals[kLanes];
+        speculative_mamba::SM_ISA::store(totals, add_lanes(lanes));
+#pragma GCC unroll 8
+        for (int i = 0; i < kGroup; i++) {
+            const int64_t n = n0 + i / R * tile_step + i % R * row_step;
+            store(m0 + m, n, totals[i]);
+            if (last > m) store(m0 + last, n, totals[kGroup + i]);
+        }
+    }
 }
 
 template <typename scalar_t, int M, typename Store>

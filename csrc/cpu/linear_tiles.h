@@ -35,18 +35,31 @@ constexpr float kSmall = 0x1p-60f;
 // What the products of a row must reach so that what tiles lose of subnormal numbers is less than their rounding: each
 // of K products loses at most 2^-126 of itself, and as much of its weight.
 inline float least_product(const float* x, int64_t features) {
-    Vec high = zero(), low = zero();
+    Vec largest_of_lanes = zero();
     for (int64_t k = 0; k < features; k += kLanes) {
         const Vec v = load_n(x + k, min(kLanes, features - k));
-        high = max(high, v);
-        low = min(low, v);
+        largest_of_lanes = max(largest_of_lanes, max(v, sub(zero(), v)));
     }
     float lanes[kLanes], largest = 0;
-    store(lanes, max(high, sub(zero(), low)));
+    store(lanes, largest_of_lanes);
     for (float lane : lanes) largest = lane > largest ? lane : largest;
     if (largest == 0) return 0;
     if (largest < kSmall) return __builtin_inff();
     return 0x1p-100f * static_cast<float>(features) * (largest > 1 ? largest : 1);
+}
+
+// Stores `rest` as bfloat16 and returns what is left of it, exactly.
+inline Vec split(Vec rest, bf16_t* part) {
+    store(part, rest);
+    return sub(rest, rounded<bf16_t>(rest));
+}
+
+// Parts of kTileFeatures features of a row from k on, so many values apart. What does not exist is zero.
+inline void split_features(const float* x, int64_t k, int64_t features, bf16_t* parts, int64_t stride) {
+    for (int i = 0; i < kTileFeatures; i += kLanes, k += kLanes) {
+        Vec rest = k < features ? load_n(x + k, min(kLanes, features - k)) : zero();
+        for (int d = 0; d < kTokenParts; d++) rest = split(rest, parts + d * stride + i);
+    }
 }
 
 // Steps first … last-1 of kTileFeatures features.
@@ -57,15 +70,7 @@ inline void pack_tokens(const float* x, int64_t x_row_stride, int rows, int64_t 
     std::memset(columns, 0, sizeof columns);
     for (int64_t step = first; step < last; step++) {
         for (int m = 0; m < rows; m++)
-            for (int i = 0; i < kTileFeatures; i += kLanes) {
-                const int64_t k = step * kTileFeatures + i;
-                Vec rest = k < features ? load_n(x + m * x_row_stride + k, min(kLanes, features - k)) : zero();
-                for (int d = 0; d < kTokenParts; d++) {
-                    bf16_t* part = columns[d * rows + m] + i;
-                    store(part, rest);
-                    rest = sub(rest, load(part));
-                }
-            }
+            split_features(x + m * x_row_stride, step * kTileFeatures, features, columns[m], rows * kTileFeatures);
         for (int t = 0; t < count; t++)
             transpose(reinterpret_cast<const float*>(columns[t * kTileRows]),
                       reinterpret_cast<float*>(tiles + (step * count + t) * 2 * kTileFloats));
@@ -120,12 +125,13 @@ struct WeightRows {
     const bf16_t* weight;
     int64_t row_stride, features, rows;
 
-    // Sixteen rows from `row` on and 32 features from k on. What does not exist is zero.
+    // Whether sixteen rows from `row` on and 32 features from k on all exist.
+    bool has(int64_t row, int64_t k) const { return row + kTileRows <= rows && k + kTileFeatures <= features; }
+    // What does not exist is zero.
     template <int T>
     void load(int64_t row, int64_t k) const {
         const bf16_t* source = weight + row * row_stride + k;
-        if (row + kTileRows <= rows && k + kTileFeatures <= features)
-            return tile_loadd<T>(source, row_stride * static_cast<int64_t>(sizeof(bf16_t)));
+        if (has(row, k)) return tile_loadd<T>(source, row_stride * static_cast<int64_t>(sizeof(bf16_t)));
         alignas(kTileBytes) bf16_t tile[kTileRows][kTileFeatures];
         copy(row, k, tile);
         tile_loadd<T>(tile, kTileBytes);
@@ -140,16 +146,6 @@ struct WeightRows {
                 if (r < rows) std::memcpy(*tile, weight + r * row_stride + k, count * sizeof(bf16_t));
             }
         }
-    }
-};
-
-// A panel as tiles side by side, which many rows of x find sooner.
-struct PackedRows {
-    const bf16_t (*tiles)[kTileRows][kTileFeatures];
-
-    template <int T>
-    void load(int64_t row, int64_t k) const {
-        tile_loadd<T>(tiles[k / kTileFeatures * kPanelTiles + row / kTileRows], kTileBytes);
     }
 };
 
@@ -224,26 +220,35 @@ inline void add_parts(const float* sums, int rows, float* totals) {
     for (int i = 0; i < rows * kTileRows; i++) totals[i] = (third[i] + second[i]) + first[i];
 }
 
-// Whether a product can stay as tiles have it; the bits of magnitudes compare as they do.
-inline bool is_accurate(uint32_t total, uint32_t least) {
-    const uint32_t magnitude = total & 0x7fffffffu;
-    return (magnitude >= least) & (magnitude < 0x7f800000u);
-}
-
-inline bool all_accurate(const float* totals, float least) {
+// Whether sixteen products can stay as tiles have them. Bits of magnitudes compare as these do.
+inline bool all_accurate(Vec totals, float least) {
+#if defined(__AVX512F__)
+    const __m512 magnitudes = _mm512_abs_ps(totals.v);
+    const __mmask16 enough = _mm512_cmp_ps_mask(magnitudes, _mm512_set1_ps(least), _CMP_GE_OQ);
+    return _mm512_mask_cmp_ps_mask(enough, magnitudes, _mm512_set1_ps(__FLT_MAX__), _CMP_LE_OQ) == 0xffff;
+#else
     uint32_t bits[kTileRows], limit, accurate = 1;
-    std::memcpy(bits, totals, sizeof bits);
+    store(reinterpret_cast<float*>(bits), totals);
     std::memcpy(&limit, &least, sizeof limit);
-    for (int i = 0; i < kTileRows; i++) accurate &= is_accurate(bits[i], limit);
+    for (uint32_t magnitude : bits) {
+        magnitude &= 0x7fffffffu;
+        accurate &= (magnitude >= limit) & (magnitude < 0x7f800000u);
+    }
     return accurate;
+#endif
 }
 
-// Computes those again that are not accurate: row m of x times `count` rows of W from n on.
-inline void recompute(const LinearOperands<bf16_t>& p, int64_t m, int64_t n, int count, float least, float* totals) {
+// Row m of x times `count` rows of W from n on: `totals`, but for those that are not accurate, which are computed
+// again.
+inline Vec accurate(const LinearOperands<bf16_t>& p, int64_t m, int64_t n, int count, float least, Vec totals) {
+    if (all_accurate(totals, least)) return totals;
+    float lanes[kLanes];
+    store(lanes, totals);
     for (int i = 0; i < count; i++)
-        if (!(__builtin_fabsf(totals[i]) >= least) || !(__builtin_fabsf(totals[i]) <= __FLT_MAX__))
+        if (!(__builtin_fabsf(lanes[i]) >= least) || !(__builtin_fabsf(lanes[i]) <= __FLT_MAX__))
             multiply_tokens<bf16_t, 1>(p, m, n + i, n + i + 1,
-                                       [&](int64_t, int64_t, float total) { totals[i] = total; });
+                                       [&](int64_t, int64_t, float total) { lanes[i] = total; });
+    return load(lanes);
 }
 
 // A group of rows of x from m on times R · 16 rows of W, `weights`, from n on; those from `last` on do not count.
@@ -257,9 +262,8 @@ inline void multiply_panel(const LinearOperands<bf16_t>& p, const PackedTokens& 
         const int count = static_cast<int>(min(kTileRows, last - n));
         add_parts<T>(sums + r * T * kTileFloats, x.rows, totals);
         for (int i = 0; i < x.rows; i++) {
-            float* const row = totals + i * kTileRows;
-            if (!all_accurate(row, x.least[i])) recompute(p, m + i, n, count, x.least[i], row);
-            store(m + i, n, row, count);
+            const Vec sum = load(totals + i * kTileRows);
+            store(m + i, n, accurate(p, m + i, n, count, x.least[i], sum), count);
         }
     }
 }
@@ -274,70 +278,26 @@ inline void multiply_panel(const LinearOperands<bf16_t>& p, const PackedTokens& 
     }
 }
 
-// So many groups of rows of x are few: weights are not packed for them.
-constexpr int64_t kFewGroups = 2;
-// Bytes of packed weights that stay in the second-level cache while all rows of x pass.
-constexpr int64_t kResidentBytes = 1 << 19;
+constexpr int64_t kShortRow = 512;  // features
 
-// Weights as they lie, panel by panel.
+// All rows of x times rows first … last-1 of W: calls store(m, n, sums, count) for `count` of W's rows from n on.
+// Weights are read as they lie, panel by panel, so there should be few groups of x.
 template <typename Store>
-inline void multiply_few_groups(const LinearOperands<bf16_t>& p, const TokenGroups& x, int64_t first, int64_t last,
-                                const Store& store) {
+inline void multiply_few_rows(const LinearOperands<bf16_t>& p, const TokenGroups& x, int64_t first, int64_t last,
+                              const Store& store) {
     for (int64_t n = first; n < last; n += kPanelRows) {
         const WeightRows panel{p.weight + n * p.weight_row_stride, p.weight_row_stride, p.in_features, last - n};
+        // Short rows are fetched in the order in which they lie; processors see no order in pieces of sixteen.
+        if (p.in_features < kShortRow)
+            for (int64_t row = n + kPanelRows; row < min(n + 2 * kPanelRows, last); row++)
+                for (int64_t k = 0; k < p.in_features; k += kTileFeatures)
+                    prefetch(p.weight + row * p.weight_row_stride + k);
         for (int64_t group = 0; group < x.count(); group++) {
             if (n + kTileRows < last)
                 multiply_panel<kPanelTiles>(p, x[group], panel, group * kGroupTokens, n, last, store);
             else multiply_panel<1>(p, x[group], panel, group * kGroupTokens, n, last, store);
         }
     }
-}
-
-// Weights are packed block by block. While one is in use, the next is on its way.
-template <typename Store>
-inline void multiply_many_groups(const LinearOperands<bf16_t>& p, const TokenGroups& x, int64_t first, int64_t last,
-                                 const Store& store) {
-    thread_local Buffer buffer;
-    const int64_t steps = divide_up(p.in_features, kTileFeatures), panel_tiles = steps * kPanelTiles;
-    const int64_t panels = kResidentBytes / (panel_tiles * kTileRows * kTileBytes) + 1, block = panels * kPanelRows;
-    auto* const tiles = reinterpret_cast<bf16_t(*)[kTileRows][kTileFeatures]>(
-        buffer.reserve<bf16_t>(panels * panel_tiles * kTileRows * kTileFeatures));
-    for (int64_t begin = first; begin < last; begin += block) {
-        const int64_t end = min(begin + block, last);
-        auto* tile = tiles;
-        for (int64_t n = begin; n < end; n += kPanelRows) {
-            const WeightRows panel{p.weight + n * p.weight_row_stride, p.weight_row_stride, p.in_features, last - n};
-            for (int64_t k = 0; k < p.in_features; k += kTileFeatures)
-                for (int64_t row = 0; row < kPanelRows; row += kTileRows) panel.copy(row, k, *tile++);
-        }
-        // Lines of the next block, for each panel and group of this one.
-        const int64_t lines = min(block, last - end) * steps;
-        const int64_t share = divide_up(lines, divide_up(end - begin, kPanelRows) * x.count());
-        int64_t line = 0;
-        for (int64_t group = 0; group < x.count(); group++)
-            for (int64_t n = begin; n < end; n += kPanelRows) {
-                for (const int64_t until = min(lines, line + share); line < until; line++)
-                    __builtin_prefetch(
-                        p.weight + (end + line / steps) * p.weight_row_stride + line % steps * kTileFeatures, 0, 2);
-                multiply_panel<kPanelTiles>(p, x[group], PackedRows{tiles + (n - begin) / kPanelRows * panel_tiles},
-                                            group * kGroupTokens, n, last, store);
-            }
-    }
-}
-
-// All rows of x times rows first … last-1 of W: calls store(m, n, sums, count) for `count` of W's rows from n on.
-template <typename Store>
-inline void multiply_rows_by_tiles(const LinearOperands<bf16_t>& p, const TokenGroups& x, int64_t first, int64_t last,
-                                   const Store& store) {
-    if (x.count() <= kFewGroups) return multiply_few_groups(p, x, first, last, store);
-    multiply_many_groups(p, x, first, last, store);
-}
-
-// Rows of W in a chunk that a thread takes: a few panels, or what is packed at once, four times.
-inline int64_t rows_of_chunk(const LinearOperands<bf16_t>& p, int64_t tokens, int64_t out_features, int threads) {
-    const int64_t row_bytes = divide_up(p.in_features, kTileFeatures) * kTileBytes + 1;
-    const int64_t rows = tokens <= kFewGroups * kGroupTokens ? 2 * kPanelRows : 4 * kResidentBytes / row_bytes;
-    return divide_up(min(rows, divide_up(out_features, 2 * threads)), kPanelRows) * kPanelRows;
 }
 
 }  // namespace speculative_mamba::SM_ISA

@@ -62,11 +62,14 @@ inline bool lanes_are_channels(const SelectiveScanParams& p, const Segment<State
            group(s.channel, p.c_groups, p.channels) == group(last, p.c_groups, p.channels);
 }
 
-// As sum() of sixteen lanes adds them.
-inline Vec add_states(Vec (&v)[kLanes]) {
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) v[i] = add(v[i], v[i + half]);
-    return v[0];
+// The sum of product(I), product(I + Step), …, as sum() adds sixteen lanes; few of them are held at a time.
+template <int I, int Step, typename Product>
+inline Vec add_states(const Product& product) {
+    if constexpr (Step == kLanes) return product(I);
+    else {
+        const Vec first = add_states<I, 2 * Step>(product);
+        return add(first, add_states<I + Step, 2 * Step>(product));
+    }
 }
 
 // States n … n+15 of sixteen channels through the tokens of a segment; adds to y.
@@ -84,15 +87,14 @@ void recur_by_channels(const SelectiveScanParams& p, const Segment<State>& s, in
                      group(s.channel, p.c_groups, p.channels) * p.state_size + n;
     for (int64_t t = 0; t < s.tokens; t++, B += p.B_token_stride, C += p.C_token_stride) {
         const Vec delta = load(dt[t]), delta_x = load(dt_x[t]);
-        Vec products[kLanes];
-        for (int i = 0; i < kLanes; i++) {
+        const auto product = [&](int i) {
             const Vec state = load(states[i]), decay = exp(mul(delta, load(A[i])));
             const Vec next = fma(decay, state, mul(delta_x, broadcast(B[i])));
             const Vec kept = rounded<State>(if_zero(delta, state, next));
             store(states[i], kept);
-            products[i] = mul(kept, broadcast(C[i]));
-        }
-        store(y[t], add(load(y[t]), add_states(products)));
+            return mul(kept, broadcast(C[i]));
+        };
+        store(y[t], add(load(y[t]), add_states<0, 1>(product)));
     }
     transpose(states[0], rows[0]);
     for (int c = 0; c < kLanes; c++) store(s.end + c * p.state_size + n, load(rows[c]));
@@ -131,6 +133,7 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
             continue;
         }
         const int64_t lanes = min(kLanes, p.state_size - n);
+        Vec products[kSegment][kLanes];
         for (int64_t c = 0; c < s.count; c++) {
             const int64_t channel = s.channel + c, offset = c * p.state_size + n;
             const float* B = p.B + s.row * p.B_batch_stride + s.first * p.B_token_stride +
@@ -144,11 +147,15 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
             for (int64_t t = 0; t < s.tokens; t++) {
                 Vec next = step(state, dt[t][c], dt_x[t][c], A, B + t * p.B_token_stride, lanes);
                 state = rounded<State>(next);  // what a call that starts here would read
-                y[t][c] += sum(mul(state, load_n(C + t * p.C_token_stride, lanes)));
+                products[t][c] = mul(state, load_n(C + t * p.C_token_stride, lanes));
                 // Rounds alike, and the work is shared.
                 if (s.slots) store_n(s.slots + t * p.states_slot_stride + offset, next, lanes);
             }
             if (s.end) store_n(s.end + offset, state, lanes);
+        }
+        for (int64_t t = 0; t < s.tokens; t++) {
+            for (int64_t c = s.count; c < kLanes; c++) products[t][c] = zero();
+            store(y[t], add(load(y[t]), add_lanes(products[t])));
         }
     }
     for (int64_t t = 0; t < s.tokens; t++) {

@@ -72,6 +72,24 @@ inline float sum(Vec a) {
     __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
+// Lane i is the sum of v[i], added as by sum().
+inline Vec add_lanes(const Vec (&v)[kLanes]) {
+    __m512 halves[8], quarters[4], pairs[2];
+    for (int i = 0; i < 8; i++) {  // of vectors 0, 4, 8, 12, 1, 5, …
+        const __m512 a = v[i % 2 * 8 + i / 2].v, b = v[i % 2 * 8 + 4 + i / 2].v;
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m512 a = halves[2 * i], b = halves[2 * i + 1];
+        quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    for (int i = 0; i < 2; i++) {
+        const __m512d a = _mm512_castps_pd(quarters[2 * i]), b = _mm512_castps_pd(quarters[2 * i + 1]);
+        pairs[i] =
+            _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    return {_mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88), _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd))};
+}
 
 #elif defined(__AVX2__)
 
@@ -264,6 +282,15 @@ inline float sum(Vec a) {
 }
 #undef SM_LANEWISE
 
+#endif
+
+#if !defined(__AVX512F__)
+// Lane i is the sum of v[i].
+inline Vec add_lanes(const Vec (&v)[kLanes]) {
+    float sums[kLanes];
+    for (int i = 0; i < kLanes; i++) sums[i] = sum(v[i]);
+    return load(sums);
+}
 #endif
 
 // The first `count` lanes; the others are 0 and are not read from memory.

@@ -26,14 +26,14 @@ void run(const SkinnyLinearParams& p, int threads) {
 void skinny_linear_blocks(const SkinnyLinearParams& p, int threads);
 void skinny_linear_tiles(const SkinnyLinearParams& p, int threads);
 
-// Weights with shorter rows come sooner without tiles, which read sixteen rows a few bytes at a time.
-[[maybe_unused]] constexpr int64_t kLeastTiledFeatures = 512;
+// Whether tiles come sooner. They read sixteen rows a line of the cache at a time, which is fast where rows are long,
+// and where they are one line or two.
+[[maybe_unused]] bool are_tiled(int64_t features) { return features >= 512 || features == 32 || features == 64; }
 
 void skinny_linear(const SkinnyLinearParams& p, int threads) {
     if (is_blocks(p.weight_dtype)) return skinny_linear_blocks(p, threads);
 #if defined(SM_TILES)
-    if (p.weight_dtype == DType::bfloat16 && p.in_features >= kLeastTiledFeatures)
-        return skinny_linear_tiles(p, threads);
+    if (p.weight_dtype == DType::bfloat16 && are_tiled(p.in_features)) return skinny_linear_tiles(p, threads);
 #endif
     SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t>(p, threads));
 }

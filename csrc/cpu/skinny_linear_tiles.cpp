@@ -1,46 +1,75 @@
 // skinny_linear for weights in bfloat16, by tiles; y_scale and the bias come last.
 #include "../params.h"
-#include "linear_tiles.h"
+#include "linear_tiles_many.h"
 
 namespace speculative_mamba::SM_ISA {
 namespace {
 
+// Up to so many rows of x, weights are used as they lie.
+constexpr int64_t kFewRows = 2 * kGroupTokens;
 // Values of x up to which every thread packs all of them: the other one's cache lines would take longer to come.
 constexpr int64_t kPackedByEach = 4096;
+// Of the weights that a thread takes at a time, if they are few rows of x.
+constexpr int64_t kChunkBytes = 64 * 1024;
 
 struct Output {
     const SkinnyLinearParams& p;
 
-    void operator()(int64_t m, int64_t n, const float* sums, int count) const {
-        Vec y = load(sums);
+    void operator()(int64_t m, int64_t n, Vec y, int count) const {
         if (p.y_scale != 1) y = mul(y, broadcast(p.y_scale));
         if (p.bias) y = add(y, load_n(p.bias + n, count));
         store_n(p.y + m * p.out_features + n, y, count);
     }
 };
 
+void multiply_few(const SkinnyLinearParams& p, const LinearOperands<bf16_t>& operands, int threads) {
+    const auto multiply = [&](const TokenGroups& x, int64_t first, int64_t last) {
+        TileScope scope;
+        multiply_few_rows(operands, x, first, last, Output{p});
+    };
+    const int64_t row_bytes = p.in_features * static_cast<int64_t>(sizeof(bf16_t)) + 1;
+    const int64_t rows = kChunkBytes / row_bytes > 2 * kPanelRows ? kChunkBytes / row_bytes : 2 * kPanelRows;
+    const int64_t grain = divide_up(min(rows, divide_up(p.out_features, 2 * threads)), kPanelRows) * kPanelRows;
+    const int64_t work = p.rows * p.in_features * p.out_features;
+    if (p.rows * p.in_features > kPackedByEach) {
+        const TokenGroups x(operands, p.rows, threads);
+        return parallel_for(p.out_features, grain, work, threads,
+                            [&](int64_t first, int64_t last) { multiply(x, first, last); });
+    }
+    static uint64_t calls = 0;
+    const uint64_t call = __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
+    parallel_for(p.out_features, grain, work, threads, [&](int64_t first, int64_t last) {
+        thread_local uint64_t packed = 0;  // in which call
+        multiply(TokenGroups(operands, p.rows, packed == call ? 0 : 1), first, last);
+        packed = call;
+    });
+}
+
+// Threads share the rows of W, or those of x where W has few.
+void multiply_many(const SkinnyLinearParams& p, const LinearOperands<bf16_t>& operands, int threads) {
+    const TokenRows x(operands, p.rows, threads);
+    const int64_t work = p.rows * p.in_features * p.out_features, groups = x.groups();
+    const int64_t rows =
+        divide_up(min(resident_rows(operands), divide_up(p.out_features, threads)), kPanelRows) * kPanelRows;
+    if (rows * threads > p.out_features + kPanelRows) {
+        return parallel_for(groups, divide_up(groups, threads), work, threads, [&](int64_t first, int64_t last) {
+            TileScope scope;
+            multiply_many_rows(operands, x, first, last, 0, p.out_features, Output{p});
+        });
+    }
+    parallel_for(p.out_features, rows, work, threads, [&](int64_t first, int64_t last) {
+        TileScope scope;
+        multiply_many_rows(operands, x, 0, groups, first, last, Output{p});
+    });
+}
+
 }  // namespace
 
 void skinny_linear_tiles(const SkinnyLinearParams& p, int threads) {
     const LinearOperands<bf16_t> operands{p.x, p.x_row_stride, static_cast<const bf16_t*>(p.weight),
                                           p.weight_row_stride, p.in_features};
-    const auto multiply = [&](const TokenGroups& x, int64_t first, int64_t last) {
-        TileScope scope;
-        multiply_rows_by_tiles(operands, x, first, last, Output{p});
-    };
-    const int64_t grain = rows_of_chunk(operands, p.rows, p.out_features, threads);
-    const int64_t work = p.rows * p.in_features * p.out_features;
-    if (p.rows * p.in_features <= kPackedByEach) {
-        static uint64_t calls = 0;
-        const uint64_t call = __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
-        return parallel_for(p.out_features, grain, work, threads, [&](int64_t first, int64_t last) {
-            thread_local uint64_t packed = 0;  // in which call
-            multiply(TokenGroups(operands, p.rows, packed == call ? 0 : 1), first, last);
-            packed = call;
-        });
-    }
-    const TokenGroups x(operands, p.rows, threads);
-    parallel_for(p.out_features, grain, work, threads, [&](int64_t first, int64_t last) { multiply(x, first, last); });
+    if (p.rows <= kFewRows) multiply_few(p, operands, threads);
+    else multiply_many(p, operands, threads);
 }
 
 }  // namespace speculative_mamba::SM_ISA

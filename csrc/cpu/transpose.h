@@ -5,11 +5,12 @@
 
 namespace speculative_mamba::SM_ISA {
 
-// out[j][i] = in[i][j], of 32 bits.
-inline void transpose(const float* in, float* out) {
+// out[j][i] = in[i][j], of 32 bits; `stride` is in bytes, from row to row.
+inline void transpose(const void* in, int64_t stride, float* out) {
+    const char* const rows = static_cast<const char*>(in);
 #if defined(__AVX512F__)
     __m512 a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(in + 16 * i);
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(rows + i * stride);
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -33,8 +34,10 @@ inline void transpose(const float* in, float* out) {
     }
 #else
     for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++) std::memcpy(out + 16 * j + i, in + 16 * i + j, sizeof(float));
+        for (int j = 0; j < 16; j++) std::memcpy(out + 16 * j + i, rows + i * stride + 4 * j, sizeof(float));
 #endif
 }
+
+inline void transpose(const float* in, float* out) { transpose(in, 16 * sizeof(float), out); }
 
 }  // namespace speculative_mamba::SM_ISA

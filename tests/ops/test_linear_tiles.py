@@ -16,8 +16,10 @@ FUSED = [isa for isa in MODULE.available_isas() if isa not in ("amx", "baseline"
 pytestmark = pytest.mark.skipif(not TILED or not FUSED, reason="tiles are emulated by AVX2")
 tiled = pytest.mark.parametrize("isa", TILED[:1] or ["none"])
 # Few rows and many, alone in their tile and not; edges of tiles, of panels and of groups in every direction.
-FEW = [(1, 512, 32), (5, 525, 37), (6, 2560, 48), (10, 545, 5), (16, 640, 100), (17, 543, 16)]
-SHAPES = [*FEW, (40, 608, 33), (70, 715, 81)]
+FEW = [
+    (1, 512, 32), (5, 525, 37), (6, 2560, 48), (10, 545, 5), (16, 640, 100), (17, 543, 16), (5, 64, 130), (1, 32, 70),
+]  # fmt: skip
+SHAPES = [*FEW, (40, 608, 33), (70, 715, 81), (33, 64, 300), (50, 32, 49)]
 
 
 def by(isa: str, x: torch.Tensor, weight: torch.Tensor, **options: object) -> torch.Tensor:
@@ -80,9 +82,11 @@ def test_the_error_is_within_twice_that_of_pytorch(rows: int, isa: str) -> None:
 
 
 @tiled
-def test_many_rows_are_the_same_alone_and_on_any_number_of_threads(isa: str) -> None:
-    """Catches: a block of packed weights that another thread or the next block writes over."""
-    x, weight = make(70, 1100, 700)
+@pytest.mark.parametrize("shape", [(70, 1100, 700), (100, 1100, 40), (49, 64, 700)], ids=str)
+def test_many_rows_are_the_same_alone_and_on_any_number_of_threads(shape: tuple[int, int, int], isa: str) -> None:
+    """Catches: a block of packed weights that another thread or the next block writes over; rows of x that threads
+    share where W has few; sums whose order is not that of a row alone."""
+    x, weight = make(*shape)
     expected = torch.cat([by(isa, row[None], weight) for row in x])
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
