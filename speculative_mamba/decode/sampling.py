@@ -110,7 +110,7 @@ class Sampler:
             torch_op(torch.add, self._state.positions, behind, out=positions)
         if self.output_counts is not None:
             counted = torch.empty(draft_tokens.shape, dtype=torch.int64, device=draft_tokens.device)
-            torch_op(counted.copy_, draft_tokens)
+            torch_op(torch.Tensor.copy_, counted, draft_tokens)
         try:
             return sample_tokens(
                 logits, self.tensors, self.rng_keys, positions, Purpose.TOKEN if self.coupled else Purpose.DRAFT,
