@@ -169,3 +169,9 @@ def bias_capacity(params: Sequence[SamplingParams] | None) -> int:
         return MAX_BIASED
     longest = max((len(its.logit_bias) for its in params), default=1)
     return max(_MIN_BIAS_CAPACITY, 1 << (longest - 1).bit_length())
+
+
+def mix_of(params: Sequence[SamplingParams]) -> tuple:
+    """Samplers that were made for parameters of one mix have the same memory."""
+    biased = max((len(its.logit_bias) for its in params), default=0)
+    return all(its.greedy for its in params), any(its.penalised for its in params), biased

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backend import compiled, current_device, recorder
+from .threads import num_threads
 
 _SHARED_FROM = 32768  # elements from which PyTorch shares a copy among threads
 
@@ -74,10 +75,15 @@ class Recording:
         """
         if not unchanged and self._places != _places(self._passed):
             raise StaleRecordingError("a recorded op's tensor has other memory or size by now; record again")
-        with current_device(self._like):
-            where = compiled(self._like)[1]
-            for call in self._calls:
-                call(where)
+        if self._like.is_cuda:
+            with current_device(self._like):
+                self._run(compiled(self._like)[1])
+        else:
+            self._run(num_threads())
+
+    def _run(self, where: int) -> None:
+        for call in self._calls:
+            call(where)
 
     def _begin_program(self) -> None:
         program = compiled(self._like)[0].Program()
