@@ -274,6 +274,7 @@ inline void define_ops(py::module_& m) {
                                         static_cast<int>(Purpose::test));
     py::class_<Program>(m, "Program", py::module_local(), "A recorded sequence of kernel calls.")
         .def(py::init<>())
+        .def("__len__", &Program::size)
         .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
         .def_static("record", &Program::record, py::arg("program").none(true));
     m.doc() = "Kernels: op(arguments, threads or stream, **fields of the op's struct in csrc/params.h).";

@@ -2,6 +2,7 @@
 // is allocated, no other language is involved. The pointers must still be valid, and what lies behind them may differ.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <utility>
@@ -16,6 +17,8 @@ class Program {
     void run(intptr_t where) const {
         for (const Call& call : calls_) call(where);
     }
+
+    size_t size() const { return calls_.size(); }
 
     // Calls submitted by this thread are added to `program` from now on; with null no more.
     static void record(Program* program) { recording() = program; }

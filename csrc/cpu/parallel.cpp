@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -26,106 +27,149 @@ inline void relax() {
 #endif
 }
 
-// One job runs at a time. `ticket` holds (generation << 32 | next chunk); odd generations are closed, while the fields
-// of the next job are written. A worker claims a chunk by compare-and-swap on the ticket, so one that read the fields
-// of another job, or fields half written, claims nothing: the generation has moved on. The caller returns when every
-// chunk is done, so it waits only for workers that hold one. Workers compute as the caller would: in its floating-point
-// mode, and what a chunk throws is thrown by the caller.
+// What one participant may claim: chunks `next` to `end` of a job, all in one word beside the job's generation.
+struct Ticket {
+    static constexpr int64_t kMaxChunks = UINT16_MAX;
+    uint32_t generation = 0;
+    uint16_t next = 0, end = 0;
+};
+
+// One participant's part of a job, on a cache line of its own: while chunks are left, hardly anybody else touches it.
+struct alignas(128) Share {
+    std::atomic<Ticket> ticket{Ticket{}};
+    std::atomic<ChunkFunction> function{nullptr};
+    std::atomic<void*> context{nullptr};
+    std::atomic<uint64_t> mode{0};
+    std::atomic<int64_t> first{0};  // chunk of the job that a ticket counts from
+    std::atomic<int> participants{0};
+    std::atomic<int> done{0};  // chunks that the participant has computed, whose ever they were
+    std::atomic<bool> asleep{false};
+    std::mutex mutex;
+    std::condition_variable wake;
+};
+static_assert(std::atomic<Ticket>::is_always_lock_free);
+
+// One job runs at a time. Its chunks are split among the participants, the caller first; each claims its own one by
+// one, then those that are left of others. A share with chunks left keeps the job from ending and its fields as they
+// are, so who claims by compare-and-swap on its ticket has read fields of that job. The caller returns when every chunk
+// is done, so it waits only for workers that hold one. Workers compute as the caller would: in its floating-point mode,
+// and what a chunk throws is thrown by the caller.
 class Pool {
  public:
     void run(int64_t chunks, int threads, ChunkFunction function, void* context) {
         grow(threads - 1);
-        // Release stores after the ticket was closed: whoever sees a new field also sees the closed ticket.
-        function_.store(function, std::memory_order_release);
-        context_.store(context, std::memory_order_release);
-        chunks_.store(chunks, std::memory_order_release);
-        mode_.store(float_mode(), std::memory_order_release);
         failure_ = nullptr;
-        participants_.store(threads - 1, std::memory_order_release);
-        done_.store(0, std::memory_order_relaxed);
-        uint32_t current = generation() + 1;
-        ticket_.store(static_cast<uint64_t>(current) << 32, std::memory_order_seq_cst);
-        if (sleeping_.load(std::memory_order_seq_cst) > 0) {
-            { std::lock_guard<std::mutex> lock(mutex_); }
-            wake_.notify_all();
+        for (int64_t first = 0; first < chunks; first += Ticket::kMaxChunks) {
+            const int64_t count = std::min(chunks - first, Ticket::kMaxChunks);
+            run_some(first, count, std::min(threads, workers_ + 1), function, context);
         }
-        work(current);
-        for (int spins = 0; done_.load(std::memory_order_acquire) != chunks; spins++) {
-            if (spins < 4096) relax();
-            else std::this_thread::yield();
-        }
-        ticket_.store(static_cast<uint64_t>(current + 1) << 32, std::memory_order_seq_cst);
         if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
     std::mutex busy;
 
  private:
+    void run_some(int64_t first, int64_t chunks, int participants, ChunkFunction function, void* context) {
+        const uint64_t mode = float_mode();
+        // Where participant i begins. One more goes to the first ones: the caller begins before the others have heard.
+        const auto part = [&](int i) { return static_cast<uint16_t>((chunks * i + participants - 1) / participants); };
+        generation_++;
+        for (int i = participants - 1; i >= 0; i--) {
+            Share& share = shares_[i];
+            share.function.store(function, std::memory_order_relaxed);
+            share.context.store(context, std::memory_order_relaxed);
+            share.mode.store(mode, std::memory_order_relaxed);
+            share.first.store(first, std::memory_order_relaxed);
+            share.participants.store(participants, std::memory_order_relaxed);
+            share.done.store(0, std::memory_order_relaxed);
+            share.ticket.store({generation_, part(i), part(i + 1)}, std::memory_order_release);
+            // One that falls asleep at this very moment may miss the job; then others do its part.
+            if (share.asleep.load(std::memory_order_relaxed)) {
+                { std::lock_guard<std::mutex> lock(share.mutex); }
+                share.wake.notify_one();
+            }
+        }
+        work(0, generation_);
+        const auto is_done = [&] {
+            int64_t done = 0;
+            for (int i = 0; i < participants; i++) done += shares_[i].done.load(std::memory_order_acquire);
+            return done == chunks;
+        };
+        for (int spins = 0; !is_done(); spins++) {
+            if (spins < 4096) relax();
+            else std::this_thread::yield();
+        }
+    }
+
     // Where the system gives no more threads, those that there are do the work, from then on.
     void grow(int workers) {
         try {
             for (; workers_ < workers && workers_ < most_; workers_++)
-                std::thread(&Pool::loop, this, workers_).detach();
+                std::thread(&Pool::loop, this, workers_ + 1).detach();
         } catch (const std::exception&) { most_ = workers_; }
     }
 
-    void work(uint32_t generation) {
-        while (true) {
-            uint64_t ticket = ticket_.load(std::memory_order_acquire);
-            if (static_cast<uint32_t>(ticket >> 32) != generation) return;
-            ChunkFunction function = function_.load(std::memory_order_acquire);
-            void* context = context_.load(std::memory_order_acquire);
-            const uint64_t mode = mode_.load(std::memory_order_acquire);
-            int64_t chunk = static_cast<uint32_t>(ticket);
-            if (chunk >= chunks_.load(std::memory_order_acquire)) return;
-            if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-            if (float_mode() != mode) set_float_mode(mode);
-            try {
-                function(context, chunk);
-            } catch (...) {
-                std::lock_guard<std::mutex> lock(mutex_);
-                failure_ = std::current_exception();
-            }
-            done_.fetch_add(1, std::memory_order_release);
+    void work(int self, uint32_t generation) {
+        const int participants = shares_[self].participants.load(std::memory_order_relaxed);
+        for (int i = 0; i < participants; i++)
+            while (claim(shares_[(self + i) % participants], shares_[self].done, generation)) {}
+    }
+
+    // Computes a chunk of a share, if one is left.
+    bool claim(Share& share, std::atomic<int>& done, uint32_t generation) {
+        Ticket ticket = share.ticket.load(std::memory_order_acquire);
+        if (ticket.generation != generation || ticket.next == ticket.end) return false;
+        ChunkFunction function = share.function.load(std::memory_order_relaxed);
+        void* context = share.context.load(std::memory_order_relaxed);
+        const uint64_t mode = share.mode.load(std::memory_order_relaxed);
+        const int64_t chunk = share.first.load(std::memory_order_relaxed) + ticket.next;
+        Ticket claimed = ticket;
+        claimed.next++;
+        if (!share.ticket.compare_exchange_strong(ticket, claimed, std::memory_order_acq_rel)) return true;
+        if (float_mode() != mode) set_float_mode(mode);
+        try {
+            function(context, chunk);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(failing_);
+            failure_ = std::current_exception();
+        }
+        done.store(done.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+        return true;
+    }
+
+    void loop(int self) {
+        for (uint32_t seen = 0;;) {
+            seen = wait_for_job(shares_[self], seen);
+            work(self, seen);
         }
     }
 
-    void loop(int index) {
-        uint32_t seen = 0;  // no open job has generation 0
-        while (true) {
-            seen = wait_for_job(seen);
-            if (index < participants_.load(std::memory_order_acquire)) work(seen);
-        }
-    }
-
-    uint32_t generation() const { return static_cast<uint32_t>(ticket_.load(std::memory_order_seq_cst) >> 32); }
-
-    // Returns the generation of an open job other than `seen`.
-    uint32_t wait_for_job(uint32_t seen) {
+    // Returns the generation of a job other than `seen`.
+    static uint32_t wait_for_job(Share& share, uint32_t seen) {
         uint32_t current = seen;
-        auto arrived = [&] { return (current = generation()) != seen && current % 2 == 0; };
-        auto until = std::chrono::steady_clock::now() + kSpin;
+        const auto arrived = [&] {
+            return (current = share.ticket.load(std::memory_order_acquire).generation) != seen;
+        };
+        const auto spin = [&] {
+            for (int i = 0; i < 64; i++, relax())
+                if (arrived()) return true;
+            return false;
+        };
+        const auto until = std::chrono::steady_clock::now() + kSpin;
         do {
-            for (int i = 0; i < 64; i++, relax()) {
-                if (arrived()) return current;
-            }
+            if (spin()) return current;
         } while (std::chrono::steady_clock::now() < until);
-        std::unique_lock<std::mutex> lock(mutex_);
-        sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, arrived);
-        sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+        std::unique_lock<std::mutex> lock(share.mutex);
+        share.asleep.store(true, std::memory_order_seq_cst);
+        if (!spin()) share.wake.wait(lock, arrived);
+        share.asleep.store(false, std::memory_order_relaxed);
         return current;
     }
 
-    std::atomic<uint64_t> ticket_{uint64_t{1} << 32};
-    std::atomic<ChunkFunction> function_{nullptr};
-    std::atomic<void*> context_{nullptr};
-    std::atomic<uint64_t> mode_{0};
-    std::atomic<int64_t> chunks_{0}, done_{0};
-    std::atomic<int> participants_{0}, sleeping_{0};
-    std::mutex mutex_;
-    std::condition_variable wake_;
+    Share shares_[kMaxWorkers + 1];  // the caller's, then the workers'
+    std::mutex failing_;
     std::exception_ptr failure_;  // of any chunk; read by the caller when all are done
+    uint32_t generation_ = 0;     // of the last job
     int workers_ = 0, most_ = kMaxWorkers;
 };
 
@@ -147,7 +191,7 @@ void parallel_chunks(int64_t chunks, int threads, ChunkFunction function, void* 
     Pool& workers = pool();
     std::unique_lock<std::mutex> busy(workers.busy, std::defer_lock);
     // A second caller (another Python thread) works alone instead of queueing.
-    if (threads > 1 && chunks > 1 && chunks < UINT32_MAX && busy.try_lock()) {
+    if (threads > 1 && chunks > 1 && busy.try_lock()) {
         workers.run(chunks, threads, function, context);
     } else {
         for (int64_t chunk = 0; chunk < chunks; chunk++) function(context, chunk);

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..decode import GraphExecutor, SamplingParams
+from ..decode import EagerExecutor, GraphExecutor, SamplingParams
 from ..decode.executors import Executor
 from ..decode.inputs import ACCEPTANCES, NAMED_DRAFTS, check_models
 from ..models import MambaLM, load_model, load_pair
@@ -176,11 +176,11 @@ def load_models(options: argparse.Namespace) -> tuple[MambaLM, MambaLM | str | N
     return target, draft
 
 
-def executor_of(options: argparse.Namespace, target: MambaLM) -> Executor | str:
+def executor_of(options: argparse.Namespace, target: MambaLM) -> Executor:
     """An executor for ``generate``; --cg where there are no graphs is said."""
     if options.cg and target.device.type != "cuda":
         say(f"--cg: no CUDA graphs on device {target.device.type}; the text is the same without")
-    return GraphExecutor() if options.cg and target.device.type == "cuda" else "eager"
+    return GraphExecutor() if options.cg and target.device.type == "cuda" else EagerExecutor()
 
 
 def stated_sampling(options: argparse.Namespace) -> SamplingParams:

@@ -52,7 +52,7 @@ class Session:
     target: MambaLM
     draft: MambaLM | str | None
     sampling: SamplingParams
-    executor: Executor | str
+    executor: Executor
     options: argparse.Namespace
     streams: bool
     notes: list[str] | None

@@ -14,7 +14,7 @@ from .drafts import Draft
 from .executors import Executor
 from .lookahead import AdaptiveLookahead, FixedLookahead
 from .round import Round
-from .sampling import LogitsProcessor, Sampler, SamplingParams, bias_capacity
+from .sampling import LogitsProcessor, Sampler, SamplingParams, bias_capacity, mix_of
 from .stats import GenerationStats
 
 AHEAD = 256  # tokens for which memory is made at a time
@@ -51,17 +51,20 @@ class DecodeLoop:
         counts = [0] * (self._window - 1)
         self.stats = GenerationStats(tested_per_position=counts, accepted_per_position=list(counts))
 
+        every_mix = executor.captures or params is None
+
         def make() -> Round:
             state = BatchState.empty(len(batch.rows), self._window, target.device)
             sampler = Sampler(
                 params, target.vocab_size, state, coupled=coupled,
-                every_mix=executor.captures or params is None,
+                every_mix=every_mix,
                 backend=backend_of(target), processor=processor, texts=batch if processor else None,
             )  # fmt: skip
             return Round(target, draft, sampler, state, executor.captures)
 
         drafted = () if draft is None else draft.identity()
-        key = (IdentityKey(target), *drafted, len(batch.rows), lookahead.all, bias_capacity(params), coupled)
+        mix = bias_capacity(params) if every_mix else mix_of(params)
+        key = IdentityKey(target), *drafted, len(batch.rows), lookahead.all, mix, coupled, processor is None
         entries = prompt_length + min(max_new_tokens, AHEAD) + self._window
         # An engine's thread and an executor's later calls work on this memory, where there may be no inference mode.
         with torch.inference_mode(False), torch.no_grad():

@@ -61,6 +61,11 @@ class Round:
         self._recorded: set[int] = set()  # lookaheads
         self._proposals: dict[tuple, Proposal] = {}
 
+    @property
+    def recorded(self) -> bool:
+        """Whether all of its parts are recorded. Then it depends on nothing of one call."""
+        return self._parts is not None and (self.draft is None or self.draft.recordable)
+
     def run(self, lookahead: int) -> RoundResult:
         """Drafts so many tokens for every row, or fewer if the draft has no more, and commits those that stand."""
         began = time.perf_counter()

@@ -110,7 +110,7 @@ class Sampler:
             torch_op(torch.add, self._state.positions, behind, out=positions)
         if self.output_counts is not None:
             counted = torch.empty(draft_tokens.shape, dtype=torch.int64, device=draft_tokens.device)
-            torch_op(counted.copy_, draft_tokens)
+            torch_op(torch.Tensor.copy_, counted, draft_tokens)
         try:
             return sample_tokens(
                 logits, self.tensors, self.rng_keys, positions, Purpose.TOKEN if self.coupled else Purpose.DRAFT,
@@ -169,3 +169,9 @@ def bias_capacity(params: Sequence[SamplingParams] | None) -> int:
         return MAX_BIASED
     longest = max((len(its.logit_bias) for its in params), default=1)
     return max(_MIN_BIAS_CAPACITY, 1 << (longest - 1).bit_length())
+
+
+def mix_of(params: Sequence[SamplingParams]) -> tuple:
+    """Samplers that were made for parameters of one mix have the same memory."""
+    biased = max((len(its.logit_bias) for its in params), default=0)
+    return all(its.greedy for its in params), any(its.penalised for its in params), biased

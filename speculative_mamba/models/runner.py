@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from ..layers.cache import AttentionCache
 from .language_model import MambaLM, ModelCache
 
 # One layer's recurrent state after some token, and the convolution's inputs before the next (see ``MambaCache``).
@@ -52,6 +53,7 @@ class ModelRunner:
         if isinstance(self.layers, ModelCache):
             self.layers.watches_model = False
             self.layers = list(self.layers) if captured else self.layers
+        self._growing = [layer for layer in self.layers if isinstance(layer, AttentionCache)]
         self._used: set[int] = set()  # rows that had a text
 
     def prefill(self, row: int, tokens: Sequence[int], state: RowState | None = None) -> None:
@@ -79,7 +81,7 @@ class ModelRunner:
 
     def before_step(self, tokens: int) -> list[int]:
         """``MambaLM.before_step``, for a step of so many tokens that is captured or recorded from outside."""
-        return self.model.before_step(self.layers, tokens) if isinstance(self.model, MambaLM) else []
+        return self.model.before_step(self._growing, tokens) if isinstance(self.model, MambaLM) else []
 
     def reserve(self, entries: int) -> bool:
         """Makes memory for texts of so many tokens. Whether anything moved."""

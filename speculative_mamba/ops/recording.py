@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backend import compiled, current_device, recorder
+from .threads import num_threads
 
 _SHARED_FROM = 32768  # elements from which PyTorch shares a copy among threads
 
@@ -74,10 +75,15 @@ class Recording:
         """
         if not unchanged and self._places != _places(self._passed):
             raise StaleRecordingError("a recorded op's tensor has other memory or size by now; record again")
-        with current_device(self._like):
-            where = compiled(self._like)[1]
-            for call in self._calls:
-                call(where)
+        if self._like.is_cuda:
+            with current_device(self._like):
+                self._run(compiled(self._like)[1])
+        else:
+            self._run(num_threads())
+
+    def _run(self, where: int) -> None:
+        for call in self._calls:
+            call(where)
 
     def _begin_program(self) -> None:
         program = compiled(self._like)[0].Program()
@@ -93,7 +99,10 @@ class Recording:
             function(*arguments, **options)
         finally:
             recorder.kernels.refuses = True
-        self._calls.append(lambda where: function(*arguments, **options))
+        call = _bound(function, arguments, options) if self._like.is_cuda else _on_host(function, arguments, options)
+        if not len(self._program):
+            self._calls.pop()
+        self._calls.append(lambda where: call())
         self._begin_program()
 
     def next_stage(self) -> None:
@@ -105,6 +114,36 @@ class Recording:
         if at == len(results) or results[at].shape != shape or results[at].dtype != dtype:
             results.insert(at, like.new_empty(shape, dtype=dtype))
         return results[at]
+
+
+def _bound(function: Callable, arguments: tuple, options: dict[str, object]) -> Callable[[], object]:
+    return functools.partial(function, *arguments, **options)
+
+
+# What takes the same arguments and gives the same for whole numbers, in a tenth of the time.
+_NUMPY = {
+    torch.add: np.add,
+    torch.cat: np.concatenate,
+    torch.lt: np.less,
+    torch.minimum: np.minimum,
+    torch.sub: np.subtract,
+    torch.Tensor.copy_: np.copyto,
+}
+
+
+def _on_host(function: Callable, arguments: tuple, options: dict[str, object]) -> Callable[[], object]:
+    """A call of one of PyTorch's operations on the same memory of the CPU, by numpy where that has it."""
+    if function not in _NUMPY:
+        return _bound(function, arguments, options)
+    return _bound(_NUMPY[function], _arrays(arguments), dict(zip(options, _arrays(options.values()), strict=True)))
+
+
+def _arrays(values: Iterable[object]) -> tuple:
+    """Tensors as arrays, also those in a tuple."""
+    return tuple(
+        value.numpy() if isinstance(value, torch.Tensor) else _arrays(value) if isinstance(value, tuple) else value
+        for value in values
+    )
 
 
 def _places(tensors: list[torch.Tensor]) -> list[list[int]]:

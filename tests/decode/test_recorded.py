@@ -1,5 +1,8 @@
 """Rounds that are recorded: what they work on may move, and what could not be run again is refused."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -126,3 +129,90 @@ def test_a_draft_may_give_one_proposal_again_with_other_tokens() -> None:
 
     stats = sm.generate(target, [[1, 2, 3]], draft=Oracle(), lookahead=LOOKAHEAD, max_new_tokens=30).stats
     assert stats.accepted == stats.tested > 15
+
+
+class Kept:
+    """Calls of one executor; each text is compared with that of a call that has nothing from before."""
+
+    def __init__(self, runs: list[Recording], **options: int) -> None:
+        self.executor, self._runs = sm.EagerExecutor(**options), runs
+
+    def records(self, target: sm.MambaLM, prompts: list, **options: object) -> bool:
+        """Whether the first round of a call had parts to record."""
+        self._runs.clear()
+        options = {"lookahead": LOOKAHEAD, "max_new_tokens": 20, "stop_token_ids": ()} | options
+        result = sm.generate(target, prompts, executor=self.executor, **options)
+        ran, parts = len(self._runs), 1 + (options.get("draft") is not None)
+        fresh = sm.generate(target, prompts, **options)
+        assert all(map(torch.equal, result.sequences, fresh.sequences))
+        assert ran in (parts * result.stats.rounds, parts * (result.stats.rounds - 1))
+        return ran != parts * result.stats.rounds
+
+
+def test_an_executor_keeps_its_rounds(runs: list[Recording]) -> None:
+    """Texts, lengths and the values of parameters are data."""
+    target, draft, kept = hybrid(0), hybrid(1), Kept(runs)
+    warm, cold = sm.SamplingParams(temperature=1.0, seed=3), sm.SamplingParams(temperature=0.3, top_k=5, seed=4)
+    assert kept.records(target, [[1, 2, 3]], draft=draft, sampling=warm)
+    assert not kept.records(target, [[5] * 30], draft=draft, sampling=cold, max_new_tokens=25)
+    assert not kept.records(target, [[1]], draft=draft, sampling=warm)
+    assert kept.records(target, [[1]], draft=draft)  # greedy
+    assert not kept.records(target, [[4, 5]], draft=draft)
+    assert kept.records(target, [[1], [2]], draft=draft)
+    assert kept.records(target, [[1]], draft=draft, sampling=warm)  # two kinds were kept, and came later
+    kept.executor.clear()
+    assert kept.records(target, [[1]], draft=draft, sampling=warm)
+
+
+def test_a_kept_round_is_of_the_model_as_it_is(runs: list[Recording]) -> None:
+    target, kept = hybrid(0), Kept(runs)
+    assert kept.records(target, [[1, 2, 3]])
+    target.embedding = target.embedding.flip(0).contiguous()
+    assert kept.records(target, [[1, 2, 3]])
+    target.forbid([int(sm.generate(target, [[1, 2, 3]], max_new_tokens=1).sequences[0][-1])])
+    assert kept.records(target, [[1, 2, 3]])
+    assert not kept.records(target, [[1, 2, 3]])
+    assert kept.records(hybrid(2), [[1, 2, 3]])
+
+
+def test_a_kept_round_knows_nothing_of_python(runs: list[Recording]) -> None:
+    """Catches: a call without a logits_processor, or with another draft, found the round of one that had it."""
+    target, kept = hybrid(0), Kept(runs)
+
+    def forbid(row: int, tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(0, torch.tensor([33, 53]), -torch.inf)
+
+    assert kept.records(target, [[1, 2, 3]])
+    plain = sm.generate(target, [[1, 2, 3]], executor=kept.executor, max_new_tokens=20).sequences[0]
+    options = {"executor": kept.executor, "max_new_tokens": 20, "logits_processor": forbid}
+    assert not {33, 53} & set(sm.generate(target, [[1, 2, 3]], **options).sequences[0].tolist())
+    again = sm.generate(target, [[1, 2, 3]], executor=kept.executor, max_new_tokens=20).sequences[0]
+    assert torch.equal(plain, again) and {33, 53} & set(plain.tolist())
+
+
+def test_a_kept_round_after_a_call_that_broke_off(runs: list[Recording]) -> None:
+    target, draft, kept = hybrid(0), hybrid(1), Kept(runs)
+
+    def stop(row: int, token: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.generate(
+            target, [[1, 2, 3]], draft=draft, lookahead=LOOKAHEAD, max_new_tokens=20, stop_token_ids=(),
+            executor=kept.executor, on_token=stop,
+        )  # fmt: skip
+    assert not kept.records(target, [[3, 2]], draft=draft)
+
+
+def test_what_is_kept_is_freed_with_its_executor(runs: list[Recording]) -> None:
+    target, kept = hybrid(0), Kept(runs, max_recorded=1)
+    held = weakref.ref(target)
+    assert kept.records(target, [[1, 2, 3]])
+    del target
+    gc.collect()
+    assert held() is not None
+    kept.executor.clear()
+    gc.collect()
+    assert held() is None
+    with pytest.raises(ValueError, match=r"^max_recorded must be a whole number of at least 0, got -1$"):
+        sm.EagerExecutor(max_recorded=-1)

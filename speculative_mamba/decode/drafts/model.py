@@ -68,7 +68,8 @@ class ModelDrafter(Draft):
         window, write_slot = state.last, 0
         for step in steps:
             logits = self.model.verify(window, self.layers, state.slots[step.index], write_slot, left_padding)[:, -1]
-            torch_op(step.token.copy_, self._sampler.draft(logits, step.before, step.probs, step.row_status))
+            token = self._sampler.draft(logits, step.before, step.probs, step.row_status)
+            torch_op(torch.Tensor.copy_, step.token, token)
             window, write_slot, left_padding = step.window, step.index + 2, None
         return replace(proposal)
 

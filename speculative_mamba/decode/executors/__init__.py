@@ -14,7 +14,7 @@ def as_executor(executor: Executor | str) -> Executor:
         ValueError: there is none of that name.
     """
     if executor == "eager":
-        return EagerExecutor()
+        return EagerExecutor(max_recorded=0)
     if executor == "graph":
         return GraphExecutor(1)
     if not isinstance(executor, Executor):

@@ -1,23 +1,58 @@
 """Rounds kernel by kernel."""
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ...models.identity import memory_of
+from ...ops.values import is_int
 from ..round import Round, RoundResult
 from .base import Executor
 
 
 class EagerExecutor(Executor):
-    """Runs each round when it is launched."""
+    """Runs each round when it is launched.
+
+    max_recorded: kinds of rounds that stay in memory after a call, with caches and models, so that a later call finds
+    them recorded; ``clear`` frees them. A kind is models, batch, lookaheads, acceptance, and which of sampling,
+    penalties and biases there are. A round is recorded anew when a weight or an option of a model is another. "eager",
+    by its name, keeps none.
+    """
 
     queue_depth = 0
     captures = False
 
+    def __init__(self, max_recorded: int = 2) -> None:
+        if not is_int(max_recorded) or max_recorded < 0:
+            raise ValueError(f"max_recorded must be a whole number of at least 0, got {max_recorded!r}")
+        super().__init__()
+        self._max_recorded = max_recorded
+        self._recorded: OrderedDict[tuple, tuple[Round, list]] = OrderedDict()  # and what they rely on
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._max_recorded,)
+
+    def clear(self) -> None:
+        """Frees the rounds and their memory."""
+        self.refuse_callbacks()
+        with self._turn:
+            self._recorded.clear()
+
     def prepare(self, key: tuple, make: Callable[[], Round], entries: int, lookaheads: Sequence[int]) -> Round:
         self._pending.clear()
-        self._current = make()
-        return self._current
+        round, fingerprint = self._recorded.pop(key, (None, None))
+        if round is None or fingerprint != list(map(memory_of, round.models)):
+            round = None  # frees its memory before more is asked for
+            round = make()
+            fingerprint = list(map(memory_of, round.models)) if self._max_recorded and round.recorded else None
+        round.state.leave_out()
+        if fingerprint is not None:
+            self._recorded[key] = round, fingerprint
+            if len(self._recorded) > self._max_recorded:
+                self._recorded.popitem(last=False)
+        self._current = round
+        return round
 
     def launch(self, lookahead: int, output_logits: bool) -> None:
         self._pending.append(_Done(time.perf_counter(), self._current.run(lookahead)))
