@@ -6,10 +6,10 @@ Prompts are cut from text that the embedded pair has not seen; budgets, sampling
 log-probabilities are drawn at random; 5 % of the requests are cancelled, 5 % cannot be served. Clients are threads that
 ask again when they have their answer. Static batches of as many rows take turns with them, for the same prompts and
 parameters, with the mean of the tokens that came as the budget of each row: no row waits for another, so they are as
-good as can be. ratio is the engine's tokens per second, while there is work for all rows, over theirs, prompts
-included; cpu_ratio the same per second of CPU time of the process. Times to the first token begin with ``submit``, so
-they include the wait for a row; times between tokens are those between rounds that gave any. Memory is what the process
-holds.
+good as can be. ratio is the engine's tokens per second over theirs, prompts included, from when the first requests of
+all clients and rows have ended, so that rows are anywhere in their texts, until no client has more to ask; cpu_ratio
+the same per second of CPU time of the process. Times to the first token begin with ``submit``, so they include the wait
+for a row; times between tokens are those between rounds that gave any. Memory is what the process holds.
 """
 
 import dataclasses
@@ -103,11 +103,14 @@ class Clients:
 
     def run(self) -> None:
         """Until all are answered."""
-        began, cpu, before = time.perf_counter(), time.process_time(), self._engine.stats().generated_tokens
         with ThreadPoolExecutor(self._clients) as threads:
             clients = [threads.submit(self._client) for _ in range(self._clients)]
+            warm = min(self._clients + self._engine.max_batch_size, self._count // 2)
+            while len(self._left) > self._count - warm:
+                time.sleep(0.01)
+            began, cpu, before = time.perf_counter(), time.process_time(), self._engine.stats().generated_tokens
             while self._left:
-                time.sleep(0.05)
+                time.sleep(0.01)
             tokens = self._engine.stats().generated_tokens - before
             self.tokens_per_s = tokens / (time.perf_counter() - began)
             self.tokens_per_cpu_s = tokens / (time.process_time() - cpu)
