@@ -176,6 +176,7 @@ class Call:
                     while self.batch.generating():
                         loop.step()
                         yield
+                    self.executor.keep()
                 finally:
                     self.close()
 

@@ -95,6 +95,7 @@ def generate(
                 loop = call.open()
                 while call.batch.generating():
                     loop.step()
+                call.executor.keep()
             finally:
                 call.close()
     return call.result()

@@ -201,7 +201,7 @@ def test_a_kept_round_after_a_call_that_broke_off(runs: list[Recording]) -> None
             target, [[1, 2, 3]], draft=draft, lookahead=LOOKAHEAD, max_new_tokens=20, stop_token_ids=(),
             executor=kept.executor, on_token=stop,
         )  # fmt: skip
-    assert not kept.records(target, [[3, 2]], draft=draft)
+    assert kept.records(target, [[3, 2]], draft=draft)
 
 
 def test_what_is_kept_is_freed_with_its_executor(runs: list[Recording]) -> None:
@@ -216,3 +216,21 @@ def test_what_is_kept_is_freed_with_its_executor(runs: list[Recording]) -> None:
     assert held() is None
     with pytest.raises(ValueError, match=r"^max_recorded must be a whole number of at least 0, got -1$"):
         sm.EagerExecutor(max_recorded=-1)
+
+
+def test_a_call_that_breaks_off_leaves_no_round() -> None:
+    """Nobody knows what its caches hold. Catches: a round kept before the call came to its end."""
+    model, executor = random_model(tiny_architecture("mamba1"), backend="cpu"), sm.EagerExecutor()
+    options = {"max_new_tokens": 4, "executor": executor, "stop_token_ids": ()}
+
+    def broken(committed: object) -> None:
+        raise KeyError
+
+    sm.generate(model, [[1, 2]], **options)
+    assert executor._recorded
+    with pytest.raises(KeyError):
+        sm.generate(model, [[1, 2]], on_commit=broken, **options)
+    assert not executor._recorded
+    with torch.inference_mode():
+        sm.generate(model, [[1, 2]], **options)
+    assert not executor._recorded

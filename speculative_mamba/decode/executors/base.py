@@ -86,6 +86,9 @@ class Executor(ABC):
         """The oldest pending round, its record read back, and its seconds."""
         return self._pending.popleft().wait()
 
+    def keep(self) -> None:  # noqa: B027 - not every executor keeps rounds
+        """All rounds of a call are done and nothing went wrong: what it ran on may serve a later one."""
+
     def close(self) -> None:
         """No more rounds of this batch; those that are pending are forgotten."""
         self._pending.clear()

@@ -5,6 +5,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+
 from ...models.identity import memory_of
 from ...ops.values import is_int
 from ..round import Round, RoundResult
@@ -29,6 +31,7 @@ class EagerExecutor(Executor):
         super().__init__()
         self._max_recorded = max_recorded
         self._recorded: OrderedDict[tuple, tuple[Round, list]] = OrderedDict()  # and what they rely on
+        self._candidate: tuple | None = None  # is recorded if the call comes to its end
 
     def __reduce__(self) -> tuple:
         return type(self), (self._max_recorded,)
@@ -47,12 +50,22 @@ class EagerExecutor(Executor):
             round = make()
             fingerprint = list(map(memory_of, round.models)) if self._max_recorded and round.recorded else None
         round.state.leave_out()
-        if fingerprint is not None:
-            self._recorded[key] = round, fingerprint
-            if len(self._recorded) > self._max_recorded:
-                self._recorded.popitem(last=False)
+        self._candidate = None if fingerprint is None else (key, round, fingerprint)
         self._current = round
         return round
+
+    def keep(self) -> None:
+        candidate, self._candidate = self._candidate, None
+        if candidate is None or torch.is_inference_mode_enabled():  # what grew in there cannot be used outside
+            return
+        key, *kept = candidate
+        self._recorded[key] = tuple(kept)
+        if len(self._recorded) > self._max_recorded:
+            self._recorded.popitem(last=False)
+
+    def close(self) -> None:
+        super().close()
+        self._candidate = None
 
     def launch(self, lookahead: int, output_logits: bool) -> None:
         self._pending.append(_Done(time.perf_counter(), self._current.run(lookahead)))
