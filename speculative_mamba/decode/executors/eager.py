@@ -16,10 +16,10 @@ from .base import Executor
 class EagerExecutor(Executor):
     """Runs each round when it is launched.
 
-    max_recorded: kinds of rounds that stay in memory after a call, with caches and models, so that a later call finds
-    them recorded; ``clear`` frees them. A kind is models, batch, lookaheads, acceptance, and which of sampling,
-    penalties and biases there are. A round is recorded anew when a weight or an option of a model is another. "eager",
-    by its name, keeps none.
+    max_recorded: kinds of rounds that stay in memory after a call that came to its end outside of
+    ``torch.inference_mode``, with caches and models, so that a later call finds them recorded; ``clear`` frees them. A
+    kind is models, batch, lookaheads, acceptance, and which of sampling, penalties and biases there are. A round is
+    recorded anew when a weight or an option of a model is another. "eager", by its name, keeps none.
     """
 
     queue_depth = 0
