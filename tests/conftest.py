@@ -1,6 +1,7 @@
 """What all tests share: memory that nobody wrote holds NaN, the number of threads, and the command line."""
 
 import gc
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -54,3 +55,11 @@ def run(capsys):
 def _no_remembered_costs() -> None:
     """What "auto" measured in one test has no part in another."""
     remembered_costs.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay() -> Iterator[None]:
+    """A test leaves signals as they were: one that is ignored would be in every process that a later test starts."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    yield
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,10 @@ def test_as_script_from_anywhere(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("module", ["speculative_mamba.run", "speculative_mamba", "speculative_mamba.cli"])
 def test_as_module(module, monkeypatch, capsys):
+    """In this process, which keeps its own signals and stderr."""
     monkeypatch.setattr(sys, "argv", [module, *SHORT])
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     with pytest.raises(SystemExit) as end:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert not end.value.code and capsys.readouterr().out == generated() + "\n"
