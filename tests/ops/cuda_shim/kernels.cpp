@@ -2,6 +2,9 @@
 // that its arguments describe is announced (announce_all), row by row: whatever lies between is out of bounds.
 #include "../../../csrc/cuda/kernels.h"
 
+#include <algorithm>
+#include <tuple>
+
 #include "../../../csrc/dtype.h"
 #include "cuda_runtime.h"
 
@@ -16,12 +19,10 @@ int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 void announce(const void* base, int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride, int64_t size,
               Use use = Use::read, int64_t element = 4) {
     if (!base) return;
-    auto& memory = shim::Machine::get().memory;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < columns; c++) {
-            auto& range = memory[reinterpret_cast<uintptr_t>(base) + element * (r * row_stride + c * column_stride)];
-            range.bytes = std::max(range.bytes, static_cast<size_t>(size * element));
-            range.use = std::max(range.use, use);
+            const char* const run = static_cast<const char*>(base) + element * (r * row_stride + c * column_stride);
+            shim::Machine::get().announce(run, static_cast<size_t>(size * element), use);
         }
 }
 
@@ -290,10 +291,6 @@ const Kernels& kernels() {
     return table;
 }
 
-// What kernels have written counts no longer: memory may be used anew.
-extern "C" __attribute__((visibility("default"))) void synchronize() {
-    auto& machine = shim::Machine::get();
-    machine.ended.clear(), machine.ended_before.clear();
-}
+extern "C" __attribute__((visibility("default"))) void synchronize() { shim::Machine::get().synchronize(); }
 
 }  // namespace speculative_mamba

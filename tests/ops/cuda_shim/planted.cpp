@@ -1,4 +1,6 @@
 // Kernels with planted faults, each of which the shim must find; and the same without.
+#include <vector>
+
 #include "copies.cuh"
 #include "device.cuh"
 
@@ -119,9 +121,9 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
                                                                   float* out, int blocks, unsigned seed) {
     static std::string message;
     auto& machine = shim::Machine::get();
-    machine.random.seed(seed);
+    machine.seed(seed);
     const auto announce = [&](const float* base, int64_t count, shim::Use use) {
-        machine.memory[reinterpret_cast<uintptr_t>(base)] = {count * sizeof(float), use};
+        machine.announce(base, static_cast<size_t>(count) * sizeof(float), use);
     };
     machine.begin_call();
     announce(in, blocks * kThreads, shim::Use::read);
