@@ -63,8 +63,8 @@ def test_every_lookahead_and_budget(pair, prompt, executor, sampling, draft) -> 
     """Catches: limits read by Python; states or seed of the call before; left padding in every round."""
     models, prompts = pair(), [prompt(length) for length in LENGTHS]
     chosen = models.drafts.get(draft, draft)
-    for lookahead in (1, 2, 3, 4, 8) if draft else (1,):
-        for budget in (1, 2, 5, 14):
+    for turn, lookahead in enumerate((1, 2, 3, 4, 8)) if draft else [(0, 1), (1, 1)]:
+        for budget in ((1, 5), (2, 14))[turn % 2]:  # the lookaheads take turns
             both(
                 executor, models.target, prompts, draft=chosen, lookahead=lookahead, max_new_tokens=budget,
                 stop_token_ids=(), output_logits=True, **SAMPLING[sampling],
