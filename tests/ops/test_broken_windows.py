@@ -47,9 +47,9 @@ def test_broken_logits_are_named_only_where_they_matter(params: SamplingParams, 
                 assert accepted.tolist() == [2, 0, 2] and next_token.tolist() == [3, 1, 3]
 
 
-@pytest.mark.parametrize("column", [0, 16, 76])
-def test_one_nan_is_enough(column: int, backend: str) -> None:
-    for params in FILTERS.values():
+@pytest.mark.parametrize(("turn", "column"), list(enumerate([0, 16, 76])))
+def test_one_nan_is_enough(turn: int, column: int, backend: str) -> None:
+    for params in list(FILTERS.values())[turn::3] if backend == "triton" else FILTERS.values():
         arguments = make(params)
         arguments["logits"][4, 0, column] = torch.nan
         with pytest.raises(ValueError, match=r"row 4, position 0 .*NaN"):

@@ -24,8 +24,8 @@ def models(kind: str, dtype: torch.dtype | str, place: tuple[str, str]) -> tuple
 def test_greedy_text_and_logits_are_those_without_a_draft(kind: str, gpu_place: tuple[str, str]) -> None:
     target, draft = models(kind, torch.bfloat16, gpu_place)
     assert target.activation_dtype is torch.bfloat16 and target.backend == gpu_place[0]
-    options = {"max_new_tokens": 4, "output_logits": True, "stop_token_ids": ()}
-    result = sm.generate(target, PROMPTS, draft=draft, lookahead=3, **options)
+    options = {"max_new_tokens": 3, "output_logits": True, "stop_token_ids": ()}
+    result = sm.generate(target, PROMPTS, draft=draft, lookahead=2, **options)
     for row, prompt in enumerate(PROMPTS):
         alone = sm.generate(target, [prompt], **options)
         assert torch.equal(result.sequences[row], alone.sequences[0])
@@ -38,9 +38,9 @@ def test_rejected_and_accepted_drafts_leave_the_same_text(rollback: str, gpu_pla
     target, draft = models("mamba2", torch.float16, gpu_place)
     target.rollback = draft.rollback = rollback
     target.state_dtype = torch.bfloat16
-    plain = sm.generate(target, PROMPTS, max_new_tokens=6, stop_token_ids=())
+    plain = sm.generate(target, PROMPTS, max_new_tokens=4, stop_token_ids=())
     for other in (target, draft):
-        result = sm.generate(target, PROMPTS, draft=other, lookahead=4, max_new_tokens=6, stop_token_ids=())
+        result = sm.generate(target, PROMPTS, draft=other, lookahead=3, max_new_tokens=4, stop_token_ids=())
         for expected, sequence in zip(plain.sequences, result.sequences, strict=True):
             assert torch.equal(expected, sequence)
         assert other is draft or result.stats.acceptance_rate == 1
@@ -48,9 +48,9 @@ def test_rejected_and_accepted_drafts_leave_the_same_text(rollback: str, gpu_pla
 
 def test_coupled_samples_are_those_without_a_draft(gpu_place: tuple[str, str]) -> None:
     target, draft = models("mamba1", torch.bfloat16, gpu_place)
-    options = {"max_new_tokens": 6, "stop_token_ids": (), "sampling": SAMPLED}
+    options = {"max_new_tokens": 4, "stop_token_ids": (), "sampling": SAMPLED}
     plain = sm.generate(target, PROMPTS, **options)
-    result = sm.generate(target, PROMPTS, draft=draft, lookahead=3, acceptance="coupled", **options)
+    result = sm.generate(target, PROMPTS, draft=draft, lookahead=2, acceptance="coupled", **options)
     for expected, sequence in zip(plain.sequences, result.sequences, strict=True):
         assert torch.equal(expected, sequence)
 
@@ -60,7 +60,7 @@ def test_weights_in_blocks(format: str, gpu_place: tuple[str, str]) -> None:
     """The rest of the model is float32, and so are the activations."""
     target, draft = models("mamba1", format, gpu_place)
     assert target.activation_dtype is torch.float32
-    plain = sm.generate(target, PROMPTS, max_new_tokens=5, stop_token_ids=())
-    result = sm.generate(target, PROMPTS, draft=draft, lookahead=2, max_new_tokens=5, stop_token_ids=())
+    plain = sm.generate(target, PROMPTS, max_new_tokens=3, stop_token_ids=())
+    result = sm.generate(target, PROMPTS, draft=draft, lookahead=2, max_new_tokens=3, stop_token_ids=())
     for expected, sequence in zip(plain.sequences, result.sequences, strict=True):
         assert torch.equal(expected, sequence)

@@ -1,6 +1,7 @@
 """Calls of ops whose kernels are compiled as for a launch, with no GPU to launch them on.
 
-As a program, prints what became of the kernels of each op that it reads: python triton_launches.py ARCHITECTURE …
+As a program, prints what became of the kernels of each op that it reads: python triton_launches.py STEP ARCHITECTURE …
+Of an op's calls it takes every STEP-th.
 """
 
 import functools
@@ -111,19 +112,19 @@ def committing(everything: bool) -> tuple:
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=0.8, top_k=50, top_p=0.8, repetition_penalty=1.1, logit_bias={7: 1.0})
 
-# op -> the arguments of calls, by function
+# op -> the arguments of calls, by function; the most registers are those of a call in an even place
 CALLS = {
     "causal_conv1d_verify": [
         (conv, (FLOAT32, 4)), (conv, (BFLOAT16, 4)), (conv, (BFLOAT16, 8)),
         (conv, (BFLOAT16, 3, True)),
     ],
-    "commit_tokens": [(committing, (False,)), (committing, (True,))],
+    "commit_tokens": [(committing, (True,)), (committing, (False,))],
     "embed_tokens": [(embedding, (FLOAT32, FLOAT32)), (embedding, (BFLOAT16, BFLOAT16))],
     "expert_linear": [
         (experts_linear, (FLOAT32, BFLOAT16, False, 64)), (experts_linear, (BFLOAT16, BFLOAT16, True, 64)),
         (experts_linear, (BFLOAT16, BFLOAT16, False, 8)),
     ],
-    "select_experts": [(routing, (0, 1)), (routing, (1, 8))],
+    "select_experts": [(routing, (1, 8)), (routing, (0, 1))],
     "mlp_activation": [(silu, (FLOAT32,)), (silu, (BFLOAT16,))],
     "rms_norm": [(norm, (FLOAT32, False)), (norm, (BFLOAT16, False)), (norm, (BFLOAT16, True))],
     "selective_scan_verify": [(scan, states) for states in STATES],
@@ -138,7 +139,7 @@ CALLS = {
         (linear, (FLOAT32, BFLOAT16, FLOAT32)),
     ],
     "speculative_accept": [
-        (accepting, (GREEDY, 5, False)), (accepting, (SAMPLED, 5, True)), (accepting, (SAMPLED, 1, True)),
+        (accepting, (SAMPLED, 5, True)), (accepting, (GREEDY, 5, False)), (accepting, (SAMPLED, 1, True)),
     ],
 }  # fmt: skip
 
@@ -184,10 +185,10 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", listed)}
 
 
-def report(op: str, architectures: list[int]) -> list[dict]:
-    """What became of the kernels of each call."""
+def report(op: str, step: int, architectures: list[int]) -> list[dict]:
+    """What became of the kernels of every ``step``-th call."""
     function, kernels = getattr(import_module(f"speculative_mamba.ops.{op}.triton"), op), []
-    for arguments, choice in CALLS[op]:
+    for arguments, choice in CALLS[op][::step]:
         call = functools.partial(function, function.__annotations__["args"](*arguments(*choice)))
         for architecture, kernel in ((each, kernel) for each in architectures for kernel in compiled(call, each)):
             about = {"kernel": kernel.metadata.name, "call": str(choice), "architecture": architecture}
@@ -197,5 +198,6 @@ def report(op: str, architectures: list[int]) -> list[dict]:
 
 
 if __name__ == "__main__":
+    step, *architectures = map(int, sys.argv[1:])
     for op in map(str.strip, sys.stdin):
-        print(json.dumps(report(op, [int(number) for number in sys.argv[1:]])), flush=True)
+        print(json.dumps(report(op, step, architectures)), flush=True)
