@@ -19,6 +19,7 @@ from speculative_mamba.ops import (
     attention_verify,
     causal_conv1d_verify,
     expert_linear,
+    huge_pages,
     rms_norm,
     sample_tokens,
     selective_scan_verify,
@@ -92,7 +93,7 @@ def bench_blocks(report: Report, in_features: int, out_features: int, rows_list:
     next_wide = rotate([wide.clone() for _ in range(min(200, CACHE_BYTES // wide.nbytes))])
     for format in QUANTIZED:
         narrow = quantized(weight, format)
-        copies = (narrow.data.clone() for _ in range(min(400, CACHE_BYTES // narrow.nbytes)))
+        copies = (huge_pages.copy(narrow.data, torch.uint8) for _ in range(min(400, CACHE_BYTES // narrow.nbytes)))
         next_narrow = rotate([BlockWeight(data, format, narrow.shape) for data in copies])
         for rows in rows_list:
             x = torch.randn(rows, in_features)
@@ -161,7 +162,7 @@ def bench_expert_blocks(report: Report, config: ExpertsConfig, d_model: int) -> 
     for format in QUANTIZED:
         blocks = [quantized(matrix, format) for matrix in whole]
         narrow = [
-            ExpertWeight.of_blocks([BlockWeight(b.data.clone(), format, b.shape) for b in blocks])
+            ExpertWeight.of_blocks([BlockWeight(huge_pages.copy(b.data, torch.uint8), format, b.shape) for b in blocks])
             for _ in range(2 * layers)
         ]
         for tokens in TOKENS:
