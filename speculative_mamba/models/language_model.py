@@ -352,10 +352,10 @@ class MambaLM:
     def reserve(cache: list[LayerCache], entries: int) -> bool:
         """Makes memory for texts of so many tokens in every attention layer. Whether anything moved."""
         grown = [layer for layer in cache if isinstance(layer, AttentionCache) and layer.capacity < entries]
-        for layer in grown:
-            layer.grow(grown_capacity(entries))
         if grown and isinstance(cache, ModelCache):
             cache.steps.clear()  # they work on the tensors from before
+        for layer in grown:
+            layer.grow(grown_capacity(entries))
         return bool(grown)
 
     def before_step(
