@@ -1,12 +1,14 @@
 """Times every op on the shapes of published models, against PyTorch in the same run.
 
-python -m benchmarks.ops [--models 130m 2.8b] [--json FILE]
+python -m benchmarks.ops [--models 130m 2.8b] [--ops skinny_linear expert_linear] [--json FILE]
 
-Each case is checked against the reference before it is timed. gb_per_s counts the bytes an op must move once; ratio is
-the baseline's time over ours, both medians of interleaved runs.
+Each case is checked against the reference before it is timed. gb_per_s counts the bytes an op must move once;
+share_of_bandwidth is against a read of memory that takes turns with the case; ratio is the baseline's time over ours.
+All are medians of interleaved runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from speculative_mamba.ops import (
     attention_verify,
     causal_conv1d_verify,
     expert_linear,
+    huge_pages,
     rms_norm,
     sample_tokens,
     selective_scan_verify,
@@ -30,12 +33,24 @@ from speculative_mamba.ops.noise import Purpose
 from speculative_mamba.ops.sampling_params import SamplingParams
 from speculative_mamba.ops.sampling_tensors import SamplingTensors
 from speculative_mamba.testing.models import SHAPES, published_config
-from speculative_mamba.testing.timing import interleaved_medians, rotate
+from speculative_mamba.testing.timing import MemoryReader, interleaved_medians, rotate
 
 from .report import Report, number, parser, progress, seconds, share
 
+OPS = (
+    "skinny_linear", "expert_linear", "speculative_accept", "ssd_verify", "attention_verify", "rms_norm",
+    "causal_conv1d_verify", "selective_scan_verify",
+)  # fmt: skip
 TOKENS = (1, 5)
 CACHE_BYTES = 2**30  # weights used in turn must not fit into any cache
+
+
+memory_reader = cache(MemoryReader)
+
+
+def in_turns(functions: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+    """Median seconds of each, and of a read of memory under "memory"."""
+    return interleaved_medians({**functions, "memory": memory_reader()}, rounds)
 
 
 def check(op: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -57,7 +72,7 @@ def bench_linear(report: Report, in_features: int, out_features: int, rows_list:
         x = torch.randn(rows, in_features)
         x16 = x.bfloat16()
         check("skinny_linear", skinny_linear(x, weights[0]), F.linear(x, weights[0].float()))
-        times = interleaved_medians(
+        times = in_turns(
             {
                 "ours": lambda x=x: skinny_linear(x, next_weight()),
                 "F.linear bf16": lambda x=x16: F.linear(x, next_again()),
@@ -78,12 +93,12 @@ def bench_blocks(report: Report, in_features: int, out_features: int, rows_list:
     next_wide = rotate([wide.clone() for _ in range(min(200, CACHE_BYTES // wide.nbytes))])
     for format in QUANTIZED:
         narrow = quantized(weight, format)
-        copies = (narrow.data.clone() for _ in range(min(400, CACHE_BYTES // narrow.nbytes)))
+        copies = (huge_pages.copy(narrow.data, torch.uint8) for _ in range(min(400, CACHE_BYTES // narrow.nbytes)))
         next_narrow = rotate([BlockWeight(data, format, narrow.shape) for data in copies])
         for rows in rows_list:
             x = torch.randn(rows, in_features)
             check(f"skinny_linear {format}", skinny_linear(x, narrow), skinny_linear(x, narrow, backend="reference"))
-            times = interleaved_medians(
+            times = in_turns(
                 {
                     "ours": lambda x=x, weight=next_narrow: skinny_linear(x, weight()),
                     "bf16": lambda x=x: skinny_linear(x, next_wide()),
@@ -122,7 +137,7 @@ def bench_experts(report: Report, config: ExpertsConfig, d_model: int) -> None:
             exact = expert_linear(x, choices[0], sums, experts_of[0], backend="reference")
             check("expert_linear", expert_linear(x, choices[0], sums, experts_of[0]), exact)
             mine, again = (rotate(choices.unbind()), rotate(experts_of)), (rotate(choices.unbind()), rotate(weights))
-            times = interleaved_medians(
+            times = in_turns(
                 {
                     "ours": lambda x=x, sums=sums, mine=mine: expert_linear(x, mine[0](), sums, mine[1]()),
                     "F.linear per expert": lambda theirs=theirs, again=again: theirs(again[0](), again[1]()),
@@ -147,7 +162,7 @@ def bench_expert_blocks(report: Report, config: ExpertsConfig, d_model: int) -> 
     for format in QUANTIZED:
         blocks = [quantized(matrix, format) for matrix in whole]
         narrow = [
-            ExpertWeight.of_blocks([BlockWeight(b.data.clone(), format, b.shape) for b in blocks])
+            ExpertWeight.of_blocks([BlockWeight(huge_pages.copy(b.data, torch.uint8), format, b.shape) for b in blocks])
             for _ in range(2 * layers)
         ]
         for tokens in TOKENS:
@@ -160,7 +175,7 @@ def bench_expert_blocks(report: Report, config: ExpertsConfig, d_model: int) -> 
                 next_choice, next_weight = rotate(choices.unbind()), rotate(weights)
                 return lambda: expert_linear(x, next_choice(), None, next_weight())
 
-            times = interleaved_medians({"ours": turns(narrow), "bf16": turns(wide)}, rounds=25)
+            times = in_turns({"ours": turns(narrow), "bf16": turns(wide)}, rounds=25)
             chosen = sum(len(experts.unique()) for experts in choices) / len(choices)
             shape = f"{config.top_k}/{count}x{N}x{K}"
             _add(report, "expert_linear", shape, times, round(chosen * blocks[0].nbytes), "bf16", format, tokens=tokens)
@@ -178,7 +193,7 @@ def bench_norm(report: Report, config: ModelConfig) -> None:
             return rms_norm(x, weight, residual)[0]
 
         check("rms_norm", ours(), torch_norm())
-        times = interleaved_medians({"ours": ours, "torch": torch_norm})
+        times = in_turns({"ours": ours, "torch": torch_norm})
         _add(report, "rms_norm", f"{config.d_model}", times, 16 * x.numel(), "torch", rows=rows)
 
 
@@ -194,9 +209,7 @@ def bench_conv(report: Report, config: ModelConfig) -> None:
 
         # The call moves the history it reads, so each check starts from the same window.
         check("causal_conv1d_verify", run("auto", window=window.clone()), run("reference", window=window.clone()))
-        times = interleaved_medians(
-            {"ours": lambda run=run: run("auto"), "reference": lambda run=run: run("reference")}
-        )
+        times = in_turns({"ours": lambda run=run: run("auto"), "reference": lambda run=run: run("reference")})
         moved = 4 * D * (3 * tokens + 2 * (W - 1))
         _add(report, "causal_conv1d_verify", f"{D}x{W}", times, moved, "reference", tokens=tokens)
 
@@ -219,7 +232,7 @@ def bench_scan(report: Report, config: ModelConfig) -> None:
             return selective_scan_verify(x, dt, A, B, C, skip, z, dt_bias, states, start, backend=backend)
 
         check("selective_scan_verify", run("auto", states[0].clone()), run("reference", states[0].clone()))
-        times = interleaved_medians(
+        times = in_turns(
             {
                 "ours": lambda run=run, mine=mine: run("auto", mine()),
                 "reference": lambda run=run, theirs=theirs: run("reference", theirs()),
@@ -245,7 +258,7 @@ def bench_ssd(report: Report, config: ModelConfig) -> None:
             return ssd_verify(x, dt, A, B, C, skip, dt_bias, states, start, backend=backend)
 
         check("ssd_verify", run("auto", states[0].clone()), run("reference", states[0].clone()))
-        times = interleaved_medians(
+        times = in_turns(
             {
                 "ours": lambda run=run, mine=mine: run("auto", mine()),
                 "reference": lambda run=run, theirs=theirs: run("reference", theirs()),
@@ -281,7 +294,7 @@ def bench_attention(report: Report, heads: int, kv_heads: int, dims: int) -> Non
 
             check("attention_verify", ours(kept[0]), torchs(kept[0]))
             mine, theirs = rotate(kept), rotate(kept)
-            times = interleaved_medians(
+            times = in_turns(
                 {"ours": lambda ours=ours, mine=mine: ours(mine()), "torch": lambda f=torchs, t=theirs: f(t())}
             )
             moved = 8 * kv_heads * dims * (context + tokens)
@@ -342,7 +355,7 @@ def bench_accept(report: Report, vocabulary: int = 50280, lookahead: int = 4) ->
         if [t.tolist() for t in ours()] != [t.tolist() for t in ours(backend="reference")]:
             raise SystemExit(f"speculative_accept, {name}: differs from the reference; not timed")
         progress(f"timing speculative_accept, {name}, which is right")
-        times = interleaved_medians({"ours": ours, "torch": theirs})
+        times = in_turns({"ours": ours, "torch": theirs})
         _add(report, "speculative_accept", name, times, logits.nbytes, "torch", "float32", tokens=lookahead + 1)
 
 
@@ -359,13 +372,42 @@ def _add(
     speed = moved / times["ours"] / 1e9
     report.add(
         op=op, backend="cpu", shape=shape, dtype=dtype, batch=1, median_s=times["ours"], gb_per_s=speed,
-        share_of_bandwidth=speed / report.bandwidth, baseline=baseline, ratio=times[baseline] / times["ours"], **size,
+        share_of_bandwidth=speed / memory_reader().gb_per_s(times["memory"]), baseline=baseline,
+        ratio=times[baseline] / times["ours"], **size,
     )  # fmt: skip
+
+
+def tasks(models: list[str]) -> Iterator[tuple[str, Callable[[Report], None]]]:
+    """What can be timed, with the name of its op: shapes that say most first, then those of the models named."""
+    rows = (1, 2, 3, 4, 5, 6, 8, 16)
+    yield "skinny_linear", partial(bench_linear, in_features=2560, out_features=5120, rows_list=rows)
+    yield "skinny_linear", partial(bench_blocks, in_features=2560, out_features=5120, rows_list=rows)
+    tiny = published_config("granite-4.0-h-tiny")
+    experts = next(c for c in tiny.mixers[1] if isinstance(c, ExpertsConfig))
+    yield "expert_linear", partial(bench_experts, config=experts, d_model=tiny.d_model)
+    yield "expert_linear", partial(bench_expert_blocks, config=experts, d_model=tiny.d_model)
+    yield "speculative_accept", bench_accept
+    for name in ("mamba2-130m", "mamba2-2.7b"):
+        yield "ssd_verify", partial(bench_ssd, config=published_config(name))
+    yield "attention_verify", partial(bench_attention, heads=32, kv_heads=8, dims=128)
+    for name in models:
+        c = published_config(name)
+        mixer = c.blocks[0]
+        inner, outer = (c.d_model, 2 * mixer.d_inner), (mixer.d_inner, c.d_model)
+        small = (mixer.d_inner, mixer.dt_rank + 2 * mixer.d_state), (mixer.dt_rank, mixer.d_inner)
+        for in_features, out_features in (inner, *small, outer):
+            yield "skinny_linear", partial(bench_linear, in_features=in_features, out_features=out_features)
+        for in_features, out_features in (inner, outer):
+            yield "skinny_linear", partial(bench_blocks, in_features=in_features, out_features=out_features)
+        yield "rms_norm", partial(bench_norm, config=c)
+        yield "causal_conv1d_verify", partial(bench_conv, config=c)
+        yield "selective_scan_verify", partial(bench_scan, config=c)
 
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--models", nargs="*", default=list(SHAPES), choices=SHAPES, help="whose shapes to run")
+    arguments.add_argument("--ops", nargs="*", choices=OPS, help="which ops; all of them by default")
     options = arguments.parse_args()
     text: Callable[[object], str] = str
     report = Report(
@@ -374,29 +416,9 @@ def main() -> None:
             "gb_per_s": number, "share_of_bandwidth": share, "baseline": text, "ratio": number,
         }
     )  # fmt: skip
-    bench_linear(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
-    bench_blocks(report, 2560, 5120, (1, 2, 3, 4, 5, 6, 8, 16))
-    tiny = published_config("granite-4.0-h-tiny")
-    experts = next(c for c in tiny.mixers[1] if isinstance(c, ExpertsConfig))
-    bench_experts(report, experts, tiny.d_model)
-    bench_expert_blocks(report, experts, tiny.d_model)
-    bench_accept(report)
-    for name in ("mamba2-130m", "mamba2-2.7b"):
-        bench_ssd(report, published_config(name))
-    bench_attention(report, 32, 8, 128)
-    for name in options.models:
-        c = published_config(name)
-        mixer = c.blocks[0]
-        print(f"mamba-{name}", flush=True)
-        bench_linear(report, c.d_model, 2 * mixer.d_inner)
-        bench_linear(report, mixer.d_inner, mixer.dt_rank + 2 * mixer.d_state)
-        bench_linear(report, mixer.dt_rank, mixer.d_inner)
-        bench_linear(report, mixer.d_inner, c.d_model)
-        bench_blocks(report, c.d_model, 2 * mixer.d_inner)
-        bench_blocks(report, mixer.d_inner, c.d_model)
-        bench_norm(report, c)
-        bench_conv(report, c)
-        bench_scan(report, c)
+    wanted = [task for name, task in tasks(options.models) if not options.ops or name in options.ops]
+    for task in wanted:
+        task(report)
     report.write(options.json)
 
 

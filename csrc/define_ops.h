@@ -272,7 +272,8 @@ inline void define_ops(py::module_& m) {
     m.attr("ROW_STATUSES") = static_cast<int>(RowStatus::bad_residual);
     m.attr("PURPOSES") = py::make_tuple(static_cast<int>(Purpose::token), static_cast<int>(Purpose::draft),
                                         static_cast<int>(Purpose::test));
-    py::class_<Program>(m, "Program", py::module_local(), "A recorded sequence of kernel calls.")
+    py::class_<Program, std::shared_ptr<Program>>(m, "Program", py::module_local(),
+                                                  "A recorded sequence of kernel calls.")
         .def(py::init<>())
         .def("__len__", &Program::size)
         .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -20,8 +21,8 @@ class Program {
 
     size_t size() const { return calls_.size(); }
 
-    // Calls submitted by this thread are added to `program` from now on; with null no more.
-    static void record(Program* program) { recording() = program; }
+    // Calls submitted by this thread are added to `program` from now on, which lives meanwhile; with null no more.
+    static void record(std::shared_ptr<Program> program) { recording() = std::move(program); }
 
     // Runs a call, and records it if that was asked for.
     static void submit(Call call, intptr_t where) {
@@ -30,8 +31,8 @@ class Program {
     }
 
  private:
-    static Program*& recording() {
-        thread_local Program* program = nullptr;
+    static std::shared_ptr<Program>& recording() {
+        thread_local std::shared_ptr<Program> program;
         return program;
     }
 

@@ -2,6 +2,8 @@
 // two as their scale; v is cut into the parts that a Dot takes.
 #pragma once
 
+#include <utility>
+
 #include "dot.h"
 
 namespace speculative_mamba::SM_ISA {
@@ -42,59 +44,93 @@ inline float power_of_2(int exponent) {  // from -149 to 127
     return power;
 }
 
-template <typename Dot>
-inline void store_part(const int32_t (&values)[kBlock], typename Dot::part_t* part) {
-    for (int k = 0; k < kBlock; k += 4)
-        for (int i = 0; i < 4; i++) part[k + Dot::kPlaces[i]] = static_cast<typename Dot::part_t>(values[k + i]);
+// Vectors of as many lanes as a register has rows of W: a block is kVectors of them.
+typedef float LaneFloats __attribute__((vector_size(4 * kRows)));
+typedef int32_t LaneInts __attribute__((vector_size(4 * kRows)));
+constexpr int kVectors = kBlock / kRows;
+
+// op over all lanes, as a tree.
+template <typename Op>
+inline int32_t folded(LaneInts v, const Op& op) {
+    int32_t lanes[kRows];
+    std::memcpy(lanes, &v, sizeof lanes);
+    for (int count = kRows / 2; count > 0; count /= 2)
+        for (int i = 0; i < count; i++) lanes[i] = op(lanes[i], lanes[i + count]);
+    return lanes[0];
 }
 
-inline int32_t sum_of_half(const int32_t* values) {
-    int32_t sum = 0;
-    for (int k = 0; k < kBlock / 2; k++) sum += values[k];
-    return sum;
+template <int kCount>
+inline int32_t sum_of(const LaneInts* v) {
+    LaneInts sum = v[0];
+    for (int i = 1; i < kCount; i++) sum += v[i];
+    return folded(sum, [](int32_t a, int32_t b) { return a + b; });
+}
+
+// What is left of numbers from -2^15 to 2^23 as a multiple of 256, and the rest, from -128 to 127.
+inline LaneInts last_digit(LaneInts v) { return ((v + 128) & 255) - 128; }
+inline LaneInts without(LaneInts v, LaneInts digit) { return (v - digit) >> 8; }
+
+template <typename Dot>
+inline void store_part(const LaneInts (&values)[kVectors], typename Dot::part_t* part) {
+    int32_t wide[kBlock];
+    typename Dot::part_t narrow[kBlock];
+    std::memcpy(wide, values, sizeof wide);
+    for (int k = 0; k < kBlock; k++) narrow[k] = static_cast<typename Dot::part_t>(wide[k]);
+    if constexpr (Dot::kEvenFirst)
+        for (int k = 0; k < kBlock; k += 4) std::swap(narrow[k + 1], narrow[k + 2]);
+    std::memcpy(part, narrow, sizeof narrow);
 }
 
 // The largest |v| is below 2^23 - 2^15 - 2^7, so that each part fits. To nearest, ties to even. What is not finite
 // makes the block's products NaN. Weights lie kZero above their value.
 template <typename Dot, int kRuns, int kZero>
 inline void round_block(const float* x, InputBlock& block, typename Dot::part_t* parts) {
-    int32_t v[kBlock] = {};
-    uint32_t bits[kBlock], largest = 0;
-    std::memcpy(bits, x, sizeof bits);
-    for (int k = 0; k < kBlock; k++) {
-        const uint32_t magnitude = bits[k] & 0x7fffffffu;
-        largest = magnitude > largest ? magnitude : largest;
+    static_assert(kVectors % kRuns == 0, "a run is whole vectors");
+    LaneFloats v[kVectors];
+    std::memcpy(v, x, sizeof v);
+    LaneInts magnitudes = {};
+    for (const LaneFloats& some : v) {
+        const LaneInts bits = (LaneInts)some & 0x7fffffff;
+        magnitudes = bits > magnitudes ? bits : magnitudes;
     }
+    const uint32_t largest = folded(magnitudes, [](int32_t a, int32_t b) { return a > b ? a : b; });
     // From 0xfefeff on, as a mantissa of 24 bits, half of it would be rounded to too much.
     const int exponent = static_cast<int>((largest + (0x1000000u - 0xfefeffu)) >> 23) - 127 - 22;  // of the scale
     block.scale = power_of_2(exponent);
     if (largest >= 0x7f800000u) {
         const uint32_t nan = 0x7fc00000u;
         std::memcpy(&block.scale, &nan, sizeof nan);
-    } else {
-        const float first = power_of_2(-exponent / 2), second = power_of_2(-exponent - -exponent / 2);
-        for (int k = 0; k < kBlock; k++) {
-            const float scaled = x[k] * first * second, big = scaled < 0 ? -0x1p23f : 0x1p23f;
-            v[k] = static_cast<int32_t>(scaled + big - big);
-        }
+        std::memset(v, 0, sizeof v);
     }
-    int32_t a[kBlock], b[kBlock], ab[kBlock], c[kBlock];
-    for (int k = 0; k < kBlock; k++) c[k] = ((v[k] + 128) & 255) - 128;
-    for (int k = 0; k < kBlock; k++) ab[k] = (v[k] - c[k]) >> 8;
-    for (int k = 0; k < kBlock; k++) b[k] = ((ab[k] + 128) & 255) - 128;
-    for (int k = 0; k < kBlock; k++) a[k] = (ab[k] - b[k]) >> 8;
+    const float first = power_of_2(-exponent / 2), second = power_of_2(-exponent - -exponent / 2);
+    LaneInts ab[kVectors], c[kVectors];
+    for (int i = 0; i < kVectors; i++) {
+        const LaneFloats scaled = v[i] * first * second;
+        const LaneFloats big = (LaneFloats)(((LaneInts)scaled & INT32_MIN) | 0x4b000000);  // 2^23 with its sign
+        const LaneInts whole = __builtin_convertvector(scaled + big - big, LaneInts);
+        c[i] = last_digit(whole);
+        ab[i] = without(whole, c[i]);
+    }
     if constexpr (Dot::kParts == 3) {
+        LaneInts a[kVectors], b[kVectors];
+        for (int i = 0; i < kVectors; i++) {
+            b[i] = last_digit(ab[i]);
+            a[i] = without(ab[i], b[i]);
+        }
         store_part<Dot>(a, parts);
         store_part<Dot>(b, parts + kPartStride);
     } else {
         store_part<Dot>(ab, parts);
     }
     store_part<Dot>(c, parts + (Dot::kParts - 1) * kPartStride);
-    const int32_t high[] = {sum_of_half(ab), sum_of_half(ab + kBlock / 2)};
-    const int32_t low[] = {sum_of_half(c), sum_of_half(c + kBlock / 2)};
-    const int32_t all_high = high[0] + high[1], all_low = low[0] + low[1];
-    for (int run = 0; run < kRuns; run++)
-        block.above[run] = {-kZero * (kRuns == 1 ? all_high : high[run]), -kZero * (kRuns == 1 ? all_low : low[run])};
+    int32_t all_high = 0, all_low = 0;
+    for (int run = 0; run < kRuns; run++) {
+        constexpr int kCount = kVectors / kRuns;
+        const int32_t high = sum_of<kCount>(ab + run * kCount), low = sum_of<kCount>(c + run * kCount);
+        block.above[run] = {-kZero * high, -kZero * low};
+        all_high += high;
+        all_low += low;
+    }
     block.sum = static_cast<float>(all_high) * 256 + static_cast<float>(all_low);
 }
 

@@ -64,7 +64,8 @@ struct DigitDot {
     using Weights = Bytes;
     using Four = Ints;
     using Sum = Ints;
-    static constexpr int kParts = 3, kPlaces[] = {0, 1, 2, 3};
+    static constexpr int kParts = 3;
+    static constexpr bool kEvenFirst = false;
     static Weights prepared(Bytes a) { return a; }
     static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
     static Sum start(int32_t offset) { return ints(offset); }
@@ -79,7 +80,8 @@ struct WordDot {
     };
     using Four = Weights;
     using Sum = Ints;
-    static constexpr int kParts = 2, kPlaces[] = {0, 2, 1, 3};  // even features lie side by side
+    static constexpr int kParts = 2;
+    static constexpr bool kEvenFirst = true;  // of four features, even ones lie side by side
     static Weights prepared(Bytes a) { return {_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srli_epi16(a, 8)}; }
     static Four load_four(const part_t* x) {
         return {_mm512_set1_epi32(four_bytes(x)), _mm512_set1_epi32(four_bytes(x + 2))};
@@ -100,7 +102,8 @@ struct PairDot {
     using Weights = Bytes;
     using Four = Ints;
     using Sum = __m512i;
-    static constexpr int kParts = 3, kPlaces[] = {0, 1, 2, 3};
+    static constexpr int kParts = 3;
+    static constexpr bool kEvenFirst = false;
     static Weights prepared(Bytes a) { return a; }
     static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
     static Sum start(int32_t) { return _mm512_setzero_si512(); }
@@ -154,7 +157,8 @@ struct DigitDot {
     using Weights = Bytes;
     using Four = Ints;
     using Sum = Ints;
-    static constexpr int kParts = 3, kPlaces[] = {0, 1, 2, 3};
+    static constexpr int kParts = 3;
+    static constexpr bool kEvenFirst = false;
     static Weights prepared(Bytes a) { return a; }
     static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
     static Sum start(int32_t offset) { return ints(offset); }
@@ -177,7 +181,8 @@ struct WordDot {
     };
     using Four = Weights;
     using Sum = Ints;
-    static constexpr int kParts = 2, kPlaces[] = {0, 2, 1, 3};  // even features lie side by side
+    static constexpr int kParts = 2;
+    static constexpr bool kEvenFirst = true;  // of four features, even ones lie side by side
     static Weights prepared(Bytes a) { return {_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srli_epi16(a, 8)}; }
     static Four load_four(const part_t* x) {
         return {_mm256_set1_epi32(four_bytes(x)), _mm256_set1_epi32(four_bytes(x + 2))};
@@ -198,7 +203,8 @@ struct PairDot {
     using Weights = Bytes;
     using Four = Ints;
     using Sum = __m256i;
-    static constexpr int kParts = 3, kPlaces[] = {0, 1, 2, 3};
+    static constexpr int kParts = 3;
+    static constexpr bool kEvenFirst = false;
     static Weights prepared(Bytes a) { return a; }
     static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
     static Sum start(int32_t) { return _mm256_setzero_si256(); }
@@ -267,7 +273,8 @@ struct DigitDot {
     using Weights = Bytes;
     using Four = Ints;
     using Sum = Ints;
-    static constexpr int kParts = 3, kPlaces[] = {0, 1, 2, 3};
+    static constexpr int kParts = 3;
+    static constexpr bool kEvenFirst = false;
     static Weights prepared(Bytes a) { return a; }
     static Four load_four(const part_t* x) { return ints(four_bytes(x)); }
     static Sum start(int32_t offset) { return ints(offset); }
@@ -280,7 +287,8 @@ struct WordDot {
     using Weights = Bytes;
     using Four = const part_t*;
     using Sum = Ints;
-    static constexpr int kParts = 2, kPlaces[] = {0, 1, 2, 3};
+    static constexpr int kParts = 2;
+    static constexpr bool kEvenFirst = false;
     static Weights prepared(Bytes a) { return a; }
     static Four load_four(const part_t* x) { return x; }
     static Sum start(int32_t offset) { return ints(offset); }

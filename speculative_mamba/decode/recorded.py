@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from ..ops.recording import Recording
+from ..ops.recording import Recording, record
 
 _Result = TypeVar("_Result")
 
@@ -35,9 +35,8 @@ class RecordedParts:
             recording, result = part
             recording.run(unchanged=True)
             return result
-        recording, kind = Recording(self._like), (*key, self._kind)
-        with recording.record(known=kind in self._known):
-            result = function(*arguments)
+        kind = *key, self._kind
+        result, recording = record(self._like, function, *arguments, known=kind in self._known)
         self._known.add(kind)
         self._parts[key] = recording, result
         return result

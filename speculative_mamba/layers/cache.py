@@ -211,12 +211,14 @@ class AttentionCache:
         return AttentionCache(*(tensor[index : index + 1] for tensor in self.tensors()))
 
     def grow(self, capacity: int) -> None:
-        """Enlarges it to ``capacity`` entries a row; the tensors are then others."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
+        """Enlarges it to ``capacity`` entries a row; the tensors are then others, or the same if this breaks off."""
+
+        def grown(old: torch.Tensor) -> torch.Tensor:
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
             new[:, :, : old.shape[2]] = old
-            setattr(self, name, new)
+            return new
+
+        self.keys, self.values = grown(self.keys), grown(self.values)
 
     def snapshot(self, row: int, slot: int) -> tuple[torch.Tensor, ...]:
         """Copies of the entries that a row's slot counts, and of its window."""

@@ -25,6 +25,7 @@ from ..ops.recording import (
     is_recording,
     new_result,
     next_stage,
+    record,
     torch_op,
 )
 from ..ops.sampling_params import SamplingParams
@@ -37,7 +38,7 @@ from .tokenizer import encode, text_tokenizer
 from .vocabulary import Vocabulary
 
 PREFILL_CHUNK = 64  # tokens in one pass
-PREFILL_CHUNK_OF_TILES = 256  # where arithmetic costs so little that weights are to be read less often
+PREFILL_CHUNK_OF_TILES = 512  # where arithmetic costs so little that weights are to be read less often
 ROLLBACKS = ("auto", "snapshots", "replay")
 _FILES_ARE_LOOKED_AT_EVERY = 0.05  # seconds, between the rounds of one call
 
@@ -270,7 +271,7 @@ class MambaLM:
     def prefill(self, tokens: Sequence[int], cache: list[LayerCache], row: int) -> None:
         """Absorbs a row's first tokens into its slot 0, which must hold a fresh state. Without gradients.
 
-        Time and memory are linear in the number of tokens: a chunk of 64 at a time. Every token goes through the same
+        Time and memory are linear in the number of tokens: a chunk at a time. Every token goes through the same
         kernels in the same order as in ``verify``, so the state has the same bits however the tokens are cut.
 
         Raises:
@@ -351,10 +352,10 @@ class MambaLM:
     def reserve(cache: list[LayerCache], entries: int) -> bool:
         """Makes memory for texts of so many tokens in every attention layer. Whether anything moved."""
         grown = [layer for layer in cache if isinstance(layer, AttentionCache) and layer.capacity < entries]
-        for layer in grown:
-            layer.grow(grown_capacity(entries))
         if grown and isinstance(cache, ModelCache):
             cache.steps.clear()  # they work on the tensors from before
+        for layer in grown:
+            layer.grow(grown_capacity(entries))
         return bool(grown)
 
     def before_step(
@@ -448,11 +449,12 @@ class MambaLM:
             cache.steps = {other: steps for other, steps in cache.steps.items() if other[0] != id(self)}
         padding = None if window.left_padding is None else window.left_padding.clone()
         own = Window(window.start_slot.clone(), window.write_slot, padding)
-        own_tokens, recording = tokens.clone(), Recording(self.norm_weight)
+        own_tokens = tokens.clone()
         kind = *key[1:], *self.step_kind
         weights = (part for part in parts if isinstance(part, torch.Tensor | BlockWeight))
-        with recording.record(*weights, known=kind in self._recorded):
-            logits, normed = self._logits(own_tokens, cache, own)
+        (logits, normed), recording = record(
+            self.norm_weight, self._logits, own_tokens, cache, own, relied_on=weights, known=kind in self._recorded
+        )
         self._recorded.add(kind)
         cache.steps[key] = _RecordedStep(parts, own_tokens, own, recording, logits, normed)
         return logits.clone(), normed

@@ -63,13 +63,14 @@ class ModelRunner:
 
     def reset(self, row: int, state: RowState | None = None) -> None:
         """Puts ``state`` into slot 0 of a row; None: that of an empty text."""
+        used = row in self._used
+        self._used.add(row)  # also if this breaks off
         if state is not None:
             for layer, saved in zip(self.layers, state.layers, strict=True):
                 layer.restore(row, saved)
-        elif row in self._used:
+        elif used:
             for layer in self.layers:
                 layer.row(row).reset()
-        self._used.add(row)
 
     def read(self, row: int, tokens: Sequence[int]) -> None:
         """Reads more tokens behind the state in slot 0 of a row."""

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from ..ops import huge_pages
 from ..ops.block_weight import BlockWeight, can_quantize, quantized
 from ..ops.expert_weight import ExpertWeight
 from ..ops.values import shown
@@ -263,7 +264,10 @@ class StoredSource:
         return self._dtype if isinstance(self._dtype, torch.dtype) else as_stored
 
     def _converted(self, name: str, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        tensor = stored.to(self.device, dtype).contiguous()
+        if stored.dtype == dtype or self.device.type != "cpu":
+            tensor = stored.to(self.device, dtype).contiguous()
+        else:
+            tensor = huge_pages.copy(stored, dtype)
         if self._is_shared(name, tensor):
             if self._mmap:
                 file = self._stored[name].file
@@ -271,7 +275,7 @@ class StoredSource:
                     return tensor
                 self.mapped[file.path] = file
                 return _trimmed(tensor)
-            tensor = tensor.clone()
+            tensor = huge_pages.copy(tensor, dtype)
         self._release(name, stored)
         return tensor
 

@@ -175,9 +175,9 @@ def _implementation(op: str, backend: str) -> Callable:
 
 
 class _Recorder(threading.local):
-    """Of each thread: the ``Recording`` that is being made, and what notes the arguments of its ops."""
+    """Of each thread: the ``UnfinishedRecording`` that is being made."""
 
-    recording = kernels = None
+    recording = None
 
 
 recorder = _Recorder()
@@ -207,8 +207,8 @@ def run(op: str, backend: str, args: tuple) -> object:
     Raises:
         ValueError: an argument requires grad, where gradients are enabled and the implementation has none.
     """
-    if recorder.kernels is not None:
-        recorder.kernels.use(*args)
+    if recorder.recording is not None:
+        recorder.recording.use(*args)
     first = args[0]
     name = resolve(backend, first.device.type)
     implementation = _implementation(op, name)

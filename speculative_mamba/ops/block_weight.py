@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import huge_pages
 from .block_formats import BLOCK, FORMATS, GROUP, BlockFormat
 
 _CHUNK = 1 << 18  # weights converted at a time
@@ -55,7 +56,7 @@ class BlockWeight:
 
     def dequantized(self) -> torch.Tensor:
         """(N, K) float32: the values that GGML computes with."""
-        values = torch.empty(self.shape, dtype=torch.float32, device=self.device)
+        values = huge_pages.empty(*self.shape, dtype=torch.float32, device=self.device)
         for rows in _chunks(self.shape):
             values[rows] = self.rows(torch.arange(rows.start, rows.stop, device=self.device))
         return values
@@ -161,7 +162,7 @@ _QUANTIZE = {"q8_0": _quantize_q8_0, "q4_0": _quantize_q4_0}
 
 
 def _empty(kind: BlockFormat, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    return torch.empty(-(-shape[0] // GROUP), kind.group_bytes(shape[1]), dtype=torch.uint8, device=device)
+    return huge_pages.empty(-(-shape[0] // GROUP), kind.group_bytes(shape[1]), dtype=torch.uint8, device=device)
 
 
 def _chunks(shape: torch.Size) -> Iterator[slice]:

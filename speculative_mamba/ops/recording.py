@@ -2,16 +2,21 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _pop_torch_dispatch_stack,
+    _push_on_torch_dispatch_stack,
+)
 
 from .backend import compiled, current_device, recorder
 from .threads import num_threads
 
+_Result = TypeVar("_Result")
 _SHARED_FROM = 32768  # elements from which PyTorch shares a copy among threads
 
 
@@ -20,50 +25,24 @@ class StaleRecordingError(ValueError):
 
 
 class Recording:
-    """The calls of ops on backends ``cpu`` and ``cuda`` made inside ``record()``, on the device of ``like``.
+    """Calls of ops that ``record`` noted, all of them.
 
     ``run()`` makes them again on the same memory: what lies in the tensors may have changed, where they lie and how
     they are laid out may not. All of that memory lives as long as the recording; results of ops are shared as
     ``next_stage`` says.
-
-    PyTorch's own operations are run again where ``torch_op`` calls them. Else they raise a ValueError inside
-    ``record()`` that names them, but for views and uninitialised memory.
     """
 
-    def __init__(self, like: torch.Tensor) -> None:
-        self._like = like.new_empty(0)
-        self._program = None  # the one to which ops are added
-        self._calls: list[Callable[[int], None]] = []  # runs of programs, and between them PyTorch's operations
-        self._stages: tuple[list[torch.Tensor], ...] = ([], [])
-        self._used = 0  # results of the current stage so far
-        self._passed: list[torch.Tensor] = []  # to ops, by the caller
-        self._places: list[list[int]] = []  # where they lay
-        self._storages: list[torch.UntypedStorage] = []
-
-    @contextmanager
-    def record(self, *relied_on: object, known: bool = False) -> Iterator[None]:
-        """Inside, ops are recorded.
-
-        relied_on: tensors of which the calls use parts. known: these calls were recorded before and held none of
-        PyTorch's operations, so these need not be looked at, which costs some 10 µs each.
-        """
-        self._begin_program()
-        recorder.recording, recorder.kernels = self, _KernelsOnly()
-        recorder.kernels.use(*relied_on)
-        try:
-            with nullcontext() if known else recorder.kernels:
-                yield
-        finally:
-            kernels = recorder.kernels
-            self._program.record(None)
-            recorder.recording = recorder.kernels = None
-            own = {result.data_ptr() for results in self._stages for result in results}
-            for key, tensor in (kernels.used | kernels.made).items():
-                storage = tensor.untyped_storage()
-                self._storages.append(storage)
-                if key not in kernels.made and storage.data_ptr() not in own:
-                    self._passed.append(tensor)
-            self._places = _places(self._passed)
+    def __init__(
+        self,
+        like: torch.Tensor,
+        calls: list[Callable[[int], None]],
+        passed: list[torch.Tensor],
+        memory: list[torch.UntypedStorage],
+    ) -> None:
+        """calls: runs of programs, and between them PyTorch's operations. passed: to ops, by the caller. memory: all
+        that the calls use."""
+        self._like, self._calls, self._passed, self._memory = like, calls, passed, memory
+        self._places = _places(passed)
 
     def run(self, *, unchanged: bool = False) -> None:
         """Makes the calls again.
@@ -85,32 +64,116 @@ class Recording:
         for call in self._calls:
             call(where)
 
-    def _begin_program(self) -> None:
+
+def record(
+    like: torch.Tensor,
+    function: Callable[..., _Result],
+    *arguments: object,
+    relied_on: Iterable = (),
+    known: bool = False,
+) -> tuple[_Result, Recording]:
+    """Calls a function; its result, and a recording of the ops on backends ``cpu`` and ``cuda``, on the device of
+    ``like``, that it called.
+
+    relied_on: tensors of which the calls use parts. known: these calls were recorded before and held none of PyTorch's
+    operations, so these need not be looked at, which costs some 10 µs each.
+
+    PyTorch's own operations are run again where ``torch_op`` calls them. Others but for views and uninitialised memory
+    raise a ValueError that names them. After an error or an interrupt there is no recording.
+    """
+    unfinished, programs = UnfinishedRecording(like), compiled(like)[0].Program
+    unfinished.use(*relied_on)
+    # Python runs the handlers of signals, and raises what they raise, behind calls, in loops and at the beginning of a
+    # function. So none can come between a ``try`` and its first call, nor before the first statement of a ``finally``.
+    try:
+        recorder.recording = unfinished
+        try:
+            unfinished.begin_program()
+            result = function(*arguments) if known else _kernels_only(unfinished, function, arguments)
+        finally:
+            programs.record(None)
+    finally:
+        recorder.recording = None
+    return result, unfinished.finished()
+
+
+def _kernels_only(unfinished: "UnfinishedRecording", function: Callable[..., _Result], arguments: tuple) -> _Result:
+    mode = _KernelsOnly(unfinished)
+    try:
+        _push_on_torch_dispatch_stack(mode)  # what ``with mode`` does is Python
+        result = function(*arguments)
+    finally:
+        _pop_torch_dispatch_stack(None)
+    return result
+
+
+class UnfinishedRecording:
+    """What ``record`` has noted so far. refuses: PyTorch's operations; not while ``torch_op`` calls one.
+
+    used: tensors that were passed to ops or of which views were taken. made: views and uninitialised memory. By
+    identity.
+    """
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._like = like.new_empty(0)
+        self._program = None  # the one to which ops are added
+        self._calls: list[Callable[[int], None]] = []
+        self._stages: tuple[list[torch.Tensor], ...] = ([], [])
+        self._results_of_stage = 0  # so far
+        self._used: dict[int, torch.Tensor] = {}
+        self._made: dict[int, torch.Tensor] = {}
+        self.refuses = True
+
+    def begin_program(self) -> None:
         program = compiled(self._like)[0].Program()
         program.record(program)
         self._program = program
         self._calls.append(lambda where: program.run(where))
 
+    def finished(self) -> Recording:
+        own = {result.data_ptr() for results in self._stages for result in results}
+        passed, memory = [], [result.untyped_storage() for results in self._stages for result in results]
+        for key, tensor in (self._used | self._made).items():
+            storage = tensor.untyped_storage()
+            memory.append(storage)
+            if key not in self._made and storage.data_ptr() not in own:
+                passed.append(tensor)
+        return Recording(self._like, self._calls, passed, memory)
+
+    def use(self, *values: object) -> None:
+        """Notes the tensors among arguments of an op, also those that an argument holds."""
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                self._used[id(value)] = value
+            elif isinstance(value, tuple):
+                self.use(*value)
+            elif hasattr(value, "__dict__"):
+                self.use(*vars(value).values())
+
+    def make(self, result: torch.Tensor) -> None:
+        """Notes a view or uninitialised memory."""
+        self._made[id(result)] = result
+
     def torch_op(self, function: Callable, arguments: tuple, options: dict[str, object]) -> None:
-        recorder.kernels.use(*arguments, *options.values())
+        self.use(*arguments, *options.values())
         self._program.record(None)
-        recorder.kernels.refuses = False
+        self.refuses = False
         try:
             function(*arguments, **options)
         finally:
-            recorder.kernels.refuses = True
+            self.refuses = True
         call = _bound(function, arguments, options) if self._like.is_cuda else _on_host(function, arguments, options)
         if not len(self._program):
             self._calls.pop()
         self._calls.append(lambda where: call())
-        self._begin_program()
+        self.begin_program()
 
     def next_stage(self) -> None:
-        self._stages, self._used = self._stages[::-1], 0
+        self._stages, self._results_of_stage = self._stages[::-1], 0
 
     def new_result(self, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        results, at = self._stages[0], self._used
-        self._used += 1
+        results, at = self._stages[0], self._results_of_stage
+        self._results_of_stage += 1
         if at == len(results) or results[at].shape != shape or results[at].dtype != dtype:
             results.insert(at, like.new_empty(shape, dtype=dtype))
         return results[at]
@@ -120,7 +183,7 @@ def _bound(function: Callable, arguments: tuple, options: dict[str, object]) -> 
     return functools.partial(function, *arguments, **options)
 
 
-# What takes the same arguments and gives the same for whole numbers, in a tenth of the time.
+# What gives the same for whole numbers, as ``_is_same_in_numpy`` has it, in a tenth of the time.
 _NUMPY = {
     torch.add: np.add,
     torch.cat: np.concatenate,
@@ -129,13 +192,39 @@ _NUMPY = {
     torch.sub: np.subtract,
     torch.Tensor.copy_: np.copyto,
 }
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def _on_host(function: Callable, arguments: tuple, options: dict[str, object]) -> Callable[[], object]:
-    """A call of one of PyTorch's operations on the same memory of the CPU, by numpy where that has it."""
-    if function not in _NUMPY:
+    """A call of one of PyTorch's operations on the same memory of the CPU, by numpy where that does the same."""
+    if not (function in _NUMPY and _is_same_in_numpy(function, arguments, options)):
         return _bound(function, arguments, options)
     return _bound(_NUMPY[function], _arrays(arguments), dict(zip(options, _arrays(options.values()), strict=True)))
+
+
+def _is_same_in_numpy(function: Callable, arguments: tuple, options: dict[str, object]) -> bool:
+    """Whether a call of ``_NUMPY``, which PyTorch has made already, has bit for bit that result by numpy: of tensors of
+    one integer dtype and numbers that it holds. Both wrap where a result does not fit; of other dtypes and numbers each
+    makes its own common dtype."""
+    if len(arguments) != 2 or list(options) != ([] if function is torch.Tensor.copy_ else ["out"]):
+        return False
+    out = options.get("out", arguments[0])
+    operands = [*arguments]
+    if function is torch.cat:
+        tensors, dim = arguments
+        if not isinstance(tensors, tuple) or type(dim) is not int or len({tensor.ndim for tensor in tensors}) != 1:
+            return False  # PyTorch leaves out an empty tensor of one dimension
+        operands = [*tensors]
+    dtype = operands[0].dtype
+    if dtype not in _INTEGERS or not (out.dtype == dtype or (function is torch.lt and out.dtype in _INTEGERS)):
+        return False
+    limits = torch.iinfo(dtype)
+    return all(
+        value.dtype == dtype
+        if isinstance(value, torch.Tensor)
+        else type(value) is int and limits.min <= value <= limits.max
+        for value in operands
+    )
 
 
 def _arrays(values: Iterable[object]) -> tuple:
@@ -151,44 +240,29 @@ def _places(tensors: list[torch.Tensor]) -> list[list[int]]:
 
 
 class _KernelsOnly(TorchDispatchMode):
-    """Refuses PyTorch's operations, but for views and uninitialised memory.
-
-    used: tensors that were passed to ops or of which views were taken. made: the views and the memory. By identity.
-    refuses: not while ``torch_op`` calls one.
+    """Refuses PyTorch's operations, but for views and uninitialised memory, which are noted.
 
     Raises:
         ValueError: another operation is used.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unfinished: UnfinishedRecording) -> None:
         super().__init__()
-        self.used: dict[int, torch.Tensor] = {}
-        self.made: dict[int, torch.Tensor] = {}
-        self.refuses = True
+        self._unfinished = unfinished
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nobody compiles this; to skip it PyTorch would import its compiler, for 3 s and 150 MB
 
-    def use(self, *values: object) -> None:
-        """Notes the tensors among arguments of an op, also those that an argument holds."""
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                self.used[id(value)] = value
-            elif isinstance(value, tuple):
-                self.use(*value)
-            elif hasattr(value, "__dict__"):
-                self.use(*vars(value).values())
-
     def __torch_dispatch__(self, function: Callable, types: object, arguments: tuple = (), options: dict | None = None):
-        if not self.refuses:
+        if not self._unfinished.refuses:
             return function(*arguments, **(options or {}))
         if not _computes_nothing(function):
             raise ValueError(f"{function} is PyTorch's and would not be run again, so it cannot be in a recorded step")
-        self.use(*arguments)
+        self._unfinished.use(*arguments)
         results = function(*arguments, **(options or {}))
         for result in results if isinstance(results, list | tuple) else [results]:
-            self.made[id(result)] = result
+            self._unfinished.make(result)
         return results
 
 
@@ -226,7 +300,7 @@ class ResultPool:
 
 
 def next_stage() -> None:
-    """Inside ``record()``: results from before the last stage are no longer needed, and their memory is used again.
+    """Inside ``record``: results from before the last stage are no longer needed, and their memory is used again.
 
     Keeps the memory of a deep model's activations small enough for the caches.
     """
@@ -235,14 +309,14 @@ def next_stage() -> None:
 
 
 def is_recording() -> bool:
-    """Whether this thread is inside ``record()``."""
+    """Whether this thread is inside ``record``."""
     return recorder.recording is not None
 
 
 def torch_op(function: Callable, *arguments: object, **options: object) -> None:
     """Calls an operation of PyTorch, or what is made of some, that writes into memory which is given to it.
 
-    Inside ``record()`` it becomes part of the recording: it is called again on the same arguments.
+    Inside ``record`` it becomes part of the recording: it is called again on the same arguments.
     """
     if recording := recorder.recording:
         recording.torch_op(function, arguments, options)

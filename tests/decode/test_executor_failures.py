@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -16,10 +17,12 @@ from speculative_mamba.decode.executors import EagerExecutor
 from speculative_mamba.decode.lookahead import AdaptiveLookahead, FixedLookahead
 from speculative_mamba.decode.sampling import Sampler
 from speculative_mamba.decode.stats import GenerationStats
+from speculative_mamba.layers.cache import AttentionCache, MambaCache
 from speculative_mamba.models.runner import ModelRunner
 from speculative_mamba.testing import recording
 from speculative_mamba.testing.models import TableModel, as_dtype
 from speculative_mamba.testing.recording import RecordingExecutor
+from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 both_kinds = pytest.mark.parametrize("kind", [RecordingExecutor, EagerExecutor])
 
@@ -61,17 +64,27 @@ def test_an_executor_is_given_back(pair, prompt, monkeypatch, kind, owner, name,
 INNER = ("model.py", "base.py", "sampling.py", "round.py", "stats.py", "inputs.py", "prompts.py")
 
 
-def interrupted_at(call: int, run: Callable[[], object]) -> bool:
-    """Runs with a KeyboardInterrupt when for the ``call``-th time a function of the loop begins or ends, which is where
-    signals arrive. Whether there were so many. What rounds and drafts do inside is left out."""
+def is_of_the_loop(path: str) -> bool:
+    """What rounds and drafts do inside is left out."""
+    folder, _, file = path.rpartition("/")
+    return "/speculative_mamba/decode" in folder and file not in INNER
+
+
+def interrupted_at(
+    call: int,
+    run: Callable[[], object],
+    is_traced: Callable[[str], bool] = is_of_the_loop,
+    events: tuple[str, ...] = ("call", "return"),
+) -> bool:
+    """Runs with a KeyboardInterrupt when for the ``call``-th time a function of a file that ``is_traced`` begins or
+    ends, which is where signals arrive. Whether there were so many."""
     left = call
 
     def trace(frame: object, event: str, argument: object) -> object:
         nonlocal left
-        folder, _, file = frame.f_code.co_filename.rpartition("/")
-        if "/speculative_mamba/decode" not in folder or file in INNER:
+        if not is_traced(frame.f_code.co_filename):
             return None
-        if event in ("call", "return"):
+        if event in events:
             left -= 1
             if left == 0:
                 sys.settrace(None)
@@ -167,6 +180,64 @@ def test_a_cache_that_could_not_grow_is_dropped(family, prompt, monkeypatch) -> 
             sm.generate(target, [prompt(200)], executor=executor, **options)
     expected = sm.generate(target, [prompt(9, 5)], **options).sequences[0]
     assert torch.equal(sm.generate(target, [prompt(9, 5)], executor=executor, **options).sequences[0], expected)
+
+
+@both_kinds
+@pytest.mark.parametrize(("architecture", "owner"), [("mamba1", MambaCache), ("llama", AttentionCache)])
+def test_a_row_whose_state_was_restored_in_part_is_emptied(
+    family, prompt, monkeypatch, kind, architecture, owner
+) -> None:
+    """Catches: a row that counts as fresh, though some of its layers hold the state of another text."""
+    (target, _), executor, cache = family(architecture), kind(), sm.GenerationCache()
+    options = {"max_new_tokens": 12, "stop_token_ids": (), "output_logits": True}
+    text = sm.generate(target, [prompt(9)], cache=cache, **options).sequences[0].tolist()
+    with monkeypatch.context() as patch:
+        failing(patch, owner, "restore", KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            sm.generate(target, [text], cache=cache, executor=executor, **options)
+    expected = sm.generate(target, [prompt(9, 5)], **options).logits[0]
+    assert_bitwise_equal(sm.generate(target, [prompt(9, 5)], executor=executor, **options).logits[0], expected)
+
+
+def test_keys_and_values_grow_together(family, monkeypatch) -> None:
+    """Catches: keys that have grown, from which the capacity is known, beside values for which there was no memory."""
+    target, _ = family("llama")
+    cache = next(layer for layer in target.new_cache(1, 2) if isinstance(layer, AttentionCache))
+    before, original, calls = cache.tensors(), torch.Tensor.new_empty, []
+
+    def full(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+        calls.append(shape)
+        if len(calls) == 2:
+            raise MemoryError
+        return original(tensor, *shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", full)
+    with pytest.raises(MemoryError):
+        cache.grow(cache.capacity + 64)
+    assert all(map(operator.is_, cache.tensors(), before))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba1"])
+def test_an_interrupt_anywhere_in_a_cache_leaves_captured_rounds_right(family, prompt, kind) -> None:
+    """Of a call that goes on from a state, while rows are restored, emptied, read and saved. Catches: captured rounds
+    that later calls find with what one that broke off left in their caches."""
+    (target, _), executor, cache = family(kind), RecordingExecutor(), sm.GenerationCache()
+    options = {"max_new_tokens": 3, "stop_token_ids": (), "output_logits": True}
+    sm.generate(target, [prompt(5), prompt(70)], cache=cache, **options)
+    goes_on, others = [[*text, 1] for text in cache.sequences], [prompt(3, 5), prompt(66, 5)]
+    expected = sm.generate(target, others, **options).logits
+
+    def call() -> None:
+        sm.generate(target, goes_on, cache=cache.copy(), executor=executor, **options)
+
+    call()
+    at = 1
+    while interrupted_at(at, call, lambda path: path.endswith(("models/runner.py", "layers/cache.py")), ("line",)):
+        assert all(map(torch.equal, sm.generate(target, others, executor=executor, **options).logits, expected)), at
+        if at % 2 == 0:
+            executor.clear()
+        at += 1 + at // 10
+    assert at > 100
 
 
 def test_memory_that_other_kinds_hold_is_freed_for_a_new_one(pair, prompt, monkeypatch) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from speculative_mamba.ops import embed_tokens
-from speculative_mamba.ops.recording import Recording
+from speculative_mamba.ops.recording import record
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -57,9 +57,7 @@ def test_instruction_sets_and_threads_agree(fused_isas: list[str], select_isa) -
 
 def test_a_recording_reads_the_ids_that_are_there_now(cpu: str) -> None:
     ids, table = make(2, 2, 33, torch.bfloat16)
-    recording = Recording(torch.empty(0))
-    with recording.record():
-        hidden = embed_tokens(ids, table, backend=cpu)
+    hidden, recording = record(torch.empty(0), lambda: embed_tokens(ids, table, backend=cpu))
     ids += 1
     ids %= 9
     recording.run()

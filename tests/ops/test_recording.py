@@ -1,5 +1,6 @@
 """Recorded kernel calls do what the calls themselves would do."""
 
+import functools
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch
 
 from speculative_mamba.models.language_model import ModelCache
 from speculative_mamba.ops import mlp_activation, rms_norm, skinny_linear, ssd_verify
-from speculative_mamba.ops.recording import Recording, ResultPool, StaleRecordingError, torch_op
+from speculative_mamba.ops.recording import ResultPool, StaleRecordingError, record, torch_op
 from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture, tiny_config
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
@@ -21,9 +22,7 @@ def chain(x, weight, norm):
 
 def test_run_follows_the_tensors(cpu):
     x, weight, norm = torch.randn(3, 20), torch.randn(9, 20), torch.randn(9)
-    recording = Recording(torch.empty(0))
-    with recording.record():
-        results = chain(x, weight, norm)
+    results, recording = record(torch.empty(0), chain, x, weight, norm)
     for recorded, direct in zip(results, chain(x, weight, norm), strict=True):
         assert_bitwise_equal(recorded, direct)
     for _ in range(3):
@@ -45,11 +44,11 @@ def test_a_recorded_scan_reads_start_slots_and_inputs_at_every_run(cpu):
     )
     slots, start = torch.randn(2, 3, 4, 5, 7), torch.zeros(2, dtype=torch.int32)
     inputs = ReplayBuffer(torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4), torch.zeros(2, 3, 1, 7))
-    kept, recording = slots[:, :1].clone(), Recording(torch.empty(0))
+    kept = slots[:, :1].clone()
     for step in range(4):
         if step == 0:
-            with recording.record():
-                y = ssd_verify(x, dt, A, BC, BC, D, D, kept, start, inputs=inputs, backend=cpu)
+            scan = functools.partial(ssd_verify, inputs=inputs, backend=cpu)
+            y, recording = record(torch.empty(0), scan, x, dt, A, BC, BC, D, D, kept, start)
         else:
             recording.run()
         assert_bitwise_equal(y, ssd_verify(x, dt, A, BC, BC, D, D, slots, start, backend=cpu))
@@ -58,12 +57,9 @@ def test_a_recorded_scan_reads_start_slots_and_inputs_at_every_run(cpu):
         dt.normal_()
 
 
-def test_nothing_is_recorded_outside_or_after_an_error():
+def test_nothing_is_recorded_outside():
     x, weight = torch.randn(1, 4), torch.randn(2, 4)
-    recording = Recording(torch.empty(0))
-    with pytest.raises(RuntimeError, match="stop"), recording.record():
-        y = skinny_linear(x, weight, backend="cpu")
-        raise RuntimeError("stop")
+    y, recording = record(torch.empty(0), lambda: skinny_linear(x, weight, backend="cpu"))
     other = skinny_linear(x, weight, backend="cpu")
     before = other.clone()
     x.zero_()
@@ -144,9 +140,7 @@ def test_memory_that_was_replaced_is_noticed_and_kept():
         lambda: norm.share_memory_(),  # the same tensor and storage, elsewhere
         lambda: setattr(norm, "data", norm.data.bfloat16()),
     ):
-        recording = Recording(torch.empty(0))
-        with recording.record():
-            chain(x, weight[1:], norm)
+        _, recording = record(torch.empty(0), lambda: chain(x, weight[1:], norm))
         recording.run()
         change()
         with pytest.raises(StaleRecordingError, match="record again"):
@@ -170,21 +164,26 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_not_be_run_again_is_refused_by_name(name):
     x, weight = torch.randn(3, 20), torch.randn(9, 20)
-    recording = Recording(torch.empty(0))
-    with pytest.raises(ValueError, match=rf"aten.{name}.*cannot be in a recorded step"), recording.record():
+
+    def refused():
         REFUSED[name](skinny_linear(x, weight, backend="cpu"))
-    REFUSED[name](skinny_linear(x, weight, backend="cpu"))  # outside it may
+
+    with pytest.raises(ValueError, match=rf"aten.{name}.*cannot be in a recorded step"):
+        record(torch.empty(0), refused)
+    refused()  # outside it may
 
 
 def test_views_and_new_memory_are_no_operations():
     """Memory that a step takes lives as long as its recording, whoever forgets it."""
     x, weight = torch.randn(3, 20), torch.randn(8, 20)
-    recording = Recording(torch.empty(0))
-    with recording.record():
+
+    def step():
         y = skinny_linear(x, weight, backend="cpu")
         left, right = y.split([4, 4], 1)
         product = mlp_activation(left, right.unflatten(1, (2, 2)).flatten(1), backend="cpu")
-        addresses = [torch.empty(5, 7).data_ptr(), torch.empty_like(y).data_ptr()]
+        return y, product, [torch.empty(5, 7).data_ptr(), torch.empty_like(y).data_ptr()]
+
+    (y, product, addresses), recording = record(torch.empty(0), step)
     assert not {torch.empty(5, 7).data_ptr(), torch.empty_like(y).data_ptr()} & set(addresses)
     x.normal_()
     recording.run()
@@ -232,13 +231,16 @@ def test_a_first_step_imports_no_compiler():
 def test_pytorch_runs_again_between_kernels_where_torch_op_calls_it(cpu):
     """Catches: the operation before or behind both kernels; another that is let through from then on."""
     x, weight, doubled = torch.randn(2, 5), torch.randn(4, 5), torch.empty(2, 4)
-    recording = Recording(torch.empty(0))
-    with recording.record():
+
+    def step():
         y = skinny_linear(x, weight, backend=cpu)
         torch_op(torch.mul, y, 2, out=doubled)
         z = mlp_activation(doubled, backend=cpu)
         with pytest.raises(ValueError, match=r"^aten\.mul\.Tensor is PyTorch's"):
             y * 2
+        return z
+
+    z, recording = record(torch.empty(0), step)
     for _ in range(2):
         x.normal_()
         recording.run()

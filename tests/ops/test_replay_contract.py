@@ -12,7 +12,7 @@ from cases import SCANS
 from description import Arguments, Op, Row
 
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
-from speculative_mamba.ops.recording import Recording
+from speculative_mamba.ops.recording import record
 from speculative_mamba.ops.replay import ReplayBuffer
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
 
@@ -229,10 +229,9 @@ def test_rows_do_not_see_each_other(row: Row, backend: str) -> None:
 
 def test_a_recorded_call_follows_start_slot(op: Op, cpu: str) -> None:
     twins, recorded = Twins(op), Twins(op)
-    window, recording = twins.window(0), Recording(torch.empty(0))
+    window = twins.window(0)
     tokens = {name: part for name, part in window.items() if name in op.per_token}
-    with recording.record():
-        y = op.run(recorded.replay | tokens, cpu)
+    y, recording = record(torch.empty(0), op.run, recorded.replay | tokens, cpu)
     for round_ in range(4):
         if round_:
             recording.run()

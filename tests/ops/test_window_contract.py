@@ -12,7 +12,7 @@ from cases import ATTENTION, EXPERT_LINEAR, LINEAR, OPS, SCANS, WINDOWS
 from description import Arguments, Op, Row
 
 from speculative_mamba.ops.checks import WEIGHT_DTYPES
-from speculative_mamba.ops.recording import Recording
+from speculative_mamba.ops.recording import record
 from speculative_mamba.testing.tolerance import assert_accurate, assert_bitwise_equal
 
 of_all = pytest.mark.ops(*OPS)
@@ -342,9 +342,7 @@ def test_no_tokens_are_refused(op: Op, backend: str) -> None:
 def test_a_recorded_call_follows_start_slot(op: Op, cpu: str) -> None:
     """Catches: a start slot that is frozen at the first call."""
     recorded, plain = op.make(), op.make()
-    recording = Recording(torch.empty(0))
-    with recording.record():
-        y = op.run(recorded, cpu)
+    y, recording = record(torch.empty(0), op.run, recorded, cpu)
     for round_, accepted in enumerate([[4, 0, 2], [1, 4, 0], [3, 3, 3]]):
         if round_:
             recording.run()

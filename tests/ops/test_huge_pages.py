@@ -1,0 +1,80 @@
+"""Memory for weights: as PyTorch's own, but in mappings for which huge pages were asked."""
+
+import mmap
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from speculative_mamba.ops import huge_pages
+
+CPU = torch.device("cpu")
+SIZE = 3 << 20
+linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages here")
+
+
+def tensors(count, size=SIZE):
+    return [huge_pages.empty(size, dtype=torch.uint8, device=CPU).fill_(number) for number in range(count)]
+
+
+def flags_at(address):
+    """The kernel's of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags"):
+            return line.split()[1:]
+    return None
+
+
+@pytest.mark.parametrize("shape", [(0,), (5, 7), (300, 1000), (2, 3, 100_001), (9 << 20,)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_a_tensor_as_any_other(shape, dtype):
+    values = torch.arange(torch.Size(shape).numel(), dtype=torch.uint8).view(shape)
+    tensor = huge_pages.copy(values.transpose(0, -1), dtype)
+    assert tensor.is_contiguous() and tensor.dtype is dtype and torch.equal(tensor, values.transpose(0, -1).to(dtype))
+    assert tensor.untyped_storage().nbytes() == tensor.nbytes  # so that a copy of it copies no more
+    assert tensor.data_ptr() % 64 == 0 or tensor.nbytes < 64
+
+
+def test_no_tensor_lies_in_another():
+    many = tensors(60)
+    assert all((tensor == number).all() for number, tensor in enumerate(many))
+    assert torch.equal(pickle.loads(pickle.dumps(many[7])), many[7])
+
+
+@linux
+def test_huge_pages_are_asked_for():
+    small, large = tensors(2)[1], tensors(1, 33 << 20)[0]
+    assert all("hg" in flags_at(tensor.data_ptr()) for tensor in (small, large))
+
+
+@linux
+def test_a_mapping_goes_with_its_last_tensor(monkeypatch):
+    monkeypatch.setattr(huge_pages, "_arena", None)
+    one, other = tensors(2, 1 << 16)
+    address = one.data_ptr()
+    del one
+    assert "hg" in flags_at(address) and (other == 1).all()
+    del other
+    assert "hg" not in (flags_at(address) or ())
+
+
+@linux
+def test_a_system_that_has_none(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(huge_pages, "_arena", None)
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert (tensors(3)[2] == 2).all()
+
+
+@linux
+def test_a_lack_of_memory_is_said_by_pytorch():
+    with pytest.raises(RuntimeError, match="memory"):
+        huge_pages.empty(1 << 60, dtype=torch.uint8, device=CPU)
