@@ -34,13 +34,14 @@ def test_greedy_text_and_logits_are_those_without_a_draft(kind: str, gpu_place: 
 
 @pytest.mark.parametrize("rollback", ["snapshots", "replay"])
 def test_rejected_and_accepted_drafts_leave_the_same_text(rollback: str, gpu_place: tuple[str, str]) -> None:
-    """A draft that is the target itself, so that windows are accepted whole; and one that is not."""
+    """A draft that is the target itself, so that windows are accepted whole and rounds start behind them; and one that
+    is not."""
     target, draft = models("mamba2", torch.float16, gpu_place)
     target.rollback = draft.rollback = rollback
     target.state_dtype = torch.bfloat16
-    plain = sm.generate(target, PROMPTS, max_new_tokens=4, stop_token_ids=())
+    plain = sm.generate(target, PROMPTS, max_new_tokens=5, stop_token_ids=())
     for other in (target, draft):
-        result = sm.generate(target, PROMPTS, draft=other, lookahead=3, max_new_tokens=4, stop_token_ids=())
+        result = sm.generate(target, PROMPTS, draft=other, lookahead=2, max_new_tokens=5, stop_token_ids=())
         for expected, sequence in zip(plain.sequences, result.sequences, strict=True):
             assert torch.equal(expected, sequence)
         assert other is draft or result.stats.acceptance_rate == 1
