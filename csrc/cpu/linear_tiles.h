@@ -48,18 +48,41 @@ inline float least_product(const float* x, int64_t features) {
     return 0x1p-100f * static_cast<float>(features) * (largest > 1 ? largest : 1);
 }
 
-// Stores `rest` as bfloat16 and returns what is left of it, exactly.
-inline Vec split(Vec rest, bf16_t* part) {
-    store(part, rest);
-    return sub(rest, rounded<bf16_t>(rest));
+// The upper halves of 32 values become bfloat16; `values` keeps what is left of them, exactly.
+inline void split(Vec (&values)[2], bf16_t* part) {
+#if defined(__AVX512F__)
+    alignas(kTileBytes) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                                23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                                45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i low = _mm512_castps_si512(values[0].v), high = _mm512_castps_si512(values[1].v);
+    _mm512_storeu_si512(part, _mm512_permutex2var_epi16(low, _mm512_load_si512(kUpper), high));
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    for (Vec& value : values) {
+        const __m512i upper = _mm512_and_si512(_mm512_castps_si512(value.v), mask);
+        value.v = _mm512_sub_ps(value.v, _mm512_castsi512_ps(upper));
+    }
+#else
+    float lanes[kTileFeatures];
+    store(lanes, values[0]), store(lanes + kLanes, values[1]);
+    for (int i = 0; i < kTileFeatures; i++) {
+        uint32_t bits;
+        float upper;
+        std::memcpy(&bits, lanes + i, sizeof bits);
+        part[i].bits = static_cast<uint16_t>(bits >> 16);
+        bits &= 0xffff0000u;
+        std::memcpy(&upper, &bits, sizeof upper);
+        lanes[i] -= upper;
+    }
+    values[0] = load(lanes), values[1] = load(lanes + kLanes);
+#endif
 }
 
-// Parts of kTileFeatures features of a row from k on, so many values apart. What does not exist is zero.
+// Parts of kTileFeatures features of a row from k on, so many values apart. What does not exist is zero. Each part has
+// eight of the 24 bits of a value. Of infinities and NaN at least one part is not finite either.
 inline void split_features(const float* x, int64_t k, int64_t features, bf16_t* parts, int64_t stride) {
-    for (int i = 0; i < kTileFeatures; i += kLanes, k += kLanes) {
-        Vec rest = k < features ? load_n(x + k, min(kLanes, features - k)) : zero();
-        for (int d = 0; d < kTokenParts; d++) rest = split(rest, parts + d * stride + i);
-    }
+    const auto values = [&](int64_t k) { return k < features ? load_n(x + k, min(kLanes, features - k)) : zero(); };
+    Vec rest[2] = {values(k), values(k + kLanes)};
+    for (int d = 0; d < kTokenParts; d++) split(rest, parts + d * stride);
 }
 
 // Steps first … last-1 of kTileFeatures features.

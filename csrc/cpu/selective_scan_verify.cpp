@@ -215,15 +215,18 @@ void prepare(const SelectiveScanParams& p, const Segment<State>& s, PerChannel& 
     const float* raw_dt = p.dt + s.row * p.dt_batch_stride + s.first * p.dt_token_stride + s.channel;
     const float* z = p.z ? p.z + s.row * p.z_batch_stride + s.first * p.z_token_stride + s.channel : nullptr;
     // Tokens are further apart than hardware looks ahead.
-    for (int64_t t = s.tokens; t < min(s.tokens + kSegment, p.tokens - s.first); t++) {
-        __builtin_prefetch(x + t * p.x_token_stride, 0, 2);
-        __builtin_prefetch(raw_dt + t * p.dt_token_stride, 0, 2);
-        __builtin_prefetch(p.y + (s.row * p.tokens + s.first + t) * p.channels + s.channel, 1, 2);
-        if (z) __builtin_prefetch(z + t * p.z_token_stride, 0, 2);
-    }
+    const int64_t ahead = p.final_state_only ? kLanes : 0, later = ahead ? 0 : s.tokens;
+    const auto prefetch = [&](int64_t t, int64_t channel) {
+        if (t >= p.tokens) return;
+        __builtin_prefetch(p.x + s.row * p.x_batch_stride + t * p.x_token_stride + channel, 0, 3);
+        __builtin_prefetch(p.dt + s.row * p.dt_batch_stride + t * p.dt_token_stride + channel, 0, 3);
+        __builtin_prefetch(p.y + (s.row * p.tokens + t) * p.channels + channel, 1, 3);
+        if (p.z) __builtin_prefetch(p.z + s.row * p.z_batch_stride + t * p.z_token_stride + channel, 0, 3);
+    };
     const Vec dt_bias = load_n(p.dt_bias + s.channel, s.count), skip = load_n(p.D + s.channel, s.count);
     bool waits = false;
     for (int64_t t = 0; t < s.tokens; t++) {
+        prefetch(s.first + later + t, s.channel + ahead);
         const Vec input = load_n(x + t * p.x_token_stride, s.count);
         Vec delta = softplus(add(load_n(raw_dt + t * p.dt_token_stride, s.count), dt_bias));
         if (s.first + t < left_padding) delta = zero();
@@ -259,33 +262,58 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
     finish(p, s, values);
 }
 
+// Up to sixteen channels of one row before the first token.
 template <typename State>
-void channel_block(const SelectiveScanParams& p, int64_t row, int64_t channel, int64_t count) {
-    if (p.start_slot[row] < 0) {
-        return store_zeros(p.y + row * p.tokens * p.channels + channel, p.tokens, p.channels, count);
-    }
+Segment<State> beginning(const SelectiveScanParams& p, int64_t row, int64_t channel) {
     State* states = static_cast<State*>(p.states) + row * p.states_batch_stride + channel * p.state_size;
-    Segment<State> s{row, channel, count, 0, 0, 0, states, nullptr, nullptr, nullptr};
-    thread_local Buffer buffer;
-    State* between = nullptr;  // the state from segment to segment, where no slot holds it
+    Segment<State> s{row, channel, min(kLanes, p.channels - channel), 0, 0, 0, states, nullptr, nullptr, nullptr};
     if (!p.input_dt) {
         s.start = states + p.start_slot[row] * p.states_slot_stride;
     } else {
         s.replayed = p.write_slot == 0 ? p.start_slot[row] + 1 : p.write_slot;
         if (p.write_slot == 0 && !p.final_state_only) s.kept = states;
-        if (p.tokens > kSegment && !p.final_state_only) { between = buffer.reserve<State>(count * p.state_size); }
     }
-    for (; s.first < p.tokens; s.first += kSegment) {
-        s.tokens = min(kSegment, p.tokens - s.first);
-        if (!p.input_dt && !p.final_state_only) s.slots = states + (p.write_slot + s.first) * p.states_slot_stride;
-        s.end = p.final_state_only ? states : between;
-        segment(p, s);
-        s.start = s.slots ? s.slots + (s.tokens - 1) * p.states_slot_stride : s.end;
-        s.replayed = 0;
-        s.kept = nullptr;
+    return s;
+}
+
+// The next tokens; `between` has the state from segment to segment where no slot holds it.
+template <typename State>
+void advance(const SelectiveScanParams& p, Segment<State>& s, State* between) {
+    State* states = static_cast<State*>(p.states) + s.row * p.states_batch_stride + s.channel * p.state_size;
+    s.tokens = min(kSegment, p.tokens - s.first);
+    if (!p.input_dt && !p.final_state_only) s.slots = states + (p.write_slot + s.first) * p.states_slot_stride;
+    s.end = p.final_state_only ? states : between;
+    segment(p, s);
+    s.start = s.slots ? s.slots + (s.tokens - 1) * p.states_slot_stride : s.end;
+    s.replayed = 0;
+    s.kept = nullptr;
+    s.first += s.tokens;
+}
+
+// Channels of one row. Where only the last state is asked for, all of them go through a segment before the next: a
+// token has its channels side by side, and the next token lies in another page.
+template <typename State>
+void channel_range(const SelectiveScanParams& p, int64_t row, int64_t first, int64_t last) {
+    if (p.start_slot[row] < 0) {
+        for (int64_t channel = first; channel < last; channel += kLanes)
+            store_zeros(p.y + row * p.tokens * p.channels + channel, p.tokens, p.channels, min(kLanes, last - channel));
+        return;
     }
-    if (p.input_dt && p.final_state_only)
-        store_n(p.input_dt + row * p.input_slots * p.channels + channel, zero(), count);
+    constexpr int64_t kTogether = 16;
+    Segment<State> blocks[kTogether];
+    thread_local Buffer buffer;
+    const bool is_between = p.input_dt && p.tokens > kSegment && !p.final_state_only;
+    State* between = is_between ? buffer.reserve<State>(kLanes * p.state_size) : nullptr;
+    const int64_t together = p.final_state_only ? kTogether : 1;
+    while (first < last) {
+        int64_t count = 0;
+        for (; count < together && first < last; count++, first += kLanes)
+            blocks[count] = beginning<State>(p, row, first);
+        while (blocks[0].first < p.tokens)
+            for (int64_t i = 0; i < count; i++) advance(p, blocks[i], between);
+        for (int64_t i = 0; i < count && p.input_dt && p.final_state_only; i++)
+            store_n(p.input_dt + row * p.input_slots * p.channels + blocks[i].channel, zero(), blocks[i].count);
+    }
 }
 
 template <typename State>
@@ -293,9 +321,11 @@ void run(const SelectiveScanParams& p, int threads) {
     const int64_t blocks = divide_up(p.channels, kLanes), items = p.batch * blocks, tokens = p.tokens + p.input_slots;
     const int64_t work = items * tokens * kLanes * divide_up(p.state_size, kLanes) * 64;
     parallel_for(items, divide_up(items, 4 * threads), work, threads, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) {
-            int64_t channel = i % blocks * kLanes;
-            channel_block<State>(p, i / blocks, channel, min(kLanes, p.channels - channel));
+        for (int64_t end; first < last; first = end) {
+            const int64_t row = first / blocks;
+            end = min(last, (row + 1) * blocks);
+            const int64_t after = min(p.channels, (end - row * blocks) * kLanes);
+            channel_range<State>(p, row, (first - row * blocks) * kLanes, after);
         }
     });
     if (!p.input_dt || p.final_state_only) return;

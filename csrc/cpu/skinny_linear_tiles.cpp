@@ -35,21 +35,29 @@ void multiply_few(const SkinnyLinearParams& p, const LinearOperands<bf16_t>& ope
     });
 }
 
-// Threads share the rows of W, or those of x where W has few.
+// Threads share the rows of W, or those of x where W is one block; then each group of x is used right where it was
+// packed.
 void multiply_many(const SkinnyLinearParams& p, const LinearOperands<bf16_t>& operands, int threads) {
-    const TokenRows x(operands, p.rows, threads);
-    const int64_t work = p.rows * p.in_features * p.out_features, groups = x.groups();
-    const int64_t rows =
-        divide_up(min(resident_rows(operands), divide_up(p.out_features, threads)), kPanelRows) * kPanelRows;
-    if (rows * threads > p.out_features + kPanelRows) {
+    const int64_t work = p.rows * p.in_features * p.out_features, groups = divide_up(p.rows, kTileRows);
+    const int64_t block = resident_rows(operands);
+    if (p.out_features <= block && groups >= threads) {
         return parallel_for(groups, divide_up(groups, threads), work, threads, [&](int64_t first, int64_t last) {
+            thread_local Buffer buffer;
+            bf16_t* const tiles = buffer.reserve<bf16_t>(token_tiles_size(p.in_features));
+            float least[kTileRows];
+            const auto pack = [&](int64_t group) { return pack_group(operands, p.rows, group, tiles, least); };
             TileScope scope;
-            multiply_many_rows(operands, x, first, last, 0, p.out_features, LinearOutput{p});
+            multiply_many_rows(operands, pack, first, last, 0, p.out_features, LinearOutput{p});
         });
     }
-    parallel_for(p.out_features, rows, work, threads, [&](int64_t first, int64_t last) {
+    const int64_t panels = divide_up(p.out_features, kPanelRows);
+    if (panels == 0) return;
+    const PackedGroups x(operands, p.rows, threads);
+    const int64_t chunks = min(panels, threads * divide_up(p.out_features, block * threads));
+    const auto start = [&](int64_t chunk) { return min(p.out_features, panels * chunk / chunks * kPanelRows); };
+    parallel_for(chunks, 1, work, threads, [&](int64_t first, int64_t last) {
         TileScope scope;
-        multiply_many_rows(operands, x, 0, groups, first, last, LinearOutput{p});
+        multiply_many_rows(operands, x, 0, groups, start(first), start(last), LinearOutput{p});
     });
 }
 

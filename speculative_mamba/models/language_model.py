@@ -38,7 +38,7 @@ from .tokenizer import encode, text_tokenizer
 from .vocabulary import Vocabulary
 
 PREFILL_CHUNK = 64  # tokens in one pass
-PREFILL_CHUNK_OF_TILES = 256  # where arithmetic costs so little that weights are to be read less often
+PREFILL_CHUNK_OF_TILES = 512  # where arithmetic costs so little that weights are to be read less often
 ROLLBACKS = ("auto", "snapshots", "replay")
 _FILES_ARE_LOOKED_AT_EVERY = 0.05  # seconds, between the rounds of one call
 
@@ -271,7 +271,7 @@ class MambaLM:
     def prefill(self, tokens: Sequence[int], cache: list[LayerCache], row: int) -> None:
         """Absorbs a row's first tokens into its slot 0, which must hold a fresh state. Without gradients.
 
-        Time and memory are linear in the number of tokens: a chunk of 64 at a time. Every token goes through the same
+        Time and memory are linear in the number of tokens: a chunk at a time. Every token goes through the same
         kernels in the same order as in ``verify``, so the state has the same bits however the tokens are cut.
 
         Raises:
