@@ -31,9 +31,10 @@ inline Vec load_source(const float* x, const Source& s, int64_t count) {
     return load(lanes);
 }
 
-template <typename scalar_t, bool Gated>
+// Width: how many taps there are, or 0 where that is not known before the call.
+template <typename scalar_t, bool Gated, int Width>
 void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, int64_t count) {
-    const int width = static_cast<int>(p.width);
+    const int width = Width ? Width : static_cast<int>(p.width);
     const float* x = p.x + row * p.x_batch_stride;
     const float* input_gate = Gated && p.input_gate ? p.input_gate + row * p.input_gate_batch_stride : nullptr;
     const float* output_gate =
@@ -79,25 +80,27 @@ void channel_block(const CausalConv1dParams& p, int64_t row, int64_t channel, in
     }
 }
 
-template <typename scalar_t, bool Gated>
+template <typename scalar_t, bool Gated, int Width>
 void run(const CausalConv1dParams& p, int threads) {
     const int64_t blocks = divide_up(p.channels, kLanes), items = p.batch * blocks;
-    parallel_for(items, divide_up(items, 4 * threads), 8 * items * kLanes * p.tokens, threads,
-                 [&](int64_t first, int64_t last) {
-                     for (int64_t i = first; i < last; i++) {
-                         int64_t channel = i % blocks * kLanes;
-                         channel_block<scalar_t, Gated>(p, i / blocks, channel, min(kLanes, p.channels - channel));
-                     }
-                 });
+    parallel_for(
+        items, divide_up(items, 4 * threads), 8 * items * kLanes * p.tokens, threads, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; i++) {
+                int64_t channel = i % blocks * kLanes;
+                channel_block<scalar_t, Gated, Width>(p, i / blocks, channel, min(kLanes, p.channels - channel));
+            }
+        });
 }
 
 }  // namespace
 
 void causal_conv1d_verify(const CausalConv1dParams& p, int threads) {
     if (p.input_gate || p.output_gate) {
-        SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t, true>(p, threads));
+        SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t, true, 0>(p, threads));
+    } else if (p.width == 4) {
+        SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t, false, 4>(p, threads));
     } else {
-        SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t, false>(p, threads));
+        SM_DISPATCH_DTYPE(p.weight_dtype, run<scalar_t, false, 0>(p, threads));
     }
 }
 

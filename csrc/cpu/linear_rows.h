@@ -1,9 +1,11 @@
 // Rows of x times rows of W, the same for every linear layer. Weights are read once, in the row-major order in which
 // checkpoints store them. Lanes run over K: lane l of an output sums features l, l+16, l+32, … one after the other,
 // then the lanes are added in a fixed tree. Neither how many rows of x share a pass, nor where blocks of features end,
-// nor which thread runs it enters that order, so a product depends on its two rows alone.
+// nor which thread runs it enters that order, so a product depends on its two rows alone. Rows of at most sixteen
+// features have an order of their own, that of linear_short_rows.h.
 #pragma once
 
+#include "linear_short_rows.h"
 #include "parallel_for.h"
 #include "simd.h"
 
@@ -27,17 +29,6 @@ constexpr int kGroup = 8;  // rows of W that go through a block of features toge
 // Shorter rows of W are read as R long pieces of memory side by side instead of row by row: processors fetch ahead by
 // themselves what is read in order, but see one order in a page of memory, which has several such rows.
 constexpr int64_t kShortRowBytes = 2048;
-
-// Where x (rows, K) and W (N, K) lie; and what is read after the last of the rows of W, if not what lies behind them.
-template <typename scalar_t>
-struct LinearOperands {
-    const float* x;
-    int64_t x_row_stride;
-    const scalar_t* weight;
-    int64_t weight_row_stride;
-    int64_t in_features;
-    const scalar_t* after = nullptr;
-};
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
@@ -150,6 +141,13 @@ inline void multiply_tokens(const LinearOperands<scalar_t>& p, int64_t m, int64_
 template <typename scalar_t, typename Store>
 inline void multiply_rows(const LinearOperands<scalar_t>& p, int64_t rows, int64_t first, int64_t last,
                           const Store& store) {
+    if (p.in_features <= kLanes) {
+        return multiply_short_rows(p, rows, first, last, [&store](int64_t m, int64_t n, Vec sums, int64_t count) {
+            float totals[kLanes];
+            speculative_mamba::SM_ISA::store(totals, sums);
+            for (int64_t i = 0; i < count; i++) store(m, n + i, totals[i]);
+        });
+    }
     int64_t m = 0;
     for (; m + kMaxTokens <= rows; m += kMaxTokens) multiply_tokens<scalar_t, kMaxTokens>(p, m, first, last, store);
     switch (rows - m) {

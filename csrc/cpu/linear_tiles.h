@@ -159,6 +159,12 @@ struct WeightRows {
         copy(row, k, tile);
         tile_loadd<T>(tile, kTileBytes);
     }
+    // The first features of rows that come next, while no tile is loaded; from there on processors see an order.
+    void fetch(int64_t first, int64_t last) const {
+        for (int64_t row = first; row < min(last, rows); row++)
+            for (int64_t k = 0; k < min(2 * kTileFeatures, features); k += kTileFeatures)
+                prefetch(weight + row * row_stride + k);
+    }
     void copy(int64_t row, int64_t k, bf16_t (*tile)[kTileFeatures]) const {
         const int64_t count = min(kTileFeatures, features - k);
         for (int64_t r = row; r < row + kTileRows; r++, tile++) {
@@ -280,6 +286,7 @@ inline void multiply_panel(const LinearOperands<bf16_t>& p, const PackedTokens& 
                            int64_t n, int64_t last, const Store& store) {
     alignas(kTileBytes) float sums[R * T * kTileFloats];
     multiply_tiles<R, T>(weights, x.tiles, p.in_features, sums);
+    weights.fetch(R * kTileRows, 2 * R * kTileRows);
     for (int r = 0; r < R && n < last; r++, n += kTileRows) {
         float totals[kTileFloats];
         const int count = static_cast<int>(min(kTileRows, last - n));
@@ -301,8 +308,6 @@ inline void multiply_panel(const LinearOperands<bf16_t>& p, const PackedTokens& 
     }
 }
 
-constexpr int64_t kShortRow = 512;  // features
-
 // All rows of x times rows first … last-1 of W: calls store(m, n, sums, count) for `count` of W's rows from n on.
 // Weights are read as they lie, panel by panel, so there should be few groups of x.
 template <typename Store>
@@ -310,11 +315,6 @@ inline void multiply_few_rows(const LinearOperands<bf16_t>& p, const TokenGroups
                               const Store& store) {
     for (int64_t n = first; n < last; n += kPanelRows) {
         const WeightRows panel{p.weight + n * p.weight_row_stride, p.weight_row_stride, p.in_features, last - n};
-        // Short rows are fetched in the order in which they lie; processors see no order in pieces of sixteen.
-        if (p.in_features < kShortRow)
-            for (int64_t row = n + kPanelRows; row < min(n + 2 * kPanelRows, last); row++)
-                for (int64_t k = 0; k < p.in_features; k += kTileFeatures)
-                    prefetch(p.weight + row * p.weight_row_stride + k);
         for (int64_t group = 0; group < x.count(); group++) {
             if (n + kTileRows < last)
                 multiply_panel<kPanelTiles>(p, x[group], panel, group * kGroupTokens, n, last, store);

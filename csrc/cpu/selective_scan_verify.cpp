@@ -30,11 +30,30 @@ inline int64_t group(int64_t channel, int64_t groups, int64_t channels) {
     return groups == 1 ? 0 : channel * groups / channels;
 }
 
-// The state after one more token. Δ = 0 leaves every bit of it alone, whatever x and B are.
-inline Vec step(Vec state, float dt, float dt_x, Vec A, const float* B, int64_t lanes) {
-    if (dt == 0) return state;
-    const Vec decay = exp(mul(broadcast(dt), A));
-    return fma(decay, state, mul(broadcast(dt_x), load_n(B, lanes)));
+// What is per channel, for every token of a segment.
+struct PerChannel {
+    bool waits;  // whether Δ is zero anywhere
+    alignas(64) float dt[kSegment][kLanes], dt_x[kSegment][kLanes], y[kSegment][kLanes], gate[kSegment][kLanes];
+};
+
+// The state after one more token. Δ = 0 leaves every bit of it alone, whatever x and B are; there is none without
+// `Waits`.
+template <bool Waits>
+inline Vec stepped(Vec state, Vec decay, float dt, float dt_x, Vec B) {
+    if (Waits && dt == 0) return state;
+    return fma(decay, state, mul(broadcast(dt_x), B));
+}
+
+// B and C of the segment's first token, of the group that a channel uses.
+template <typename State>
+inline const float* B_of(const SelectiveScanParams& p, const Segment<State>& s, int64_t channel) {
+    return p.B + s.row * p.B_batch_stride + s.first * p.B_token_stride +
+           group(channel, p.b_groups, p.channels) * p.state_size;
+}
+template <typename State>
+inline const float* C_of(const SelectiveScanParams& p, const Segment<State>& s, int64_t channel) {
+    return p.C + s.row * p.C_batch_stride + s.first * p.C_token_stride +
+           group(channel, p.c_groups, p.channels) * p.state_size;
 }
 
 // The state of one channel after the inputs that are replayed.
@@ -47,19 +66,26 @@ inline Vec replay(const SelectiveScanParams& p, const Segment<State>& s, int64_t
     const float* B =
         p.input_B + s.row * p.input_slots * token + group(channel, p.b_groups, p.channels) * p.state_size + n;
     for (int64_t i = 0; i < s.replayed; i++) {
-        const float dt_x = dt[i * p.channels] * x[i * p.channels];
-        state = rounded<State>(step(state, dt[i * p.channels], dt_x, A, B + i * token, lanes));
+        const float delta = dt[i * p.channels], dt_x = delta * x[i * p.channels];
+        const Vec decay = exp(mul(broadcast(delta), A));
+        state = rounded<State>(stepped<true>(state, decay, delta, dt_x, load_n(B + i * token, lanes)));
     }
     return state;
+}
+
+// Whether all channels of a segment use the same B and C.
+template <typename State>
+inline bool have_one_group(const SelectiveScanParams& p, const Segment<State>& s) {
+    const int64_t last = s.channel + s.count - 1;
+    return group(s.channel, p.b_groups, p.channels) == group(last, p.b_groups, p.channels) &&
+           group(s.channel, p.c_groups, p.channels) == group(last, p.c_groups, p.channels);
 }
 
 // Whether sixteen states of sixteen channels can go through a segment by recur_by_channels.
 template <typename State>
 inline bool lanes_are_channels(const SelectiveScanParams& p, const Segment<State>& s) {
-    const int64_t last = s.channel + s.count - 1;
     return s.end && !s.slots && !s.replayed && !s.kept && s.count == kLanes && p.state_size % kLanes == 0 &&
-           group(s.channel, p.b_groups, p.channels) == group(last, p.b_groups, p.channels) &&
-           group(s.channel, p.c_groups, p.channels) == group(last, p.c_groups, p.channels);
+           have_one_group(p, s);
 }
 
 // The sum of product(I), product(I + Step), …, as sum() adds sixteen lanes; few of them are held at a time.
@@ -74,19 +100,15 @@ inline Vec add_states(const Product& product) {
 
 // States n … n+15 of sixteen channels through the tokens of a segment; adds to y.
 template <typename State>
-void recur_by_channels(const SelectiveScanParams& p, const Segment<State>& s, int64_t n, const float (*dt)[kLanes],
-                       const float (*dt_x)[kLanes], float (*y)[kLanes]) {
+void recur_by_channels(const SelectiveScanParams& p, const Segment<State>& s, int64_t n, PerChannel& v) {
     alignas(64) float rows[kLanes][kLanes], A[kLanes][kLanes], states[kLanes][kLanes];
     for (int c = 0; c < kLanes; c++) store(rows[c], load(p.A + (s.channel + c) * p.state_size + n));
     transpose(rows[0], A[0]);
     for (int c = 0; c < kLanes; c++) store(rows[c], load(s.start + c * p.state_size + n));
     transpose(rows[0], states[0]);
-    const float* B = p.B + s.row * p.B_batch_stride + s.first * p.B_token_stride +
-                     group(s.channel, p.b_groups, p.channels) * p.state_size + n;
-    const float* C = p.C + s.row * p.C_batch_stride + s.first * p.C_token_stride +
-                     group(s.channel, p.c_groups, p.channels) * p.state_size + n;
+    const float *B = B_of(p, s, s.channel) + n, *C = C_of(p, s, s.channel) + n;
     for (int64_t t = 0; t < s.tokens; t++, B += p.B_token_stride, C += p.C_token_stride) {
-        const Vec delta = load(dt[t]), delta_x = load(dt_x[t]);
+        const Vec delta = load(v.dt[t]), delta_x = load(v.dt_x[t]);
         const auto product = [&](int i) {
             const Vec state = load(states[i]), decay = exp(mul(delta, load(A[i])));
             const Vec next = fma(decay, state, mul(delta_x, broadcast(B[i])));
@@ -94,19 +116,104 @@ void recur_by_channels(const SelectiveScanParams& p, const Segment<State>& s, in
             store(states[i], kept);
             return mul(kept, broadcast(C[i]));
         };
-        store(y[t], add(load(y[t]), add_states<0, 1>(product)));
+        store(v.y[t], add(load(v.y[t]), add_states<0, 1>(product)));
     }
     transpose(states[0], rows[0]);
     for (int c = 0; c < kLanes; c++) store(s.end + c * p.state_size + n, load(rows[c]));
 }
 
+// Where the states of a segment's channels lie, for states from some n on: so far apart from channel to channel, and,
+// for those that the recurrence gives, from token to token.
 template <typename State>
-void segment(const SelectiveScanParams& p, const Segment<State>& s) {
-    alignas(64) float dt[kSegment][kLanes], dt_x[kSegment][kLanes], y[kSegment][kLanes];
+struct States {
+    const State* start;
+    int64_t start_stride;
+    State* slots;
+    int64_t channel_stride, slot_stride;
+};
+
+// States n … of `Together` channels from c on, which use one group, through the tokens of a segment: sixteen
+// if `Whole`. Δ is zero somewhere if `Waits`. Sets products[t] to what each channel adds to y.
+template <int Together, bool Whole, bool Waits, typename State>
+inline void recur_by_states(const SelectiveScanParams& p, const Segment<State>& s, const States<State>& states,
+                            int64_t n, const PerChannel& v, int64_t c, Vec (*products)[kLanes]) {
+    const int64_t lanes = Whole ? kLanes : p.state_size - n, tokens = s.tokens;
+    const int64_t B_stride = p.B_token_stride, C_stride = p.C_token_stride;
+    const int64_t slot_stride = states.slot_stride, channel_stride = states.channel_stride;
+    const float *B = B_of(p, s, s.channel + c) + n, *C = C_of(p, s, s.channel + c) + n;
+    State* slot = states.slots + c * channel_stride;
+    Vec A[Together], state[Together], decay[Together];
+    for (int i = 0; i < Together; i++) {
+        A[i] = load_n(p.A + (s.channel + c + i) * p.state_size + n, lanes);
+        state[i] = load_n(states.start + (c + i) * states.start_stride, lanes);
+    }
+    for (int64_t t = 0; t < tokens; t++, slot += slot_stride, B += B_stride, C += C_stride) {
+        const float *dt = v.dt[t] + c, *dt_x = v.dt_x[t] + c;
+        for (int i = 0; i < Together; i++) decay[i] = exp(mul(broadcast(dt[i]), A[i]));
+        for (int i = 0; i < Together; i++) {
+            const Vec next = stepped<Waits>(state[i], decay[i], dt[i], dt_x[i], load_n(B, lanes));
+            state[i] = rounded<State>(next);  // what a call that starts here would read
+            products[t][c + i] = mul(state[i], load_n(C, lanes));
+            store_n(slot + i * channel_stride, next, lanes);  // rounds alike, and the work is shared
+        }
+    }
+}
+
+// The same for all channels of a segment; several chains of operations overlap.
+template <bool Whole, bool Waits, typename State>
+void recur_by_states(const SelectiveScanParams& p, const Segment<State>& s, const States<State>& states, int64_t n,
+                     const PerChannel& v, Vec (*products)[kLanes]) {
+    constexpr int kTogether = 4;
+    int64_t c = 0;
+    if (Whole && have_one_group(p, s))
+        for (; c + kTogether <= s.count; c += kTogether)
+            recur_by_states<kTogether, Whole, Waits>(p, s, states, n, v, c, products);
+    for (; c < s.count; c++) recur_by_states<1, Whole, Waits>(p, s, states, n, v, c, products);
+}
+
+// All states through the tokens of a segment; adds to y.
+template <typename State>
+void recur(const SelectiveScanParams& p, const Segment<State>& s, PerChannel& v) {
+    const bool by_channels = lanes_are_channels(p, s);
+    for (int64_t n = 0; n < p.state_size; n += kLanes) {
+        if (by_channels) {
+            recur_by_channels(p, s, n, v);
+            continue;
+        }
+        const int64_t lanes = min(kLanes, p.state_size - n);
+        State replayed[kLanes][kLanes], unused[kLanes];
+        States<State> states{s.start + n, p.state_size, unused, 0, 0};
+        if (s.slots) states.slots = s.slots + n, states.slot_stride = p.states_slot_stride;
+        else if (s.end) states.slots = s.end + n;
+        if (s.slots || s.end) states.channel_stride = p.state_size;
+        if (s.replayed || s.kept) {
+            for (int64_t c = 0; c < s.count; c++) {
+                const Vec A = load_n(p.A + (s.channel + c) * p.state_size + n, lanes);
+                const Vec state =
+                    replay(p, s, s.channel + c, n, lanes, A, load_n(states.start + c * p.state_size, lanes));
+                if (s.kept) store_n(s.kept + n + c * p.state_size, state, lanes);
+                store(replayed[c], state);
+            }
+            states.start = replayed[0], states.start_stride = kLanes;
+        }
+        Vec products[kSegment][kLanes];
+        if (lanes < kLanes) recur_by_states<false, true>(p, s, states, n, v, products);
+        else if (v.waits) recur_by_states<true, true>(p, s, states, n, v, products);
+        else recur_by_states<true, false>(p, s, states, n, v, products);
+        for (int64_t t = 0; t < s.tokens; t++) {
+            for (int64_t c = s.count; c < kLanes; c++) products[t][c] = zero();
+            store(v.y[t], add(load(v.y[t]), add_lanes(products[t])));
+        }
+    }
+}
+
+// What is per channel: all that the recurrence takes in, and the gate of what it gives.
+template <typename State>
+void prepare(const SelectiveScanParams& p, const Segment<State>& s, PerChannel& v) {
     const int64_t left_padding = p.left_padding ? p.left_padding[s.row] : 0;
     const float* x = p.x + s.row * p.x_batch_stride + s.first * p.x_token_stride + s.channel;
     const float* raw_dt = p.dt + s.row * p.dt_batch_stride + s.first * p.dt_token_stride + s.channel;
-
+    const float* z = p.z ? p.z + s.row * p.z_batch_stride + s.first * p.z_token_stride + s.channel : nullptr;
     // Tokens are further apart than hardware looks ahead.
     const int64_t ahead = p.final_state_only ? kLanes : 0, later = ahead ? 0 : s.tokens;
     const auto prefetch = [&](int64_t t, int64_t channel) {
@@ -117,61 +224,42 @@ void segment(const SelectiveScanParams& p, const Segment<State>& s) {
         if (p.z) __builtin_prefetch(p.z + s.row * p.z_batch_stride + t * p.z_token_stride + channel, 0, 3);
     };
     const Vec dt_bias = load_n(p.dt_bias + s.channel, s.count), skip = load_n(p.D + s.channel, s.count);
+    bool waits = false;
     for (int64_t t = 0; t < s.tokens; t++) {
         prefetch(s.first + later + t, s.channel + ahead);
-        Vec input = load_n(x + t * p.x_token_stride, s.count);
+        const Vec input = load_n(x + t * p.x_token_stride, s.count);
         Vec delta = softplus(add(load_n(raw_dt + t * p.dt_token_stride, s.count), dt_bias));
         if (s.first + t < left_padding) delta = zero();
-        store(dt[t], delta);
-        store(dt_x[t], mul(delta, input));
-        store(y[t], mul(skip, input));
+        waits |= any_equal(delta, zero());
+        store(v.dt[t], delta);
+        store(v.dt_x[t], mul(delta, input));
+        store(v.y[t], mul(skip, input));
+        if (z) store(v.gate[t], silu(load_n(z + t * p.z_token_stride, s.count)));
     }
-    const bool by_channels = lanes_are_channels(p, s);
-    for (int64_t n = 0; n < p.state_size; n += kLanes) {
-        if (by_channels) {
-            recur_by_channels(p, s, n, dt, dt_x, y);
-            continue;
-        }
-        const int64_t lanes = min(kLanes, p.state_size - n);
-        Vec products[kSegment][kLanes];
-        for (int64_t c = 0; c < s.count; c++) {
-            const int64_t channel = s.channel + c, offset = c * p.state_size + n;
-            const float* B = p.B + s.row * p.B_batch_stride + s.first * p.B_token_stride +
-                             group(channel, p.b_groups, p.channels) * p.state_size + n;
-            const float* C = p.C + s.row * p.C_batch_stride + s.first * p.C_token_stride +
-                             group(channel, p.c_groups, p.channels) * p.state_size + n;
-            const Vec A = load_n(p.A + channel * p.state_size + n, lanes);
-            Vec state = load_n(s.start + offset, lanes);
-            if (s.replayed) state = replay(p, s, channel, n, lanes, A, state);
-            if (s.kept) store_n(s.kept + offset, state, lanes);
-            for (int64_t t = 0; t < s.tokens; t++) {
-                Vec next = step(state, dt[t][c], dt_x[t][c], A, B + t * p.B_token_stride, lanes);
-                state = rounded<State>(next);  // what a call that starts here would read
-                products[t][c] = mul(state, load_n(C + t * p.C_token_stride, lanes));
-                // Rounds alike, and the work is shared.
-                if (s.slots) store_n(s.slots + t * p.states_slot_stride + offset, next, lanes);
-            }
-            if (s.end) store_n(s.end + offset, state, lanes);
-        }
-        for (int64_t t = 0; t < s.tokens; t++) {
-            for (int64_t c = s.count; c < kLanes; c++) products[t][c] = zero();
-            store(y[t], add(load(y[t]), add_lanes(products[t])));
-        }
-    }
+    v.waits = waits;
+}
+
+template <typename State>
+void finish(const SelectiveScanParams& p, const Segment<State>& s, const PerChannel& v) {
     for (int64_t t = 0; t < s.tokens; t++) {
-        Vec out = load(y[t]);
-        if (p.z) {
-            const float* z = p.z + s.row * p.z_batch_stride + (s.first + t) * p.z_token_stride + s.channel;
-            out = mul(out, silu(load_n(z, s.count)));
-        }
+        const Vec out = p.z ? mul(load(v.y[t]), load(v.gate[t])) : load(v.y[t]);
         store_n(p.y + (s.row * p.tokens + s.first + t) * p.channels + s.channel, out, s.count);
     }
     if (!p.input_dt || p.final_state_only) return;
+    const float* x = p.x + s.row * p.x_batch_stride + s.first * p.x_token_stride + s.channel;
     for (int64_t t = 0; t < s.tokens; t++) {
         const int64_t input = (s.row * p.input_slots + p.write_slot + s.first + t) * p.channels + s.channel;
         store_n(p.input_x + input, load_n(x + t * p.x_token_stride, s.count), s.count);
-        store_n(p.input_dt + input, load(dt[t]), s.count);
+        store_n(p.input_dt + input, load(v.dt[t]), s.count);
     }
+}
+
+template <typename State>
+void segment(const SelectiveScanParams& p, const Segment<State>& s) {
+    PerChannel values;
+    prepare(p, s, values);
+    recur(p, s, values);
+    finish(p, s, values);
 }
 
 // Up to sixteen channels of one row before the first token.

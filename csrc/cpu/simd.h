@@ -59,12 +59,8 @@ inline bool any_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_E
 inline Vec if_zero(Vec when, Vec a, Vec b) {
     return {_mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(when.v, _mm512_setzero_ps(), _CMP_EQ_OQ), a.v)};
 }
-inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// 2^a for integers a in [-126, 127]; infinity for 128.
-inline Vec exp2_integral(Vec a) {
-    __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
-}
+// The number whose biased exponent is the lowest eight bits of `a`, and the bit above them zero: a power of two.
+inline Vec from_exponent(Vec a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))}; }
 inline float sum(Vec a) {
     __m256 low = _mm512_castps512_ps256(a.v), high = _mm512_extractf32x8_ps(a.v, 1);
     __m256 half = _mm256_add_ps(low, high);
@@ -146,15 +142,8 @@ inline __m256 if_zero(__m256 when, __m256 a, __m256 b) {
     return _mm256_blendv_ps(b, a, _mm256_cmp_ps(when, _mm256_setzero_ps(), _CMP_EQ_OQ));
 }
 inline Vec if_zero(Vec when, Vec a, Vec b) { return {if_zero(when.lo, a.lo, b.lo), if_zero(when.hi, a.hi, b.hi)}; }
-inline Vec round(Vec a) {
-    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return {_mm256_round_ps(a.lo, mode), _mm256_round_ps(a.hi, mode)};
-}
-inline __m256 exp2_integral(__m256 a) {
-    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
-}
-inline Vec exp2_integral(Vec a) { return {exp2_integral(a.lo), exp2_integral(a.hi)}; }
+inline __m256 from_exponent(__m256 a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23)); }
+inline Vec from_exponent(Vec a) { return {from_exponent(a.lo), from_exponent(a.hi)}; }
 inline float sum(Vec a) {
     __m256 half = _mm256_add_ps(a.lo, a.hi);
     __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -270,12 +259,7 @@ inline bool any_equal(Vec a, Vec b) {
     QuadInt any = (a.q[0] == b.q[0]) | (a.q[1] == b.q[1]) | (a.q[2] == b.q[2]) | (a.q[3] == b.q[3]);
     return (any[0] | any[1] | any[2] | any[3]) != 0;
 }
-// Adding 1.5·2^23 leaves no bits for a fraction; right for |a| < 2^22.
-inline Vec round(Vec a) {
-    Vec magic = broadcast(0x1.8p23f);
-    return sub(add(a, magic), magic);
-}
-inline Vec exp2_integral(Vec a) { SM_LANEWISE((Quad)((__builtin_convertvector(a.q[i], QuadInt) + 127) << 23)); }
+inline Vec from_exponent(Vec a) { SM_LANEWISE((Quad)((QuadInt)a.q[i] << 23)); }
 inline float sum(Vec a) {
     Quad quarter = (a.q[0] + a.q[2]) + (a.q[1] + a.q[3]);
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);

@@ -7,19 +7,21 @@ namespace speculative_mamba::SM_ISA {
 
 // exp(x) within about 1 ulp; exactly 1 at 0; exp(-87) from there downwards; infinite from 127.5 ln 2 = 88.4 on.
 inline Vec exp(Vec x) {
+    // Adding this leaves no bits for a fraction; the lowest ones are then the exponent of a power of two.
+    const Vec to_exponent = broadcast(0x1.8p23f + 127);
     x = max(broadcast(-87.f), min(broadcast(89.f), x));
-    Vec n = round(mul(x, broadcast(0x1.715476p+0f)));  // x / ln 2
-    Vec r = fma(n, broadcast(-0x1.62e4p-1f), x);       // ln 2 in two parts, the first exact times n
-    r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);        // |r| <= ln 2 / 2
-    Vec p = broadcast(1.f / 5040);                     // Taylor: the remainder is below 2^-25
-    p = fma(p, r, broadcast(1.f / 720));
-    p = fma(p, r, broadcast(1.f / 120));
-    p = fma(p, r, broadcast(1.f / 24));
-    p = fma(p, r, broadcast(1.f / 6));
-    p = fma(p, r, broadcast(0.5f));
+    const Vec exponent = fma(x, broadcast(0x1.715476p+0f), to_exponent);  // x / ln 2
+    const Vec n = sub(exponent, to_exponent);
+    Vec r = fma(n, broadcast(-0x1.62e4p-1f), x);  // ln 2 in two parts, the first exact times n
+    r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);   // |r| <= ln 2 / 2, a little more where x / ln 2 is rounded
+    Vec p = broadcast(0x1.6a23dp-10f);            // 1 + r + r² q(r) with the least relative error, below 2^-28
+    p = fma(p, r, broadcast(0x1.123a2p-7f));
+    p = fma(p, r, broadcast(0x1.5558f2p-5f));
+    p = fma(p, r, broadcast(0x1.555492p-3f));
+    p = fma(p, r, broadcast(0x1.fffffcp-2f));
     p = fma(p, r, broadcast(1.f));
     p = fma(p, r, broadcast(1.f));
-    return mul(p, exp2_integral(n));
+    return mul(p, from_exponent(exponent));
 }
 
 // x / (1 + exp(-x))

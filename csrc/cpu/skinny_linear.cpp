@@ -1,6 +1,6 @@
 // The products of linear_rows.h; y_scale and the bias come last. Weights in blocks have a kernel of their own,
 // skinny_linear_blocks.cpp; where there are tiles, those in bfloat16 too.
-#include "../params.h"
+#include "linear_output.h"
 #include "linear_rows.h"
 
 namespace speculative_mamba::SM_ISA {
@@ -17,8 +17,10 @@ void run(const SkinnyLinearParams& p, int threads) {
     };
     const LinearOperands<scalar_t> operands{p.x, p.x_row_stride, static_cast<const scalar_t*>(p.weight),
                                             p.weight_row_stride, p.in_features};
-    parallel_for(p.out_features, grain, work, threads,
-                 [&](int64_t first, int64_t last) { multiply_rows(operands, p.rows, first, last, store); });
+    parallel_for(p.out_features, grain, work, threads, [&](int64_t first, int64_t last) {
+        if (p.in_features <= kLanes) multiply_short_rows(operands, p.rows, first, last, LinearOutput{p});
+        else multiply_rows(operands, p.rows, first, last, store);
+    });
 }
 
 }  // namespace
@@ -26,9 +28,8 @@ void run(const SkinnyLinearParams& p, int threads) {
 void skinny_linear_blocks(const SkinnyLinearParams& p, int threads);
 void skinny_linear_tiles(const SkinnyLinearParams& p, int threads);
 
-// Whether tiles come sooner. They read sixteen rows a line of the cache at a time, which is fast where rows are long,
-// and where they are one line or two.
-[[maybe_unused]] bool are_tiled(int64_t features) { return features >= 512 || features == 32 || features == 64; }
+// Whether tiles come sooner: where rows are long, or hold no part of a tile.
+[[maybe_unused]] bool are_tiled(int64_t features) { return features >= 512 || features % 32 == 0; }
 
 void skinny_linear(const SkinnyLinearParams& p, int threads) {
     if (is_blocks(p.weight_dtype)) return skinny_linear_blocks(p, threads);

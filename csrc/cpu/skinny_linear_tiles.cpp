@@ -1,5 +1,5 @@
-// skinny_linear for weights in bfloat16, by tiles; y_scale and the bias come last.
-#include "../params.h"
+// skinny_linear for weights in bfloat16, by tiles.
+#include "linear_output.h"
 #include "linear_tiles_many.h"
 
 namespace speculative_mamba::SM_ISA {
@@ -12,25 +12,15 @@ constexpr int64_t kPackedByEach = 4096;
 // Of the weights that a thread takes at a time, if they are few rows of x.
 constexpr int64_t kChunkBytes = 64 * 1024;
 
-struct Output {
-    const SkinnyLinearParams& p;
-
-    void operator()(int64_t m, int64_t n, Vec y, int count) const {
-        if (p.y_scale != 1) y = mul(y, broadcast(p.y_scale));
-        if (p.bias) y = add(y, load_n(p.bias + n, count));
-        store_n(p.y + m * p.out_features + n, y, count);
-    }
-};
-
 void multiply_few(const SkinnyLinearParams& p, const LinearOperands<bf16_t>& operands, int threads) {
     const auto multiply = [&](const TokenGroups& x, int64_t first, int64_t last) {
         TileScope scope;
-        multiply_few_rows(operands, x, first, last, Output{p});
+        multiply_few_rows(operands, x, first, last, LinearOutput{p});
     };
     const int64_t row_bytes = p.in_features * static_cast<int64_t>(sizeof(bf16_t)) + 1;
     const int64_t rows = kChunkBytes / row_bytes > 2 * kPanelRows ? kChunkBytes / row_bytes : 2 * kPanelRows;
     const int64_t grain = divide_up(min(rows, divide_up(p.out_features, 2 * threads)), kPanelRows) * kPanelRows;
-    const int64_t work = p.rows * p.in_features * p.out_features;
+    const int64_t work = column_tiles(p.rows) * p.in_features * p.out_features;  // what one row costs, five cost
     if (p.rows * p.in_features > kPackedByEach) {
         const TokenGroups x(operands, p.rows, threads);
         return parallel_for(p.out_features, grain, work, threads,
@@ -57,7 +47,7 @@ void multiply_many(const SkinnyLinearParams& p, const LinearOperands<bf16_t>& op
             float least[kTileRows];
             const auto pack = [&](int64_t group) { return pack_group(operands, p.rows, group, tiles, least); };
             TileScope scope;
-            multiply_many_rows(operands, pack, first, last, 0, p.out_features, Output{p});
+            multiply_many_rows(operands, pack, first, last, 0, p.out_features, LinearOutput{p});
         });
     }
     const int64_t panels = divide_up(p.out_features, kPanelRows);
@@ -67,7 +57,7 @@ void multiply_many(const SkinnyLinearParams& p, const LinearOperands<bf16_t>& op
     const auto start = [&](int64_t chunk) { return min(p.out_features, panels * chunk / chunks * kPanelRows); };
     parallel_for(chunks, 1, work, threads, [&](int64_t first, int64_t last) {
         TileScope scope;
-        multiply_many_rows(operands, x, 0, groups, start(first), start(last), Output{p});
+        multiply_many_rows(operands, x, 0, groups, start(first), start(last), LinearOutput{p});
     });
 }
 

@@ -18,6 +18,7 @@ tiled = pytest.mark.parametrize("isa", TILED[:1] or ["none"])
 # Few rows and many, alone in their tile and not; edges of tiles, of panels and of groups in every direction.
 FEW = [
     (1, 512, 32), (5, 525, 37), (6, 2560, 48), (10, 545, 5), (16, 640, 100), (17, 543, 16), (5, 64, 130), (1, 32, 70),
+    (1, 192, 100), (5, 384, 44),
 ]  # fmt: skip
 SHAPES = [*FEW, (40, 608, 33), (70, 715, 81), (33, 64, 300), (50, 32, 49)]
 
