@@ -29,23 +29,29 @@ struct PackedTokens {
     const float* least;  // products of a row that are smaller in magnitude are computed again
 };
 
-// Below this, parts of x could be subnormal; of the largest magnitude in a row.
-constexpr float kSmall = 0x1p-60f;
+// From here on no part of x is subnormal, but zero; and below this, all of a row's could be.
+constexpr float kWithoutSubnormalParts = 0x1p-102f, kSmall = 0x1p-60f;
 
-// What the products of a row must reach so that what tiles lose of subnormal numbers is less than their rounding: each
-// of K products loses at most 2^-126 of itself, and as much of its weight.
+// What the products of a row must reach so that what tiles lose of subnormal numbers is less than their rounding. Each
+// of K products loses at most 2^-126 of itself, and as much of x for a subnormal weight; and of a weight, which is
+// below 2^60, for a subnormal part of x.
 inline float least_product(const float* x, int64_t features) {
-    Vec largest_of_lanes = zero();
+    const Vec infinity = broadcast(__builtin_inff());
+    Vec largest_of_lanes = zero(), smallest_of_lanes = infinity;  // of those that are not zero
     for (int64_t k = 0; k < features; k += kLanes) {
-        const Vec v = load_n(x + k, min(kLanes, features - k));
-        largest_of_lanes = max(largest_of_lanes, max(v, sub(zero(), v)));
+        const Vec v = load_n(x + k, min(kLanes, features - k)), magnitude = max(v, sub(zero(), v));
+        largest_of_lanes = max(largest_of_lanes, magnitude);
+        smallest_of_lanes = min(smallest_of_lanes, if_zero(magnitude, infinity, magnitude));
     }
-    float lanes[kLanes], largest = 0;
+    float lanes[kLanes], largest = 0, smallest = __builtin_inff();
     store(lanes, largest_of_lanes);
     for (float lane : lanes) largest = lane > largest ? lane : largest;
+    store(lanes, smallest_of_lanes);
+    for (float lane : lanes) smallest = lane < smallest ? lane : smallest;
     if (largest == 0) return 0;
     if (largest < kSmall) return __builtin_inff();
-    return 0x1p-100f * static_cast<float>(features) * (largest > 1 ? largest : 1);
+    const float of_one = smallest < kWithoutSubnormalParts ? 0x1p-40f : 0x1p-100f;
+    return of_one * static_cast<float>(features) * (largest > 1 ? largest : 1);
 }
 
 // The upper halves of 32 values become bfloat16; `values` keeps what is left of them, exactly.

@@ -152,7 +152,8 @@ inline void recur_by_states(const SelectiveScanParams& p, const Segment<State>& 
         for (int i = 0; i < Together; i++) decay[i] = exp(mul(broadcast(dt[i]), A[i]));
         for (int i = 0; i < Together; i++) {
             const Vec next = stepped<Waits>(state[i], decay[i], dt[i], dt_x[i], load_n(B, lanes));
-            state[i] = rounded<State>(next);  // what a call that starts here would read
+            state[i] = rounded<State>(next);                      // what a call that starts here would read
+            if (!Whole) state[i] = first_lanes(state[i], lanes);  // another could hold infinity times zero
             products[t][c + i] = mul(state[i], load_n(C, lanes));
             store_n(slot + i * channel_stride, next, lanes);  // rounds alike, and the work is shared
         }

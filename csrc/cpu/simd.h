@@ -307,6 +307,12 @@ template <typename T>
 inline void store_n(T* p, Vec a, int64_t count) {
     count == kLanes ? store(p, a) : store_partial(p, a, count);
 }
+// The first `count` lanes; the others are zero.
+inline Vec first_lanes(Vec a, int64_t count) {
+    float lanes[kLanes];
+    store(lanes, a);
+    return load_n(lanes, count);
+}
 // `rows` times `count` values.
 inline void store_zeros(float* p, int64_t rows, int64_t stride, int64_t count) {
     for (int64_t i = 0; i < rows; i++) store_n(p + i * stride, zero(), count);

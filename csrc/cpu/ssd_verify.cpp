@@ -136,6 +136,8 @@ void scan(const SsdParams& p, const Block& b, Segment& s, float (*carry)[kPiece]
                     // What a call that starts here would read.
                     state[v] = rounded<State>(fma(decay, state[v], mul(dt_x, load(s.B[i] + v * kLanes))));
                 }
+                // Another lane could hold infinity times zero.
+                if (tail < kLanes) state[V - 1] = first_lanes(state[V - 1], tail);
             }
             if (i >= s.old) {
                 Vec products = mul(state[0], load(s.C[i]));

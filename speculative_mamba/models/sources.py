@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from ..ops import huge_pages
-from ..ops.block_weight import BlockWeight, can_quantize, quantized
+from ..ops.block_weight import BlockWeight, can_quantize, numbers_of_gguf, quantized
 from ..ops.expert_weight import ExpertWeight
 from ..ops.values import shown
 from .files import MappedFile
@@ -218,10 +218,12 @@ class StoredSource:
     def _from_blocks(self, name: str, raw: torch.Tensor) -> torch.Tensor | BlockWeight:
         """A matrix that is stored in blocks, and stays so unless the dtype is one of numbers."""
         stored = self._stored[name]
-        weight = BlockWeight.from_gguf(raw, stored.format, stored.shape[-1])
-        self._release(name, raw)
+        features = stored.shape[-1]
         if isinstance(self._dtype, torch.dtype):
-            return weight.dequantized().to(self.device, self._dtype)
+            weight = numbers_of_gguf(raw, stored.format, features, self._dtype)
+        else:
+            weight = BlockWeight.from_gguf(raw, stored.format, features)
+        self._release(name, raw)
         return weight.to(self.device)
 
     def _say_once(self, name: str, stored: torch.Tensor) -> None:

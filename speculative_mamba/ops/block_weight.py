@@ -56,7 +56,7 @@ class BlockWeight:
 
     def dequantized(self) -> torch.Tensor:
         """(N, K) float32: the values that GGML computes with."""
-        values = huge_pages.empty(*self.shape, dtype=torch.float32, device=self.device)
+        values = torch.empty(self.shape, dtype=torch.float32, device=self.device)
         for rows in _chunks(self.shape):
             values[rows] = self.rows(torch.arange(rows.start, rows.stop, device=self.device))
         return values
@@ -91,6 +91,18 @@ class BlockWeight:
         raw = torch.nn.functional.pad(raw, (0, 0, 0, -len(raw) % GROUP))
         groups = slice(rows.start // GROUP, rows.start // GROUP + len(raw) // GROUP)
         self.dtype.pack(raw, self.data[groups])
+
+
+def numbers_of_gguf(raw: torch.Tensor, format: str, K: int, dtype: torch.dtype) -> torch.Tensor:
+    """(N, K) of a float dtype: the values of blocks as ``from_gguf`` takes them. Some rows are converted at a time.
+
+    Raises:
+        ValueError: as of ``from_gguf``.
+    """
+    values = huge_pages.empty(len(raw), K, dtype=dtype, device=raw.device)
+    for rows in _chunks(values.shape):
+        values[rows] = BlockWeight.from_gguf(raw[rows], format, K).dequantized()
+    return values
 
 
 def find_format(format: str, K: int) -> BlockFormat:

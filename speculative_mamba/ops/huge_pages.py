@@ -11,26 +11,33 @@ import weakref
 
 import torch
 
-_ARENA = 64 << 20  # bytes mapped at a time: small tensors share huge pages
+_ARENA = 16 << 20  # bytes mapped at a time: small tensors share huge pages
 _ALIGNMENT = 64  # bytes
-_SMALLEST = 1 << 16  # bytes of a tensor that is worth it
-_lock = threading.Lock()
-_arena: weakref.ref[mmap.mmap] | None = None  # the mapping that has room; only its tensors hold it
-_used = 0  # bytes of it
+_SMALLEST = 1 << 20  # bytes of a tensor that is worth it; what lives shortly should be smaller
+
+
+class _Arena(threading.local):
+    """Of each thread, so that nobody waits: the mapping that has room, held by its tensors alone."""
+
+    memory: weakref.ref[mmap.mmap] | None = None
+    used = 0  # bytes
+
+
+_arena = _Arena()
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A contiguous tensor, not initialised, as of ``torch.empty``. What nobody writes takes no memory.
 
     On Linux tensors of a CPU share mappings that ask for huge pages (``madvise``), which the system may not have. A
-    mapping is given back with its last tensor.
+    mapping, of 16 MiB or as large as its one tensor, is given back with its last tensor.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _SMALLEST or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     try:
         memory, offset = _part(-(-size // _ALIGNMENT) * _ALIGNMENT)
-    except OSError:  # so that a lack of memory is said as PyTorch says it
+    except (OSError, OverflowError):  # so that a lack of memory is said as PyTorch says it
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.frombuffer(memory, dtype=dtype, count=size // dtype.itemsize, offset=offset).view(shape)
 
@@ -42,16 +49,14 @@ def copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _part(size: int) -> tuple[mmap.mmap, int]:
     """So many bytes of a mapping from an offset on."""
-    global _arena, _used
     if size > _ARENA // 2:
         return _mapping(size), 0
-    with _lock:
-        memory = _arena and _arena()
-        if memory is None or _used + size > _ARENA:
-            memory = _mapping(_ARENA)
-            _arena, _used = weakref.ref(memory), 0
-        _used += size
-        return memory, _used - size
+    memory = _arena.memory and _arena.memory()
+    if memory is None or _arena.used + size > _ARENA:
+        memory = _mapping(_ARENA)
+        _arena.memory, _arena.used = weakref.ref(memory), 0
+    _arena.used += size
+    return memory, _arena.used - size
 
 
 def _mapping(size: int) -> mmap.mmap:

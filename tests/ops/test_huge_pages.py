@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from speculative_mamba.ops import huge_pages
+from speculative_mamba.ops.block_weight import numbers_of_gguf
 
 CPU = torch.device("cpu")
 SIZE = 3 << 20
@@ -54,8 +55,8 @@ def test_huge_pages_are_asked_for():
 
 @linux
 def test_a_mapping_goes_with_its_last_tensor(monkeypatch):
-    monkeypatch.setattr(huge_pages, "_arena", None)
-    one, other = tensors(2, 1 << 16)
+    monkeypatch.setattr(huge_pages, "_arena", huge_pages._Arena())
+    one, other = tensors(2, 1 << 20)
     address = one.data_ptr()
     del one
     assert "hg" in flags_at(address) and (other == 1).all()
@@ -69,12 +70,22 @@ def test_a_system_that_has_none(monkeypatch):
         def madvise(self, *_):
             raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(huge_pages, "_arena", None)
+    monkeypatch.setattr(huge_pages, "_arena", huge_pages._Arena())
     monkeypatch.setattr(mmap, "mmap", Refusing)
     assert (tensors(3)[2] == 2).all()
 
 
 @linux
 def test_a_lack_of_memory_is_said_by_pytorch():
-    with pytest.raises(RuntimeError, match="memory"):
-        huge_pages.empty(1 << 60, dtype=torch.uint8, device=CPU)
+    for size in (1 << 60, 1 << 63):
+        with pytest.raises(RuntimeError, match=r"memory|size|overflow"):
+            huge_pages.empty(size, dtype=torch.uint8, device=CPU)
+
+
+@linux
+def test_what_was_needed_for_a_while_keeps_no_memory(monkeypatch):
+    """Values of blocks, beside which the blocks were in memory."""
+    mapping, sizes = huge_pages._mapping, []
+    monkeypatch.setattr(huge_pages, "_mapping", lambda size: sizes.append(size) or mapping(size))
+    numbers_of_gguf(torch.zeros(4096, 34 * 32, dtype=torch.uint8), "q8_0", 1024, torch.float32)
+    assert sizes == [4096 * 1024 * 4]

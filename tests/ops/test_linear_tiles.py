@@ -72,6 +72,16 @@ def test_special_values_are_those_of_other_instruction_sets(shape: tuple[int, in
 
 
 @tiled
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_a_subnormal_input_counts_for_a_large_weight(rows: int, isa: str) -> None:
+    """Catches: a part of x that is lost beside a result which is small for other reasons."""
+    x, weight = torch.zeros(rows, 512), torch.zeros(20, 512, dtype=torch.bfloat16)
+    x[:, 0], x[:, 1] = 2.0**-130, 1
+    weight[:, 0], weight[:, 1] = 2.0**40, 2.0**-80
+    assert_bitwise_equal(by(isa, x, weight), by(FUSED[0], x, weight))
+
+
+@tiled
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_the_error_is_within_twice_that_of_pytorch(rows: int, isa: str) -> None:
     """Catches: a part of x too few."""

@@ -275,6 +275,20 @@ def test_infinities_reach_what_they_reach_in_pytorch(op: Op, backend: str) -> No
             assert_same(finite[1], finite[0], f"is finite with {name} {value}")
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of Triton's interpreter
+@of_scans
+@pytest.mark.parametrize("state_size", [5, 16, 40])
+def test_an_infinite_input_does_the_same_however_the_text_is_cut(op: Op, state_size: int, backend: str) -> None:
+    """Catches: infinity times zero in a lane that has no state, which a slot forgets and a register does not."""
+    arguments = op.make({"state_size": state_size, "tokens": 3})
+    for name in ("B", "C", "D"):  # infinity less infinity would be NaN everywhere
+        arguments[name].abs_()
+    arguments["x"][:, 0] = math.inf
+    y_steps, _ = op.steps(arguments, backend)
+    assert_bitwise_equal(op.run(arguments, backend).isnan(), y_steps.isnan(), "NaN of y")
+    assert y_steps.isinf().any()
+
+
 def replaying(op: Op, arguments: Arguments) -> Arguments:
     """The same with one state, of the start slot, and inputs of which the rows have read three."""
     inputs = op.buffer(arguments, arguments["states"].shape[1])
