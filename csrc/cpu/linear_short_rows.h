@@ -16,7 +16,7 @@ inline void multiply_short_rows(const LinearOperands<scalar_t>& p, int64_t rows,
     alignas(64) float weights[kLanes][kLanes] = {}, columns[kLanes][kLanes];
     for (int64_t n = first; n < last; n += kLanes) {
         const int64_t count = min(kLanes, last - n);
-        for (int64_t i = 0; i < count; i++) {
+        for (int64_t i = 0; i < count && p.in_features > 0; i++) {  // without features there may be no memory
             const Vec row = load_n(p.weight + (n + i) * p.weight_row_stride, p.in_features);
             speculative_mamba::SM_ISA::store(weights[i], row);
         }

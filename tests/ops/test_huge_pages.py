@@ -76,7 +76,7 @@ def test_a_system_that_has_none(monkeypatch):
 
 
 @linux
-def test_a_lack_of_memory_is_said_by_pytorch():
+def test_memory_that_the_system_does_not_give_is_refused_by_pytorch():
     for shape in ((1 << 60,), (1 << 40, 1 << 40)):
         with pytest.raises(RuntimeError, match=r"memory|overflow"):
             huge_pages.empty(*shape, dtype=torch.uint8, device=CPU)
