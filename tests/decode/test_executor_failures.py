@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy
 import pytest
 import torch
+from interrupts import run_traced
 
 import speculative_mamba as sm
 from speculative_mamba.decode.batch import Batch
@@ -91,13 +92,7 @@ def interrupted_at(
                 raise KeyboardInterrupt
         return trace
 
-    sys.settrace(trace)
-    try:
-        run()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
+    run_traced(trace, run)
     return left <= 0
 
 

@@ -7,6 +7,7 @@ from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
+from interrupts import run_traced
 
 from speculative_mamba.ops import recording, rms_norm
 from speculative_mamba.ops.backend import compiled
@@ -42,14 +43,7 @@ def interrupted_at(number: int, run: Callable[[], object]) -> KeyboardInterrupt 
                 raise KeyboardInterrupt
         return trace
 
-    sys.settrace(trace)
-    try:
-        run()
-    except KeyboardInterrupt as error:
-        return error
-    finally:
-        sys.settrace(None)
-    return None
+    return run_traced(trace, run)
 
 
 @pytest.fixture
