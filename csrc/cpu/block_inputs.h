@@ -9,8 +9,6 @@
 namespace speculative_mamba::SM_ISA {
 
 constexpr int kBlock = 32;
-constexpr int kPartStride = 2 * kBlock;  // from a part of a row of x to its next one
-constexpr int kSlack = 5;                // rows of x behind the last one that a tile may take in
 
 // What 32 features of a row have beside their parts.
 struct InputBlock {
@@ -22,19 +20,18 @@ struct InputBlock {
     } above[2];
 };
 
-// M rows of K features: blocks (K/32, M), and their parts (K/64, M, parts, 64). So a row of a tile of 64 bytes is a
-// part of two blocks.
+// M rows of K features: blocks (K/32, M), and their parts (K/32, M, parts, 32).
 template <typename Dot>
 struct BlockInputs {
     using part_t = typename Dot::part_t;
-    static constexpr int kRowStride = Dot::kParts * kPartStride;
+    static constexpr int kRowStride = Dot::kParts * kBlock;
 
     InputBlock* blocks;
     part_t* parts;
     int64_t rows;
 
     InputBlock* block(int64_t k, int64_t m) const { return blocks + k * rows + m; }
-    part_t* part(int64_t k, int64_t m) const { return parts + (k / 2 * rows + m) * kRowStride + k % 2 * kBlock; }
+    part_t* part(int64_t k, int64_t m) const { return parts + (k * rows + m) * kRowStride; }
 };
 
 inline float power_of_2(int exponent) {  // from -149 to 127
@@ -118,11 +115,11 @@ inline void round_block(const float* x, InputBlock& block, typename Dot::part_t*
             a[i] = without(ab[i], b[i]);
         }
         store_part<Dot>(a, parts);
-        store_part<Dot>(b, parts + kPartStride);
+        store_part<Dot>(b, parts + kBlock);
     } else {
         store_part<Dot>(ab, parts);
     }
-    store_part<Dot>(c, parts + (Dot::kParts - 1) * kPartStride);
+    store_part<Dot>(c, parts + (Dot::kParts - 1) * kBlock);
     int32_t all_high = 0, all_low = 0;
     for (int run = 0; run < kRuns; run++) {
         constexpr int kCount = kVectors / kRuns;
