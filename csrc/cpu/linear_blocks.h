@@ -83,19 +83,21 @@ void multiply_span(const BlockOperands<Format>& p, int64_t m0, int count, int64_
     for (int m = 0; m < count; m++) store(m0 + m, n, totals + m * kSpan, min(kSpan, p.out_features - n));
 }
 
-// Rounds rows of x, of which row_of(m) tells where it begins.
+// Rounds rows of x, of which row_of(m) tells where it begins, with so many threads in memory of the calling one, which
+// has them already if `threads` is 0.
 template <typename Format, typename RowOf>
 BlockInputs<DotOf<Format::kLargest>> rounded_rows(int64_t rows, int64_t in_features, int threads, const RowOf& row_of) {
     using Dot = DotOf<Format::kLargest>;
     using Inputs = BlockInputs<Dot>;
     thread_local Buffer blocks, parts;
     const int64_t count = in_features / kBlock, inputs = rows * count, work_of_one = 16 * kBlock;
-    const Inputs x{blocks.reserve<InputBlock>(inputs), parts.reserve<typename Dot::part_t>(inputs * Inputs::kRowStride),
-                   rows};
+    const Inputs x{blocks.reserve<InputBlock>(inputs),
+                   parts.reserve<typename Dot::part_t>((inputs + kSlack) * Inputs::kRowStride), rows};
+    if (threads == 0) return x;
     parallel_for(inputs, divide_up(inputs, threads), inputs * work_of_one, threads, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) {
-            const int64_t k = i / rows, m = i % rows;
+        for (int64_t k = first / rows, m = first % rows; first < last; first++) {
             round_block<Dot, Format::kRuns, Format::kZero>(row_of(m) + k * kBlock, *x.block(k, m), x.part(k, m));
+            if (++m == rows) m = 0, k++;
         }
     });
     return x;

@@ -132,19 +132,21 @@ void multiply_few(const BlockOperands<Format>& p, TileBuffers& buffers, int64_t 
     if constexpr (kCount > kFewest) multiply_few<kCount - 1>(p, buffers, m0, count, n, store);
 }
 
-// As multiply_blocks; none of it in a format with two scales in a block, and false. Rows of x go through W in passes of
-// even size, each but the first one with weights that are in a cache.
+// As multiply_blocks; none of it in a format with two scales in a block, and false. Rows of x go through rows of W in
+// passes of nearly even size, each but the first one with weights that are in a cache.
 template <typename Format, typename Store>
 bool multiply_blocks_tiles(const BlockOperands<Format>& p, int64_t m0, int64_t count, int64_t first, int64_t last,
                            const Store& store) {
     if constexpr (Format::kRuns == 1) {
         if (count < kFewest) return false;
+        const int64_t passes = divide_up(count, kMost);
+        const TileScope scope(block_shapes(static_cast<int>(divide_up(count, passes))));
         TileBuffers buffers;
-        for (int64_t passes = divide_up(count, kMost), m = 0, rows; passes > 0; passes--, m += rows) {
-            rows = divide_up(count - m, passes);
-            const TileScope scope(block_shapes(static_cast<int>(rows)));
-            for (int64_t n = first; n < last; n += kGroups * kGroup) multiply_few(p, buffers, m0 + m, rows, n, store);
-        }
+        for (int64_t n = first; n < last; n += kGroups * kGroup)
+            for (int64_t left = passes, m = 0, rows; left > 0; left--, m += rows) {
+                rows = divide_up(count - m, left);
+                multiply_few(p, buffers, m0 + m, rows, n, store);
+            }
         return true;
     }
     return false;
