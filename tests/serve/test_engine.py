@@ -260,6 +260,14 @@ def test_a_broken_row_takes_no_other_along() -> None:
     assert engine.stats().requests == {"error": 3, "length": 3}
 
 
+@pytest.mark.parametrize("extreme", [{"top_p": 1e-300}, {"min_p": 1 - 1e-16}])
+def test_parameters_that_round_to_a_bound_break_no_round(extreme: dict) -> None:
+    """Catches: in float32 they were 0 and 1, where no token could be drawn, and the round failed for all."""
+    with sm.Engine(ring()) as engine:
+        completion = engine.submit(sm.Request([1], 3, sm.SamplingParams(temperature=1.0, **extreme)))
+        assert completion.result(WAIT).tokens == [2, 3, 4]
+
+
 class FailsOnce(Gate):
     """Raises in its first round."""
 
