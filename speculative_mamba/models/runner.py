@@ -53,6 +53,7 @@ class ModelRunner:
         if isinstance(self.layers, ModelCache):
             self.layers.watches_model = False
             self.layers = list(self.layers) if captured else self.layers
+        self._initial = [view for layer in self.layers for view in layer.initial()]
         self._growing = [layer for layer in self.layers if isinstance(layer, AttentionCache)]
         self._used: set[int] = set()  # rows that had a text
 
@@ -68,9 +69,8 @@ class ModelRunner:
         if state is not None:
             for layer, saved in zip(self.layers, state.layers, strict=True):
                 layer.restore(row, saved)
-        elif used:
-            for layer in self.layers:
-                layer.row(row).reset()
+        elif used and self._initial:
+            torch._foreach_zero_([view[row] for view in self._initial])
 
     def read(self, row: int, tokens: Sequence[int]) -> None:
         """Reads more tokens behind the state in slot 0 of a row."""
