@@ -373,7 +373,7 @@ def test_engines_that_cannot_be(options, message) -> None:
 
 def test_prompts_are_read_between_rounds(monkeypatch) -> None:
     """A long prompt stops nobody: one that came with it is through while it is read."""
-    monkeypatch.setattr(scheduler, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 4)
     ended, end = [], scheduler.Job.end
     monkeypatch.setattr(scheduler.Job, "end", lambda job, *rest: (ended.append(job.request.prompt), end(job, *rest)))
     (target, draft), asked = pair("mamba1"), [sm.Request([5] * 1500, 3), sm.Request([3], 30)]
