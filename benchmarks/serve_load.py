@@ -4,12 +4,14 @@ python -m benchmarks.serve_load [--requests 1000] [--clients 64] [--width 32] [-
 
 Prompts are cut from text that the embedded pair has not seen; budgets, sampling parameters, stops, draft on or off and
 log-probabilities are drawn at random; 5 % of the requests are cancelled, 5 % cannot be served. Clients are threads that
-ask again when they have their answer. Static batches of as many rows take turns with them, for the same prompts and
-parameters, with the mean of the tokens that came as the budget of each row: no row waits for another, so they are as
-good as can be. ratio is the engine's tokens per second over theirs, prompts included, from when the first requests of
-all clients and rows have ended, so that rows are anywhere in their texts, until no client has more to ask; cpu_ratio
-the same per second of CPU time of the process. Times to the first token begin with ``submit``, so they include the wait
-for a row; times between tokens are those between rounds that gave any. Memory is what the process holds.
+ask again when they have their answer. The engine is timed from when the first requests of all clients and rows have
+ended, so that rows are anywhere in their texts, until no client has more to ask. Static batches of as many rows take
+turns with it, for the prompts and parameters of the answers that came in that time, with the mean of their tokens as
+the budget of each row: no row waits for another. They know nothing of stops, log-probabilities, text or rows without
+draft, so they are as good as can be. ratio is the engine's tokens per second over theirs, prompts included; cpu_ratio
+the same per second of CPU time of the process, of which clients' threads took the share client_cpu. Times to the first
+token begin with ``submit``, so they include the wait for a row; times between tokens are those between rounds that gave
+any. Memory is what the process holds.
 """
 
 import dataclasses
@@ -92,36 +94,43 @@ def static_speed(target: sm.MambaLM, draft: sm.MambaLM, answers: list[Answer], w
 
 
 class Clients:
-    """Threads that ask an engine, and what each request came to."""
+    """Threads that ask an engine, and what each request came to. timed: answers that came while it was timed.
+    client_cpu: their share of the CPU time of the process."""
 
     def __init__(self, engine: sm.Engine, requests: list[tuple[sm.Request, int | None]], clients: int) -> None:
         self.answers: list[Answer] = []
+        self.timed: list[Answer] = []
         self.refused = 0
         self._engine, self._count, self._clients = engine, len(requests), clients
         self._left, self._lock = list(reversed(requests)), threading.Lock()
-        self.tokens_per_s = self.tokens_per_cpu_s = 0.0
+        self.tokens_per_s = self.tokens_per_cpu_s = self.client_cpu = 0.0
 
     def run(self) -> None:
         """Until all are answered."""
+        opened = time.process_time()
         with ThreadPoolExecutor(self._clients) as threads:
             clients = [threads.submit(self._client) for _ in range(self._clients)]
             warm = min(self._clients + self._engine.max_batch_size, self._count // 2)
             while len(self._left) > self._count - warm:
                 time.sleep(0.01)
             began, cpu, before = time.perf_counter(), time.process_time(), self._engine.stats().generated_tokens
+            answered = len(self.answers)
             while self._left:
                 time.sleep(0.01)
             tokens = self._engine.stats().generated_tokens - before
             self.tokens_per_s = tokens / (time.perf_counter() - began)
             self.tokens_per_cpu_s = tokens / (time.process_time() - cpu)
-            for client in clients:
-                client.result()
+            self.timed = self.answers[answered:]
+            clients_s = sum(client.result() for client in clients)
+            self.client_cpu = clients_s / (time.process_time() - opened)
 
-    def _client(self) -> None:
+    def _client(self) -> float:
+        """Its CPU time."""
+        began = time.thread_time()
         while True:
             with self._lock:
                 if not self._left:
-                    return
+                    return time.thread_time() - began
                 request, leaves_after = self._left.pop()
             self._ask(request, leaves_after)
 
@@ -178,8 +187,8 @@ def main() -> None:
     report = Report(
         {
             "part": str, "answered": str, "cancelled": str, "refused": str, "tokens_per_s": number, "static": number,
-            "ratio": number, "cpu_ratio": number, "first_p50": seconds, "first_p95": seconds, "between_p50": seconds,
-            "between_p95": seconds, "resident_mb": number,
+            "ratio": number, "cpu_ratio": number, "client_cpu": number, "first_p50": seconds, "first_p95": seconds,
+            "between_p50": seconds, "between_p95": seconds, "resident_mb": number,
         }
     )  # fmt: skip
     texts, answers = Texts(target, 0), []
@@ -193,7 +202,7 @@ def main() -> None:
             clients.run()
             resident = resident_bytes()
             progress("static batches")
-            static, per_cpu_s = static_speed(target, draft, clients.answers, options.width)
+            static, per_cpu_s = static_speed(target, draft, clients.timed, options.width)
             first = [answer.times[0] for answer in clients.answers if answer.times]
             between = [
                 later - earlier for answer in clients.answers for earlier, later in itertools.pairwise(answer.times)
@@ -202,10 +211,10 @@ def main() -> None:
                 part=part + 1, answered=len(clients.answers), refused=clients.refused,
                 cancelled=sum(answer.reason == "cancelled" for answer in clients.answers),
                 tokens_per_s=clients.tokens_per_s, static=static, ratio=clients.tokens_per_s / static,
-                cpu_ratio=clients.tokens_per_cpu_s / per_cpu_s, first_p50=percentile(first, 0.5),
-                first_p95=percentile(first, 0.95), between_p50=percentile(between, 0.5),
-                between_p95=percentile(between, 0.95), resident_mb=resident / 1e6, width=options.width,
-                clients=options.clients,
+                cpu_ratio=clients.tokens_per_cpu_s / per_cpu_s, client_cpu=clients.client_cpu,
+                first_p50=percentile(first, 0.5), first_p95=percentile(first, 0.95),
+                between_p50=percentile(between, 0.5), between_p95=percentile(between, 0.95),
+                resident_mb=resident / 1e6, width=options.width, clients=options.clients,
             )  # fmt: skip
             answers += clients.answers
         stats = engine.stats()
