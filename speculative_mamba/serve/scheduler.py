@@ -178,7 +178,8 @@ class Scheduler:
                 self._prefix_cache.store(*self._loop.batch.snapshot(index))
 
     def _commit(self, committed: list[RowTokens]) -> None:
-        """Hands out what a round gave."""
+        """Hands out what a round gave: all at once, because whoever waits takes turns with this thread from then on."""
+        extended = []
         for index, tokens, drafted in committed:
             row, job = self._loop.batch.rows[index], self._running[index]
             texts = enumerate(zip(tokens, row.pieces or [""] * len(tokens), strict=True))
@@ -187,7 +188,9 @@ class Scheduler:
                 known = token_logprobs(row.logits[-1], tokens, job.request.logprobs)
                 outputs = [TokenOutput(*output[:3], *its) for output, its in zip(outputs, known, strict=True)]
             row.pieces, row.logits = [], []
-            job.extend(outputs, row.tested, row.accepted)
+            extended.append((job, outputs, row.tested, row.accepted))
+        for job, *gained in extended:
+            job.extend(*gained)
         with self._changed:
             self._recent.append((time.monotonic(), sum(len(tokens) for _, tokens, _ in committed)))
             self._forget()
