@@ -152,8 +152,7 @@ class Batch:
         parts = _cuts(target_state, len(prompt) - 1, chunk)
         drafted = [] if draft is None else _cuts(draft_state, len(prompt), chunk if draft.stateful else None)
         for (start, end), (draft_start, draft_end) in itertools.zip_longest(parts, drafted, fillvalue=(0, 0)):
-            if end:
-                round.target.read(index, prompt[start:end])
+            round.target.read(index, prompt[start:end])
             if draft_end:
                 draft.prefill(index, prompt[:draft_end], draft_state)
                 draft_state = draft.snapshot(index, 0, prompt[:draft_end]) if draft_end < len(prompt) else None
