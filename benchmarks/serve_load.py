@@ -196,7 +196,7 @@ def main() -> None:
             "first_p95": seconds, "between_p50": seconds, "between_p95": seconds, "resident_mb": number,
         }
     )  # fmt: skip
-    texts, answers, executor = Texts(target, 0), [], sm.EagerExecutor()
+    texts, answers = Texts(target, 0), []
     with sm.Engine(
         target, draft=draft, acceptance="coupled", max_batch_size=options.width, max_queue_size=options.clients
     ) as engine:
@@ -209,7 +209,8 @@ def main() -> None:
             progress("static batches")
             budget = round(clients.tokens / max(len(clients.begun), 1))
             static, kept = (
-                static_speed(target, draft, clients.begun, budget, options.width, its) for its in ("eager", executor)
+                static_speed(target, draft, clients.begun, budget, options.width, executor)
+                for executor in ("eager", sm.EagerExecutor())
             )
             first = [answer.times[0] for answer in clients.answers if answer.times]
             between = [
