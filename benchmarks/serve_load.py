@@ -127,7 +127,9 @@ class Clients:
             clients_s = sum(client.result() for client in clients)
             self.client_cpu = clients_s / (time.process_time() - opened)
             firsts = [(answer.asked + answer.times[0], answer) for answer in self.answers if answer.times]
-            self.begun = [answer.request for first, answer in firsts if began <= first < ended]
+            begun = [answer.request for first, answer in firsts if began <= first < ended]
+            few = len(begun) < self._engine.max_batch_size  # in a run to see that it works
+            self.begun = [answer.request for answer in self.answers] if few else begun
 
     def _client(self) -> float:
         """Its CPU time."""
@@ -207,7 +209,7 @@ def main() -> None:
             clients.run()
             resident = resident_bytes()
             progress("static batches")
-            budget = round(clients.tokens / max(len(clients.begun), 1))
+            budget = max(round(clients.tokens / len(clients.begun)), 1)
             static, kept = (
                 static_speed(target, draft, clients.begun, budget, options.width, executor)
                 for executor in ("eager", sm.EagerExecutor())
