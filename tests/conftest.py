@@ -23,6 +23,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)  # objects, between searches: what tests make is mostly gone by then
 
 
 @pytest.fixture(scope="session", autouse=True)
