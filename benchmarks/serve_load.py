@@ -4,12 +4,15 @@ python -m benchmarks.serve_load [--requests 1000] [--clients 64] [--width 32] [-
 
 Prompts are cut from text that the embedded pair has not seen; budgets, sampling parameters, stops, draft on or off and
 log-probabilities are drawn at random; 5 % of the requests are cancelled, 5 % cannot be served. Clients are threads that
-ask again when they have their answer. Static batches of as many rows take turns with them, for the same prompts and
-parameters, with the mean of the tokens that came as the budget of each row: no row waits for another, so they are as
-good as can be. ratio is the engine's tokens per second over theirs, prompts included, from when the first requests of
-all clients and rows have ended, so that rows are anywhere in their texts, until no client has more to ask; cpu_ratio
-the same per second of CPU time of the process. Times to the first token begin with ``submit``, so they include the wait
-for a row; times between tokens are those between rounds that gave any. Memory is what the process holds.
+ask again when they have their answer. The engine is timed from when the first requests of all clients and rows have
+ended, so that rows are anywhere in their texts, until no client has more to ask. Static batches of as many rows take
+turns with it, for the prompts and parameters of the requests that it began to answer in that time, and for as many
+tokens, the same number in each row: no row waits for another. They know nothing of stops, log-probabilities, text or
+rows without draft, so they are as good as can be. ratio is the engine's tokens per second over theirs, prompts
+included; cpu_ratio the same per second of CPU time of the process, of which clients' threads took the share client_cpu;
+kept_ratio over static batches that an ``EagerExecutor`` runs, which keeps what the batches before had to record. Times
+to the first token begin with ``submit``, so they include the wait for a row; times between tokens are those between
+rounds that gave any. Memory is what the process holds.
 """
 
 import dataclasses
@@ -40,9 +43,10 @@ STATIC_RUNS = 3
 
 @dataclasses.dataclass
 class Answer:
-    """What a client saw. times: since ``submit``, of each round that gave tokens."""
+    """What a client saw. asked: when. times: since then, of each round that gave tokens."""
 
     request: sm.Request
+    asked: float
     tokens: list[int]
     reason: str
     times: list[float]
@@ -77,32 +81,38 @@ class Texts:
         return request, source.randrange(12) if fate > 0.95 else None
 
 
-def static_speed(target: sm.MambaLM, draft: sm.MambaLM, answers: list[Answer], width: int) -> tuple[float, float]:
+def static_speed(
+    target: sm.MambaLM, draft: sm.MambaLM, requests: list[sm.Request], budget: int, width: int,
+    executor: sm.EagerExecutor | str,
+) -> tuple[float, float]:  # fmt: skip
     """Tokens per second, and per second of CPU time, of full batches that answer the same prompts with the same
-    parameters, each row with the mean budget; prompts included."""
-    budget = round(statistics.mean(len(answer.tokens) for answer in answers))
+    parameters, each row with this budget; prompts included."""
     tokens, began, cpu = 0, time.perf_counter(), time.process_time()
-    for at in range(0, len(answers) - width + 1, width):
-        requests = [answer.request for answer in answers[at : at + width]]
+    for at in range(0, len(requests) - width + 1, width):
+        batch = requests[at : at + width]
         tokens += sm.generate(
-            target, [request.prompt for request in requests], draft=draft, max_new_tokens=budget,
-            sampling=[request.sampling for request in requests], acceptance="coupled", stop_token_ids=(),
+            target, [request.prompt for request in batch], draft=draft, max_new_tokens=budget,
+            sampling=[request.sampling for request in batch], acceptance="coupled", stop_token_ids=(),
+            executor=executor,
         ).stats.tokens  # fmt: skip
     return tokens / (time.perf_counter() - began), tokens / (time.process_time() - cpu)
 
 
 class Clients:
-    """Threads that ask an engine, and what each request came to."""
+    """Threads that ask an engine, and what each request came to. begun: requests whose answers began while it was
+    timed; tokens: how many came meanwhile. client_cpu: the threads' share of the CPU time of the process."""
 
     def __init__(self, engine: sm.Engine, requests: list[tuple[sm.Request, int | None]], clients: int) -> None:
         self.answers: list[Answer] = []
-        self.refused = 0
+        self.begun: list[sm.Request] = []
+        self.refused = self.tokens = 0
         self._engine, self._count, self._clients = engine, len(requests), clients
         self._left, self._lock = list(reversed(requests)), threading.Lock()
-        self.tokens_per_s = self.tokens_per_cpu_s = 0.0
+        self.tokens_per_s = self.tokens_per_cpu_s = self.client_cpu = 0.0
 
     def run(self) -> None:
         """Until all are answered."""
+        opened = time.process_time()
         with ThreadPoolExecutor(self._clients) as threads:
             clients = [threads.submit(self._client) for _ in range(self._clients)]
             warm = min(self._clients + self._engine.max_batch_size, self._count // 2)
@@ -111,17 +121,23 @@ class Clients:
             began, cpu, before = time.perf_counter(), time.process_time(), self._engine.stats().generated_tokens
             while self._left:
                 time.sleep(0.01)
-            tokens = self._engine.stats().generated_tokens - before
-            self.tokens_per_s = tokens / (time.perf_counter() - began)
-            self.tokens_per_cpu_s = tokens / (time.process_time() - cpu)
-            for client in clients:
-                client.result()
+            ended, self.tokens = time.perf_counter(), self._engine.stats().generated_tokens - before
+            self.tokens_per_s = self.tokens / (ended - began)
+            self.tokens_per_cpu_s = self.tokens / (time.process_time() - cpu)
+            clients_s = sum(client.result() for client in clients)
+            self.client_cpu = clients_s / (time.process_time() - opened)
+            firsts = [(answer.asked + answer.times[0], answer) for answer in self.answers if answer.times]
+            begun = [answer.request for first, answer in firsts if began <= first < ended]
+            few = len(begun) < self._engine.max_batch_size  # in a run to see that it works
+            self.begun = [answer.request for answer in self.answers] if few else begun
 
-    def _client(self) -> None:
+    def _client(self) -> float:
+        """Its CPU time."""
+        began = time.thread_time()
         while True:
             with self._lock:
                 if not self._left:
-                    return
+                    return time.thread_time() - began
                 request, leaves_after = self._left.pop()
             self._ask(request, leaves_after)
 
@@ -140,7 +156,7 @@ class Clients:
             if leaves_after is not None and seen >= leaves_after:
                 completion.cancel()
         output = completion.result()
-        self.answers.append(Answer(request, output.tokens, output.finish_reason, times))
+        self.answers.append(Answer(request, began, output.tokens, output.finish_reason, times))
 
 
 def check(target: sm.MambaLM, answers: list[Answer]) -> None:
@@ -178,8 +194,8 @@ def main() -> None:
     report = Report(
         {
             "part": str, "answered": str, "cancelled": str, "refused": str, "tokens_per_s": number, "static": number,
-            "ratio": number, "cpu_ratio": number, "first_p50": seconds, "first_p95": seconds, "between_p50": seconds,
-            "between_p95": seconds, "resident_mb": number,
+            "ratio": number, "cpu_ratio": number, "kept_ratio": number, "client_cpu": number, "first_p50": seconds,
+            "first_p95": seconds, "between_p50": seconds, "between_p95": seconds, "resident_mb": number,
         }
     )  # fmt: skip
     texts, answers = Texts(target, 0), []
@@ -193,7 +209,11 @@ def main() -> None:
             clients.run()
             resident = resident_bytes()
             progress("static batches")
-            static, per_cpu_s = static_speed(target, draft, clients.answers, options.width)
+            budget = max(round(clients.tokens / len(clients.begun)), 1)
+            static, kept = (
+                static_speed(target, draft, clients.begun, budget, options.width, executor)
+                for executor in ("eager", sm.EagerExecutor())
+            )
             first = [answer.times[0] for answer in clients.answers if answer.times]
             between = [
                 later - earlier for answer in clients.answers for earlier, later in itertools.pairwise(answer.times)
@@ -201,11 +221,11 @@ def main() -> None:
             report.add(
                 part=part + 1, answered=len(clients.answers), refused=clients.refused,
                 cancelled=sum(answer.reason == "cancelled" for answer in clients.answers),
-                tokens_per_s=clients.tokens_per_s, static=static, ratio=clients.tokens_per_s / static,
-                cpu_ratio=clients.tokens_per_cpu_s / per_cpu_s, first_p50=percentile(first, 0.5),
-                first_p95=percentile(first, 0.95), between_p50=percentile(between, 0.5),
-                between_p95=percentile(between, 0.95), resident_mb=resident / 1e6, width=options.width,
-                clients=options.clients,
+                tokens_per_s=clients.tokens_per_s, static=static[0], ratio=clients.tokens_per_s / static[0],
+                cpu_ratio=clients.tokens_per_cpu_s / static[1], kept_ratio=clients.tokens_per_s / kept[0],
+                client_cpu=clients.client_cpu, first_p50=percentile(first, 0.5), first_p95=percentile(first, 0.95),
+                between_p50=percentile(between, 0.5), between_p95=percentile(between, 0.95),
+                resident_mb=resident / 1e6, width=options.width, clients=options.clients,
             )  # fmt: skip
             answers += clients.answers
         stats = engine.stats()

@@ -13,19 +13,26 @@ from speculative_mamba.decode.lookahead import remembered_costs
 pytest_plugins = ["reduced"]
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    """Modules and thousands of tests are there to stay, so the search for garbage need not look through them: not while
+    they are made, nor later."""
+    gc.disable()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Modules and thousands of tests are there to stay, so the search for garbage need not look through them."""
+    gc.enable()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)  # objects, between searches: what tests make is mostly gone by then
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """PyTorch fills what ``torch.empty`` and its like return: with NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     assert torch.empty(3).isnan().all()
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,11 +28,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def cover(cases: list[pytest.Item]) -> list[pytest.Item]:
     """Few cases that together have every value of every parameter."""
-    missing, chosen = set().union(*map(params, cases)), []
+    values = list(map(params, cases))
+    missing, chosen = set().union(*values), []
     while missing:
-        chosen.append(max(cases, key=lambda case: len(missing & params(case))))
-        missing -= params(chosen[-1])
-    return chosen or cases[:1]
+        chosen.append(max(range(len(cases)), key=lambda index: len(missing & values[index])))
+        missing -= values[chosen[-1]]
+    return [cases[index] for index in chosen] or cases[:1]
 
 
 def cover_pairs(cases: list[pytest.Item]) -> list[pytest.Item]:

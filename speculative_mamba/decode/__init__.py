@@ -1,7 +1,7 @@
 """Propose, verify, accept, commit: the loop around a target model."""
 
 from ..ops.commit_tokens import BatchState
-from .batch import Batch, CommittedToken
+from .batch import Batch, CommittedToken, RowTokens
 from .cache import GenerationCache
 from .call import GenerationResult
 from .drafts import Draft, Drafter, ModelDrafter, NgramDrafter, Proposal
@@ -28,6 +28,7 @@ __all__ = [
     "ModelDrafter",
     "NgramDrafter",
     "Proposal",
+    "RowTokens",
     "Sampler",
     "SamplingParams",
     "TokenLogprobs",

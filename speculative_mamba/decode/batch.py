@@ -25,16 +25,24 @@ class CommittedToken(NamedTuple):
     drafted: bool
 
 
+class RowTokens(NamedTuple):
+    """What became text of a row in a round. drafted: the first so many came from the draft."""
+
+    row: int
+    tokens: list[int]
+    drafted: int
+
+
 @dataclass
 class Row:
     """A text in the making.
 
     max_length: tokens of the complete text. stop_token_ids: each ends it. stream: finds stop strings; its pieces, one
-    for each new token, go to ``pieces``. use_draft: whether tokens are drafted for it. output_logits: the target's of
-    each new token, (V), go to ``logits``. first_round: rounds before this one knew nothing of it. finish_reason: "eos",
-    "length", "stop", or as ``retire`` says; "error", and the error beside it. slot: the target's, from which the text
-    goes on; None where it was written over, or not all is booked. draft_at: the draft's slot, and the length of the
-    text, when the draft was last asked. tested, accepted: drafted tokens, as in ``GenerationStats``.
+    for each new token, go to ``pieces``. use_draft: whether tokens are drafted for it. output_logits: the target's, (n,
+    V) for the n tokens of a round, go to ``logits``. first_round: rounds before this one knew nothing of it.
+    finish_reason: "eos", "length", "stop", or as ``retire`` says; "error", and the error beside it. slot: the target's,
+    from which the text goes on; None where it was written over, or not all is booked. draft_at: the draft's slot, and
+    the length of the text, when the draft was last asked. tested, accepted: drafted tokens, as in ``GenerationStats``.
     """
 
     tokens: list[int]
@@ -144,8 +152,7 @@ class Batch:
         parts = _cuts(target_state, len(prompt) - 1, chunk)
         drafted = [] if draft is None else _cuts(draft_state, len(prompt), chunk if draft.stateful else None)
         for (start, end), (draft_start, draft_end) in itertools.zip_longest(parts, drafted, fillvalue=(0, 0)):
-            if end:
-                round.target.read(index, prompt[start:end])
+            round.target.read(index, prompt[start:end])
             if draft_end:
                 draft.prefill(index, prompt[:draft_end], draft_state)
                 draft_state = draft.snapshot(index, 0, prompt[:draft_end]) if draft_end < len(prompt) else None
@@ -174,8 +181,8 @@ class Batch:
         """Rounds that know of a row and are queued, or were when all broke off: its slots may hold another state."""
         return max(0, self._launched - max(self._committed, row.first_round))
 
-    def commit(self, result: RoundResult, record: list[list[int]], stats: GenerationStats) -> list[CommittedToken]:
-        """Appends to each row what it gained in the oldest queued round, up to a stop. All of that, in order.
+    def commit(self, result: RoundResult, record: list[list[int]], stats: GenerationStats) -> list[RowTokens]:
+        """Appends to each row what it gained in the oldest queued round, up to a stop. All of that, by row.
 
         Raises:
             ValueError: a row is broken, unless errors are isolated.
@@ -195,7 +202,7 @@ class Batch:
             tested, stood = stats.count(columns[Record.NUM_DRAFT_TOKENS], accepted, len(tokens))
             row.tested += tested
             row.accepted += stood
-            fresh += [CommittedToken(index, token, at < accepted) for at, token in enumerate(tokens)]
+            fresh.append(RowTokens(index, tokens, min(accepted, len(tokens))))
         self._committed += 1
         return fresh
 
@@ -225,7 +232,7 @@ class Batch:
             del tokens[len(pieces) :]
         row.tokens += tokens
         if row.output_logits:
-            row.logits += result.logits[index, : len(tokens)].clone()
+            row.logits.append(result.logits[index, : len(tokens)].clone())
         if result.lookahead and row.use_draft:
             row.draft_at = len(tokens) - 1, len(row.tokens)
         if stopped:

@@ -11,7 +11,7 @@ from ..models.runner import LanguageModel
 from ..models.text import TextStream
 from ..models.tokenizer import text_tokenizer
 from ..ops.sampling_params import of_rows
-from .batch import Batch, CommittedToken
+from .batch import Batch, CommittedToken, RowTokens
 from .cache import GenerationCache
 from .drafts import Draft, NgramDrafter, as_draft
 from .executors import Executor, as_executor
@@ -153,18 +153,20 @@ class Call:
                 cache.remember(row, *self.batch.snapshot(row))
         return self.loop
 
-    def _tell(self, committed: list[CommittedToken]) -> None:
+    def _tell(self, committed: list[RowTokens]) -> None:
         if self.logprobs is not None:
-            for row in {token.row for token in committed}:
-                self._add_logprobs(row, [token.token for token in committed if token.row == row])
+            for index, tokens, _ in committed:
+                row = self.batch.rows[index]
+                self.token_logprobs[index] += token_logprobs(row.logits[-1], tokens, self.logprobs)
+                if not self.output_logits:
+                    row.logits = []
         if self.on_commit is not None:
-            self.on_commit(committed)
-
-    def _add_logprobs(self, index: int, tokens: list[int]) -> None:
-        row = self.batch.rows[index]
-        self.token_logprobs[index] += token_logprobs(row.logits[-len(tokens) :], tokens, self.logprobs)
-        if not self.output_logits:
-            row.logits = []
+            each = [
+                CommittedToken(row, token, at < drafted)
+                for row, tokens, drafted in committed
+                for at, token in enumerate(tokens)
+            ]
+            self.on_commit(each)
 
     @torch.no_grad()
     def steps(self) -> Iterator[None]:
@@ -200,7 +202,7 @@ class Call:
             sequences=[torch.tensor(text, dtype=torch.int64, device="cpu") for text in texts],
             finish_reasons=reasons,
             stats=self.stats,
-            logits=[torch.stack(row) if row else none for row in logits] if self.output_logits else None,
+            logits=[torch.cat(row) if row else none for row in logits] if self.output_logits else None,
             cache=self.cache,
             texts=None if self.streams is None else ["".join(row.pieces) if row else "" for row in rows],
             logprobs=None if self.logprobs is None else self.token_logprobs,

@@ -16,9 +16,9 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-def token_logprobs(logits: Sequence[torch.Tensor], tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
-    """Those of tokens and of the ``count`` likeliest ones. logits: (V) of each."""
-    logprobs = torch.stack(list(logits)).log_softmax(-1)
+def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """Those of tokens and of the ``count`` likeliest ones. logits: (n, V)."""
+    logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(min(count, logprobs.shape[1]))
     likeliest = (tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True))

@@ -8,7 +8,7 @@ import torch
 from ..models.identity import IdentityKey, backend_of
 from ..models.runner import LanguageModel
 from ..ops.commit_tokens import BatchState, Record
-from .batch import Batch, CommittedToken
+from .batch import Batch, RowTokens
 from .cache import GenerationCache
 from .drafts import Draft
 from .executors import Executor
@@ -38,7 +38,7 @@ class DecodeLoop:
         *,
         coupled: bool = False,
         processor: LogitsProcessor | None = None,
-        on_commit: Callable[[list[CommittedToken]], None] | None = None,
+        on_commit: Callable[[list[RowTokens]], None] | None = None,
         on_prefill: Callable[[int], None] | None = None,
         prompt_length: int = 0,
         max_new_tokens: int = 0,
@@ -169,8 +169,7 @@ class DecodeLoop:
         stats.draft_s += result.draft_s
         stats.verify_s += result.verify_s
         # Rows beside whose tokens none counts are as good as refused ones.
-        grown = {token.row for token in fresh} if result.proposed else ()
-        unmatched = sum([record[index][Record.NUM_DRAFT_TOKENS] == 0 for index in grown])
+        unmatched = sum([record[row][Record.NUM_DRAFT_TOKENS] == 0 for row, *_ in fresh]) if result.proposed else 0
         self._lookahead.observe(result.proposed, stats.tested - tested + unmatched, stats.accepted - accepted, seconds)
         if fresh and self._on_commit is not None:
             self._on_commit(fresh)

@@ -47,14 +47,13 @@ class Sampler:
     ) -> None:
         batch, device = len(state.positions), state.positions.device
         self.backend, self.coupled, self._state = backend, coupled, state
-        self._vocab_size, self._bias_capacity = vocab_size, bias_capacity(params) if every_mix else 0
+        self._vocab_size, biased = vocab_size, bias_capacity(params) if every_mix else 0
         params = params or ()
         self.draws = every_mix or not all(its.greedy for its in params)
         self._params: list[SamplingParams | None] = [*params, *[SamplingParams()] * (batch - len(params))]
         self.tensors = SamplingTensors.from_params(
-            self._params, vocab_size, device, penalties=every_mix, bias_capacity=self._bias_capacity
+            self._params, vocab_size, device, penalties=every_mix, bias_capacity=biased
         )
-        self._bias_capacity = self.tensors.bias_capacity
         self.rng_keys = torch.zeros(batch, 2, dtype=torch.int64, device=device)
         self.prompt_mask = self.output_counts = None
         if self.tensors.has_penalties:
@@ -70,11 +69,8 @@ class Sampler:
     def admit(self, row: int, prompt: Sequence[int], params: SamplingParams, rng_key: Sequence[int]) -> None:
         """A row's tokens are from now on chosen by these parameters, with numbers of this seed and stream."""
         if params != self._params[row]:
-            its = SamplingTensors.from_params(
-                [params], self._vocab_size, penalties=self.tensors.has_penalties, bias_capacity=self._bias_capacity
-            )
             self._params[row] = None  # unknown, should this break off
-            self.tensors.rows_of(slice(row, row + 1)).copy_(its)
+            self.tensors.set_row(row, params, self._vocab_size)
             self._params[row] = params
         self.rng_keys[row] = torch.tensor(rng_key, dtype=torch.int64, device=self.rng_keys.device)
         if self.prompt_mask is not None:

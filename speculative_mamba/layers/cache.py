@@ -51,9 +51,14 @@ class ConvCache:
     def tensors(self) -> list[torch.Tensor]:
         return [self.window]
 
+    def initial(self) -> list[torch.Tensor]:
+        """Views (B, …) of what is zero where a row's slot 0 is that of an empty text."""
+        return [self.window[:, : self.window.shape[1] - self.slots + 1]]
+
     def reset(self) -> None:
         """Makes slot 0 of every row that of an empty text."""
-        self.window[:, : self.window.shape[1] - self.slots + 1] = 0
+        for view in self.initial():
+            view.zero_()
 
     def row(self, index: int) -> "ConvCache":
         """A view of one row."""
@@ -107,12 +112,15 @@ class MambaCache:
     def tensors(self) -> list[torch.Tensor]:
         return [self.states, self.window, *([] if self.inputs is None else vars(self.inputs).values())]
 
+    def initial(self) -> list[torch.Tensor]:
+        """Views (B, …) of what is zero where a row's slot 0 is the zero state."""
+        replayed = [] if self.inputs is None else [self.inputs.dt[:, 0]]
+        return [self.states[:, 0], *self.conv.initial(), *replayed]
+
     def reset(self) -> None:
         """Makes slot 0 of every row the zero state."""
-        self.states[:, 0] = 0
-        self.conv.reset()
-        if self.inputs is not None:
-            self.inputs.dt[:, 0] = 0
+        for view in self.initial():
+            view.zero_()
 
     def row(self, index: int) -> "MambaCache":
         """A view of one row."""
@@ -192,12 +200,15 @@ class AttentionCache:
     def tensors(self) -> list[torch.Tensor]:
         return [self.keys, self.values, self.lengths, *([] if self.window is None else [self.window])]
 
+    def initial(self) -> list[torch.Tensor]:
+        """Views (B, …) of what is zero where a row's slot 0 is that of an empty text."""
+        return [self.lengths, *([] if self.conv is None else self.conv.initial())]
+
     def reset(self) -> None:
         """Makes slot 0 of every row that of an empty text."""
-        self.lengths.zero_()
+        for view in self.initial():
+            view.zero_()
         self.at_most = 0
-        if self.conv is not None:
-            self.conv.reset()
 
     def may_overflow(self, tokens: int) -> bool:
         """Counts so many more tokens; whether ``at_most``, exact then, exceeds the capacity."""

@@ -45,9 +45,13 @@ class Detokenizer:
             if is_text and run >= MAX_RUN and self._context:
                 self._set_context(self._context)
                 return self._take_text(keep=0)
-        elif not (self._before + self.pending).endswith(UNFINISHED):
-            self._set_context(tokens if self._decode(tokens) else self._context + self._run + tokens)
-            return self._take_text(keep=0)
+        elif not (self.pending or self._before).endswith(UNFINISHED):
+            if text := self._decode(tokens):
+                self._context, self._run, self._before = tokens, [], text
+            else:
+                self._set_context(self._context + self._run + tokens)
+            final, self._tokens, self.pending = self.pending, [], ""
+            return final
         elif len(tokens) > 1:
             # Where the last token adds what it is on its own, it does not complete what was unfinished before it.
             unfinished = self._before.endswith(UNFINISHED)

@@ -290,7 +290,11 @@ class MambaLM:
             return
         ids = _as_ids(tokens)
         for chunk in token_ids(ids, self.embedding.shape[0]).to(self.device).split(self._prefill_chunk()):
-            self._blocks(self._embed(chunk[None]), 1, one_row, window)
+            self.read_part(chunk[None], one_row, window)
+
+    def read_part(self, tokens: torch.Tensor, cache: list[LayerCache], window: Window) -> None:
+        """Tokens (B, T) int64 that change the cache of B rows and make no logits. Calls ops alone."""
+        self._blocks(self._embed(tokens), len(tokens), cache, window)
 
     def _prefill_chunk(self) -> int:
         by_tiles = self.backend == "cpu" and self.embedding.dtype == torch.bfloat16 and has_tiles()

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from ..layers.cache import AttentionCache
+from .beginnings import Beginnings
 from .language_model import MambaLM, ModelCache
 
 # One layer's recurrent state after some token, and the convolution's inputs before the next (see ``MambaCache``).
@@ -53,8 +54,12 @@ class ModelRunner:
         if isinstance(self.layers, ModelCache):
             self.layers.watches_model = False
             self.layers = list(self.layers) if captured else self.layers
+        self._initial = [view for layer in self.layers for view in layer.initial()]
         self._growing = [layer for layer in self.layers if isinstance(layer, AttentionCache)]
         self._used: set[int] = set()  # rows that had a text
+        self._empty: set[int] = set()  # rows whose text has not begun
+        records = isinstance(model, MambaLM) and self._initial and not self._growing and Beginnings.pay_for(model)
+        self._beginnings = Beginnings(model, slots) if records else None
 
     def prefill(self, row: int, tokens: Sequence[int], state: RowState | None = None) -> None:
         """Brings slot 0 of a row to the state after ``tokens``, of which ``state`` has read some."""
@@ -62,19 +67,27 @@ class ModelRunner:
         self.read(row, tokens[0 if state is None else len(state.tokens) :])
 
     def reset(self, row: int, state: RowState | None = None) -> None:
-        """Puts ``state`` into slot 0 of a row; None: that of an empty text."""
-        used = row in self._used
+        """Puts ``state`` into slot 0 of a row; None: that of an empty text, once ``read`` is called."""
+        if state is None:
+            self._empty.add(row)
+            return
+        self._empty.discard(row)
         self._used.add(row)  # also if this breaks off
-        if state is not None:
-            for layer, saved in zip(self.layers, state.layers, strict=True):
-                layer.restore(row, saved)
-        elif used:
-            for layer in self.layers:
-                layer.row(row).reset()
+        for layer, saved in zip(self.layers, state.layers, strict=True):
+            layer.restore(row, saved)
 
     def read(self, row: int, tokens: Sequence[int]) -> None:
-        """Reads more tokens behind the state in slot 0 of a row."""
-        self.model.prefill(tokens, self.layers, row)
+        """Reads more tokens, or none, behind the state in slot 0 of a row."""
+        if row in self._empty:
+            initial = [view[row] for view in self._initial]
+            if self._beginnings is not None and self._beginnings.read(tokens, initial):
+                tokens = ()
+            elif initial and row in self._used:
+                torch._foreach_zero_(initial)
+            self._used.add(row)  # also if what follows breaks off
+            self._empty.discard(row)
+        if tokens:
+            self.model.prefill(tokens, self.layers, row)
 
     def snapshot(self, row: int, slot: int, tokens: list[int]) -> RowState:
         """A copy of the state in a row's slot, which is that after ``tokens``."""

@@ -38,6 +38,7 @@ class TextStream:
         added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
         self._hidden = {token: entry.content for token, entry in added.items() if entry.special}
         self._stop_strings = tuple(stop_strings)
+        self._stop_starts = {stop[0] for stop in stop_strings}  # characters
         self._detokenizer = Detokenizer(tokenizer, [token for token in prompt[-CONTEXT:] if token not in self._hidden])
         self._held: _Segments = []  # final text that may be the start of a stop string
         self._marks: list[tuple[int, str]] = []  # hidden tokens within the pending text
@@ -52,6 +53,8 @@ class TextStream:
         else:
             final = self._detokenizer.push(token)
         pending = self._detokenizer.pending
+        if not (self._held or self._marks) and self._stop_starts.isdisjoint(final + pending):
+            return final
         if final or not pending:
             self._held += _interleaved(final, self._marks)
             self._marks = []

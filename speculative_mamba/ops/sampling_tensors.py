@@ -10,6 +10,7 @@ from .sampling_params import SamplingParams
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _BIAS = ("bias_ids", "bias_values")
 _MAX_TOP_K = 2**31 - 1
+_LEAST_TOP_P, _MOST_MIN_P = 2.0**-126, 1 - 2.0**-24  # what is beyond them would round to 0 and 1
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class SamplingTensors:
     | bias_ids | (B, N) | int32, None | token ids, each at most once a row; behind the last -1 |
     | bias_values | (B, N) | float32, None | added to the logits of ``bias_ids`` |
 
-    All are contiguous. Values are data: a recorded or captured call sees what ``copy_`` has put there, greedy and
+    All are contiguous. Values are data: a recorded or captured call sees what ``set_row`` has put there, greedy and
     sampled rows alike. Which fields are None, and N, are not.
 
     Raises:
@@ -63,28 +64,40 @@ class SamplingTensors:
             ValueError: a bias is for a token outside the vocabulary; it names the row.
         """
         for row, its in enumerate(params):
-            for token, _ in its.logit_bias:
-                if token >= vocabulary:
-                    raise ValueError(
-                        f"logit_bias of row {row} is for token {token}, outside the vocabulary of {vocabulary} tokens"
-                    )
+            _check_bias(its, vocabulary, row)
 
-        def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        def column(values: list[object], dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device="cpu").to(device)
 
-        made = {
-            "temperature": column([0.0 if its.greedy else its.temperature for its in params]),
-            "top_k": column([min(its.top_k, _MAX_TOP_K) for its in params], torch.int32),
-            "top_p": column([its.top_p for its in params]),
-            "min_p": column([its.min_p for its in params]),
-        }
-        if penalties or any(its.penalised for its in params):
-            made |= {name: column([getattr(its, name) for its in params]) for name in _PENALTIES}
+        penalties = penalties or any(its.penalised for its in params)
+        rows = [_values(its, penalties) for its in params]
+        names = _values(SamplingParams(), penalties)
+        made = {name: column([values[name] for values in rows], _dtype(name)) for name in names}
         if width := max([bias_capacity, *(len(its.logit_bias) for its in params)]):
             padded = [[*its.logit_bias, *[(-1, 0.0)] * (width - len(its.logit_bias))] for its in params]
             made["bias_ids"] = column([[token for token, _ in pairs] for pairs in padded], torch.int32)
             made["bias_values"] = column([[value for _, value in pairs] for pairs in padded])
         return cls(**made)
+
+    def set_row(self, row: int, params: SamplingParams, vocabulary: int) -> None:
+        """Other parameters for one row, in place.
+
+        Raises:
+            ValueError: a bias is for a token outside the vocabulary, or there are no tensors for its penalties, or none
+                that are wide enough for its biases. Nothing was written.
+        """
+        _check_bias(params, vocabulary, row)
+        biased = len(params.logit_bias)
+        if (params.penalised and not self.has_penalties) or biased > self.bias_capacity:
+            raise ValueError(f"there is no memory for the penalties of row {row}, or for its {biased} biases")
+        for name, value in _values(params, self.has_penalties).items():
+            getattr(self, name)[row] = value
+        if self.bias_ids is not None:
+            self.bias_ids[row], self.bias_values[row] = -1, 0
+        if biased:
+            ids, values = zip(*params.logit_bias, strict=True)
+            self.bias_ids[row, :biased] = self.bias_ids.new_tensor(ids)
+            self.bias_values[row, :biased] = self.bias_values.new_tensor(values)
 
     def __post_init__(self) -> None:
         rows, device = self.temperature.shape, self.temperature.device
@@ -93,7 +106,7 @@ class SamplingTensors:
             if (getattr(self, name) is None) != (getattr(self, group[0]) is None):
                 raise ValueError(f"sampling.{' and sampling.'.join(group)} must be given together, or none of them")
         for name, tensor in self.tensors().items():
-            dtype = torch.int32 if name in ("top_k", "bias_ids") else torch.float32
+            dtype = _dtype(name)
             shape = (*rows, self.bias_capacity) if name in _BIAS else rows
             if len(rows) != 1 or tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
                 wanted = "(B, N)" if name in _BIAS else "(B)"
@@ -151,14 +164,25 @@ class SamplingTensors:
         """Those of some rows, as views."""
         return SamplingTensors(**{name: value[rows] for name, value in self.tensors().items()})
 
-    def copy_(self, other: "SamplingTensors") -> None:
-        """Takes over the values of ``other``, in place.
 
-        Raises:
-            ValueError: it has other rows, another N, or other fields that are None.
-        """
-        mine, its = self.tensors(), other.tensors()
-        if {name: value.shape for name, value in mine.items()} != {name: value.shape for name, value in its.items()}:
-            raise ValueError("sampling parameters of other rows, or with other fields, cannot be copied here")
-        for name, value in its.items():
-            mine[name].copy_(value)
+def _dtype(name: str) -> torch.dtype:
+    return torch.int32 if name in ("top_k", "bias_ids") else torch.float32
+
+
+def _values(params: SamplingParams, penalties: bool) -> dict[str, float]:
+    """What a row has of each parameter but for biases."""
+    values = {
+        "temperature": 0.0 if params.greedy else params.temperature,
+        "top_k": min(params.top_k, _MAX_TOP_K),
+        "top_p": max(params.top_p, _LEAST_TOP_P),
+        "min_p": min(params.min_p, _MOST_MIN_P),
+    }
+    return values | {name: getattr(params, name) for name in _PENALTIES if penalties}
+
+
+def _check_bias(params: SamplingParams, vocabulary: int, row: int) -> None:
+    for token, _ in params.logit_bias:
+        if token >= vocabulary:
+            raise ValueError(
+                f"logit_bias of row {row} is for token {token}, outside the vocabulary of {vocabulary} tokens"
+            )

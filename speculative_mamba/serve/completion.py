@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -100,17 +101,15 @@ class Completion:
         Raises:
             Exception: the request's own error, behind the tokens that came before it.
         """
-        more, seen = threading.Event(), 0
-        with self._job.telling(more.set):
+        told, seen = queue.SimpleQueue(), 0
+        with self._job.telling(lambda: told.put(None)):
             while True:
-                more.clear()
                 ended, fresh = self._job.ended.is_set(), self._job.outputs[seen:]
                 yield from fresh
                 seen += len(fresh)
                 if ended:
                     break
-                if not fresh:
-                    more.wait()
+                told.get()
         self._raise()
 
     async def __aiter__(self) -> AsyncIterator[TokenOutput]:

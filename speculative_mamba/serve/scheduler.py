@@ -7,7 +7,7 @@ from collections import Counter, deque
 
 import torch
 
-from ..decode import Batch, CommittedToken, DecodeLoop
+from ..decode import Batch, DecodeLoop, RowTokens
 from ..decode.drafts import Draft, Drafter, as_draft
 from ..decode.executors import Executor
 from ..decode.logprobs import token_logprobs
@@ -16,8 +16,8 @@ from ..models.runner import LanguageModel
 from .completion import Job, TokenOutput
 from .prefix_cache import PrefixCache
 
-PREFILL_CHUNK = 256  # tokens of a prompt that are read at a time
-PREFILL_ROUNDS = 2  # or as many tokens, between two rounds, as so many rounds verify, if those are more
+PREFILL_TOKENS = 256  # of prompts that are read between two rounds, one prompt's at a time
+PREFILL_ROUNDS = 2  # or as many as so many rounds verify, if those are more
 RECENT = 10.0  # seconds
 # What may go wrong in a round, and with the next ones right again: no memory, bad values, a file that was changed.
 _FAILURES = (RuntimeError, ValueError, MemoryError, OSError)
@@ -51,6 +51,7 @@ class Scheduler:
         self._lookahead = FixedLookahead(0 if draft is None else lookahead)
         self._coupled, self._rows, self._max_length = coupled, rows, max_length
         self._max_queue_size, self._prefix_cache = max_queue_size, prefix_cache
+        self._prefill_tokens = max(PREFILL_TOKENS, PREFILL_ROUNDS * rows * (self._lookahead.all[0] + 1))
         self._changed = threading.Condition()  # of what follows
         self._waiting: dict[Job, None] = {}
         self._running: dict[int, Job] = {}
@@ -167,31 +168,31 @@ class Scheduler:
             self._loop.admit(
                 index, request.prompt, request.sampling, request.max_new_tokens, rng_key=request.rng_key,
                 states=states, stop_token_ids=request.stop_token_ids, stream=job.stream, use_draft=request.use_draft,
-                output_logits=request.logprobs is not None, chunk=PREFILL_CHUNK,
+                output_logits=request.logprobs is not None, chunk=self._prefill_tokens,
             )  # fmt: skip
 
     def _read(self) -> None:
         """Goes on with prompts; those that are read are kept."""
-        for index in self._loop.read(max(PREFILL_CHUNK, PREFILL_ROUNDS * self._rows * (self._lookahead.all[0] + 1))):
+        for index in self._loop.read(self._prefill_tokens):
             if self._prefix_cache is not None:
                 self._prefix_cache.store(*self._loop.batch.snapshot(index))
 
-    def _commit(self, committed: list[CommittedToken]) -> None:
-        """Hands out what a round gave."""
-        by_row: dict[int, list[CommittedToken]] = {}
-        for token in committed:
-            by_row.setdefault(token.row, []).append(token)
-        for index, tokens in by_row.items():
+    def _commit(self, committed: list[RowTokens]) -> None:
+        """Hands out what a round gave: all at once, because whoever waits takes turns with this thread from then on."""
+        extended = []
+        for index, tokens, drafted in committed:
             row, job = self._loop.batch.rows[index], self._running[index]
-            pieces = row.pieces or [""] * len(tokens)
-            outputs = [TokenOutput(token, piece, came) for (_, token, came), piece in zip(tokens, pieces, strict=True)]
+            texts = enumerate(zip(tokens, row.pieces or [""] * len(tokens), strict=True))
+            outputs = [TokenOutput(token, piece, at < drafted) for at, (token, piece) in texts]
             if row.output_logits:
-                known = token_logprobs(row.logits, [token.token for token in tokens], job.request.logprobs)
+                known = token_logprobs(row.logits[-1], tokens, job.request.logprobs)
                 outputs = [TokenOutput(*output[:3], *its) for output, its in zip(outputs, known, strict=True)]
             row.pieces, row.logits = [], []
-            job.extend(outputs, row.tested, row.accepted)
+            extended.append((job, outputs, row.tested, row.accepted))
+        for job, *gained in extended:
+            job.extend(*gained)
         with self._changed:
-            self._recent.append((time.monotonic(), len(committed)))
+            self._recent.append((time.monotonic(), sum(len(tokens) for _, tokens, _ in committed)))
             self._forget()
 
     def _forget(self) -> None:

@@ -100,7 +100,7 @@ def check(target, done, requests, **options):
             assert request.retired_after <= new
             text, logits = text[: len(row.tokens)], logits[:new]
         assert row.tokens == text
-        assert_bitwise_equal(torch.stack(row.logits), logits, f"logits of {request}")
+        assert_bitwise_equal(torch.cat(row.logits), logits, f"logits of {request}")
 
 
 def requests_of(prompt, seed, count=7, sampled=True):

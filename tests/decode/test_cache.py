@@ -12,6 +12,7 @@ import torch
 
 import speculative_mamba as sm
 from speculative_mamba.decode.executors import EagerExecutor
+from speculative_mamba.models.runner import ModelRunner
 from speculative_mamba.testing.models import ARCHITECTURES, TableModel, random_model, tiny_config
 from speculative_mamba.testing.recording import RecordingExecutor
 from speculative_mamba.testing.scripted import ScriptedDraft, agree_at_rate
@@ -233,13 +234,13 @@ def test_a_cached_text_is_not_read_again(pair, prompt, monkeypatch):
     models = pair()
     cache, options = sm.GenerationCache(), {"draft": models.drafts["near"], "stop_token_ids": ()}
     sm.generate(models.target, [prompt(900)], max_new_tokens=4, cache=cache, **options)
-    whole, read = sm.MambaLM.prefill, []
+    whole, read = ModelRunner.read, []
 
-    def watch(self, tokens, cache, row):
+    def watch(self, row, tokens):
         read.append(len(tokens))
-        return whole(self, tokens, cache, row)
+        return whole(self, row, tokens)
 
-    monkeypatch.setattr(sm.MambaLM, "prefill", watch)
+    monkeypatch.setattr(ModelRunner, "read", watch)
     sm.generate(models.target, cache.sequences, max_new_tokens=4, cache=cache, **options)
     assert len(read) == 2 and sum(read) < 10
 

@@ -7,6 +7,7 @@ import speculative_mamba as sm
 from speculative_mamba.decode import round
 from speculative_mamba.layers import mamba1
 from speculative_mamba.layers.block import Block
+from speculative_mamba.models.runner import ModelRunner
 from speculative_mamba.ops.recording import Recording
 from speculative_mamba.testing.models import random_model, tiny_config
 from speculative_mamba.testing.tolerance import assert_bitwise_equal
@@ -155,7 +156,7 @@ def test_a_model_that_is_interrupted(pair, draft, break_off, unrecorded, monkeyp
     second = model.blocks[1]
     owner, name, is_hit = {
         "verify": (sm.MambaLM, "verify", lambda first: first is model),
-        "prefill": (sm.MambaLM, "prefill", lambda first: first is model),
+        "prefill": (ModelRunner, "read", lambda runner: runner.model is model),
         "second block": (Block, "__call__", lambda first: first is second),
         "scan": (mamba1, "selective_scan_verify", lambda x: x.shape[-1] == len(second.mixers[0].A)),
     }[place]

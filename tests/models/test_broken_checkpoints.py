@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 
 import pytest
 import torch
@@ -222,7 +223,7 @@ def test_damaged_weights(checkpoint, layout, damage):
         "half": content[: len(content) // 2],
         "empty": b"",
         "start": b"\xff" * 64 + content[64:],
-        "noise": os.urandom(5000),
+        "noise": random.Random(1).randbytes(5000),
     }
     file.write_bytes(changed[damage])
     refuse(folder, file.name, "truncated")

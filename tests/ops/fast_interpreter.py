@@ -41,6 +41,8 @@ def _replacements() -> list[tuple[object, str, Any]]:
     of_block, unwrap = core.block_type.__init__, core._unwrap_if_constexpr
     constant, check = TritonSemantic.scalar_constant, TritonSemantic.binary_op_type_checking_impl
     convert, common, whole = TritonSemantic.cast, functools.cache(np.broadcast_shapes), (tl.int32, tl.int64)
+    convert_bits, of_two = interpreter._convert_float, interpreter.InterpreterBuilder.binary_op
+    Handle = interpreter.TensorHandle
     blocks: dict[tuple, dict] = {}
     interned: dict[tuple, core.block_type] = {}
     constants: dict[tuple, core.tensor] = {}
@@ -62,6 +64,11 @@ def _replacements() -> list[tuple[object, str, Any]]:
 
     def with_element_ty(self: core.block_type, element: core.dtype) -> core.block_type:
         return block(element, self.dims)
+
+    def init_handle(self: Handle, data: np.ndarray, dtype: core.dtype, attr: dict | None = None) -> None:
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+        if dtype.__class__ is not core.dtype or 8 * data.itemsize > dtype.primitive_bitwidth:
+            self.__post_init__()  # whether it fits
 
     def init_tensor(self: core.tensor, handle: object, type: core.dtype) -> None:
         self.handle, self.type = handle, type
@@ -92,14 +99,20 @@ def _replacements() -> list[tuple[object, str, Any]]:
         handle = tensor.handle
         data = np.empty(dims, handle.data.dtype)
         data[...] = handle.data
-        return core.tensor(interpreter.TensorHandle(data, handle.dtype.scalar), block(tensor.dtype, dims))
+        return core.tensor(Handle(data, handle.dtype.scalar), block(tensor.dtype, dims))
 
-    def broadcast(self: TritonSemantic, lhs: core.tensor, rhs: core.tensor) -> tuple[core.tensor, core.tensor]:
+    def named_wide(tensor: core.tensor, dims: tuple[int, ...]) -> core.tensor:
+        """For an operation of NumPy on two operands, which broadcasts them itself."""
+        return core.tensor(tensor.handle, block(tensor.dtype, dims))
+
+    def broadcast(
+        self: TritonSemantic, lhs: core.tensor, rhs: core.tensor, widen: Callable = widened
+    ) -> tuple[core.tensor, core.tensor]:
         left, right = dims_of(lhs), dims_of(rhs)
         if left == right:
             return lhs, rhs
         dims = common(left, right)
-        return lhs if left == dims else widened(lhs, dims), rhs if right == dims else widened(rhs, dims)
+        return lhs if left == dims else widen(lhs, dims), rhs if right == dims else widen(rhs, dims)
 
     def number(value: Any, dtype: core.dtype) -> bool:
         """Whether the value takes the dtype of a tensor beside it, as it is."""
@@ -116,17 +129,43 @@ def _replacements() -> list[tuple[object, str, Any]]:
             if rhs.__class__ is core.tensor:
                 if dtype.__class__ is core.pointer_type:
                     if lhs_ptr and rhs.dtype in whole:
-                        return broadcast(self, lhs, rhs)
+                        return broadcast(self, lhs, rhs, named_wide)
                 elif dtype is rhs.dtype and not div_or_mod:
-                    return broadcast(self, lhs, rhs)
+                    return broadcast(self, lhs, rhs, named_wide)
             elif number(rhs, dtype):
-                return broadcast(self, lhs, scalar_constant(self, rhs, dtype))
+                return broadcast(self, lhs, scalar_constant(self, rhs, dtype), named_wide)
         elif arithmetic_check and rhs.__class__ is core.tensor and number(lhs, rhs.dtype):
-            return broadcast(self, scalar_constant(self, lhs, rhs.dtype), rhs)
+            return broadcast(self, scalar_constant(self, lhs, rhs.dtype), rhs, named_wide)
         return check(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic_check, div_or_mod)
 
     def cast(self: TritonSemantic, tensor: core.tensor, dtype: core.dtype, rounding: str | None = None) -> core.tensor:
         return tensor if tensor.dtype is dtype else convert(self, tensor, dtype, rounding)
+
+    def convert_float(data: np.ndarray, source: core.dtype, target: core.dtype, rounding: object) -> np.ndarray:
+        if source.name == "bf16" and target.name == "fp32" and not ((data & 0x7FFF) - 1 < 0x7F).any():  # subnormal
+            return data.astype(np.uint32) << 16
+        return convert_bits(data, source, target, rounding)
+
+    def binary_op(self: interpreter.InterpreterBuilder, lhs: Handle, rhs: Handle, op: Callable) -> Handle:
+        data = lhs.data
+        output = op(data, rhs.data)
+        return Handle(output, lhs.dtype.scalar) if output.dtype is data.dtype else of_two(self, lhs, rhs, op)
+
+    def arithmetic(name: str, operation: np.ufunc) -> tuple[object, str, Callable]:
+        """Of two numbers of one dtype."""
+        member = getattr(TritonSemantic, name)
+
+        def call(self: TritonSemantic, lhs: Any, rhs: Any, sanitize_overflow: bool) -> core.tensor:
+            if lhs.__class__ is core.tensor and rhs.__class__ is core.tensor:
+                dtype = lhs.dtype
+                if dtype is rhs.dtype and (dtype is tl.float32 or dtype in whole):
+                    left, right = dims_of(lhs), dims_of(rhs)
+                    dims = left if left == right else common(left, right)
+                    kind = lhs.type if dims == left else block(dtype, dims)
+                    return core.tensor(Handle(operation(lhs.handle.data, rhs.handle.data), dtype), kind)
+            return member(self, lhs, rhs, sanitize_overflow)
+
+        return TritonSemantic, name, call
 
     def interpreted(member: Callable) -> Callable:
         function = getattr(member, "__wrapped__", member)  # without the check that it is in a kernel
@@ -153,6 +192,7 @@ def _replacements() -> list[tuple[object, str, Any]]:
         (interpreter, "_get_np_dtype", _by_name(interpreter._get_np_dtype)),
         (core.block_type, "__init__", init_block),
         (core.block_type, "with_element_ty", with_element_ty),
+        (Handle, "__init__", init_handle),
         (core.tensor, "__init__", init_tensor),
         (core, "_unwrap_if_constexpr", unwrap_if_constexpr),
         (core.dtype, "__eq__", equal),
@@ -161,5 +201,8 @@ def _replacements() -> list[tuple[object, str, Any]]:
         (TritonSemantic, "broadcast_impl_value", broadcast),
         (TritonSemantic, "binary_op_type_checking_impl", checked),
         (TritonSemantic, "cast", cast),
+        (interpreter, "_convert_float", convert_float),
+        (interpreter.InterpreterBuilder, "binary_op", binary_op),
+        *map(arithmetic, ("add", "sub", "mul"), (np.add, np.subtract, np.multiply)),
         (interpreter, "_patch_builtin", patch_builtin),
     ]

@@ -35,19 +35,20 @@ def _widened(operand: object) -> np.ndarray:
 
 
 def _patch_once(interpreter: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call of a device function makes the language's functions interpreted ones again; once per launch will do."""
-    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+    """Every launch, and every call of a device function, makes the language's functions interpreted ones; once per test
+    will do."""
+    patch, patched = interpreter._patch_lang, set()
+
+    class UntilTheTestEnds(interpreter._LangPatchScope):
+        def set_attr(self, owner: object, name: str, value: object) -> None:
+            monkeypatch.setattr(owner, name, value, raising=False)
 
     def patch_lang(fn: object) -> object:
         standard = fn.__module__.startswith("triton.")  # which calls those of another module
-        if standard in patched:
-            return interpreter._LangPatchScope()
-        patched.add(standard)
-        return patch(fn)
+        if standard not in patched:
+            patched.add(standard)
+            patch(fn)
+        return interpreter._LangPatchScope()
 
-    def call(self: object, *args: object, **kwargs: object) -> None:
-        patched.clear()
-        launch(self, *args, **kwargs)
-
+    monkeypatch.setattr(interpreter, "_LangPatchScope", UntilTheTestEnds)
     monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)

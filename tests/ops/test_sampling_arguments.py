@@ -129,19 +129,26 @@ def test_tensors_that_make_no_sense(name: str, value: torch.Tensor | None) -> No
 
 
 def test_tensors_of_parameters() -> None:
-    """A tiny temperature and top-k 1 are greedy; what no row has is left out, unless it is asked for."""
+    """A tiny temperature and top-k 1 are greedy, what rounds to a bound stays within it; what no row has is left out,
+    unless it is asked for."""
     rows = [SamplingParams(temperature=1e-6), SamplingParams(temperature=2.0, top_k=2**40), SamplingParams(1.0, 1)]
     made = SamplingTensors.from_params(rows, 9)
     assert made.temperature.tolist() == [0, 2, 0] and made.top_k.tolist() == [0, 2**31 - 1, 1]
     assert made.repetition_penalty is None and made.bias_ids is None
+    bounds = SamplingTensors.from_params([SamplingParams(1.0, top_p=1e-300, min_p=1 - 1e-16)], 9)
+    assert 0 < bounds.top_p.item() < 1e-30 and 0.99999 < bounds.min_p.item() < 1
     roomy = SamplingTensors.from_params(rows, 9, penalties=True, bias_capacity=2)
     assert roomy.repetition_penalty.tolist() == [1] * 3 and roomy.bias_ids.tolist() == [[-1, -1]] * 3
-    roomy.copy_(
-        SamplingTensors.from_params([SamplingParams(logit_bias={8: -1})] * 3, 9, penalties=True, bias_capacity=2)
-    )
-    assert roomy.bias_ids.tolist() == [[8, -1]] * 3 and roomy.temperature.tolist() == [0] * 3
-    with pytest.raises(ValueError, match="other fields"):
-        roomy.copy_(made)
+    roomy.set_row(1, SamplingParams(presence_penalty=-1, logit_bias={8: -1}), 9)
+    assert roomy.bias_ids.tolist() == [[-1, -1], [8, -1], [-1, -1]] and roomy.bias_values[1].tolist() == [-1, 0]
+    assert roomy.temperature.tolist() == [0, 0, 0] and roomy.presence_penalty.tolist() == [0, -1, 0]
+    for tensors_of, its, message in (
+        (made, SamplingParams(presence_penalty=1), "no memory"), (made, SamplingParams(logit_bias={1: 1}), "no memory"),
+        (roomy, SamplingParams(logit_bias={1: 1, 2: 1, 3: 1}), "3 biases"),
+        (roomy, SamplingParams(logit_bias={9: 1}), "outside the vocabulary"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            tensors_of.set_row(0, its, 9)
     with pytest.raises(ValueError, match=r"^logit_bias of row 1 is for token 9, outside the vocabulary of 9 tokens$"):
         SamplingTensors.from_params([NATURAL, SamplingParams(logit_bias={9: 1.0})], 9)
 

@@ -79,12 +79,13 @@ def test_neutral_penalties_and_an_empty_bias_change_nothing(backend: str) -> Non
     assert_bitwise_equal(probs, expected[1], "probs")
 
 
-def test_values_that_are_copied_in_are_those_that_count(backend: str) -> None:
+def test_values_that_are_set_are_those_that_count(backend: str) -> None:
     """What a captured call relies on: greedy rows become sampled ones, with the same tensors."""
     batch = mixed(77)
     expected = sample(params=MIX[::-1], backend=backend, **batch)
     sampling, probs = tensors(MIX, len(MIX), 77), torch.empty(len(MIX), 77)
-    sampling.copy_(tensors(MIX[::-1], len(MIX), 77))
+    for row, params in enumerate(MIX[::-1]):
+        sampling.set_row(row, params, 77)
     tokens = sample_tokens(
         batch["logits"], sampling, rng_keys_of(len(MIX)), torch.arange(len(MIX)) + 3, probs=probs,
         **text_of(batch["seen"], batch["counts"]), draft_tokens=batch["draft_tokens"], backend=backend,

@@ -26,12 +26,24 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert_bitwise_equal(actual[name], expected[name], f"{name} {where}")
 
 
+def parts(op: Op, results: dict[str, torch.Tensor], after: Arguments, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Results, and what each slot holds after the call: in float32, whose unit in the last place is the smaller one, or
+    float64. Entries beyond a length are NaN."""
+    slots = {
+        f"{name} of slot {t}": torch.nan_to_num(part.to(dtype))
+        for t in range(op.num_tokens(after) if op.written else 0)
+        for name, part in op.slot(after, t).items()
+    }
+    return results | slots
+
+
 @functools.lru_cache(maxsize=8)  # the kernels of a row follow each other
-def specified(row: Row, seed: int) -> tuple:
-    """Arguments; the specification's results in float32 and in float64, and the arguments after each."""
-    arguments = row.make(seed)
-    single = row.op.copy(arguments)
-    return arguments, row.op.results(single, "reference"), single, *row.op.exact(row.op.copy(arguments))
+def specified(row: Row, seed: int) -> tuple[Arguments, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Arguments, and the specification's ``parts`` in float32 and in float64."""
+    op, arguments = row.op, row.make(seed)
+    single = op.copy(arguments)
+    wanted = parts(op, op.results(single, "reference"), single, torch.float32)
+    return arguments, wanted, parts(op, *op.exact(op.copy(arguments)), torch.float64)
 
 
 @of_all
@@ -40,23 +52,15 @@ def test_error_is_within_twice_that_of_pytorch(row: Row, kernels: str) -> None:
 
     Catches: a term left out, a lane or a feature too many, a wrong group, the scale of another row of the weight.
     """
-    op, found = row.op, defaultdict(lambda: ([], [], []))
-    for seed in range(8 if kernels == "cpu" else 1):  # where a draw costs little
-        arguments, wanted, single, exact, exactly = specified(row, seed)
-        actual = op.copy(arguments)
-        results = op.results(actual, kernels)
-        draws = {name: (results[name], wanted[name], exact[name]) for name in exact}
-        for t in range(op.num_tokens(arguments) if op.written else 0):
-            slots = [op.slot(each, t) for each in (actual, single, exactly)]
-            for name in slots[0]:
-                # As float32, whose unit in the last place is the smaller one; entries beyond a length are NaN.
-                parts = [torch.nan_to_num(slot[name].float()) for slot in slots[:2]]
-                draws[f"{name} of slot {t}"] = *parts, torch.nan_to_num(slots[2][name]).double()
-        for name, parts in draws.items():
-            for every, part in zip(found[name], parts, strict=True):
-                every.append(part)
+    op, found = row.op, defaultdict(list)
+    for seed in range(4 if kernels == "cpu" else 1):  # where a draw costs little
+        arguments, wanted, exact = specified(row, seed)
+        after = op.copy(arguments)
+        actual = parts(op, op.results(after, kernels), after, torch.float32)
+        for name in exact:
+            found[name].append((actual[name], wanted[name], exact[name]))
     for name, draws in found.items():
-        assert_accurate(*map(torch.stack, draws), what=name)
+        assert_accurate(*map(torch.stack, zip(*draws, strict=True)), what=name)
 
 
 @of_windows

@@ -260,6 +260,14 @@ def test_a_broken_row_takes_no_other_along() -> None:
     assert engine.stats().requests == {"error": 3, "length": 3}
 
 
+@pytest.mark.parametrize("extreme", [{"top_p": 1e-300}, {"min_p": 1 - 1e-16}])
+def test_parameters_that_round_to_a_bound_break_no_round(extreme: dict) -> None:
+    """Catches: in float32 they were 0 and 1, where no token could be drawn, and the round failed for all."""
+    with sm.Engine(ring()) as engine:
+        completion = engine.submit(sm.Request([1], 3, sm.SamplingParams(temperature=1.0, **extreme)))
+        assert completion.result(WAIT).tokens == [2, 3, 4]
+
+
 class FailsOnce(Gate):
     """Raises in its first round."""
 
@@ -365,7 +373,7 @@ def test_engines_that_cannot_be(options, message) -> None:
 
 def test_prompts_are_read_between_rounds(monkeypatch) -> None:
     """A long prompt stops nobody: one that came with it is through while it is read."""
-    monkeypatch.setattr(scheduler, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 4)
     ended, end = [], scheduler.Job.end
     monkeypatch.setattr(scheduler.Job, "end", lambda job, *rest: (ended.append(job.request.prompt), end(job, *rest)))
     (target, draft), asked = pair("mamba1"), [sm.Request([5] * 1500, 3), sm.Request([3], 30)]
