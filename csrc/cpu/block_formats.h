@@ -10,7 +10,8 @@ constexpr int kLine = 64;  // bytes to a multiple of which a group's scales are 
 
 // Formats. kFeatures share kScaleBytes of scales in a group, and 32 have kQuantBytes; a block's sums are of kRuns equal
 // parts of its features, each with a scale of its own. `weights` gives vector i of a block, four features of each row
-// from `row` on, kZero above their value and at most kLargest; `scaled` a run's sum without x's scale.
+// from `row` on, kZero above their value and at most kLargest; `scaled` a run's sum without x's scale. Where kBytes,
+// quants are these vectors.
 
 inline Bytes half_bytes(const uint8_t* quants, int i, int row) {
     const Bytes both = load_bytes(quants + i % 4 * kLine + 4 * row);
@@ -28,6 +29,7 @@ struct OneScale {
 };
 
 struct Q8_0 : OneScale {
+    static constexpr bool kBytes = true;
     static constexpr int kQuantBytes = 512, kZero = kExcess, kLargest = 255;
     using OneScale::OneScale;
     static Bytes weights(const uint8_t* quants, int i, int row) {
@@ -36,6 +38,7 @@ struct Q8_0 : OneScale {
 };
 
 struct Q4_0 : OneScale {
+    static constexpr bool kBytes = false;
     static constexpr int kQuantBytes = 256, kZero = 8, kLargest = 15;
     using OneScale::OneScale;
     static Bytes weights(const uint8_t* quants, int i, int row) { return half_bytes(quants, i, row); }
@@ -43,6 +46,7 @@ struct Q4_0 : OneScale {
 
 // Sixteen halves, twice, then for each 32 features sixteen bytes, twice.
 struct Q4_K {
+    static constexpr bool kBytes = false;
     static constexpr int kFeatures = 256, kScaleBytes = 4 * kGroup + 8 * 2 * kGroup, kQuantBytes = 256;
     static constexpr int kRuns = 1, kZero = 0, kLargest = 15;
     Floats scale, minimum;
@@ -60,6 +64,7 @@ struct Q4_K {
 
 // Sixteen halves, then for each 16 features sixteen bytes.
 struct Q6_K {
+    static constexpr bool kBytes = false;
     static constexpr int kFeatures = 256, kScaleBytes = 2 * kGroup + 8 * 2 * kGroup, kQuantBytes = 384;
     static constexpr int kRuns = 2, kZero = 32, kLargest = 63;
     Floats scale[kRuns];

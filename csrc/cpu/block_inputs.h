@@ -9,8 +9,7 @@
 namespace speculative_mamba::SM_ISA {
 
 constexpr int kBlock = 32;
-constexpr int kPartStride = 2 * kBlock;  // from a part of a row of x to its next one
-constexpr int kSlack = 5;                // rows of x behind the last one that a tile may take in
+constexpr int kSlack = 1;  // rows of x behind the last one that a tile may take in
 
 // What 32 features of a row have beside their parts.
 struct InputBlock {
@@ -22,19 +21,18 @@ struct InputBlock {
     } above[2];
 };
 
-// M rows of K features: blocks (K/32, M), and their parts (K/64, M, parts, 64). So a row of a tile of 64 bytes is a
-// part of two blocks.
+// M rows of K features: blocks (K/32, M), and their parts (K/32, M, parts, 32).
 template <typename Dot>
 struct BlockInputs {
     using part_t = typename Dot::part_t;
-    static constexpr int kRowStride = Dot::kParts * kPartStride;
+    static constexpr int kRowStride = Dot::kParts * kBlock;
 
     InputBlock* blocks;
     part_t* parts;
     int64_t rows;
 
     InputBlock* block(int64_t k, int64_t m) const { return blocks + k * rows + m; }
-    part_t* part(int64_t k, int64_t m) const { return parts + (k / 2 * rows + m) * kRowStride + k % 2 * kBlock; }
+    part_t* part(int64_t k, int64_t m) const { return parts + (k * rows + m) * kRowStride; }
 };
 
 inline float power_of_2(int exponent) {  // from -149 to 127
@@ -50,20 +48,26 @@ typedef int32_t LaneInts __attribute__((vector_size(4 * kRows)));
 constexpr int kVectors = kBlock / kRows;
 
 // op over all lanes, as a tree.
-template <typename Op>
-inline int32_t folded(LaneInts v, const Op& op) {
-    int32_t lanes[kRows];
-    std::memcpy(lanes, &v, sizeof lanes);
-    for (int count = kRows / 2; count > 0; count /= 2)
-        for (int i = 0; i < count; i++) lanes[i] = op(lanes[i], lanes[i + count]);
-    return lanes[0];
+template <int kCount>
+struct LanesOf {
+    typedef int32_t type __attribute__((vector_size(4 * kCount)));
+};
+template <int kCount = kRows, typename Op>
+inline int32_t folded(const void* lanes, const Op& op) {
+    typename LanesOf<kCount / 2>::type halves[2];
+    std::memcpy(halves, lanes, sizeof halves);
+    halves[0] = op(halves[0], halves[1]);
+    if constexpr (kCount > 2) return folded<kCount / 2>(halves, op);
+    int32_t lane;
+    std::memcpy(&lane, halves, sizeof lane);
+    return lane;
 }
 
 template <int kCount>
 inline int32_t sum_of(const LaneInts* v) {
     LaneInts sum = v[0];
     for (int i = 1; i < kCount; i++) sum += v[i];
-    return folded(sum, [](int32_t a, int32_t b) { return a + b; });
+    return folded(&sum, [](auto a, auto b) { return a + b; });
 }
 
 // What is left of numbers from -2^15 to 2^23 as a multiple of 256, and the rest, from -128 to 127.
@@ -72,13 +76,13 @@ inline LaneInts without(LaneInts v, LaneInts digit) { return (v - digit) >> 8; }
 
 template <typename Dot>
 inline void store_part(const LaneInts (&values)[kVectors], typename Dot::part_t* part) {
-    int32_t wide[kBlock];
-    typename Dot::part_t narrow[kBlock];
-    std::memcpy(wide, values, sizeof wide);
-    for (int k = 0; k < kBlock; k++) narrow[k] = static_cast<typename Dot::part_t>(wide[k]);
+    typedef typename Dot::part_t LaneParts __attribute__((vector_size(kRows * sizeof(typename Dot::part_t))));
+    for (int i = 0; i < kVectors; i++) {
+        const LaneParts narrow = __builtin_convertvector(values[i], LaneParts);
+        std::memcpy(part + i * kRows, &narrow, sizeof narrow);
+    }
     if constexpr (Dot::kEvenFirst)
-        for (int k = 0; k < kBlock; k += 4) std::swap(narrow[k + 1], narrow[k + 2]);
-    std::memcpy(part, narrow, sizeof narrow);
+        for (int k = 0; k < kBlock; k += 4) std::swap(part[k + 1], part[k + 2]);
 }
 
 // The largest |v| is below 2^23 - 2^15 - 2^7, so that each part fits. To nearest, ties to even. What is not finite
@@ -93,7 +97,7 @@ inline void round_block(const float* x, InputBlock& block, typename Dot::part_t*
         const LaneInts bits = (LaneInts)some & 0x7fffffff;
         magnitudes = bits > magnitudes ? bits : magnitudes;
     }
-    const uint32_t largest = folded(magnitudes, [](int32_t a, int32_t b) { return a > b ? a : b; });
+    const uint32_t largest = folded(&magnitudes, [](auto a, auto b) { return a > b ? a : b; });
     // From 0xfefeff on, as a mantissa of 24 bits, half of it would be rounded to too much.
     const int exponent = static_cast<int>((largest + (0x1000000u - 0xfefeffu)) >> 23) - 127 - 22;  // of the scale
     block.scale = power_of_2(exponent);
@@ -118,11 +122,11 @@ inline void round_block(const float* x, InputBlock& block, typename Dot::part_t*
             a[i] = without(ab[i], b[i]);
         }
         store_part<Dot>(a, parts);
-        store_part<Dot>(b, parts + kPartStride);
+        store_part<Dot>(b, parts + kBlock);
     } else {
         store_part<Dot>(ab, parts);
     }
-    store_part<Dot>(c, parts + (Dot::kParts - 1) * kPartStride);
+    store_part<Dot>(c, parts + (Dot::kParts - 1) * kBlock);
     int32_t all_high = 0, all_low = 0;
     for (int run = 0; run < kRuns; run++) {
         constexpr int kCount = kVectors / kRuns;

@@ -48,7 +48,8 @@ inline Floats load_signed(const uint8_t* p) {
 inline Ints ints(int32_t a) { return _mm512_set1_epi32(a); }
 inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
-inline Ints shifted(Ints a, Ints b) { return _mm512_add_epi32(_mm512_slli_epi32(a, 8), b); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints shifted(Ints a, Ints b) { return add(_mm512_slli_epi32(a, 8), b); }
 inline Bytes less(Bytes a, char b) { return _mm512_sub_epi8(a, _mm512_set1_epi8(b)); }
 inline void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -141,7 +142,8 @@ inline Floats load_signed(const uint8_t* p) {
 inline Ints ints(int32_t a) { return _mm256_set1_epi32(a); }
 inline Ints load_ints(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
-inline Ints shifted(Ints a, Ints b) { return _mm256_add_epi32(_mm256_slli_epi32(a, 8), b); }
+inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints shifted(Ints a, Ints b) { return add(_mm256_slli_epi32(a, 8), b); }
 inline Bytes less(Bytes a, char b) { return _mm256_sub_epi8(a, _mm256_set1_epi8(b)); }
 inline void store_bytes(uint8_t* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
 inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

@@ -34,7 +34,7 @@ inline void add_products(const Weights (&w)[kRegisters][8 / Format::kRuns], cons
     for (int i = 0; i < kVectors; i++)
 #pragma GCC unroll 3
         for (int part = 0; part < Dot::kParts; part++) {
-            const auto four = Dot::load_four(parts + part * kPartStride + 4 * (run * kVectors + i));
+            const auto four = Dot::load_four(parts + part * kBlock + 4 * (run * kVectors + i));
             for (int t = 0; t < kRegisters; t++) sums[part][t] = Dot::add(sums[part][t], w[t][i], four);
         }
     for (int t = 0; t < kRegisters; t++) {
@@ -83,7 +83,8 @@ void multiply_span(const BlockOperands<Format>& p, int64_t m0, int count, int64_
     for (int m = 0; m < count; m++) store(m0 + m, n, totals + m * kSpan, min(kSpan, p.out_features - n));
 }
 
-// Rounds rows of x, of which row_of(m) tells where it begins.
+// Rounds rows of x, of which row_of(m) tells where it begins, with so many threads in memory of the calling one, which
+// has them already if `threads` is 0.
 template <typename Format, typename RowOf>
 BlockInputs<DotOf<Format::kLargest>> rounded_rows(int64_t rows, int64_t in_features, int threads, const RowOf& row_of) {
     using Dot = DotOf<Format::kLargest>;
@@ -91,12 +92,12 @@ BlockInputs<DotOf<Format::kLargest>> rounded_rows(int64_t rows, int64_t in_featu
     thread_local Buffer blocks, parts;
     const int64_t count = in_features / kBlock, inputs = rows * count, work_of_one = 16 * kBlock;
     const Inputs x{blocks.reserve<InputBlock>(inputs),
-                   parts.reserve<typename Dot::part_t>((divide_up(count, 2) * rows + kSlack) * Inputs::kRowStride),
-                   rows};
+                   parts.reserve<typename Dot::part_t>((inputs + kSlack) * Inputs::kRowStride), rows};
+    if (threads == 0) return x;
     parallel_for(inputs, divide_up(inputs, threads), inputs * work_of_one, threads, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) {
-            const int64_t k = i / rows, m = i % rows;
+        for (int64_t k = first / rows, m = first % rows; first < last; first++) {
             round_block<Dot, Format::kRuns, Format::kZero>(row_of(m) + k * kBlock, *x.block(k, m), x.part(k, m));
+            if (++m == rows) m = 0, k++;
         }
     });
     return x;
@@ -106,11 +107,10 @@ BlockInputs<DotOf<Format::kLargest>> rounded_rows(int64_t rows, int64_t in_featu
 template <typename Format, typename Store>
 void multiply_blocks(const BlockOperands<Format>& p, int64_t m0, int64_t count, int64_t first, int64_t last,
                      const Store& store) {
-    int64_t m = 0;
 #if defined(SM_TILES)
-    m = multiply_blocks_tiles(p, m0, count, first, last, store);
+    if (multiply_blocks_tiles(p, m0, count, first, last, store)) return;
 #endif
-    for (; m < count; m += kMaxTokens)
+    for (int64_t m = 0; m < count; m += kMaxTokens)
         for (int64_t n = first; n < last; n += kSpan)
             multiply_span(p, m0 + m, static_cast<int>(min(kMaxTokens, count - m)), n, store);
 }

@@ -29,4 +29,23 @@ inline void parallel_for(int64_t items, int64_t grain, int64_t work, int threads
         &context);
 }
 
+// Of one call of an op: whether a thread comes for the first time, where each prepares for itself what all could share.
+class FirstInThread {
+ public:
+    bool operator()() const {
+        thread_local uint64_t last = 0;
+        const bool is_first = last != call_;
+        last = call_;
+        return is_first;
+    }
+
+ private:
+    static uint64_t next() {
+        static uint64_t calls = 0;
+        return __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
+    }
+
+    const uint64_t call_ = next();
+};
+
 }  // namespace speculative_mamba::SM_ISA

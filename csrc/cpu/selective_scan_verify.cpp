@@ -14,6 +14,8 @@ namespace speculative_mamba::SM_ISA {
 namespace {
 
 constexpr int kSegment = 16;
+// Of the slots that a call writes, from which on they go past the caches: layers that follow would drive them out.
+constexpr int64_t kManyBytes = 256 * 1024;
 
 template <typename State>
 struct Segment {
@@ -134,7 +136,7 @@ struct States {
 
 // States n … of `Together` channels from c on, which use one group, through the tokens of a segment: sixteen
 // if `Whole`. Δ is zero somewhere if `Waits`. Sets products[t] to what each channel adds to y.
-template <int Together, bool Whole, bool Waits, typename State>
+template <int Together, bool Whole, bool Waits, bool Lines, typename State>
 inline void recur_by_states(const SelectiveScanParams& p, const Segment<State>& s, const States<State>& states,
                             int64_t n, const PerChannel& v, int64_t c, Vec (*products)[kLanes]) {
     const int64_t lanes = Whole ? kLanes : p.state_size - n, tokens = s.tokens;
@@ -155,21 +157,31 @@ inline void recur_by_states(const SelectiveScanParams& p, const Segment<State>& 
             state[i] = rounded<State>(next);                      // what a call that starts here would read
             if (!Whole) state[i] = first_lanes(state[i], lanes);  // another could hold infinity times zero
             products[t][c + i] = mul(state[i], load_n(C, lanes));
-            store_n(slot + i * channel_stride, next, lanes);  // rounds alike, and the work is shared
+            State* const to = slot + i * channel_stride;
+            Lines ? store_line(to, next) : store_n(to, next, lanes);  // rounds alike, and the work is shared
         }
     }
 }
 
 // The same for all channels of a segment; several chains of operations overlap.
-template <bool Whole, bool Waits, typename State>
+template <bool Whole, bool Waits, bool Lines = false, typename State>
 void recur_by_states(const SelectiveScanParams& p, const Segment<State>& s, const States<State>& states, int64_t n,
                      const PerChannel& v, Vec (*products)[kLanes]) {
     constexpr int kTogether = 4;
     int64_t c = 0;
     if (Whole && have_one_group(p, s))
         for (; c + kTogether <= s.count; c += kTogether)
-            recur_by_states<kTogether, Whole, Waits>(p, s, states, n, v, c, products);
-    for (; c < s.count; c++) recur_by_states<1, Whole, Waits>(p, s, states, n, v, c, products);
+            recur_by_states<kTogether, Whole, Waits, Lines>(p, s, states, n, v, c, products);
+    for (; c < s.count; c++) recur_by_states<1, Whole, Waits, Lines>(p, s, states, n, v, c, products);
+}
+
+// Whether a call writes many slots, in whole lines.
+template <typename State>
+bool slots_are_lines(const SelectiveScanParams& p) {
+    const auto whole = [](int64_t count) { return count * sizeof(float) % kLineBytes == 0; };
+    return sizeof(State) == sizeof(float) && reinterpret_cast<uintptr_t>(p.states) % kLineBytes == 0 &&
+           whole(p.state_size) && whole(p.states_slot_stride) && whole(p.states_batch_stride) &&
+           p.batch * p.tokens * p.channels * p.state_size * static_cast<int64_t>(sizeof(float)) >= kManyBytes;
 }
 
 // All states through the tokens of a segment; adds to y.
@@ -200,6 +212,7 @@ void recur(const SelectiveScanParams& p, const Segment<State>& s, PerChannel& v)
         Vec products[kSegment][kLanes];
         if (lanes < kLanes) recur_by_states<false, true>(p, s, states, n, v, products);
         else if (v.waits) recur_by_states<true, true>(p, s, states, n, v, products);
+        else if (s.slots && slots_are_lines<State>(p)) recur_by_states<true, false, true>(p, s, states, n, v, products);
         else recur_by_states<true, false>(p, s, states, n, v, products);
         for (int64_t t = 0; t < s.tokens; t++) {
             for (int64_t c = s.count; c < kLanes; c++) products[t][c] = zero();
@@ -328,6 +341,7 @@ void run(const SelectiveScanParams& p, int threads) {
             const int64_t after = min(p.channels, (end - row * blocks) * kLanes);
             channel_range<State>(p, row, (first - row * blocks) * kLanes, after);
         }
+        lines_stored();
     });
     if (!p.input_dt || p.final_state_only) return;
     // All channels share B, so its inputs change only now, when every block has read them.

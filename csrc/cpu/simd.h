@@ -17,6 +17,7 @@
 namespace speculative_mamba::SM_ISA {
 
 constexpr int kLanes = 16;
+constexpr int kLineBytes = 64;  // of a cache
 
 #if defined(__AVX512F__)
 
@@ -276,6 +277,23 @@ inline Vec add_lanes(const Vec (&v)[kLanes]) {
     return load(sums);
 }
 #endif
+
+// As store(), of a whole line at a multiple of its size, but past the caches: the line is not read first, and what is
+// in them stays. For what is not read soon, and by other threads only after lines_stored().
+template <typename T>
+inline void store_line(T* p, Vec a) {
+    store(p, a);
+}
+#if defined(__AVX512F__)
+inline void store_line(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+#elif defined(__AVX2__)
+inline void store_line(float* p, Vec a) { _mm256_stream_ps(p, a.lo), _mm256_stream_ps(p + 8, a.hi); }
+#endif
+inline void lines_stored() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
 
 // The first `count` lanes; the others are 0 and are not read from memory.
 template <typename T>

@@ -26,12 +26,9 @@ void multiply_few(const SkinnyLinearParams& p, const LinearOperands<bf16_t>& ope
         return parallel_for(p.out_features, grain, work, threads,
                             [&](int64_t first, int64_t last) { multiply(x, first, last); });
     }
-    static uint64_t calls = 0;
-    const uint64_t call = __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
+    const FirstInThread first_in_thread;
     parallel_for(p.out_features, grain, work, threads, [&](int64_t first, int64_t last) {
-        thread_local uint64_t packed = 0;  // in which call
-        multiply(TokenGroups(operands, p.rows, packed == call ? 0 : 1), first, last);
-        packed = call;
+        multiply(TokenGroups(operands, p.rows, first_in_thread() ? 1 : 0), first, last);
     });
 }
 

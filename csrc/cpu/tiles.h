@@ -3,12 +3,12 @@
 // tiles_emulated.h gives the same bits with AVX2. Functions are named after the instructions. Tiles are template
 // arguments, because the instructions encode them.
 //
-// Products: C is 16 × 16; A has one row for each row of C; B has four bytes in each of its rows for each column of C.
-// Row k of B is multiplied with bytes 4k … 4k+3 of each row of A.
+// Products: C is up to 16 × 16; A has one row for each row of C; B has four bytes in each of its rows for each column
+// of C. Row k of B is multiplied with bytes 4k … 4k+3 of each row of A.
 //
-//   tile_dpbf16ps: c + (Σ a[2k] b[2k] + Σ a[2k+1] b[2k+1]). Each sum is sixteen fused multiply-adds, in the order of k,
-//   that begin with +0; then two additions. All are of float32 and round to nearest, ties to even. Subnormal operands
-//   and subnormal results count as zeros of their sign. MXCSR is neither read nor written.
+//   tile_dpbf16ps: c + (Σ a[2k] b[2k] + Σ a[2k+1] b[2k+1]). Each sum is fused multiply-adds, one for each row of B, in
+//   the order of k, that begin with +0; then two additions. All are of float32 and round to nearest, ties to even.
+//   Subnormal operands and subnormal results count as zeros of their sign. MXCSR is neither read nor written.
 //
 //   tile_dpbssd, …: c + Σ a b, of int32, which wraps around. The two letters before the d tell whether the bytes of A
 //   and those of B are signed (s) or unsigned (u).
@@ -21,6 +21,15 @@
 namespace speculative_mamba::SM_ISA {
 
 constexpr int kTiles = 8, kTileRows = 16, kTileBytes = 64;
+
+// A product costs as much time as C has rows. A has four bytes in a row for each row of B.
+struct TileShape {
+    uint8_t rows = kTileRows;
+    uint16_t row_bytes = kTileBytes;
+};
+struct TileShapes {
+    TileShape of[kTiles];
+};
 
 }  // namespace speculative_mamba::SM_ISA
 
@@ -35,7 +44,7 @@ namespace speculative_mamba::SM_ISA {
 // Configures all tiles for the thread, as zeros; releases them at the end. Not to be nested.
 class TileScope {
  public:
-    TileScope() {
+    explicit TileScope(const TileShapes& shapes = {}) {
         struct {
             uint8_t palette, start_row, reserved[14];
             uint16_t row_bytes[16];
@@ -43,8 +52,8 @@ class TileScope {
         } config = {};
         config.palette = 1;
         for (int t = 0; t < kTiles; t++) {
-            config.row_bytes[t] = kTileBytes;
-            config.rows[t] = kTileRows;
+            config.row_bytes[t] = shapes.of[t].row_bytes;
+            config.rows[t] = shapes.of[t].rows;
         }
         asm volatile("ldtilecfg %0" : : "m"(config));
     }

@@ -7,13 +7,18 @@
 
 namespace speculative_mamba::SM_ISA {
 
+// Outside its shape a tile has zeros. What the instructions do not define ends the process, as they do.
 struct EmulatedTiles {
     alignas(kTileBytes) uint8_t bytes[kTiles][kTileRows][kTileBytes];
+    TileShapes shapes;
     bool configured = false;
 
     uint8_t (&operator[](int t)) [kTileRows][kTileBytes] {
-        if (!configured) __builtin_trap();  // as an undefined instruction
+        if (!configured) __builtin_trap();
         return bytes[t];
+    } void check_product(int c, int a, int b) const {
+        const TileShape &C = shapes.of[c], &A = shapes.of[a], &B = shapes.of[b];
+        if (A.rows != C.rows || A.row_bytes != 4 * B.rows || B.row_bytes != C.row_bytes) __builtin_trap();
     }
 };
 
@@ -24,8 +29,9 @@ inline EmulatedTiles& tiles() {
 
 class TileScope {
  public:
-    TileScope() {
+    explicit TileScope(const TileShapes& shapes = {}) {
         tiles().configured = true;
+        tiles().shapes = shapes;
         std::memset(tiles().bytes, 0, sizeof tiles().bytes);
     }
     ~TileScope() { tiles().configured = false; }
@@ -39,13 +45,15 @@ inline void tile_zero() {
 }
 template <int T>
 inline void tile_loadd(const void* p, int64_t stride) {
-    for (int row = 0; row < kTileRows; row++)
-        std::memcpy(tiles()[T][row], static_cast<const uint8_t*>(p) + row * stride, kTileBytes);
+    const TileShape& shape = tiles().shapes.of[T];
+    for (int row = 0; row < shape.rows; row++)
+        std::memcpy(tiles()[T][row], static_cast<const uint8_t*>(p) + row * stride, shape.row_bytes);
 }
 template <int T>
 inline void tile_stored(void* p, int64_t stride) {
-    for (int row = 0; row < kTileRows; row++)
-        std::memcpy(static_cast<uint8_t*>(p) + row * stride, tiles()[T][row], kTileBytes);
+    const TileShape& shape = tiles().shapes.of[T];
+    for (int row = 0; row < shape.rows; row++)
+        std::memcpy(static_cast<uint8_t*>(p) + row * stride, tiles()[T][row], shape.row_bytes);
 }
 
 // Written in assembly, so that they stay where MXCSR is set, and of two NaN the same one goes on.
@@ -55,10 +63,10 @@ inline void multiply_add(__m256& c, __m256 a, __m256 b) {
 inline void add_to(__m256& c, __m256 a) { asm volatile("vaddps %1, %0, %0" : "+x"(c) : "x"(a)); }
 
 // Eight columns of a row of C. Of four bytes of B the lower half is a feature with an even number.
-inline void dot_bf16(float* c, const uint8_t* a, const uint8_t (*b)[kTileBytes], int column) {
+inline void dot_bf16(float* c, const uint8_t* a, const uint8_t (*b)[kTileBytes], int depth, int column) {
     const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps(), total = _mm256_loadu_ps(c + column);
-    for (int k = 0; k < kTileRows; k++) {
+    for (int k = 0; k < depth; k++) {
         int32_t pair;
         std::memcpy(&pair, a + 4 * k, sizeof pair);
         const __m256i left = _mm256_set1_epi32(pair);
@@ -75,12 +83,14 @@ inline void dot_bf16(float* c, const uint8_t* a, const uint8_t (*b)[kTileBytes],
 
 template <int C, int A, int B>
 inline void tile_dpbf16ps() {
+    tiles().check_product(C, A, B);
     const unsigned mode = _mm_getcsr();
     _mm_setcsr(0x9fc0);  // to nearest, subnormal operands and results are zeros, no exceptions
-    for (int row = 0; row < kTileRows; row++) {
+    const int depth = tiles().shapes.of[B].rows;
+    for (int row = 0; row < tiles().shapes.of[C].rows; row++) {
         float c[kTileRows];
         std::memcpy(c, tiles()[C][row], sizeof c);
-        for (int column = 0; column < kTileRows; column += 8) dot_bf16(c, tiles()[A][row], tiles()[B], column);
+        for (int column = 0; column < kTileRows; column += 8) dot_bf16(c, tiles()[A][row], tiles()[B], depth, column);
         std::memcpy(tiles()[C][row], c, sizeof c);
     }
     _mm_setcsr(mode);
@@ -88,6 +98,7 @@ inline void tile_dpbf16ps() {
 
 template <int C, int A, int B, typename Left, typename Right>
 inline void dot_bytes() {
+    tiles().check_product(C, A, B);
     for (int row = 0; row < kTileRows; row++) {
         uint32_t c[kTileRows];
         std::memcpy(c, tiles()[C][row], sizeof c);

@@ -102,3 +102,30 @@ def test_other_state_dtypes_are_refused(dtype: torch.dtype, backend: str) -> Non
     inputs = SELECTIVE_SCAN.make()
     with pytest.raises(ValueError, match=r"states must be torch.float32 or torch.bfloat16 or torch.float16, got"):
         SELECTIVE_SCAN.run(inputs | {"states": torch.zeros(3, 8, 33, 16, dtype=dtype)}, backend)
+
+
+@pytest.mark.parametrize("begins", [0, 1, 16])
+def test_many_slots(cpu: str, begins: int) -> None:
+    """So many bytes that they go past the caches, where they are whole lines: the bits of token after token. The slots
+    begin some floats into their memory; the last channels are a part of a block, and a state is one more line.
+
+    Catches: a line that is written where none begins (the process dies), slots of another token.
+    """
+    inputs = SELECTIVE_SCAN.make({"channels": 1030, "state_size": 32})
+    memory = torch.zeros(begins + inputs["states"].numel())
+    inputs["states"] = memory[begins:].view(inputs["states"].shape).copy_(inputs["states"])
+    assert inputs["states"].nbytes > 2 * 256 * 1024
+    steps = SELECTIVE_SCAN.copy(inputs)
+    y = SELECTIVE_SCAN.run(inputs, cpu)
+    for t in range(y.shape[1]):
+        step = {name: steps[name][:, t : t + 1] for name in ("x", "dt", "z", "B", "C")}
+        row = {"start_slot": steps["start_slot"] if t == 0 else torch.full_like(steps["start_slot"], t - 1)}
+        for b in range(y.shape[0]):
+            one = {name: value[b : b + 1] for name, value in (step | row).items()}
+            states = steps["states"][b : b + 1]
+            got = selective_scan_verify(
+                one["x"], one["dt"], steps["A"], one["B"], one["C"], steps["D"], one["z"], steps["dt_bias"], states,
+                one["start_slot"], t, backend=cpu,
+            )  # fmt: skip
+            assert_bitwise_equal(y[b : b + 1, t : t + 1], got, f"y of token {t}")
+    assert_bitwise_equal(inputs["states"], steps["states"], "slots")

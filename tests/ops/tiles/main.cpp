@@ -1,4 +1,4 @@
-// Compares the instructions of AMX with their emulation, on random tiles.
+// Compares the instructions of AMX with their emulation, on random tiles of all shapes.
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <xmmintrin.h>
@@ -10,10 +10,10 @@
 
 namespace speculative_mamba {
 namespace hardware {
-void product(int kind, uint8_t* c, const uint8_t* a, const uint8_t* b);
+void product(int kind, uint8_t* c, const uint8_t* a, const uint8_t* b, uint8_t rows, uint8_t depth, uint8_t columns);
 }
 namespace emulated {
-void product(int kind, uint8_t* c, const uint8_t* a, const uint8_t* b);
+void product(int kind, uint8_t* c, const uint8_t* a, const uint8_t* b, uint8_t rows, uint8_t depth, uint8_t columns);
 }
 }  // namespace speculative_mamba
 
@@ -62,8 +62,12 @@ int main() {
             fill(b, mood, mood);
             fill(c, any, round % 2 ? mood : tiny);
             std::memcpy(expected, c, sizeof c);
-            speculative_mamba::hardware::product(kind, expected, a, b);
-            speculative_mamba::emulated::product(kind, c, a, b);
+            const auto size = [whole = round % 4 == 0] {
+                return static_cast<uint8_t>(whole ? 16 : 1 + generator() % 16);
+            };
+            const uint8_t rows = size(), depth = size(), columns = size();
+            speculative_mamba::hardware::product(kind, expected, a, b, rows, depth, columns);
+            speculative_mamba::emulated::product(kind, c, a, b, rows, depth, columns);
             if ((_mm_getcsr() & ~kFlags) != mode) return std::puts("the float mode is another"), 1;
             for (int i = 0; i < kTile; i += 4) {
                 uint32_t bits, emulated;
