@@ -8,7 +8,7 @@ by step: criteria, streamer, scores.
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -189,8 +189,8 @@ class _Steps:
         """What a row would have said behind its end is 0."""
         if self._logits is None and self._scores is None:
             return
-        rows, none = [row.logits for row in self._call.batch.rows], torch.zeros_like(self._call.batch.rows[0].logits[0])
-        logits = torch.stack([row[self._done] if self._done < len(row) else none for row in rows])
+        none = torch.zeros_like(self._call.batch.rows[0].logits[0][0])
+        logits = torch.stack([_nth(row.logits, self._done, none) for row in self._call.batch.rows])
         if self._scores is not None:
             before = self._sequences[:, : self._length + self._done]
             self._scores.append(self._processor(before, logits.clone()))
@@ -262,3 +262,12 @@ def _eos_token_ids(criteria: "StoppingCriteriaList", model: "PreTrainedModel") -
 
     ids = [token for one in criteria if type(one) is EosTokenCriteria for token in one.eos_token_id.tolist()]
     return [token for token in dict.fromkeys(ids) if 0 <= token < model.config.vocab_size]
+
+
+def _nth(parts: Iterable[torch.Tensor], n: int, default: torch.Tensor) -> torch.Tensor:
+    """Element ``n`` of parts one after the other."""
+    for part in parts:
+        if n < len(part):
+            return part[n]
+        n -= len(part)
+    return default
