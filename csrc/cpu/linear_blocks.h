@@ -93,7 +93,7 @@ BlockInputs<DotOf<Format::kLargest>> rounded_rows(int64_t rows, int64_t in_featu
     const int64_t count = in_features / kBlock, inputs = rows * count, work_of_one = 16 * kBlock;
     const Inputs x{blocks.reserve<InputBlock>(inputs),
                    parts.reserve<typename Dot::part_t>((inputs + kSlack) * Inputs::kRowStride), rows};
-    if (threads == 0) return x;
+    if (threads == 0 || inputs == 0) return x;
     parallel_for(inputs, divide_up(inputs, threads), inputs * work_of_one, threads, [&](int64_t first, int64_t last) {
         for (int64_t k = first / rows, m = first % rows; first < last; first++) {
             round_block<Dot, Format::kRuns, Format::kZero>(row_of(m) + k * kBlock, *x.block(k, m), x.part(k, m));

@@ -27,11 +27,13 @@ class Beginnings:
         self._model, self._slots = model, slots
         self._wanted: set[int] = set()  # sizes
         self._parts: dict[int, _Part] = {}
+        self._is_zero = True
 
     @staticmethod
     def pay_for(model: MambaLM) -> bool:
         return model.backend == "cpu" and model.weight_bytes <= MOST_BYTES
 
+    @torch.no_grad()
     def read(self, tokens: Sequence[int], into: list[torch.Tensor]) -> bool:
         """Leaves the state after some tokens in the layers' ``initial`` views of a row. False: it would not pay, or
         some are no token ids, and nothing was done."""
@@ -43,22 +45,23 @@ class Beginnings:
         if not (tokens and known and sum(sizes) == left):
             return False
         # Until the first kernel nothing lets go of Python, for which whoever was just told of a token is waiting.
-        ids = np.array([tokens[0]] * padding + tokens)
+        ids = np.array([tokens[0]] * padding + list(tokens))
         if ids.min() < 0 or ids.max() >= self._model.vocab_size:
             return False
-        self._model.before_step([], 0, files_every=0.0)
         if not self._parts:
             cache = list(self._model.new_cache(1, min(self._slots, 2)))  # so that it is of their kind
-            self._parts = {size: _Part(self._model, cache, size) for size in SIZES}
             self._state = [view for layer in cache for view in layer.initial()]
-        try:
-            at = 0
-            for size in sizes:
-                self._parts[size].run(ids[at : at + size], 0 if at else padding)
-                at += size
-            torch._foreach_copy_(into, [view[0] for view in self._state])
-        finally:
+            self._parts = {size: _Part(self._model, cache, size) for size in SIZES}
+        if not self._is_zero:  # the last text broke off
             torch._foreach_zero_(self._state)
+        self._is_zero = False
+        at = 0
+        for size in sizes:
+            self._parts[size].run(ids[at : at + size], 0 if at else padding)
+            at += size
+        torch._foreach_copy_(into, [view[0] for view in self._state])
+        torch._foreach_zero_(self._state)
+        self._is_zero = True
         return True
 
 

@@ -96,12 +96,12 @@ class MappedFile:
         now = time.monotonic()
         if now - self._looked_at < every:
             return
-        self._looked_at = now
         if self._now() != self._state or (mapped is not None and _state_of(mapped.stat()) != self._state):
             raise ValueError(
                 f"{self.path} was cut short or written over while the model uses it; load the model again, or with "
                 "mmap=False, which copies the weights (write a new file and rename it to replace one in use)"
             )
+        self._looked_at = now
 
     def _now(self) -> tuple[int, ...]:
         return _state_of(os.fstat(self._descriptor))

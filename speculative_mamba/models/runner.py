@@ -77,14 +77,20 @@ class ModelRunner:
             layer.restore(row, saved)
 
     def read(self, row: int, tokens: Sequence[int]) -> None:
-        """Reads more tokens, or none, behind the state in slot 0 of a row."""
+        """Reads more tokens, or none, behind the state in slot 0 of a row.
+
+        Raises:
+            ValueError: a file in which weights lie was changed.
+        """
+        if isinstance(self.model, MambaLM):
+            self.model.before_step([], 0, files_every=0.0)  # where no token is read, nothing else looks
         if row in self._empty:
-            initial = [view[row] for view in self._initial]
+            initial, used = [view[row] for view in self._initial], row in self._used
+            self._used.add(row)  # also if what follows breaks off
             if self._beginnings is not None and self._beginnings.read(tokens, initial):
                 tokens = ()
-            elif initial and row in self._used:
+            elif used and initial:
                 torch._foreach_zero_(initial)
-            self._used.add(row)  # also if what follows breaks off
             self._empty.discard(row)
         if tokens:
             self.model.prefill(tokens, self.layers, row)

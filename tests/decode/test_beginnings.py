@@ -8,6 +8,7 @@ import torch
 
 import speculative_mamba as sm
 from speculative_mamba.layers.cache import AttentionCache
+from speculative_mamba.models import beginnings
 from speculative_mamba.models.beginnings import SIZES
 from speculative_mamba.models.runner import ModelRunner
 from speculative_mamba.testing.models import ARCHITECTURES, random_model, tiny_architecture
@@ -95,3 +96,36 @@ def test_an_error_on_the_way_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
     for runner in (one, plain):
         runner.prefill(0, [5] * 40)
     assert_same_state(one, plain, 0, "after an error")
+
+
+def test_weights_with_gradients() -> None:
+    """What reads a text takes none, wherever it is called."""
+    model = random_model(tiny_architecture("mamba1"), backend="cpu")
+    model.norm_weight.requires_grad_()
+    one, plain = pair(model)
+    for _ in range(3):
+        for runner in (one, plain):
+            runner.prefill(0, tuple(range(20)))
+    assert one._beginnings._parts
+    assert_same_state(one, plain, 0, "a text")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("breaks", ["copied", "made"])
+def test_an_interrupt_leaves_nothing_behind(breaks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a state was just copied into a row, and when memory for parts was just made.
+
+    Catches: a next text of a size that is not recorded, read behind that state; parts without their memory.
+    """
+    model = random_model(tiny_architecture("mamba1"), backend="cpu")
+    one, plain = pair(model)
+    one.prefill(0, [1] * 40)
+    target = (torch, "_foreach_zero_") if breaks == "copied" else (beginnings, "_Part")
+    with monkeypatch.context() as patched:
+        patched.setattr(*target, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            one.prefill(1, [1] * 40)
+    for length in (500, 40):
+        for runner in (one, plain):
+            runner.prefill(1, [5] * length)
+        assert_same_state(one, plain, 1, f"{length} tokens after an interrupt")

@@ -134,6 +134,17 @@ def test_a_new_batch_forgets_the_old_one():
         assert drafter.propose([text], none, 2)[0].tolist() == [expected]
 
 
+def test_a_row_whose_next_text_is_being_read_asks_for_nothing():
+    """Its index is still that of a longer text."""
+    drafter, none = NgramDrafter(61), torch.zeros(2, dtype=torch.int32)
+    drafter.begin([[1, 2] * 4 + [1], [5, 6, 5]], 2, None)
+    for text in ([3] * 5, [3] * 8):
+        assert drafter.propose([text, [5, 6, 5]], none, 2)[0].shape == (2, 0)
+        assert drafter.counts == [0, 0]
+    drafter.restart(0, [3] * 9)
+    assert drafter.propose([[3] * 9, [5, 6, 5]], none, 2)[0].tolist() == [[3, 3], [5, 5]]
+
+
 def test_rows_of_a_batch():
     """Without a match a row repeats its last token beside a row with one; a row that has ended asks for nothing."""
     drafter, none = NgramDrafter(61, longest=3, shortest=2), torch.zeros(3, dtype=torch.int32)

@@ -236,6 +236,7 @@ def test_a_weights_file_that_changes_in_use_is_noticed(checkpoint, layout, harm)
         lambda: sm.generate(copied, [IDS], draft=model),
         lambda: model.prefill(IDS, cache, 0),
         lambda: model.verify(torch.tensor([[1]]), cache, start),
+        lambda: sm.generate(model, [IDS[:1]]),  # of which nothing is read before a step
     ):
         with pytest.raises(ValueError, match=rf"{file.name} was cut short or written over .*mmap=False"):
             call()

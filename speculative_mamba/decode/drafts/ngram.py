@@ -22,7 +22,8 @@ class NgramDrafter:
 
     Where no row has a match nothing is proposed, and the round is a step of plain decoding. In a batch a row without
     one repeats its last token beside the rows that have one, since the window is a rectangle; ``counts`` says that none
-    of them counts. A row that has not grown since the last proposal has ended and is not looked up.
+    of them counts. A row that has not grown since the last proposal has ended and is not looked up; nor is one of which
+    a shorter text is being read.
 
     Each token is read once and takes time and memory O(longest), however long the text is.
 
@@ -61,7 +62,7 @@ class NgramDrafter:
         places = []
         for row, (index, text) in enumerate(zip(self._indices, rows, strict=True)):
             index.extend(text[index.length :])
-            places.append(index.find(self.shortest) if len(text) > self._asked[row] else None)
+            places.append(index.find(self.shortest) if index.length == len(text) > self._asked[row] else None)
             self._asked[row] = len(text)
         if all(place is None for place in places):
             lookahead = 0
