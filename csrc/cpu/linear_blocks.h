@@ -16,6 +16,7 @@ namespace speculative_mamba::SM_ISA {
 // A pass goes through kSpan rows of W. Two registers of them at a time are multiplied with one row of x after the
 // other: what is loaded of x serves both.
 constexpr int kRegisters = 2, kSpan = kRegisters * kRows > kGroup ? kRegisters * kRows : kGroup;
+constexpr int kBlocksAhead = 16;  // are fetched before they are read
 
 // Adds a run's products with a row of x to its totals.
 template <typename Format, typename Weights, typename part_t>
@@ -59,10 +60,17 @@ void multiply_span(const BlockOperands<Format>& p, int64_t m0, int count, int64_
     for (int g = 0; g < kGroups; g++) groups[g] = p.group(min(n + g * kGroup, last));
     alignas(64) float totals[kMaxTokens * kSpan];
     for (int i = 0; i < count * kSpan; i++) totals[i] = 0;
-    for (int64_t b = 0; b < p.in_features / kBlock; b++) {
+    // Fetched are the quants at a distance, behind the last block those of the next span, and that one's scales.
+    const int64_t blocks = p.in_features / kBlock, to_next_span = kGroups * p.group_stride;
+    for (int64_t b = 0; b < blocks; b++) {
         const int64_t quants = quants_at + b * Format::kQuantBytes;
-        for (int g = 0; g < kGroups; g++) prefetch_quants<Format>(groups[g] + quants);
-        const InputBlock* const blocks = p.x.block(b, m0);
+        const int64_t far = b + kBlocksAhead < blocks ? 0 : to_next_span - blocks * Format::kQuantBytes;
+        for (int g = 0; g < kGroups; g++) {
+            for (int i = 0; i < Format::kQuantBytes; i += kLine)
+                prefetch_to_l2(groups[g] + quants + kBlocksAhead * Format::kQuantBytes + far + i);
+            prefetch_to_l2(groups[g] + to_next_span + b * kBlock / Format::kFeatures * Format::kScaleBytes);
+        }
+        const InputBlock* const inputs = p.x.block(b, m0);
         const typename Dot::part_t* const parts = p.x.part(b, m0);
         for (int row = 0; row < kSpan; row += kRegisters * kRows) {
             const auto group = [&](int t) { return groups[(row + t * kRows) / kGroup]; };
@@ -76,7 +84,7 @@ void multiply_span(const BlockOperands<Format>& p, int64_t m0, int count, int64_
                     for (int i = 0; i < kVectors; i++)
                         w[t][i] = Dot::prepared(Format::weights(group(t) + quants, run * kVectors + i, in_group(t)));
                 for (int m = 0; m < count; m++)
-                    add_products(w, formats, run, blocks[m], parts + m * Inputs::kRowStride, totals + m * kSpan + row);
+                    add_products(w, formats, run, inputs[m], parts + m * Inputs::kRowStride, totals + m * kSpan + row);
             }
         }
     }

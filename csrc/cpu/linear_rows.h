@@ -18,19 +18,17 @@ namespace speculative_mamba::SM_ISA {
 constexpr int kMaxTokens = 6;
 constexpr int weight_rows(int M) { return M == 1 ? 8 : 4; }
 constexpr int64_t kBlockBytes = 1 << 20;
-constexpr int64_t prefetch_bytes(int) { return 1024; }
+constexpr int64_t prefetch_bytes(int) { return 2048; }
 #else
 constexpr int kMaxTokens = 5;
 constexpr int weight_rows(int M) { return M == 1 ? 4 : M <= 3 ? 2 : 1; }
 constexpr int64_t kBlockBytes = 40 * 1024;
-constexpr int64_t prefetch_bytes(int M) { return M == 1 ? 1024 : 2048; }
+constexpr int64_t prefetch_bytes(int M) { return M == 1 ? 2048 : 4096; }
 #endif
 constexpr int kGroup = 8;  // rows of W that go through a block of features together
 // Shorter rows of W are read as R long pieces of memory side by side instead of row by row: processors fetch ahead by
 // themselves what is read in order, but see one order in a page of memory, which has several such rows.
 constexpr int64_t kShortRowBytes = 2048;
-
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // Adds `count` features of M rows of x times R rows of W, so far apart, to their sums. What will be read after these
 // weights is fetched towards their end, so that nothing starts cold.
@@ -46,7 +44,7 @@ inline void accumulate(const LinearOperands<scalar_t>& p, const float* x, const 
             for (int r = 0; r < R; r++) {
                 const scalar_t* source = weight + r * row_stride + k;
                 w[r] = load(source);
-                prefetch(source + ahead);
+                prefetch_to_l2(source + ahead);
             }
             for (int m = 0; m < M; m++) {
                 Vec input = load(x + m * p.x_row_stride + k);

@@ -19,6 +19,11 @@ namespace speculative_mamba::SM_ISA {
 constexpr int kLanes = 16;
 constexpr int kLineBytes = 64;  // of a cache
 
+// Fetch a line that is soon read. The first-level cache waits for few lines at a time, and reads wait with it; the
+// second-level one takes in more.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 #if defined(__AVX512F__)
 
 struct Vec {
