@@ -130,8 +130,19 @@ class Batch:
             self.read(index)
 
     def read(self, index: int) -> int:
-        """Reads the next part of a row's prompt; how many tokens it had. Behind the last the row is generating."""
-        count = next(self.reading[index], None)
+        """Reads the next part of a row's prompt; how many tokens it had. Behind the last the row is generating.
+
+        Raises:
+            ValueError: the row cannot be read, unless errors are isolated.
+        """
+        try:
+            count = next(self.reading[index], None)
+        except ValueError as error:
+            if not self._isolate_errors:
+                raise
+            self.retire(index, "error")
+            self.rows[index].error = error
+            return 0
         if count is None:
             del self.reading[index]
         return count or 0

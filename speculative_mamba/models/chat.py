@@ -13,7 +13,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..ops.values import reason, shown
-from .files import read_json
+from .files import check_regular, is_there, read_json
 
 CHAT_TEMPLATE, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = (
     "chat_template.jinja",
@@ -67,7 +67,8 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
     """
     settings = _read_if_there(folder / TOKENIZER_CONFIG)
     origin = folder / CHAT_TEMPLATE
-    if origin.is_file():
+    if is_there(origin):
+        check_regular(origin)
         try:
             found = origin.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -92,7 +93,7 @@ def chat_template_of(tokenizer: object) -> ChatTemplate | None:
 
 
 def _read_if_there(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if is_there(path) else {}
 
 
 def _by_name(found: object, origin: Path) -> dict[str, str]:

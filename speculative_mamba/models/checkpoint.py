@@ -224,7 +224,7 @@ class _Checkpoint:
             vocabulary=vocabulary,
             read=read,
             load_tokenizer=partial(load_tokenizer, folder, falls_back, download),
-            load_chat_template=partial(read_chat_template, folder),
+            load_chat_template=_Known.of(partial(read_chat_template, folder)),
             generation_config=generation_config,
             tokenizer=tokenizer,
         )
@@ -264,7 +264,7 @@ class _Checkpoint:
             names=names,
             vocabulary=vocabulary,
             read=partial(tensors_of, model, names),
-            load_tokenizer=partial(_given, own),
+            load_tokenizer=_Known(own),
             load_chat_template=partial(chat_template_of, tokenizer),
             generation_config=generation_config,
             tokenizer=own,
@@ -298,9 +298,24 @@ class _Checkpoint:
         return model
 
 
-def _given(tokenizer: Tokenizer | None) -> Tokenizer | None:
-    """That there is already; a function that can be pickled."""
-    return tokenizer
+@dataclass(frozen=True)
+class _Known:
+    """A function that can be pickled, of which the result, or the error that it raises, is known already."""
+
+    value: object
+    error: str | None = None
+
+    @staticmethod
+    def of(read: Callable[[], object]) -> "_Known":
+        try:
+            return _Known(read())
+        except ValueError as error:
+            return _Known(None, str(error))
+
+    def __call__(self) -> object:
+        if self.error is not None:
+            raise ValueError(self.error)
+        return self.value
 
 
 def _with_vocabulary(config: ModelConfig, tokens: dict[int, str] | None) -> tuple[ModelConfig, Vocabulary]:

@@ -1,7 +1,9 @@
 """Files of a checkpoint folder: what they are, and whether they are still what they were."""
 
+import errno
 import json
 import os
+import stat
 import time
 import weakref
 from pathlib import Path
@@ -22,12 +24,33 @@ _OTHER_FILES = {
 }
 
 
+def is_there(path: Path) -> bool:
+    """Whether a folder has an entry of that name, even one that cannot be read: that is an error, not a file less."""
+    return os.path.lexists(path)
+
+
+def check_regular(path: Path) -> None:
+    """
+    Raises:
+        ValueError: it is a folder, a pipe or a device, of which nobody knows where it ends, or cannot be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        what = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "it is a pipe or a device"
+        raise ValueError(f"{path} cannot be read: {what}")
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file.
 
     Raises:
         ValueError: missing or not a JSON object.
     """
+    if is_there(path):
+        check_regular(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -47,6 +70,7 @@ def check_readable(path: Path) -> None:
     Raises:
         ValueError: it cannot be read, or is something else by its first bytes.
     """
+    check_regular(path)
     try:
         with path.open("rb") as file:
             start = file.read(64)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..ops.values import shown
 from .chat import CHAT_TEMPLATE, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
-from .files import read_json
+from .files import check_regular, is_there, read_json
 from .gguf import MAGIC
 from .weights import check_unpickling
 
@@ -57,6 +57,7 @@ def find_model(source: object, revision: object = None) -> tuple[Path, bool]:
         _refuse_adapters(path)
         return path, False
     if is_file:
+        check_regular(path)
         if path.suffix != ".gguf" and not _begins_with(path, MAGIC):
             raise ValueError(
                 f"{source} is a file, but no GGUF file; give the folder that holds config.json and the weights"
@@ -107,8 +108,8 @@ def read_configs(folder: Path) -> tuple[dict, dict | None, dict]:
         raise ValueError(f"{folder} has no config.json; to load a GGUF file in it give its own name, such as {gguf}")
     return (
         read_json(folder / "config.json"),
-        read_json(mamba) if mamba.is_file() else None,
-        read_json(generation) if generation.is_file() else {},
+        read_json(mamba) if is_there(mamba) else None,
+        read_json(generation) if is_there(generation) else {},
     )
 
 
@@ -126,7 +127,7 @@ def _refuse_revision(revision: str | None, source: str) -> None:
 
 
 def _refuse_adapters(folder: Path) -> None:
-    if (folder / _ADAPTER_CONFIG).is_file():
+    if is_there(folder / _ADAPTER_CONFIG):
         raise ValueError(
             f"{folder} has {_ADAPTER_CONFIG}: adapters are not supported; merge them into the weights "
             "(peft: merge_and_unload) and save the model"

@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..ops.values import reason
+from .files import check_regular, is_there
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _ANCHOR = "\n"  # a text of its own to every tokenizer, unless what follows begins with line ends
@@ -21,7 +22,7 @@ def load_tokenizer(folder: Path, fall_back: bool, download: Callable[[str, list[
         ValueError: the file is broken, or the fall-back cannot be downloaded.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not is_there(path):
         if not fall_back:
             return None
         try:
@@ -37,6 +38,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     Raises:
         ValueError: the file is broken.
     """
+    check_regular(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from .chat import TOKENIZER_CONFIG
-from .files import read_json
+from .files import is_there, read_json
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_tokens(folder: Path, tokenizer: Tokenizer) -> dict[int, str]:
     """The tokens of a tokenizer by id, with those that ``tokenizer_config.json`` adds to it."""
     tokens = tokens_of(tokenizer)
     path = folder / TOKENIZER_CONFIG
-    added = read_json(path).get("added_tokens_decoder") if path.is_file() else None
+    added = read_json(path).get("added_tokens_decoder") if is_there(path) else None
     for token, entry in (added if isinstance(added, dict) else {}).items():
         if token.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str):
             tokens.setdefault(int(token), entry["content"])

@@ -13,7 +13,7 @@ from torch.torch_version import TorchVersion
 
 from ..ops.block_formats import FORMATS
 from ..ops.values import reason, shown
-from .files import UNREADABLE, MappedFile, check_readable, read_json
+from .files import UNREADABLE, MappedFile, check_readable, is_there, read_json
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SAFE_UNPICKLING = (2, 10)  # before it torch.load could be made to run code: CVE-2025-32434, CVE-2026-24747
@@ -45,9 +45,9 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         ValueError: no weights, a missing shard, a truncated or corrupt file, or one that holds more than tensors.
     """
     for name in WEIGHT_FILES:
-        if (folder / name).exists() or (folder / name).is_symlink():
+        if is_there(folder / name):
             return _read_file(folder / name)
-        if (folder / f"{name}.index.json").is_file():
+        if is_there(folder / f"{name}.index.json"):
             return _read_shards(folder, folder / f"{name}.index.json")
     raise ValueError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES)}, nor an index of shards")
 
@@ -72,7 +72,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     held: dict[str, set[str]] = {}
     for name in sorted({_shard_name(index, name) for name in weight_map.values()}):
-        if not (folder / name).exists():
+        if not is_there(folder / name):
             raise ValueError(f"{folder} lacks the shard {shown(name)}, which {index.name} names; download it again")
         if Path(name).suffix != suffix:
             raise ValueError(f"{index} names the shard {shown(name)}, which is no {suffix} file")

@@ -9,6 +9,7 @@ from .values import is_int, is_number, shown
 
 GREEDY_BELOW = 1e-5  # a temperature this small is greedy: dividing by it would overflow
 MAX_BIAS = 1e30
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class SamplingParams:
             value = getattr(self, name)
             if not is_number(value) or not -2 <= value <= 2:
                 raise ValueError(f"{name} must be from -2 to 2 (0 is none), got {shown(value)}")
+        for name in _FLOATS:  # a large int would be none that a tensor takes
+            object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
         if isinstance(self.seed, (list, tuple)):
             object.__setattr__(self, "seed", tuple(self.seed))

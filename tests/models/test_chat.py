@@ -63,7 +63,8 @@ def folder(blank, tmp_path):
 
     def write(template, **settings):
         for file in blank.iterdir():
-            (tmp_path / file.name).symlink_to(file)
+            if not (tmp_path / file.name).exists():
+                (tmp_path / file.name).symlink_to(file)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **TOKENS, "chat_template": template, **settings}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         return tmp_path
@@ -219,3 +220,13 @@ def test_broken_files(folder, file, content, word):
     path = folder(CHATML)
     (path / file).write_bytes(content)
     assert word in refusal(sm.load_model(path))
+
+
+def test_the_template_is_the_one_that_came_with_the_weights(folder):
+    """Catches: it is read when the first conversation is written, from what lies there by then."""
+    path = folder(CHATML)
+    model = sm.load_model(path, mmap=False)
+    expected = model.chat_template.render(TURNS)
+    model = sm.load_model(path, mmap=False)
+    folder(INST)
+    assert model.chat_template.render(TURNS) == expected

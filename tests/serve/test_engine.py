@@ -13,6 +13,7 @@ import torch
 from engines import WAIT, alone, pair, ring
 
 import speculative_mamba as sm
+from speculative_mamba.decode.sampling import Sampler
 from speculative_mamba.layers.cache import AttentionCache
 from speculative_mamba.serve import scheduler
 from speculative_mamba.testing.models import TableModel
@@ -266,6 +267,34 @@ def test_parameters_that_round_to_a_bound_break_no_round(extreme: dict) -> None:
     with sm.Engine(ring()) as engine:
         completion = engine.submit(sm.Request([1], 3, sm.SamplingParams(temperature=1.0, **extreme)))
         assert completion.result(WAIT).tokens == [2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
+def test_whole_numbers_beyond_64_bits_are_parameters(name: str) -> None:
+    """Catches: a tensor takes no such number, and the round failed for all."""
+    params = sm.SamplingParams(**{"temperature": 1.0, name: 10**25})
+    assert type(getattr(params, name)) is float
+    with sm.Engine(ring()) as engine:
+        engine.submit(sm.Request([1], 3, params)).result(WAIT)
+
+
+def test_a_prompt_that_cannot_be_read_takes_no_other_along(monkeypatch) -> None:
+    admit = Sampler.admit
+
+    def refusing(self, row, prompt, params, *others):
+        if params.seed == 3:
+            raise ValueError("not this one")
+        admit(self, row, prompt, params, *others)
+
+    monkeypatch.setattr(Sampler, "admit", refusing)
+    with sm.Engine(ring(), max_batch_size=2) as engine:
+        completions = [engine.submit(sm.Request([seed], 5, sm.SamplingParams(seed=seed))) for seed in range(6)]
+        for seed, completion in enumerate(completions):
+            if seed == 3:
+                with pytest.raises(ValueError, match=r"^not this one$"):
+                    completion.result(WAIT)
+            else:
+                assert completion.result(WAIT).tokens == list(range(seed + 1, seed + 6))
 
 
 class FailsOnce(Gate):
