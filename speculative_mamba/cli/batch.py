@@ -4,17 +4,18 @@ import argparse
 import contextlib
 import dataclasses
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from ..decode.inputs import MAX_NEW_TOKENS, check_generation
 from ..models import MambaLM
-from ..serve.batch_files import ID, BatchCounts, BatchRunner, id_family, read_lines
+from ..serve.batch_files import ID, BatchCounts, BatchRunner, id_family, read_again, read_lines
 from ..serve.engine import Engine
 from ..serve.fields import MAX_CHOICES
 from ..serve.protocol import OPENAI_SAMPLING, ServedModel
 from ..serve.protocol import recommended_sampling as recommended_to_calls
 from ..serve.record_file import RecordFile
-from ..streams import PROGRAM, exit_code, say, signs_of_life
+from ..streams import FAILURE, PROGRAM, exit_code, say, signs_of_life
 from .options import (
     Parser,
     add_engine_options,
@@ -67,13 +68,15 @@ def run(arguments: list[str]) -> int:
         if done < len(ids):
             if not options.unordered and any(map(str.__ne__, results.done, ids)):
                 parser.error(f"{options.output} was begun with --unordered; go on with it")
-            return _answer(options, given, family, results, len(ids))
+            return _answer(options, given, family, results, ids)
     say(f"all {len(ids)} lines of {source} have their results")
     return 0
 
 
-def _answer(options: argparse.Namespace, given: set[str], family: str, results: RecordFile, total: int) -> int:
-    """Answers the lines that have no result."""
+def _answer(
+    options: argparse.Namespace, given: set[str], family: str, results: RecordFile, ids: Collection[str]
+) -> int:
+    """Answers the lines that have no result. ids: of all lines."""
     target, draft = load_models(options)
     plain = _served(options, given, target, draft)
     check_generation(
@@ -93,7 +96,8 @@ def _answer(options: argparse.Namespace, given: set[str], family: str, results: 
         {"max_tokens": options.n_tokens_to_generate}, rows=options.max_batch_size, seed=options.seed,
         ordered=not options.unordered,
     )  # fmt: skip
-    lines = (line for line in read_lines(Path(options.input), family) if line.id not in results.done)
+    lines = (line for line in read_again(Path(options.input), family, ids) if line.id not in results.done)
+    total = len(ids)
     if results.done:
         say(f"{len(results.done)} of {total} lines have their results; going on")
     began = time.perf_counter()
@@ -108,9 +112,17 @@ def _answer(options: argparse.Namespace, given: set[str], family: str, results: 
         ):
             for record in records:
                 results.append(record)
+        results.check()
     except KeyboardInterrupt as interrupt:
         say(f"interrupted: {len(results.done)} of {total} lines have their results; the same command goes on")
         return exit_code(interrupt)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        say(
+            f"error: {reason}; {len(results.done)} of {total} lines have their results. The same command goes on, "
+            "where memory is short with a smaller --max_batch_size"
+        )
+        return FAILURE
     finally:
         engine.close(drain=False)
     counts = runner.counts

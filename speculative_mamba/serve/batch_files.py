@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from ..ops.values import shown
@@ -32,23 +34,55 @@ def _digest(data: bytes, length: int) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the input that is not blank. number: from 1. id: of its result; it stands for number and content."""
+    """A line of the input that is not blank. number: from 1. id: of its result; it stands for number and content.
+    ended: whether it has a line end, which the last may lack."""
 
     number: int
     data: bytes
     id: str
+    ended: bool = True
 
 
 def read_lines(path: Path, family: str) -> Iterator[Line]:
     """
     Raises:
+        ValueError: it is no plain file.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is no plain file; lines are read twice, so write them to one first")
         for number, data in enumerate(file, 1):
-            data = data.rstrip(b"\r\n")
-            if data.strip():
-                yield Line(number, data, f"{family}{_digest(b'%d %s' % (number, data), 24)}")
+            text = data.rstrip(b"\r\n")
+            ended = data.endswith(b"\n")
+            if text.strip():
+                yield Line(number, text, f"{family}{_digest(b'%d %s' % (number, text), 24)}", ended)
+            if not ended:
+                return  # what is written behind it meanwhile would be its own rest
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe that nobody writes to is not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_again(path: Path, family: str, ids: Iterable[str]) -> Iterator[Line]:
+    """Lines that were read before, and those that were added behind them. ids: of all that were read before.
+
+    Raises:
+        ValueError: they are others now; or as ``read_lines``.
+        OSError: as ``read_lines``.
+    """
+    for known, line in zip_longest(ids, read_lines(path, family)):
+        if known is None and not line.ended:
+            return  # it is still being written
+        if known is not None and (line is None or line.id != known):
+            where = "and lacks lines" if line is None else f"in line {line.number}"
+            raise ValueError(
+                f"{path} was changed during this run, {where}; with the former input the same command goes on, "
+                "for a new one name another output"
+            )
+        yield line
 
 
 class LineError(ApiError):

@@ -17,7 +17,8 @@ class RecordFile:
     is complete, so what a kill left unfinished at the end is cut off. ``done`` has the ids that are there, in order.
 
     family: what ids of this run begin with. others: what ids of any such run begin with. Both tell whose a file is. One
-    process at a time has the file. For use as a context manager.
+    process at a time has the file; before each write it sees whether something else changed it. For use as a context
+    manager.
 
     Raises:
         ValueError: the file is none of this run: it holds other lines, results of other work, or results twice; or it
@@ -27,7 +28,7 @@ class RecordFile:
 
     def __init__(self, path: Path, ids: Collection[str], family: str, others: str) -> None:
         self._path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 raise ValueError(f"{path} is no plain file; results need one, to go on from after an interruption")
@@ -64,7 +65,6 @@ class RecordFile:
                 done[its] = None
                 self._end += len(line)
         os.ftruncate(self._file, self._end)
-        os.lseek(self._file, self._end, os.SEEK_SET)
         return done
 
     def _foreign(self, number: int, its: str = "", family: str = "") -> ValueError:
@@ -73,12 +73,32 @@ class RecordFile:
             whose = "belongs to another input" if its.startswith(family) else "was made with other options"
         return ValueError(f"{self._path}, line {number} {whose}; name another output, or move this one away")
 
+    def check(self) -> None:
+        """
+        Raises:
+            OSError: the file is not as this run left it, or no longer at its path. What is there stays as it is.
+        """
+        mine, what = os.fstat(self._file), ""
+        try:
+            if not os.path.samestat(mine, os.stat(self._path)):
+                what = "was replaced"
+        except FileNotFoundError:
+            what = "was moved away or deleted"
+        if not what and mine.st_size != self._end:
+            what = "was written or cut by another program"
+        if what:
+            raise OSError(
+                f"{self._path} {what} during this run, which writes no more to it; the same command goes on if it "
+                "holds results alone, or is gone"
+            )
+
     def append(self, record: dict) -> None:
         """Writes a record. Whatever happens meanwhile, the file holds whole records afterwards.
 
         Raises:
-            OSError: it cannot be written; the file is as before.
+            OSError: it cannot be written, or something else changed it; the file is as before.
         """
+        self.check()
         data = json.dumps(record).encode() + b"\n"
         written = 0
         try:
@@ -87,7 +107,6 @@ class RecordFile:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._end)
-                os.lseek(self._file, self._end, os.SEEK_SET)
             if isinstance(error, OSError):
                 raise OSError(
                     f"cannot write {self._path}: {error.strerror}; the results in it are whole, and the same command "

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import speculative_mamba as sm
+from speculative_mamba.decode import DecodeLoop
 from speculative_mamba.serve import Engine, batch_files
-from speculative_mamba.serve.batch_files import BatchRunner, id_family, read_lines
+from speculative_mamba.serve.batch_files import BatchRunner, id_family, read_again, read_lines
 from speculative_mamba.serve.protocol import OPENAI_SAMPLING, ServedModel
 from speculative_mamba.serve.record_file import RecordFile
 
@@ -225,6 +226,7 @@ def test_what_was_begun_unordered_has_no_order_to_keep(run, files):
         ({1: "/absent"}, "No such file"),
         ({1: "/"}, "Is a directory"),
         ({2: "/"}, "Is a directory"),
+        ({1: "/dev/null"}, "is no plain file"),
         ({2: "/dev/full"}, "is no plain file"),
         ({2: "/absent/out"}, "No such file"),
         ({3: ["--max_batch_size", "0"]}, "from 1 to 1024"),
@@ -241,6 +243,21 @@ def test_bad_input_is_one_line(run, files, change, reason):
         arguments[at : at + 1] = value if isinstance(value, list) else [value]
     code, out, err = run(*arguments)
     assert (code, out) == (2, "") and len(err.splitlines()) == 1 and reason in err
+
+
+def test_a_pipe_is_no_input(run, files, tmp_path):
+    """Neither one that is full of lines, nor one that nobody writes to."""
+    reader, writer = os.pipe()
+    os.write(writer, b'"She"\n')
+    os.close(writer)
+    os.mkfifo(tmp_path / "pipe")
+    for pipe in (f"/dev/fd/{reader}", str(tmp_path / "pipe")):
+        arguments = files("She")
+        arguments[1] = pipe
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "") and len(err.splitlines()) == 1 and f"{pipe} is no plain file" in err
+        assert not Path(arguments[2]).exists()
+    os.close(reader)
 
 
 def test_an_input_is_no_output(run, files):
@@ -285,6 +302,91 @@ def test_ctrl_c_keeps_what_is_written(run, files, monkeypatch):
         code, _, err = run(*arguments)
     assert code == 130 and "interrupted: 1 of 3 lines have their results" in err.splitlines()[-1]
     assert run(*arguments)[0] == 0 and same(Path(arguments[2]).read_bytes(), whole)
+
+
+def on_append(monkeypatch, change):
+    """Calls ``change`` once, behind the first result of a run."""
+    append = RecordFile.append
+
+    def changing(self, record):
+        append(self, record)
+        if len(self.done) == 1:
+            change()
+
+    monkeypatch.setattr(RecordFile, "append", changing)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["before a result", "behind the last"])
+def test_an_output_that_is_changed_under_the_run(run, files, monkeypatch, last):
+    """It stays as it is, and the same command goes on with what is there."""
+    arguments = [*files(*["She"] * (1 if last else 3)), "--n_tokens_to_generate", "3"]
+    output = Path(arguments[2])
+    with monkeypatch.context() as patch:
+        on_append(patch, lambda: os.truncate(output, 0))
+        code, _, err = run(*arguments)
+    assert code == 2 and "was written or cut by another program" in err.splitlines()[-1]
+    assert "lines in" not in err and output.read_bytes() == b""
+    assert run(*arguments)[0] == 0 and len(results(arguments)) == (1 if last else 3)
+
+
+MANY = [b'"line %d"' % number + b" " * 20_000 for number in range(40)]  # few of them are read ahead
+CHANGES = {
+    "a cut line": (lambda data: data[:-4], "in line 40"),
+    "a lacking line": (lambda data: data[: data.index(b'"line 39"')], "and lacks lines"),
+    "other lines": (bytes.upper, "in line"),
+}
+
+
+def many(files):
+    return [*files(*MANY), "--n_tokens_to_generate", "1", "--max_batch_size", "1"]
+
+
+@pytest.mark.parametrize(("change", "where"), CHANGES.values(), ids=CHANGES)
+def test_an_input_that_is_changed_under_the_run(run, files, monkeypatch, change, where):
+    """The results until then are those of the input as it was, and go on with it."""
+    arguments = many(files)
+    source = Path(arguments[1])
+    data = source.read_bytes()
+    with monkeypatch.context() as patch:
+        on_append(patch, lambda: source.write_bytes(change(data)))
+        code, _, err = run(*arguments)
+    assert code == 2 and f"was changed during this run, {where}" in err.splitlines()[-1]
+    source.write_bytes(data)
+    code, _, err = run(*arguments)
+    assert code == 0 and "have their results; going on" in err
+    assert [record["line"] for record in results(arguments)] == list(range(1, 41))
+
+
+def test_lines_that_are_added_under_the_run(tmp_path):
+    """Each is read when it is whole: what a later run reads is the same."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'"a"\n\n"b"')
+    ids = [line.id for line in read_lines(source, "")]
+    for added, numbers in ((b"", [1, 3]), (b'\n"c"\n"d', [1, 3, 4]), (b'"\n', [1, 3, 4, 5])):
+        source.write_bytes(source.read_bytes() + added)
+        assert [line.number for line in read_again(source, "", ids)] == numbers
+    source.write_bytes(b'"a"')
+    lines = read_lines(source, "")
+    next(lines)
+    source.write_bytes(b'"a"\n"b"\n')
+    assert list(lines) == [], "a line end that comes later is no blank line"
+
+
+def test_an_engine_that_fails_is_one_line(run, files, monkeypatch):
+    """What is written stays, and the same command goes on."""
+
+    def failing(self):
+        raise RuntimeError("the device is gone\nat address 0")
+
+    arguments = many(files)
+    with monkeypatch.context() as patch:
+        on_append(patch, lambda: patch.setattr(DecodeLoop, "step", failing))
+        code, out, err = run(*arguments)
+    last = err.splitlines()[-1]
+    assert (code, out) == (2, "") and "the device is gone; " in last and " of 40 lines have their results" in last
+    before = Path(arguments[2]).read_bytes()
+    assert run(*arguments)[0] == 0 and Path(arguments[2]).read_bytes().startswith(before)
+    assert [record["line"] for record in results(arguments)] == list(range(1, 41))
 
 
 def test_a_model_that_breaks_a_line_spares_the_others(run, files, monkeypatch):

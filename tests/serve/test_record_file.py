@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +122,50 @@ def test_an_interruption_within_a_record(path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             file.append(RECORDS[1])
         assert path.read_bytes() == written and list(file.done) == IDS[:1]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda path: os.truncate(path, 0), "was written or cut"),
+        (lambda path: path.open("a").write("notes\n"), "was written or cut"),
+        (lambda path: path.unlink(), "was moved away or deleted"),
+        (lambda path: path.rename(path.with_name("moved")), "was moved away or deleted"),
+        (lambda path: Path(shutil.copy(path, path.with_name("copy"))).replace(path), "was replaced"),
+    ],
+    ids=["cut", "written", "deleted", "moved", "replaced"],
+)
+def test_a_file_that_something_else_changed_is_left_alone(path, change, reason):
+    with opened(path) as file:
+        file.append(RECORDS[0])
+        file.check()
+        change(path)
+        left = contents(path.parent)
+        for use in (file.check, lambda: file.append(RECORDS[1])):
+            with pytest.raises(OSError, match=rf"out\.jsonl {reason}"):
+                use()
+        assert contents(path.parent) == left and list(file.done) == IDS[:1]
+
+
+@pytest.mark.parametrize("change", [b"", b"notes\n"], ids=["cut", "written"])
+def test_a_change_between_the_look_and_the_write_shows_next_time(path, monkeypatch, change):
+    """No hole is left, and nothing written over."""
+    write = os.write
+
+    def changing(descriptor, data):
+        path.write_bytes(change and path.read_bytes() + change)
+        return write(descriptor, data)
+
+    with opened(path) as file:
+        file.append(RECORDS[0])
+        before = path.read_bytes() + change if change else b""
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", changing)
+            file.append(RECORDS[1])
+        assert path.read_bytes() == before + json.dumps(RECORDS[1]).encode() + b"\n"
+        with pytest.raises(OSError, match="was written or cut"):
+            file.check()
