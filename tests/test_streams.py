@@ -67,7 +67,8 @@ def test_what_is_opened_takes_no_closed_streams_place():
 def test_signals_during_imports_leave_no_traceback(number, module):
     """While the program is imported, which takes as long as torch does."""
     program = (
-        "import runpy, sys, time\n"
+        "import runpy, signal, sys, time\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup leaves it ignored
         "class Slow:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'torch':\n"
