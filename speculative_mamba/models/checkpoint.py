@@ -65,9 +65,9 @@ def load_model(
         device: ``"cpu"`` or ``"cuda"``.
         backend: ``"auto"``, ``"cpu"`` (C++ kernels), ``"cuda"`` (CUDA C++), ``"triton"`` or ``"reference"`` (PyTorch).
             With the two for GPUs activations have the dtype of the weights, with the others they are float32.
-        mmap: False copies the weights into memory. A mapped file must stay as it is: one that is written over or cut
-            short is noticed when the model is next called, but not within a call, where a cut ends the process (bus
-            error). Deleting it, or renaming another file over it, does no harm.
+        mmap: False copies the weights into memory. Until it is copied, and as long as it is mapped, a file must stay as
+            it is: one that is written over or cut short is noticed when the model is next called, but not within a
+            call, where a cut ends the process (bus error). Deleting it, or renaming another file over it, does no harm.
         revision: of a hub id, the branch, tag or commit to take; None is the newest commit.
         on_load: called as ``on_load(source, share)`` when a weight is there, with the share of all that are, 0 to 1.
 
