@@ -16,6 +16,14 @@ KINDS = {
 }
 
 
+def folder_with(checkpoint, name, kind):
+    """A checkpoint of which one file is none."""
+    path = checkpoint().folder / name
+    path.unlink(missing_ok=True)
+    KINDS[kind](path)
+    return path.parent
+
+
 def refusal(call, *arguments):
     with pytest.raises(ValueError) as error:
         call(*arguments)
@@ -27,19 +35,13 @@ def refusal(call, *arguments):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
 def test_files_of_a_model(checkpoint, name, kind):
     """Catches: a pipe is waited for, and what is no file counts as a file that is not there."""
-    folder = checkpoint().folder
-    (folder / name).unlink(missing_ok=True)
-    KINDS[kind](folder / name)
-    assert name in refusal(sm.load_model, folder)
+    assert name in refusal(sm.load_model, folder_with(checkpoint, name, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_files_that_are_needed_later(checkpoint, name, kind):
-    folder = checkpoint().folder
-    (folder / name).unlink(missing_ok=True)
-    KINDS[kind](folder / name)
-    model = sm.load_model(folder)
+    model = sm.load_model(folder_with(checkpoint, name, kind))
     assert name in refusal((lambda: model.tokenizer) if name == "tokenizer.json" else lambda: model.chat_template)
 
 
