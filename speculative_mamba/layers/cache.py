@@ -15,12 +15,14 @@ class Window:
     """Where a call starts and what it writes.
 
     start_slot (B) int32, write_slot, left_padding (B) int32 or None, final_state_only: see ``selective_scan_verify``.
+    fused: whether layers call the ops that do what several do, with the same bits in fewer launches.
     """
 
     start_slot: torch.Tensor
     write_slot: int = 0
     left_padding: torch.Tensor | None = None
     final_state_only: bool = False
+    fused: bool = False
 
 
 @dataclass

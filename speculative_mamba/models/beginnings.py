@@ -75,7 +75,9 @@ class _Part:
         self._ids = np.empty((1, size), np.int64)
         self._padding = np.zeros(1, np.int32)
         padding = torch.from_numpy(self._padding)
-        self._window = Window(torch.zeros(1, dtype=torch.int32), left_padding=padding, final_state_only=True)
+        self._window = Window(
+            torch.zeros(1, dtype=torch.int32), left_padding=padding, final_state_only=True, fused=model.fused_layers
+        )
         self._recording: Recording | None = None
 
     def run(self, ids: np.ndarray, padding: int) -> None:

@@ -3,7 +3,7 @@
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -102,7 +102,8 @@ class MambaLM:
     embedding and head: (V, d), the same tensor when tied; norm_weight: (d); head_bias: (V) float32 or None.
     ``load_tokenizer`` is called when text is first needed; token ids need none. ``state_dtype`` (float32, bfloat16,
     float16) is that of the recurrent state and of cached keys and values; ``rollback`` ("auto", "snapshots", "replay")
-    as in ``load_model``. vocabulary: what the ids mean, as far as it is known. files: those in which weights lie, or
+    as in ``load_model``; ``fused_layers``: whether layers take the ops that do what several do, with the same bits in
+    fewer launches. vocabulary: what the ids mean, as far as it is known. files: those in which weights lie, or
     whose they are.
     ``load_chat_template`` is called when a conversation is first written. generation_config: the file's content.
 
@@ -119,6 +120,7 @@ class MambaLM:
     backend: str = "auto"
     state_dtype: torch.dtype = torch.float32
     rollback: str = "auto"
+    fused_layers: bool = False
     head_bias: torch.Tensor | None = None
     vocabulary: Vocabulary | None = None
     files: tuple[MappedFile | SharedWeights, ...] = ()
@@ -285,7 +287,9 @@ class MambaLM:
             for layer in attention:
                 layer.at_most = max(layer.at_most, length)
         one_row = [layer.row(row) for layer in cache]
-        window = Window(torch.zeros(1, dtype=torch.int32, device=self.device), final_state_only=True)
+        window = Window(
+            torch.zeros(1, dtype=torch.int32, device=self.device), final_state_only=True, fused=self.fused_layers
+        )
         if not len(tokens):
             return
         ids = _as_ids(tokens)
@@ -335,7 +339,7 @@ class MambaLM:
         if not is_recording():
             every = 0.0 if not recorded or cache.watches_model else _FILES_ARE_LOOKED_AT_EVERY
             self.before_step(cache, tokens.shape[1], files_every=every)
-        window = Window(start_slot, write_slot, left_padding)
+        window = Window(start_slot, write_slot, left_padding, fused=self.fused_layers)
         tokens = token_ids(tokens, self.embedding.shape[0])
         tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
         if recorded:
@@ -387,7 +391,7 @@ class MambaLM:
     @property
     def step_kind(self) -> tuple:
         """Steps of equal kinds call the same ops, whatever lies in the weights."""
-        return self.backend, self.rollback, *map(type, self.mixers)
+        return self.backend, self.rollback, self.fused_layers, *map(type, self.mixers)
 
     def _check_files(self, every: float = 0.0) -> None:
         for file in self.files:
@@ -452,7 +456,7 @@ class MambaLM:
         if step is not None:  # it and others of this model hold memory that may be in use nowhere else
             cache.steps = {other: steps for other, steps in cache.steps.items() if other[0] != id(self)}
         padding = None if window.left_padding is None else window.left_padding.clone()
-        own = Window(window.start_slot.clone(), window.write_slot, padding)
+        own = replace(window, start_slot=window.start_slot.clone(), left_padding=padding)
         own_tokens = tokens.clone()
         kind = *key[1:], *self.step_kind
         weights = (part for part in parts if isinstance(part, torch.Tensor | BlockWeight))
